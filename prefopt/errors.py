@@ -1,0 +1,28 @@
+"""Errors that a user can cause: one line that says where, what was found, what was expected and the nearest mend."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class PrefoptError(Exception):
+    """Anything a user can mend; entry points print it as one line, without a traceback, and exit with 2."""
+
+
+class ConfigError(PrefoptError):
+    """A setting is unknown, malformed or in conflict with another."""
+
+
+class DataError(PrefoptError):
+    """A file or a row cannot be used."""
+
+
+class TrainError(PrefoptError):
+    """A run cannot start, continue or be saved."""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """A suggestion to append to an error, `; did you mean 'x'?`, or nothing when no known word is near."""
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f"; did you mean '{near[0]}'?" if near else ""

@@ -1,0 +1,1 @@
+"""Loss kernels: torch only. Knows nothing of models, methods or data."""

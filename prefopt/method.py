@@ -1,0 +1,77 @@
+"""The base of every method: a frozen dataclass of hyper-parameters that is its own config, validator and loss."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from prefopt.errors import ConfigError
+from prefopt.types import LossOutput, Needs, PairBatch, PairStats, Term
+
+if TYPE_CHECKING:
+    import torch
+
+Metrics = dict[str, "tuple[torch.Tensor, torch.Tensor]"]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A training objective: `needs` says what to fetch, `loss` turns statistics into terms.
+
+    Subclasses are frozen dataclasses whose fields are their hyper-parameters; `__post_init__` validates them. One file
+    holds one subclass of Method, and the file's name is the method's name.
+    """
+
+    ambiguous: ClassVar[tuple[str, ...]] = ()  # names that could mean this method or another one, and are refused
+
+    @property
+    def needs(self) -> Needs:
+        raise NotImplementedError(f"{type(self).__name__} must declare its needs")
+
+    def loss(self, stats: PairStats, batch: PairBatch) -> LossOutput:
+        raise NotImplementedError(f"{type(self).__name__} must define loss(stats, batch)")
+
+    def loss_at_reference(self) -> float | None:
+        """The loss of every pair while policy and reference are equal, or None if it depends on the pair.
+
+        The engine stops a run whose first loss differs from it.
+        """
+        return None
+
+    def describe(self) -> str:
+        """What a run prints of this method in its first line: the name of the variant where there are several."""
+        return ""
+
+    def _require(self, holds: bool, key: str, expected: str) -> None:
+        """Raise a ConfigError that names the key and its value unless `holds`."""
+        if not holds:
+            raise ConfigError(f"method.{key}: found {getattr(self, key)!r}, expected {expected}")
+
+    def _require_positive(self, key: str) -> None:
+        value: Any = getattr(self, key)
+        self._require(math.isfinite(value) and value > 0, key, "a finite number > 0")
+
+
+def pair_term(losses: torch.Tensor, name: str = "loss", weight: float = 1.0) -> Term:
+    """A term averaged over pairs from unreduced losses of shape (B,)."""
+    return Term(name, losses, losses.new_ones(losses.shape).detach(), weight)
+
+
+def per_pair(**values: torch.Tensor) -> Metrics:
+    """Metrics averaged over pairs; `rewards__chosen=x` becomes `rewards/chosen`."""
+    return {
+        name.replace("__", "/"): (value.detach(), value.detach().new_ones(value.shape))
+        for name, value in values.items()
+    }
+
+
+def reward_metrics(stats: PairStats, beta: float) -> Metrics:
+    """The rewards every method logs alike, so that curves compare: beta times the log-ratio, under TRL's names."""
+    chosen, rejected = beta * stats.chosen_logratios.detach(), beta * stats.rejected_logratios.detach()
+    return per_pair(
+        rewards__chosen=chosen,
+        rewards__rejected=rejected,
+        rewards__margins=chosen - rejected,
+        rewards__accuracies=(chosen > rejected).to(chosen.dtype),
+    )

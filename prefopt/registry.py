@@ -1,0 +1,86 @@
+"""Finds methods by name. A file in methods/ is a method and its name is the key; a dotted path is imported as it is."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import sys
+from functools import cache
+from pathlib import Path
+
+from prefopt.errors import ConfigError, did_you_mean
+from prefopt.method import Method
+
+_FOLDER = Path(__file__).parent / "methods"
+
+
+def names() -> list[str]:
+    """The built-in methods, sorted."""
+    return sorted(path.stem for path in _FOLDER.glob("*.py") if not path.stem.startswith("_"))
+
+
+def get(name: str) -> type[Method]:
+    """The Method class called `name`: a built-in method, or a dotted path to a module or to a class in it.
+
+    Raises: ConfigError for a name that is unknown, ambiguous, not importable, or holds not exactly one Method.
+    """
+    if name in names():
+        return _only_method(f"prefopt.methods.{name}", name)
+    if "." in name:
+        return _dotted(name)
+    claimed = _ambiguous().get(name)
+    if claimed:
+        raise ConfigError(f"method '{name}' is ambiguous; it could mean {' or '.join(claimed)}: name one of them")
+    raise ConfigError(
+        f"unknown method '{name}'{did_you_mean(name, names())} known: {', '.join(names())} (or a dotted module path)"
+    )
+
+
+def _dotted(path: str) -> type[Method]:
+    if "" not in sys.path:
+        sys.path.insert(0, "")  # a user's file lies in the folder the command is typed in
+    try:
+        return _only_method(path, path)
+    except ModuleNotFoundError as error:
+        head, _, attribute = path.rpartition(".")
+        if error.name not in (path, path.partition(".")[0], head):
+            raise ConfigError(f"method '{path}': importing it failed: no module named '{error.name}'") from error
+        try:
+            found = getattr(importlib.import_module(head), attribute, None)
+        except ModuleNotFoundError as inner:
+            missing = inner.name or head
+            raise ConfigError(f"method '{path}': no module named '{missing}' (looked in {Path.cwd()} too)") from inner
+        if not (isinstance(found, type) and issubclass(found, Method)):
+            raise ConfigError(f"method '{path}': module '{head}' has no Method class '{attribute}'") from error
+        return found
+
+
+def _only_method(module_name: str, shown: str) -> type[Method]:
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"method '{shown}': importing it failed: {type(error).__name__}: {error}") from error
+    found = [
+        value
+        for value in vars(module).values()
+        if isinstance(value, type) and issubclass(value, Method) and value.__module__ == module.__name__
+    ]
+    if len(found) != 1:
+        raise ConfigError(f"method '{shown}': expected exactly one Method class in the file, found {len(found)}")
+    return found[0]
+
+
+@cache
+def _ambiguous() -> dict[str, list[str]]:
+    """Refused short names -> the methods that claim them, read from the sources without importing them."""
+    claims: dict[str, list[str]] = {}
+    for name in names():
+        for node in ast.walk(ast.parse((_FOLDER / f"{name}.py").read_text())):
+            targets = [node.target] if isinstance(node, ast.AnnAssign) else getattr(node, "targets", [])
+            value = getattr(node, "value", None)
+            if value is not None and any(isinstance(t, ast.Name) and t.id == "ambiguous" for t in targets):
+                for short in ast.literal_eval(value):
+                    claims.setdefault(short, []).append(name)
+    return claims

@@ -1,0 +1,1 @@
+"""Preference problems whose optimum is known exactly, their tiny models and their exact evaluators."""

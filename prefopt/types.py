@@ -1,0 +1,171 @@
+"""The words that every floor shares: frozen dataclasses, no behaviour beyond sums. Knows nothing but torch's name.
+
+Letters in shapes: B pairs, S sequences (B chosen, then B rejected where there are any), R rows and T columns of a
+batch, N scored tokens. Log-probabilities, KL and entropy are in nats.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Column:
+    """An extra number per pair that a method reads from the data file.
+
+    Args:
+        name: the key under which `PairBatch.columns` carries it.
+        aliases: other keys that are accepted in a data file.
+        low, high: the closed range of legal values.
+    """
+
+    name: str
+    aliases: tuple[str, ...] = ()
+    low: float = float("-inf")
+    high: float = float("inf")
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a method asks of the engine; everything it does not ask for is not computed, loaded or carried.
+
+    Args:
+        reference: `none`: no reference model is loaded. `sequence`: the reference's log-probability of the completions,
+            so it may be precomputed. `token`: the reference's whole distribution at each token, so it must be live.
+        rows: `pairs`, or `chosen_only` for a method that never reads the rejected side.
+        coupled: whether the loss sorts or averages over the pairs of a batch; then one micro-batch must be the batch.
+        columns: extra numbers per pair that the loss reads.
+    """
+
+    reference: Literal["none", "sequence", "token"]
+    rows: Literal["pairs", "chosen_only"] = "pairs"
+    coupled: bool = False
+    columns: tuple[Column, ...] = ()
+
+
+@dataclass(frozen=True)
+class PairRow:
+    """One row as it was read, before any tokenizer. Prompt and completions are text, or lists of chat messages.
+
+    `rejected` is None in data for methods that need the chosen side only. `where` is `file:line`.
+    """
+
+    prompt: str | list[dict[str, str]]
+    chosen: str | list[dict[str, str]]
+    rejected: str | list[dict[str, str]] | None
+    columns: Mapping[str, float]
+    where: str
+
+
+@dataclass(frozen=True)
+class EncodedPair:
+    """One row as token ids. Completions end with the terminator where it fits; the prompt begins with BOS if there is one.
+
+    `chosen_mask` and `rejected_mask` say which completion tokens are scored (all of them, but for completions of several
+    turns, where only the assistant's tokens count).
+    """
+
+    prompt_ids: list[int]
+    chosen_ids: list[int]
+    rejected_ids: list[int] | None
+    chosen_mask: list[bool]
+    rejected_mask: list[bool] | None
+    columns: Mapping[str, float] = field(default_factory=dict)
+    where: str = ""
+
+
+@dataclass(frozen=True)
+class PairBatch:
+    """Rows of tokens, and which of their positions are scored: the same for every layout.
+
+    The hidden state at flat position `score_index[n]` of the (R * T) grid predicts the token `labels[n]` of sequence
+    `sequence_index[n]`. Sequences 0..B-1 are the chosen completions, B..2B-1 the rejected ones. A batch of no pairs is
+    legal: one row of padding, N = 0.
+    """
+
+    input_ids: torch.Tensor  # (R, T) int64
+    attention_mask: torch.Tensor  # (R, T) int64, 1 on real tokens
+    position_ids: torch.Tensor  # (R, T) int64
+    score_index: torch.Tensor  # (N,) int64 into R * T
+    labels: torch.Tensor  # (N,) int64
+    sequence_index: torch.Tensor  # (N,) int64 into S
+    chosen_lengths: torch.Tensor  # (B,) int64, scored tokens
+    rejected_lengths: torch.Tensor | None  # (B,) int64, None when rows are chosen_only
+    columns: Mapping[str, torch.Tensor]  # each (B,) float64
+    where: tuple[str, ...]  # (B,) file:line of each pair
+
+    @property
+    def pairs(self) -> int:
+        return int(self.chosen_lengths.shape[0])
+
+
+@dataclass(frozen=True)
+class TokenStats:
+    """What the head says of each scored token; every member is (N,) in float32 or better, or None if not asked for."""
+
+    logp: torch.Tensor
+    ref_logp: torch.Tensor | None = None
+    kl: torch.Tensor | None = None  # forward: KL(reference || policy)
+    reverse_kl: torch.Tensor | None = None  # KL(policy || reference)
+    entropy: torch.Tensor | None = None  # of the policy
+
+
+@dataclass(frozen=True)
+class PairStats:
+    """Sums of token statistics over each completion: what a loss sees. Every member is (B,) or None.
+
+    Members of the rejected side are None when rows are chosen_only; those of the reference when there is none.
+    """
+
+    chosen_logps: torch.Tensor
+    rejected_logps: torch.Tensor | None
+    chosen_lengths: torch.Tensor  # scored tokens
+    rejected_lengths: torch.Tensor | None
+    chosen_ref_logps: torch.Tensor | None = None
+    rejected_ref_logps: torch.Tensor | None = None
+    chosen_kl: torch.Tensor | None = None  # summed forward KL(reference || policy), "SeqKL"
+    rejected_kl: torch.Tensor | None = None
+    chosen_reverse_kl: torch.Tensor | None = None
+    rejected_reverse_kl: torch.Tensor | None = None
+    chosen_entropy: torch.Tensor | None = None
+    rejected_entropy: torch.Tensor | None = None
+
+    @property
+    def chosen_logratios(self) -> torch.Tensor:
+        """log policy minus log reference of the chosen completion, (B,)."""
+        assert self.chosen_ref_logps is not None, "this method declared no reference in its needs"
+        return self.chosen_logps - self.chosen_ref_logps
+
+    @property
+    def rejected_logratios(self) -> torch.Tensor:
+        """log policy minus log reference of the rejected completion, (B,)."""
+        assert self.rejected_logps is not None, "this method declared rows='chosen_only' in its needs"
+        assert self.rejected_ref_logps is not None, "this method declared no reference in its needs"
+        return self.rejected_logps - self.rejected_ref_logps
+
+
+@dataclass(frozen=True)
+class Term:
+    """One summand of the objective: `weight * global sum of value / global sum of count`.
+
+    `value` (B,) carries the gradient. `count` (B,) is what the term is an average over, pairs or tokens; it may depend
+    on the batch's lengths and columns, never on the model.
+    """
+
+    name: str
+    value: torch.Tensor
+    count: torch.Tensor
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class LossOutput:
+    """The terms to minimise, and metrics as (sum per pair, count per pair), each (B,) and without gradient."""
+
+    terms: tuple[Term, ...]
+    metrics: Mapping[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
