@@ -64,10 +64,10 @@ class PairRow:
 
 @dataclass(frozen=True)
 class EncodedPair:
-    """One row as token ids. Completions end with the terminator where it fits; the prompt begins with BOS if there is one.
+    """One row as token ids. Completions end with the terminator where it fits; the prompt begins with BOS if any.
 
-    `chosen_mask` and `rejected_mask` say which completion tokens are scored (all of them, but for completions of several
-    turns, where only the assistant's tokens count).
+    `chosen_mask` and `rejected_mask` say which completion tokens are scored (all of them, but for completions of
+    several turns, where only the assistant's tokens count).
     """
 
     prompt_ids: list[int]

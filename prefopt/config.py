@@ -1,0 +1,708 @@
+"""One vocabulary for settings: YAML path = flag = sweep key. Strict, and read without importing torch.
+
+A run's settings are dataclass defaults, then the testbed's departures when no model and no data are named, then the
+YAML file, then the flags. A flag is a one-key YAML file: both pass through the same checks and coercions.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import hashlib
+import inspect
+import itertools
+import json
+import re
+import textwrap
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from prefopt import registry
+from prefopt.errors import ConfigError, did_you_mean
+from prefopt.method import Method
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The policy at the start of the run."""
+
+    path: str | None = None
+    """Folder or hub id of a causal language model. None: the testbed's base policy."""
+    revision: str | None = None
+    """Revision of a hub model."""
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    """Precision in which weights are held and updated."""
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """Attention implementation, as transformers names it."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, more time."""
+    trust_remote_code: bool = False
+    """Run model code that comes with the weights."""
+
+
+@dataclass(frozen=True)
+class ReferenceConfig:
+    """The frozen model that a method compares the policy with, loaded only if the method needs one."""
+
+    path: str | None = None
+    """Folder or hub id. None: the policy's starting weights."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Pairs and how they become tokens."""
+
+    train: str | None = None
+    """JSONL file, local folder or hub id. None: the testbed's pairs."""
+    eval: str | None = None
+    """Held-out pairs. None: a share of the training file, split by prompt."""
+    eval_fraction: float = 0.05
+    """Share of prompts held out where no eval file is named; 0 holds out none."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Our key -> the file's key, e.g. `--data.columns.chosen good`."""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """Stop at a bad row, or drop it and count it in the report."""
+    max_length: int = 1024
+    """Tokens of prompt and completion together; a longer prompt loses its head first."""
+    chat_template: str | None = None
+    """Jinja file that replaces the tokenizer's chat template."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Optimizer and learning rate; the same for every method unless you say otherwise."""
+
+    name: str = "adamw"
+    """adamw, rmsprop, sgd, or the dotted path of a torch optimizer class."""
+    lr: float = 1e-6
+    """Peak learning rate."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """After warm-up: down to 0 over `train.schedule_epochs`, or constant."""
+    warmup_ratio: float = 0.1
+    """Warm-up as a share of the schedule's steps."""
+    warmup_steps: int | None = None
+    """Warm-up in steps; takes the place of warmup_ratio."""
+    weight_decay: float = 0.0
+    """Decoupled decay of weight matrices (vectors are left alone)."""
+    clip: float = 1.0
+    """Largest gradient norm, over all parameters; 0 turns clipping off."""
+    args: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of the optimizer class, e.g. `--optim.args.eps 1e-6`."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The loop."""
+
+    global_batch: int = 64
+    """Pairs per optimizer step over all processes; accumulation is derived from it."""
+    micro_batch: int = 8
+    """Pairs per forward pass and process: memory only, the result does not depend on it."""
+    train_epochs: float = 1.0
+    """Passes over the training pairs."""
+    schedule_epochs: float | None = None
+    """Passes that the learning-rate schedule is laid out for. None: train_epochs."""
+    max_steps: int | None = None
+    """Optimizer steps; takes the place of train_epochs. Required for an endless stream."""
+    mixed_precision: Literal["no", "bf16"] = "no"
+    """Autocast of the forward pass; statistics stay float32."""
+    save_every: int = 100
+    """Optimizer steps between checkpoints."""
+    keep_last: int = 2
+    """Checkpoints kept."""
+    threads: int | None = None
+    """CPU threads per process. None: 1 for models under 3M parameters, else cores / processes."""
+    show_batch: bool = False
+    """Print the first batch, decoded, with its masks."""
+    check_first_batch: bool = True
+    """Before step 1, score the first rows a second time by an independent path and stop if they differ."""
+    deterministic: bool = False
+    """Only deterministic algorithms on a GPU (slower)."""
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Held-out evaluation; its figures do not depend on batch or process count."""
+
+    every: int = 100
+    """Optimizer steps between evaluations; there is always one at the start and one at the end."""
+    batch: int = 16
+    """Pairs per forward pass and process."""
+
+
+@dataclass(frozen=True)
+class KernelConfig:
+    """Tiles of the fused head: memory and speed only, never results."""
+
+    token_tile: int = 1024
+    """Scored tokens per tile."""
+    vocab_tile: int = 8192
+    """Vocabulary entries per tile."""
+
+
+@dataclass(frozen=True)
+class TrackConfig:
+    """Trackers beside metrics.jsonl, which is always written."""
+
+    to: tuple[Literal["wandb", "tensorboard", "trackio"], ...] = ()
+    """Trackers to log to, e.g. `--track.to wandb`."""
+    project: str = "prefopt"
+    """Project name in the tracker."""
+    wandb_mode: Literal["offline", "online"] = "offline"
+    """wandb writes to the output folder, or also to its server."""
+
+
+@dataclass(frozen=True)
+class TestbedConfig:
+    """The exactly solvable world, used when no model and no data are named."""
+
+    __test__ = False  # not a test class, whatever pytest thinks of its name
+
+    world: Literal["bandit"] = "bandit"
+    """Which world."""
+    pairs: int | None = None
+    """Size of a fixed training set. None: a fresh stream, no pair seen twice."""
+    seed: int = 0
+    """Of the reward and the base policy."""
+    eval_pairs: int = 512
+    """Held-out pairs."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that decides a run."""
+
+    method: Method
+    method_name: str
+    model: ModelConfig = field(default_factory=ModelConfig)
+    reference: ReferenceConfig = field(default_factory=ReferenceConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    kernel: KernelConfig = field(default_factory=KernelConfig)
+    track: TrackConfig = field(default_factory=TrackConfig)
+    testbed: TestbedConfig = field(default_factory=TestbedConfig)
+    seed: int = 0
+    """Of the data order and everything random in the run."""
+    output: str = ""
+    """Output folder; the same command continues the run it holds."""
+    dry_run: bool = False
+    """Print the resolved config and the data report, and stop."""
+
+    @property
+    def on_testbed(self) -> bool:
+        return self.model.path is None and self.data.train is None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As nested plain values: what a YAML file that gives this very run would hold."""
+        plain = {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self) if f.name not in _NOT_SETTINGS}
+        return {"method": {"name": self.method_name, **_plain(self.method)}, **plain}
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+
+
+_NOT_SETTINGS = ("method", "method_name")
+
+# What a run on the testbed departs in from the defaults: a model of 60k parameters wants other steps than one of 8B.
+TESTBED_DEPARTURES: dict[str, Any] = {
+    "method": {"beta": 1.0},
+    "optim": {"lr": 4e-3, "schedule": "cosine"},
+    "train": {"global_batch": 1024, "micro_batch": 1024, "max_steps": 400, "save_every": 100},
+    "eval": {"every": 20, "batch": 512},
+}
+
+# Settings that may change between the attempts at one run: they move neither the trajectory nor its meaning.
+FREE_TO_CHANGE = ("dry_run", "output", "train.show_batch", "train.keep_last", "train.save_every", "track")
+
+
+def parse(argv: Sequence[str]) -> RunConfig:
+    """The settings of a run from its command line.
+
+    Args:
+        argv: flags without the program's name, e.g. `["--method", "dpo", "--optim.lr", "1e-6"]`.
+    Raises: ConfigError, one line that names the key, what was found, what was expected and the nearest mend.
+    """
+    flags = _split(argv)
+    file = flags.pop("config", None)
+    layers = [(str(file), _read_yaml(Path(str(file))))] if file is not None else []
+    layers.append(("", _nest(flags)))
+    named = [_method_name(layer, where) for where, layer in layers]
+    name = next((n for n in reversed(named) if n), None)
+    if name is None:
+        raise ConfigError(
+            f"--method: not given, expected one of {', '.join(registry.names())} (or a dotted module path)"
+        )
+    method_class = registry.get(name)
+    merged: dict[str, Any] = {}
+    for where, layer in layers:
+        _check_keys(layer, name, method_class, where)
+        merged = _merge(merged, layer)
+    if _at(merged, "model.path") is None and _at(merged, "data.train") is None:
+        known = {f.name for f in dataclasses.fields(method_class)}
+        departures = dict(TESTBED_DEPARTURES)
+        departures["method"] = {k: v for k, v in departures["method"].items() if k in known}
+        merged = _merge(departures, merged)
+    sources = {key: where for where, layer in layers for key in _leaves(layer)}
+    config = _build(
+        RunConfig,
+        {k: v for k, v in merged.items() if k != "method"},
+        "",
+        sources,
+        given={
+            "method": _build(method_class, merged.get("method", {}), "method.", sources),
+            "method_name": name,
+        },
+    )
+    _validate(config)
+    if not config.output:
+        config = dataclasses.replace(config, output=f"runs/{_default_folder(config)}")
+    return config
+
+
+def from_dict(settings: Mapping[str, Any]) -> RunConfig:
+    """The config that `RunConfig.to_dict` came from."""
+    settings = json.loads(json.dumps(settings))
+    name = settings["method"].pop("name")
+    method = _build(registry.get(name), settings.pop("method"), "method.", {})
+    return _build(RunConfig, settings, "", {}, given={"method": method, "method_name": name})
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """`key: old -> new` for each setting in which two runs' dictionaries differ and that may not change in a run."""
+    before, after = _leaves(old), _leaves(new)
+    return [
+        f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key)
+        and not any(key == free or key.startswith(free + ".") for free in FREE_TO_CHANGE)
+    ]
+
+
+def help_text(argv: Sequence[str]) -> str:
+    """The grouped `--help`, with the settings of the method that `argv` names if it names one."""
+    flags = _split([word for word in argv if word not in ("--help", "-h")])
+    name = flags.get("method.name")
+    general = [("--config", "FILE", "", "YAML file of settings; flags take precedence over it.")]
+    groups: list[tuple[str, str, list[tuple[str, str, str, str]]]] = []
+    for key, hint in _hints(RunConfig).items():
+        if key not in _NOT_SETTINGS and dataclasses.is_dataclass(hint):
+            groups.append((key, (hint.__doc__ or "").strip(), _help_rows(hint, f"{key}.")))
+    general += [row for row in _help_rows(RunConfig, "") if row[0] != "--method_name"]
+    if name is not None:
+        method_class = registry.get(str(name))
+        title = (method_class.__doc__ or "").strip().partition("\n")[0]
+        groups.insert(0, (f"method {name}", title, _help_rows(method_class, "method.")))
+    methods = f"methods: {', '.join(registry.names())}, or a dotted module path"
+    more = "" if name else " (--method NAME --help lists its own settings)"
+    lines = ["usage: train.py --method NAME [--config FILE] [--GROUP.SETTING VALUE ...]", "", methods + more, ""]
+    for title, about, rows in [("run", "", general), *groups]:
+        lines.append(f"{title}: {about}" if about else title)
+        lines += [
+            f"  {flag + ' ' + kind:<42} {text}{f' [{default}]' if default else ''}"
+            for flag, kind, default, text in rows
+        ]
+        lines.append("")
+    return "\n".join(lines).rstrip()
+
+
+def _help_rows(cls: type, prefix: str) -> list[tuple[str, str, str, str]]:
+    """(flag, kind, default, help) of each setting; the help is the string under the field."""
+    kinds = {int: "INT", float: "FLOAT", str: "TEXT", bool: "BOOL"}
+
+    def kind(hint: Any) -> str:
+        args = [a for a in typing.get_args(hint) if a is not type(None)]
+        if typing.get_origin(hint) is Literal:
+            return "|".join(map(str, args))
+        if typing.get_origin(hint) is dict:
+            return "KEY VALUE"
+        return kinds.get(hint) or (kind(args[0]) if args else "TEXT")
+
+    texts: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        if dataclasses.is_dataclass(base) and base is not Method:
+            body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0]
+            nodes = getattr(body, "body", [])
+            for node, after in itertools.pairwise(nodes):
+                documented = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+                if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and documented:
+                    texts[node.target.id] = " ".join(str(after.value.value).split())  # type: ignore[attr-defined]
+    rows = []
+    hints = _hints(cls)
+    for f in dataclasses.fields(cls):
+        if f.init and not dataclasses.is_dataclass(hints[f.name]) and hints[f.name] is not Method:
+            default = "" if f.default in (dataclasses.MISSING, "") else _plain(f.default)
+            shown = (
+                "none"
+                if default is None
+                else str(default).lower()
+                if isinstance(default, bool)
+                else str(default or ("" if default != 0 else 0))
+            )
+            rows.append((f"--{prefix}{f.name}", kind(hints[f.name]), shown, texts.get(f.name, "")))
+    return rows
+
+
+# Reading ------------------------------------------------------------------------------------------------------------
+
+
+def _split(argv: Sequence[str]) -> dict[str, Any]:
+    """Flags to `{dotted key: text}`; a flag without a value is True."""
+    flags: dict[str, Any] = {}
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--") or word == "--":
+            raise ConfigError(f"found '{word}', expected a flag such as --optim.lr 1e-6")
+        key, equals, value = word[2:].partition("=")
+        key = key.replace("-", "_")
+        if not equals:
+            value_follows = words and (not words[0].startswith("--"))
+            flags_value: Any = words.pop(0) if value_follows else True
+        else:
+            flags_value = value
+        key = "method.name" if key == "method" else key
+        if key in flags:
+            raise ConfigError(f"--{key}: given twice")
+        flags[key] = flags_value
+    return flags
+
+
+def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:
+    nested: dict[str, Any] = {}
+    for key, value in flat.items():
+        *parents, leaf = key.split(".")
+        room = nested
+        for parent in parents:
+            room = room.setdefault(parent, {})
+            if not isinstance(room, dict):
+                raise ConfigError(f"--{key}: '{parent}' is given as a value and as a group")
+        room[leaf] = value
+    return nested
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """A YAML loader that refuses a key given twice, and reads 1e-6 as a number."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key '{key}' given twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_UniqueKeys.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text()
+    except OSError as error:
+        near = difflib.get_close_matches(
+            path.name, [p.name for p in path.parent.glob("*")] if path.parent.is_dir() else [], 1
+        )
+        hint = f"; did you mean '{path.parent / near[0]}'?" if near else ""
+        raise ConfigError(f"--config {path}: {error.strerror}{hint}") from error
+    try:
+        loaded = yaml.load(text, Loader=_UniqueKeys)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        raise ConfigError(f"{path}{line}: not readable as YAML: {getattr(error, 'problem', error)}") from error
+    if loaded is None:
+        return {}
+    if not isinstance(loaded, dict):
+        raise ConfigError(f"{path}: found a {type(loaded).__name__}, expected keys such as 'method:' and 'optim:'")
+    if isinstance(loaded.get("method"), str):
+        loaded["method"] = {"name": loaded["method"]}
+    return _nest_dotted(loaded)
+
+
+def _nest_dotted(mapping: Mapping[str, Any]) -> dict[str, Any]:
+    """`{'optim.lr': 1}` beside `{'optim': {...}}`: both spellings are one vocabulary."""
+    out: dict[str, Any] = {}
+    for key, value in mapping.items():
+        value = _nest_dotted(value) if isinstance(value, dict) else value
+        out = _merge(out, _nest({str(key): value}))
+    return out
+
+
+def _merge(low: Mapping[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
+    out = dict(low)
+    for key, value in high.items():
+        both = isinstance(value, dict) and isinstance(out.get(key), dict)
+        out[key] = _merge(out[key], value) if both else value
+    return out
+
+
+def _leaves(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in mapping.items():
+        if isinstance(value, Mapping) and value:
+            out.update(_leaves(value, f"{prefix}{key}."))
+        else:
+            out[f"{prefix}{key}"] = value
+    return out
+
+
+def _at(mapping: Mapping[str, Any], dotted: str) -> Any:
+    value: Any = mapping
+    for part in dotted.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value
+
+
+def _method_name(layer: dict[str, Any], where: str) -> str | None:
+    group = layer.get("method")
+    if group is not None and not isinstance(group, dict):
+        raise ConfigError(f"{_source(where, 'method')}: found {group!r}, expected a name or a group of settings")
+    name = group.pop("name", None) if group else None
+    if name is not None and not isinstance(name, str):
+        raise ConfigError(f"{_source(where, 'method')}: expected a method's name: {', '.join(registry.names())}")
+    return name
+
+
+def _source(where: str, key: str) -> str:
+    return f"{where}: {key}" if where else f"--{key}"
+
+
+# Checking -----------------------------------------------------------------------------------------------------------
+
+
+def _hints(cls: type) -> dict[str, Any]:
+    hints = typing.get_type_hints(cls)
+    return {f.name: hints[f.name] for f in dataclasses.fields(cls) if f.init}
+
+
+def _known_keys(method_class: type[Method]) -> list[str]:
+    keys = ["method", "config", "help", *(f"method.{name}" for name in _hints(method_class))]
+    for name, hint in _hints(RunConfig).items():
+        if name not in _NOT_SETTINGS:
+            keys += [f"{name}.{leaf}" for leaf in _hints(hint)] if dataclasses.is_dataclass(hint) else [name]
+    return keys
+
+
+def _check_keys(layer: Mapping[str, Any], name: str, method_class: type[Method], where: str) -> None:
+    known = _known_keys(method_class)
+    mappings = ("data.columns.", "optim.args.")
+    for key in _leaves(layer):
+        if key in known or key.startswith(mappings):
+            continue
+        if key in {k.partition(".")[0] for k in known if "." in k}:
+            if _at(layer, key) in ({}, None):
+                continue
+            raise ConfigError(
+                f"{_source(where, key)}: '{key}' is a group; name a setting in it, such as "
+                f"{next(k for k in known if k.startswith(key + '.'))}"
+            )
+        if key.startswith("method."):
+            leaf = key.removeprefix("method.")
+            owners = [m for m in registry.names() if m != name and leaf in _hints(registry.get(m))]
+            if owners:
+                raise ConfigError(
+                    f"{_source(where, key)}: method '{name}' has no '{leaf}'; it belongs to {', '.join(owners)}"
+                )
+        near = did_you_mean(key, known) or next(
+            (f"; did you mean '{k}'?" for k in known if k.rpartition(".")[2] == key.rpartition(".")[2]), ""
+        )
+        raise ConfigError(f"{_source(where, key)}: unknown setting{near or '; --help lists them all'}")
+
+
+def _build(
+    cls: type,
+    values: Mapping[str, Any],
+    prefix: str,
+    sources: Mapping[str, str],
+    given: Mapping[str, Any] | None = None,
+) -> Any:
+    ready: dict[str, Any] = dict(given or {})
+    for name, hint in _hints(cls).items():
+        if name not in values or name in ready:
+            continue
+        key = prefix + name
+        if dataclasses.is_dataclass(hint):
+            ready[name] = _build(typing.cast(type, hint), values[name] or {}, f"{key}.", sources)
+        else:
+            ready[name] = coerce(values[name], hint, _source(sources.get(key, ""), key))
+    return cls(**ready)
+
+
+def coerce(value: Any, hint: Any, where: str) -> Any:
+    """`value` as the type `hint`, or a ConfigError that begins with `where`. Text is read as a flag's value is."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+
+    def refuse(expected: str) -> ConfigError:
+        return ConfigError(f"{where}: found {value!r}, expected {expected}")
+
+    if hint is Any:
+        return yaml.load(value, Loader=_UniqueKeys) if isinstance(value, str) else value
+    if origin in (types.UnionType, typing.Union):
+        if value is None or (isinstance(value, str) and value.lower() in ("none", "null")):
+            if type(None) in args:
+                return None
+            raise refuse(_type_name(hint))
+        inner = [a for a in args if a is not type(None)]
+        for option in inner:
+            try:
+                return coerce(value, option, where)
+            except ConfigError:
+                if option is inner[-1]:
+                    raise refuse(_type_name(hint)) from None
+    if origin is Literal:
+        if value in args:
+            return value
+        # YAML reads a bare `no` as false
+        if value is False and "no" in args:
+            return "no"
+        raise ConfigError(
+            f"{where}: found {value!r}, expected one of {', '.join(map(str, args))}"
+            f"{did_you_mean(str(value), map(str, args))}"
+        )
+    if origin is tuple:
+        items = [v for v in re.split(r"[,\s]+", value) if v] if isinstance(value, str) else value
+        if not isinstance(items, (list, tuple)):
+            raise refuse("a list")
+        return tuple(coerce(item, args[0], where) for item in items)
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise refuse("a mapping of keys to values")
+        return {str(k): coerce(v, args[1], f"{where}.{k}") for k, v in value.items()}
+    if hint is bool:
+        text = str(value).lower()
+        if text not in ("true", "false"):
+            raise refuse("true or false")
+        return text == "true"
+    if isinstance(value, bool):
+        raise (
+            refuse(_type_name(hint))
+            if value is False
+            else ConfigError(f"{where}: found no value, expected {_type_name(hint)}")
+        )
+    if hint is int:
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            raise refuse("a whole number") from None
+        if number != number or number in (float("inf"), float("-inf")) or number != int(number):
+            raise refuse("a whole number")
+        return int(value) if isinstance(value, int) or str(value).lstrip("+-").isdigit() else int(number)
+    if hint is float:
+        try:
+            return float(value)
+        except (TypeError, ValueError):
+            raise refuse("a number") from None
+    if hint is str:
+        if isinstance(value, (str, int, float)):
+            return str(value)
+        raise refuse("text")
+    raise ConfigError(
+        f"{where}: settings of type {_type_name(hint)} are not supported; use numbers, text, Literal, bool"
+    )
+
+
+def _type_name(hint: Any) -> str:
+    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "none"}
+    if hint in names:
+        return names[hint]
+    if typing.get_origin(hint) is Literal:
+        return "one of " + ", ".join(map(str, typing.get_args(hint)))
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        return " or ".join(_type_name(a) for a in typing.get_args(hint))
+    return str(hint)
+
+
+def _validate(config: RunConfig) -> None:
+    def need(holds: bool, key: str, value: Any, expected: str) -> None:
+        if not holds:
+            raise ConfigError(f"{key}: found {value!r}, expected {expected}")
+
+    positive = (
+        "train.global_batch",
+        "train.micro_batch",
+        "train.save_every",
+        "train.keep_last",
+        "eval.every",
+        "eval.batch",
+        "kernel.token_tile",
+        "kernel.vocab_tile",
+        "testbed.eval_pairs",
+        "optim.lr",
+        "train.train_epochs",
+    )
+    optional = ("train.schedule_epochs", "train.max_steps", "train.threads", "testbed.pairs")
+    values = _leaves(config.to_dict())
+    for key in positive:
+        need(values[key] > 0, key, values[key], "a number > 0")
+    for key in optional:
+        need(values[key] is None or values[key] > 0, key, values[key], "a number > 0, or none")
+    need(config.data.max_length >= 2, "data.max_length", config.data.max_length, "at least 2")
+    need(
+        0 <= config.data.eval_fraction < 1, "data.eval_fraction", config.data.eval_fraction, "a share from 0 to below 1"
+    )
+    need(0 <= config.optim.warmup_ratio <= 1, "optim.warmup_ratio", config.optim.warmup_ratio, "a share from 0 to 1")
+    need(
+        config.optim.warmup_steps is None or config.optim.warmup_steps >= 0,
+        "optim.warmup_steps",
+        config.optim.warmup_steps,
+        "a number >= 0, or none",
+    )
+    need(config.optim.clip >= 0, "optim.clip", config.optim.clip, "a number >= 0 (0: no clipping)")
+    need(config.optim.weight_decay >= 0, "optim.weight_decay", config.optim.weight_decay, "a number >= 0")
+    schedule = config.train.schedule_epochs
+    need(
+        schedule is None or schedule >= config.train.train_epochs or config.train.max_steps is not None,
+        "train.schedule_epochs",
+        schedule,
+        f"at least train.train_epochs ({config.train.train_epochs})",
+    )
+    known = ("adamw", "rmsprop", "sgd")
+    if config.optim.name not in known and "." not in config.optim.name:
+        raise ConfigError(
+            f"optim.name: found '{config.optim.name}', expected one of {', '.join(known)} or a dotted path"
+            f"{did_you_mean(config.optim.name, known)}"
+        )
+    if config.data.train is not None and config.model.path is None:
+        raise ConfigError(
+            "data.train is given without model.path; name the model to train (--model.path DIR), "
+            "or neither for the testbed"
+        )
+    if config.model.path is not None and config.data.train is None:
+        raise ConfigError(
+            "model.path is given without data.train; name the pairs to train on (--data.train FILE), "
+            "or neither for the testbed"
+        )
+    if config.on_testbed and config.data.eval is not None:
+        raise ConfigError("data.eval is given without data.train; the testbed makes its own held-out pairs")
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {k: _plain(v) for k, v in value.items()}
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _default_folder(config: RunConfig) -> str:
+    """A name that the same settings give again, so that the same command continues the same run."""
+    settings = {
+        k: v
+        for k, v in _leaves(config.to_dict()).items()
+        if not any(k == free or k.startswith(free + ".") for free in FREE_TO_CHANGE)
+    }
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:8]
+    task = "testbed" if config.on_testbed else Path(str(config.data.train)).stem
+    return f"{task}-{config.method_name.rpartition('.')[2]}-{digest}"
