@@ -77,6 +77,7 @@ class EncodedPair:
     rejected_mask: list[bool] | None
     columns: Mapping[str, float] = field(default_factory=dict)
     where: str = ""
+    prompt_key: str = ""
 
 
 @dataclass(frozen=True)

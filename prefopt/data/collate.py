@@ -1,0 +1,103 @@
+"""From encoded pairs to a `PairBatch`. Masks are carried from the encoder, never guessed from values.
+
+A layout is a function that says in which cell of an (R, T) grid each token of each sequence stands. All else follows:
+a token is scored from the hidden state in the cell of the token before it. Two sequences may share cells (a prompt
+that is laid down once), and a row may hold several sequences; nothing but `_padded` would change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import chain
+
+import numpy as np
+import torch
+
+from prefopt.types import EncodedPair, PairBatch
+
+
+def collate(
+    pairs: Sequence[EncodedPair],
+    *,
+    pad_id: int,
+    need_rejected: bool = True,
+    columns: tuple[str, ...] = (),
+    pad_to_multiple_of: int = 1,
+    extra_padding: int = 0,
+) -> PairBatch:
+    """The batch of these pairs in the padded layout: 2B rows (B without a rejected side), padded on the right.
+
+    Args:
+        pairs: at least one token of prompt and one of completion each; an empty list gives one row of padding.
+        pad_id: the id that fills the padding; no result depends on it.
+        need_rejected: whether the rejected sides are laid down.
+        columns: names of the numbers to carry.
+        pad_to_multiple_of: T is rounded up to a multiple of this.
+        extra_padding: columns of padding to add, for tests of equality.
+    """
+    prompts = [pair.prompt_ids for pair in pairs]
+    completions = [pair.chosen_ids for pair in pairs]
+    masks = [pair.chosen_mask for pair in pairs]
+    if need_rejected:
+        prompts += prompts
+        completions += [_rejected(pair) for pair in pairs]
+        masks += [pair.rejected_mask or [] for pair in pairs]
+    sequences, scored = len(prompts), np.fromiter(chain.from_iterable(masks), bool)
+
+    # Tokens of all sequences in one line: prompt, completion, prompt, completion, ...
+    parts = np.empty((sequences, 2), np.int64)
+    parts[:, 0] = [len(ids) for ids in prompts]
+    parts[:, 1] = [len(ids) for ids in completions]
+    if parts.size and parts.min() < 1:
+        raise ValueError("a pair without a prompt token or without a completion token cannot be scored")
+    lengths = parts.sum(1)
+    total = int(lengths.sum())
+    tokens = np.fromiter(
+        chain.from_iterable(chain.from_iterable(zip(prompts, completions, strict=True))), np.int64, total
+    )
+    completion = np.tile([False, True], sequences).repeat(parts.reshape(-1))
+    if len(scored) != int(parts[:, 1].sum()):
+        raise ValueError("a mask is not as long as its completion")
+
+    cell, position, rows, width = _padded(lengths, pad_to_multiple_of, extra_padding)
+    input_ids = np.full(rows * width, pad_id, np.int64)
+    attention_mask = np.zeros(rows * width, np.int64)
+    position_ids = np.tile(np.arange(width), rows)
+    input_ids[cell] = tokens
+    attention_mask[cell] = 1
+    position_ids[cell] = position
+    if not sequences:
+        attention_mask[0] = 1  # a row that attends to nothing is NaN in some attention kernels
+
+    at = np.flatnonzero(completion)[scored]  # where the scored tokens stand in the line; never first in a sequence
+    sequence = np.arange(sequences).repeat(parts[:, 1])[scored]
+    counts = np.bincount(sequence, minlength=sequences)
+    return PairBatch(
+        input_ids=torch.from_numpy(input_ids).view(rows, width),
+        attention_mask=torch.from_numpy(attention_mask).view(rows, width),
+        position_ids=torch.from_numpy(position_ids).view(rows, width),
+        score_index=torch.from_numpy(cell[at - 1]),
+        labels=torch.from_numpy(tokens[at]),
+        sequence_index=torch.from_numpy(sequence),
+        chosen_lengths=torch.from_numpy(counts[: len(pairs)]),
+        rejected_lengths=torch.from_numpy(counts[len(pairs) :]) if need_rejected else None,
+        columns={name: torch.tensor([pair.columns[name] for pair in pairs], dtype=torch.float64) for name in columns},
+        where=tuple(pair.where for pair in pairs),
+    )
+
+
+def _rejected(pair: EncodedPair) -> list[int]:
+    if pair.rejected_ids is None or pair.rejected_mask is None:
+        raise ValueError(f"{pair.where}: no rejected side, in a batch for a method that needs pairs")
+    return pair.rejected_ids
+
+
+def _padded(
+    lengths: np.ndarray, pad_to_multiple_of: int, extra_padding: int
+) -> tuple[np.ndarray, np.ndarray, int, int]:
+    """One row per sequence. Gives the cell and the position of each token (both (tokens,)), and the grid's R and T."""
+    width = max(int(lengths.max(initial=0)) + extra_padding, 1)
+    width = -(-width // pad_to_multiple_of) * pad_to_multiple_of
+    position = np.arange(int(lengths.sum())) - (np.cumsum(lengths) - lengths).repeat(lengths)
+    cell = (np.arange(len(lengths)) * width).repeat(lengths) + position
+    return cell, position, max(len(lengths), 1), width

@@ -1,0 +1,126 @@
+"""What a data file turned out to be, in words: the table before training, and a batch decoded with its masks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from prefopt.types import PairBatch
+
+EXAMPLES = 3  # rows named for each reason
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """Counts of one file. Lengths are in tokens and before truncation, so that `max_length` can be judged by them.
+
+    Args:
+        path: the file, as it was named.
+        max_length: tokens per sequence, prompt and completion.
+        formats: rows of each format.
+        read, kept: rows.
+        dropped: rows dropped, by reason.
+        examples: `file:line` of the first rows dropped for each reason.
+        lengths: p5, p50, p95 and max for prompt, chosen and, in pairs, rejected.
+        cut_prompts: pairs whose prompt lost its head.
+        cut_completions: pairs of which a completion lost its tail.
+        unterminated: completions without a terminator, of `completions`.
+        duplicates: pairs that repeat an earlier one.
+        identical: pairs whose two sides are the same tokens, after truncation.
+        notes: what else there is to say, one sentence each.
+    """
+
+    path: str
+    max_length: int
+    formats: Mapping[str, int]
+    read: int
+    kept: int
+    dropped: Mapping[str, int]
+    examples: Mapping[str, tuple[str, ...]]
+    lengths: Mapping[str, tuple[int, int, int, int]]
+    cut_prompts: int
+    cut_completions: int
+    completions: int
+    unterminated: int
+    duplicates: int
+    identical: int
+    notes: tuple[str, ...] = field(default=())
+
+    def lines(self) -> list[str]:
+        """The report as lines of text."""
+        dropped = self.read - self.kept
+        out = [f"data {self.path}: {self.read:,} rows read, {self.kept:,} kept, {dropped:,} dropped"]
+        many = len(self.formats) > 1
+        formats = (name + (f" ({count:,} rows)" if many else "") for name, count in self.formats.items())
+        out.append(f"  format      {'; '.join(formats)}")
+        for reason, count in sorted(self.dropped.items(), key=lambda item: -item[1]):
+            shown = ", ".join(self.examples.get(reason, ()))
+            out.append(f"  dropped     {count:,} {reason}: {shown}{', ...' if count > EXAMPLES else ''}")
+        out.append(f"  {'tokens':<10}{'p5':>8}{'p50':>8}{'p95':>8}{'max':>8}")
+        for name, values in self.lengths.items():
+            out.append(f"  {name:<10}{''.join(f'{value:>8,}' for value in values)}")
+        for count, what in ((self.cut_prompts, "prompts lost their head"), (self.cut_completions, "lost a tail")):
+            what = "pairs lost the end of a completion" if what == "lost a tail" else what
+            out.append(f"  cut         {count:,} ({_share(count, self.kept)}) {what} (max_length {self.max_length:,})")
+        out.append(
+            f"  unterminated {self.unterminated:,} of {self.completions:,} completions; duplicates {self.duplicates:,}"
+            + (f"; chosen == rejected {self.identical:,}" if "rejected" in self.lengths else "")
+        )
+        return out + [f"  note        {note}" for note in self.notes]
+
+    def __str__(self) -> str:
+        return "\n".join(self.lines())
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> DataReport:
+        value = dict(value)
+        value["examples"] = {key: tuple(rows) for key, rows in value["examples"].items()}
+        value["lengths"] = {key: tuple(numbers) for key, numbers in value["lengths"].items()}
+        return cls(**{**value, "notes": tuple(value["notes"])})
+
+
+def _share(count: int, total: int) -> str:
+    return f"{100 * count / max(total, 1):.1f}%"
+
+
+def show_batch(batch: PairBatch, tokenizer: Any, *, pairs: int = 2, color: bool = False) -> str:
+    """The first pairs of a padded batch as text, the scored tokens in brackets (or bold green).
+
+    What is shown is read from the batch's own score index and labels: the brackets stand around what the loss sees.
+    """
+    lines: list[str] = []
+    width = batch.input_ids.shape[1]
+    opened, closed = ("\x1b[1;32m", "\x1b[0m") if color else ("⟦", "⟧")
+    sides = ("chosen",) if batch.rejected_lengths is None else ("chosen", "rejected")
+    for pair in range(min(pairs, batch.pairs)):
+        lines.append(f"pair {pair} of {batch.pairs}, {batch.where[pair]}")
+        for offset, side in enumerate(sides):
+            row = offset * batch.pairs + pair
+            mine = batch.sequence_index == row
+            labels = dict(zip((batch.score_index[mine] + 1).tolist(), batch.labels[mine].tolist(), strict=True))
+            real = batch.attention_mask[row].tolist()
+            runs: list[tuple[bool, list[int]]] = []
+            for column, token in enumerate(batch.input_ids[row].tolist()):
+                cell = row * width + column
+                if not real[column] and cell not in labels:
+                    continue
+                if not runs or runs[-1][0] != (cell in labels):
+                    runs.append((cell in labels, []))
+                runs[-1][1].append(labels.get(cell, token))
+            text = "".join(
+                f"{opened}{_decode(tokenizer, ids)}{closed}" if scored else _decode(tokenizer, ids)
+                for scored, ids in runs
+            )
+            padding = len(real) - sum(real)
+            lines.append(f"  {side}: {sum(real)} tokens, {len(labels)} scored, {padding} of padding")
+            lines += [f"    {line}" for line in text.split("\n")]
+        lines += [f"  {name} = {values[pair].item():g}" for name, values in batch.columns.items()]
+    return "\n".join(lines) if lines else "an empty batch"
+
+
+def _decode(tokenizer: Any, ids: list[int]) -> str:
+    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
