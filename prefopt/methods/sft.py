@@ -1,0 +1,41 @@
+"""Supervised fine-tuning on the chosen completion: the usual stage before preference training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from prefopt.method import Method, common_metrics
+from prefopt.types import LossOutput, Needs, PairBatch, PairStats, Term
+
+if TYPE_CHECKING:
+    import torch
+
+
+def sft(chosen_logps: torch.Tensor) -> torch.Tensor:
+    """The negative log-likelihood of each chosen completion.
+
+    L = -log pi(y_w|x) = -sum_t log pi(y_t|x, y_<t)
+
+    Args:
+        chosen_logps: summed log-probability. Shape `(pairs,)`.
+    Returns: unreduced loss in nats per completion, shape `(pairs,)`; divide the sum by the number of tokens.
+    """
+    return -chosen_logps
+
+
+@dataclass(frozen=True)
+class SFT(Method):
+    """Token negative log-likelihood of the chosen completion, averaged over the tokens of the global batch."""
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(reference="none", rows="chosen_only")
+
+    def loss(self, stats: PairStats, batch: PairBatch) -> LossOutput:
+        losses = sft(stats.chosen_logps)
+        # counted in tokens: the mean over a micro-batch would weigh tokens by how the batch was cut
+        return LossOutput(
+            terms=(Term("nll", losses, stats.chosen_lengths),),
+            metrics=common_metrics(stats) | {"nll": (losses.detach(), stats.chosen_lengths)},
+        )

@@ -1,0 +1,100 @@
+"""Self-Play Preference Optimization (arXiv 2405.00675): two regressions of log-ratios on win probabilities."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from prefopt.method import Method, common_metrics, pair_term, reward_metrics
+from prefopt.types import Column, LossOutput, Needs, PairBatch, PairStats
+
+if TYPE_CHECKING:
+    import torch
+
+Variant = Literal["soft", "single", "hard"]
+_CHOSEN = Column("chosen_win_prob", aliases=("chosen_probs_win",), low=0.0, high=1.0)
+_REJECTED = Column("rejected_win_prob", aliases=("chosen_probs_lose",), low=0.0, high=1.0)
+# a column of its own: the authors' files hold both numbers, and P(chosen beats rejected) is not P(chosen beats policy)
+_PAIR = Column("pair_win_prob", aliases=("chosen_probs",), low=0.0, high=1.0)
+
+
+def sppo(
+    chosen_logratios: torch.Tensor,
+    rejected_logratios: torch.Tensor,
+    chosen_win_prob: torch.Tensor | None = None,
+    rejected_win_prob: torch.Tensor | None = None,
+    *,
+    beta: float,
+    variant: Variant = "soft",
+) -> torch.Tensor:
+    """The SPPO loss of each pair.
+
+    a = chosen_logratios,  b = rejected_logratios,  eta = 1 / beta
+    soft    1/2 [(a - eta (P_w - 1/2))^2 + (b - eta (P_l - 1/2))^2]
+    single  1/2 [(a - eta (p - 1/2))^2 + (b + eta (p - 1/2))^2]
+    hard    (a - eta/2)^2 + (b + eta/2)^2, a sum without the factor 1/2, as TRL scales it
+
+    Args:
+        chosen_logratios, rejected_logratios: log policy minus log reference, summed over tokens. Shape `(pairs,)`.
+        chosen_win_prob: soft: P_w, the probability that the chosen completion beats one of the policy; single: p, that
+            it beats the rejected one; hard: None. Shape `(pairs,)`.
+        rejected_win_prob: soft: P_l, the probability that the rejected completion beats one of the policy; else None.
+        beta: 1 / eta of the paper.
+        variant: where the targets come from.
+    Returns: unreduced loss, shape `(pairs,)`, in the log-ratios' dtype.
+    Raises: ValueError for an unknown variant, or probabilities that are missing or not read.
+    Reference: Wu et al., Self-Play Preference Optimization for Language Model Alignment, arXiv 2405.00675,
+        algorithm 1. Differs from the authors' code: float64 targets are cast to the log-ratios' dtype, theirs promote
+        the loss; `hard` is TRL's.
+    """
+    given = (chosen_win_prob is not None, rejected_win_prob is not None)
+    expected = {"soft": (True, True), "single": (True, False), "hard": (False, False)}.get(variant)
+    if expected is None:
+        raise ValueError(f"unknown variant {variant!r}")
+    if given != expected:
+        reads = "chosen_win_prob and rejected_win_prob" if all(expected) else "chosen_win_prob" if any(expected) else ""
+        raise ValueError(f"variant {variant!r} reads {reads or 'no probabilities'}, and nothing else")
+
+    if variant == "hard":
+        return (chosen_logratios - 0.5 / beta) ** 2 + (rejected_logratios + 0.5 / beta) ** 2
+    assert chosen_win_prob is not None
+    chosen_win_prob = chosen_win_prob.to(chosen_logratios.dtype)
+    lose_prob = 1 - chosen_win_prob if rejected_win_prob is None else rejected_win_prob.to(rejected_logratios.dtype)
+    chosen_error = chosen_logratios - (chosen_win_prob - 0.5) / beta
+    rejected_error = rejected_logratios - (lose_prob - 0.5) / beta
+    return (chosen_error**2 + rejected_error**2) / 2
+
+
+@dataclass(frozen=True)
+class SPPO(Method):
+    """Self-Play Preference Optimization: the log-ratio of each completion is regressed on its win probability."""
+
+    beta: float = 1e-3
+    """1 / eta: the targets are (win probability - 1/2) / beta, in nats; > 0."""
+    # eta 1e3 in the paper (arXiv 2405.00675), beta 0.001 in the authors' scripts
+
+    variant: Variant = "soft"
+    """Targets: soft: the paper's, from columns chosen_win_prob and rejected_win_prob; single: from column
+    pair_win_prob, P(chosen beats rejected); hard: probabilities 1 and 0, and twice the scale."""
+    # arXiv 2405.00675, algorithm 1
+
+    def __post_init__(self) -> None:
+        self._require_positive("beta")
+        self._require_choice("variant", Variant)
+
+    @property
+    def needs(self) -> Needs:
+        columns = {"soft": (_CHOSEN, _REJECTED), "single": (_PAIR,), "hard": ()}[self.variant]
+        return Needs(reference="sequence", columns=columns)
+
+    def loss(self, stats: PairStats, batch: PairBatch) -> LossOutput:
+        probs = [batch.columns[column.name] for column in self.needs.columns]
+        losses = sppo(stats.chosen_logratios, stats.rejected_logratios, *probs, beta=self.beta, variant=self.variant)
+        # no accuracy/logit: the two sides are separate regressions, and there is no logit that compares them
+        return LossOutput(terms=(pair_term(losses),), metrics=common_metrics(stats) | reward_metrics(stats, self.beta))
+
+    def loss_at_reference(self) -> float | None:
+        return 0.5 / self.beta**2 if self.variant == "hard" else None
+
+    def describe(self) -> str:
+        return f"{self.variant}, beta {self.beta:g} (eta {1 / self.beta:g})"
