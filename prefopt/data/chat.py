@@ -1,4 +1,4 @@
-"""From a `PairRow` to text: where the prompt ends, and which stretches of the text are scored. Knows templates, no ids."""
+"""From a `PairRow` to text: where the prompt ends, which stretches of the text are scored. Knows templates, no ids."""
 
 from __future__ import annotations
 

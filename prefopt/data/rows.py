@@ -279,7 +279,7 @@ class RowReader:
 
     def _missing(self, record: Mapping[str, Any], key: str) -> RowProblem:
         keys = sorted(str(name) for name, value in record.items() if value is not None)
-        found = f"missing; the row has {', '.join(f"'{name}'" for name in keys[:12]) or 'no keys'}"
+        found = f"missing; the row has {', '.join(map(repr, keys[:12])) or 'no keys'}"
         used = {self._key(other) for other in KEYS if other != key}
         near = did_you_mean(self._key(key), [name for name in keys if name not in used])
         what = "a completion" if key in KEYS else "a number"
@@ -342,7 +342,8 @@ def _kind(value: object) -> str:
         return f"the truth value {str(value).lower()}"
     if isinstance(value, int | float):
         return f"the number {value}"
-    return {str: "a string", list: "a list", dict: "an object"}.get(type(value), f"a {type(value).__name__}")
+    names = {"str": "a string", "list": "a list", "dict": "an object"}
+    return names.get(type(value).__name__, f"a {type(value).__name__}")
 
 
 def _check_text(text: str, name: str) -> None:
@@ -422,8 +423,14 @@ def _jsonl(path: Path, name: str, max_row_bytes: int) -> Iterator[tuple[int, obj
                     size = len(line)
                     while not line.endswith(b"\n") and (line := file.readline(1 << 20)):
                         size += len(line)
-                    yield number, RowProblem(
-                        "row too large", "", f"a row of {size / 1e6:.1f} MB", f"at most {max_row_bytes / 1e6:.1f} MB"
+                    yield (
+                        number,
+                        RowProblem(
+                            "row too large",
+                            "",
+                            f"a row of {size / 1e6:.1f} MB",
+                            f"at most {max_row_bytes / 1e6:.1f} MB",
+                        ),
                     )
                 elif line.strip(b"\xef\xbb\xbf \t\r\n"):
                     rows += 1

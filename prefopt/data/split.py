@@ -13,11 +13,11 @@ from prefopt.types import EncodedPair
 class Subset(Sequence[EncodedPair]):
     """Some of the pairs of a sequence, in its order."""
 
-    def __init__(self, pairs: Sequence[EncodedPair], index: Sequence[int]) -> None:
-        self.pairs, self.index = pairs, index
+    def __init__(self, pairs: Sequence[EncodedPair], rows: Sequence[int]) -> None:
+        self.pairs, self.rows = pairs, rows
 
     def __len__(self) -> int:
-        return len(self.index)
+        return len(self.rows)
 
     @overload
     def __getitem__(self, i: int) -> EncodedPair: ...
@@ -25,12 +25,12 @@ class Subset(Sequence[EncodedPair]):
     def __getitem__(self, i: slice) -> list[EncodedPair]: ...
     def __getitem__(self, i: int | slice) -> EncodedPair | list[EncodedPair]:
         if isinstance(i, slice):
-            return [self.pairs[j] for j in self.index[i]]
-        return self.pairs[self.index[i]]
+            return [self.pairs[j] for j in self.rows[i]]
+        return self.pairs[self.rows[i]]
 
     def prompt_keys(self) -> Iterator[str]:
         keys = list(prompt_keys(self.pairs))
-        return (keys[j] for j in self.index)
+        return (keys[j] for j in self.rows)
 
 
 def prompt_keys(pairs: Sequence[EncodedPair]) -> Iterator[str]:
@@ -57,7 +57,7 @@ def split_by_prompt(pairs: Sequence[EncodedPair], fraction: float, *, seed: int 
         key: int.from_bytes(hashlib.sha256(f"{seed}:{key}".encode()).digest()[:8], "big") / 2**64 for key in set(keys)
     }
     if len(place) < 2:
-        raise DataError(f"a split by prompt needs two prompts, found {len(place)} (give a file of its own: --data.eval)")
+        raise DataError(f"a split by prompt needs two prompts, found {len(place)} (give eval rows a file: --data.eval)")
     order = sorted(place, key=lambda key: place[key])
     held_out = {key for key in order if place[key] < fraction} or {order[0]}
     held_out -= {order[-1]} if len(held_out) == len(order) else set()
