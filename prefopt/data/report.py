@@ -55,17 +55,17 @@ class DataReport:
         formats = (name + (f" ({count:,} rows)" if many else "") for name, count in self.formats.items())
         out.append(f"  format      {'; '.join(formats)}")
         for reason, count in sorted(self.dropped.items(), key=lambda item: -item[1]):
-            shown = ", ".join(self.examples.get(reason, ()))
+            shown = ", ".join(place.rsplit("/", 1)[-1] for place in self.examples.get(reason, ()))
             out.append(f"  dropped     {count:,} {reason}: {shown}{', ...' if count > EXAMPLES else ''}")
         out.append(f"  {'tokens':<10}{'p5':>8}{'p50':>8}{'p95':>8}{'max':>8}")
         for name, values in self.lengths.items():
             out.append(f"  {name:<10}{''.join(f'{value:>8,}' for value in values)}")
-        for count, what in ((self.cut_prompts, "prompts lost their head"), (self.cut_completions, "lost a tail")):
-            what = "pairs lost the end of a completion" if what == "lost a tail" else what
-            out.append(f"  cut         {count:,} ({_share(count, self.kept)}) {what} (max_length {self.max_length:,})")
+        cut = [f"{n:,} ({100 * n / max(self.kept, 1):.1f}%)" for n in (self.cut_prompts, self.cut_completions)]
+        out.append(f"  cut to {self.max_length:,} tokens: {cut[0]} prompts at the head, {cut[1]} rows at the tail")
         out.append(
-            f"  unterminated {self.unterminated:,} of {self.completions:,} completions; duplicates {self.duplicates:,}"
-            + (f"; chosen == rejected {self.identical:,}" if "rejected" in self.lengths else "")
+            f"  completions without terminator: {self.unterminated:,} of {self.completions:,}; "
+            f"duplicate rows: {self.duplicates:,}"
+            + (f"; chosen == rejected: {self.identical:,}" if "rejected" in self.lengths else "")
         )
         return out + [f"  note        {note}" for note in self.notes]
 
@@ -81,10 +81,6 @@ class DataReport:
         value["examples"] = {key: tuple(rows) for key, rows in value["examples"].items()}
         value["lengths"] = {key: tuple(numbers) for key, numbers in value["lengths"].items()}
         return cls(**{**value, "notes": tuple(value["notes"])})
-
-
-def _share(count: int, total: int) -> str:
-    return f"{100 * count / max(total, 1):.1f}%"
 
 
 def show_batch(batch: PairBatch, tokenizer: Any, *, pairs: int = 2, color: bool = False) -> str:

@@ -279,11 +279,11 @@ class RowReader:
 
     def _missing(self, record: Mapping[str, Any], key: str) -> RowProblem:
         keys = sorted(str(name) for name, value in record.items() if value is not None)
-        found = f"missing; the row has {', '.join(map(repr, keys[:12])) or 'no keys'}"
+        found = f"the row has {', '.join(map(repr, keys[:12])) or 'no keys'}"
         used = {self._key(other) for other in KEYS if other != key}
         near = did_you_mean(self._key(key), [name for name in keys if name not in used])
         what = "a completion" if key in KEYS else "a number"
-        return RowProblem("missing key", self._key(key), found + near, what, MAP)
+        return RowProblem("missing key", self._key(key), "missing", f"{what}; {found}{near}", MAP)
 
     def _side(self, record: Mapping[str, Any], key: str) -> str | Messages:
         value = self._get(record, key)
@@ -443,7 +443,7 @@ def _jsonl(path: Path, name: str, max_row_bytes: int) -> Iterator[tuple[int, obj
 
 def _json(line: bytes) -> object:
     try:
-        return json.loads(line.decode("utf-8-sig"))
+        return json.loads(line.rstrip(b"\r\n").decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         return RowProblem("invalid UTF-8", "", f"byte {error.start + 1} is not UTF-8", "UTF-8 text", CONVERT)
     except json.JSONDecodeError as error:

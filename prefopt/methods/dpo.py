@@ -118,6 +118,7 @@ class DPO(Method):
 
     def loss(self, stats: PairStats, batch: PairBatch) -> LossOutput:
         assert stats.rejected_logps is not None
+        assert stats.rejected_lengths is not None
         chosen, rejected = stats.chosen_logratios, stats.rejected_logratios
         if self.reference_free:
             chosen, rejected = stats.chosen_logps, stats.rejected_logps

@@ -38,9 +38,9 @@ def tdpo(
         alpha: weight of the difference of the two KL.
         detach_chosen_kl: whether the chosen side's KL is a constant, `sg` above.
     Returns: unreduced loss, shape `(pairs,)`.
-    Reference: Zeng et al., Token-level Direct Preference Optimization, arXiv 2404.11999, the objectives
-        TDPO1 and TDPO2. Differs from the authors' code: nothing here; the KL is taken from log_softmax, theirs from softmax().log(), which is NaN once a
-        logit underflows.
+    Reference: Zeng et al., Token-level Direct Preference Optimization, arXiv 2404.11999, objectives TDPO1 and TDPO2.
+        Differs from the authors' code: nothing here; but our KL comes from log_softmax, theirs from softmax().log(),
+        which is NaN once a logit underflows.
     """
     from torch.nn.functional import logsigmoid
 
@@ -97,7 +97,8 @@ class TDPO(Method):
         return Needs(reference="token")
 
     def loss(self, stats: PairStats, batch: PairBatch) -> LossOutput:
-        assert stats.chosen_kl is not None and stats.rejected_kl is not None
+        assert stats.chosen_kl is not None
+        assert stats.rejected_kl is not None
         chosen, rejected, detach = stats.chosen_logratios, stats.rejected_logratios, self.variant == "tdpo2"
         sides = (chosen, rejected, stats.chosen_kl, stats.rejected_kl)
         losses = tdpo(*sides, beta=self.beta, alpha=self._alpha, detach_chosen_kl=detach)

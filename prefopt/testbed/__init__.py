@@ -1,1 +1,28 @@
-"""Preference problems whose optimum is known exactly, their tiny models and their exact evaluators."""
+"""Worlds with an exactly known answer. They hand out pairs and measure policies; they do not know the trainer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from prefopt.errors import ConfigError, did_you_mean
+
+if TYPE_CHECKING:
+    from prefopt.testbed.bandit import Bandit
+
+WORLDS = ("bandit",)
+
+
+def build_world(name: str = "bandit", *, seed: int = 0, cache_dir: Path | str | None = None) -> Bandit:
+    """Open a world; its base policy is trained on first use and found in the cache afterwards.
+
+    Args: name: which world. seed: of the world itself; other seeds are other rewards and other base policies. cache_dir:
+        where base policies are kept, None for the user's cache directory.
+    Returns: the world.
+    Raises: ConfigError when there is no world of that name.
+    """
+    if name not in WORLDS:
+        raise ConfigError(f"unknown testbed world '{name}'{did_you_mean(name, WORLDS)}; known: {', '.join(WORLDS)}")
+    from prefopt.testbed.bandit import Bandit, BanditSettings  # here: only who trains on a world waits for torch
+
+    return Bandit(BanditSettings(seed=seed), cache_dir)

@@ -1,0 +1,38 @@
+"""`python -m prefopt COMMAND ...` and the console command `prefopt`: scripts/ for who installed the package."""
+
+from __future__ import annotations
+
+import sys
+
+from prefopt import __version__, cli
+
+COMMANDS = {"train": cli.train}
+USAGE = f"""prefopt {__version__}: train language models on preferences, and find out which loss is better
+
+usage: prefopt train --method NAME [--config FILE] [--GROUP.SETTING VALUE ...]
+       prefopt train --help"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command. Returns its exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0 if argv else 2
+    if argv[0] == "--version":
+        print(__version__)
+        return 0
+    command = COMMANDS.get(argv[0])
+    if command is None:
+        from prefopt.errors import did_you_mean
+
+        print(
+            f"error: unknown command '{argv[0]}'{did_you_mean(argv[0], COMMANDS)} known: {', '.join(COMMANDS)}",
+            file=sys.stderr,
+        )
+        return 2
+    return command(argv[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,364 @@
+"""Puts a run together from its settings: cheap checks first, then data, then models, then the loop."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prefopt import config as settings
+from prefopt.config import RunConfig
+from prefopt.engine import runtime as rt
+from prefopt.engine.runtime import say
+from prefopt.errors import ConfigError, PrefoptError, TrainError
+
+if TYPE_CHECKING:
+    from prefopt.data.loader import Batches
+    from prefopt.testbed.bandit import World
+    from prefopt.types import EncodedPair
+
+CARD = "run_card.json"
+
+
+def train(argv: Sequence[str]) -> int:
+    """The `train` command. Returns the exit status: 0 finished, 2 a user's mistake, 75 saved but not finished."""
+    try:
+        if "--help" in argv or "-h" in argv:
+            say(settings.help_text(argv))
+            return 0
+        return _train(settings.parse(argv))
+    except PrefoptError as error:
+        return rt.fail(error)
+
+
+def cache_dir() -> Path:
+    """Where encoded data and testbed models are kept between runs."""
+    base = (
+        os.environ.get("PREFOPT_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "prefopt"
+    )
+    return Path(base)
+
+
+def _train(config: RunConfig) -> int:
+    _check_paths(config)
+    output = Path(config.output)
+    lock = rt.OutputLock(output)
+    if not config.dry_run:
+        rt.prepare_output(output)
+        if rt.rank() == 0:
+            lock.acquire()
+        _refuse_another_run(config, output)
+    try:
+        return _prepared(config, output)
+    finally:
+        lock.release()
+
+
+def _prepared(config: RunConfig, output: Path) -> int:
+    from prefopt.engine import checkpoint
+
+    runtime = rt.start(
+        seed=config.seed,
+        mixed_precision=config.train.mixed_precision,
+        deterministic=config.train.deterministic,
+        trackers=() if config.dry_run else config.track.to,
+        output=output,
+    )
+    try:
+        say(_first_line(config, runtime))
+        task = runtime.on_main_first(lambda: _testbed_task(config)) if config.on_testbed else _file_task(config)
+        for line in task.report:
+            say(line)
+        if config.dry_run:
+            say("\nresolved config:\n" + config.to_yaml())
+            return 0
+        resume_from = runtime.from_main(_last_checkpoint(output) if runtime.is_main else None)
+        card = _run_card(config, runtime, task)
+        runtime.on_main_first(lambda: _keep_card(card, output) if runtime.is_main else None)
+        if runtime.from_main(checkpoint.damage(output / "model") is None):
+            say(f"{output}: this run is finished; the model is in {output / 'model'}")
+            _report_testbed(config, runtime, task, output)
+            return 0
+        status = _fit(config, runtime, task, output, resume_from)
+        if status == 0:
+            say(f"finished: model in {output / 'model'}, metrics in {output / 'metrics.jsonl'}")
+            _report_testbed(config, runtime, task, output)
+        return status
+    finally:
+        if runtime.world > 1:
+            import torch.distributed as dist
+
+            if dist.is_initialized() and sys.exc_info()[0] is None:
+                runtime.wait()
+                dist.destroy_process_group()
+
+
+@dataclass
+class _Task:
+    """What a run trains on, wherever it came from."""
+
+    model_path: str
+    tokenizer: Any
+    train: Batches
+    eval_pairs: Sequence[EncodedPair]
+    eval_fingerprint: str
+    report: list[str]
+    world: World | None = None
+
+
+def _testbed_task(config: RunConfig) -> _Task:
+    from prefopt.data.loader import FileBatches
+    from prefopt.testbed.bandit import build_world
+
+    test = config.testbed
+    world = build_world(test.world, seed=test.seed, cache_dir=cache_dir())
+    batch, seed = config.train.global_batch, config.seed
+    if test.pairs is None:
+        train: Batches = world.stream(batch, seed)
+        what = "a fresh stream of pairs"
+    else:
+        fingerprint = f"{world.fingerprint}-{test.pairs}-{seed}"
+        train = FileBatches(world.file_pairs(test.pairs, seed), batch, seed, fingerprint)
+        what = f"a fixed set of {test.pairs:,} pairs"
+    held_out = -1 - seed  # another seed than any training set's
+    return _Task(
+        model_path=str(world.base_model_path),
+        tokenizer=world.tokenizer,
+        train=train,
+        eval_pairs=world.file_pairs(test.eval_pairs, held_out),
+        eval_fingerprint=f"{world.fingerprint}-{test.eval_pairs}-{held_out}",
+        report=[f"no model and no data named: training on the testbed world '{test.world}', {what}"],
+        world=world,
+    )
+
+
+def _file_task(config: RunConfig) -> _Task:
+    from prefopt.data.encode import encode_file, pad_token
+    from prefopt.data.loader import FileBatches
+    from prefopt.data.split import shared_prompts, split_by_prompt
+    from prefopt.engine import models
+
+    assert config.model.path is not None
+    assert config.data.train is not None
+    architecture = models.load_config(config.model.path, config.model)
+    if config.reference.path is not None and config.method.needs.reference != "none":
+        other = models.load_config(config.reference.path, config.model, key="reference.path")
+        models.check_same_vocabulary(architecture, other, config.reference.path)
+    tokenizer = models.load_tokenizer(config.model.path, config.model, config.data.chat_template)
+    pad_id, note = pad_token(tokenizer)
+    if note is not None:
+        tokenizer.pad_token_id = pad_id
+    needs, report = config.method.needs, [note] if note else []
+
+    def encode(path: str) -> Any:
+        encoded = encode_file(
+            path,
+            tokenizer,
+            max_length=config.data.max_length,
+            need_rejected=needs.rows == "pairs",
+            extra=needs.columns,
+            columns=config.data.columns,
+            on_bad_row=config.data.on_bad_row,
+            vocab_rows=models.vocabulary(architecture),
+            cache_dir=cache_dir() / "encoded",
+        )
+        report.extend(encoded.report.lines())
+        return encoded
+
+    train = encode(config.data.train)
+    pairs: Sequence[EncodedPair] = train.pairs
+    if config.data.eval is not None:
+        held_out = encode(config.data.eval)
+        eval_pairs, eval_fingerprint = held_out.pairs, held_out.fingerprint
+        shared = shared_prompts(pairs, eval_pairs)
+        if shared:
+            report.append(
+                f"warning: {shared:,} of {len(eval_pairs):,} eval pairs have a prompt that is in the training data"
+            )
+    else:
+        pairs, eval_pairs = split_by_prompt(pairs, config.data.eval_fraction)
+        eval_fingerprint = f"{train.fingerprint}-{config.data.eval_fraction}"
+        report.append(f"held out by prompt: {len(eval_pairs):,} of {len(train.pairs):,} pairs")
+    fingerprint = f"{train.fingerprint}-{len(pairs)}"
+    batches = FileBatches(pairs, config.train.global_batch, config.seed, fingerprint)
+    return _Task(config.model.path, tokenizer, batches, eval_pairs, eval_fingerprint, report)
+
+
+def _fit(config: RunConfig, runtime: rt.Runtime, task: _Task, output: Path, resume_from: Path | None) -> int:
+    from prefopt.engine import models
+    from prefopt.engine.forward import PolicyWithReference
+    from prefopt.engine.trainer import Trainer
+
+    start = str(resume_from) if resume_from else task.model_path
+    lm = models.load_model(start, config.model)
+    reference = None
+    if config.method.needs.reference != "none":
+        named = config.reference.path
+        key = "model.path" if named is None else "reference.path"
+        reference = models.load_model(named or task.model_path, config.model, key)
+    parameters = sum(p.numel() for p in lm.parameters())
+    threads = rt.set_threads(config.train.threads, parameters)
+    if resume_from is not None:
+        say(f"continuing from {resume_from}")
+    say(f"policy: {type(lm).__name__}, {parameters:,} parameters, {threads} thread(s) per process; output: {output}")
+    evaluators = []
+    if task.world is not None:
+        world, beta = task.world, _beta(config)
+        evaluators.append(lambda policy: world.evaluate(policy, beta))
+    trainer = Trainer(
+        config=config,
+        runtime=runtime,
+        policy=PolicyWithReference(lm, reference, config.kernel),
+        tokenizer=task.tokenizer,
+        train=task.train,
+        eval_pairs=task.eval_pairs,
+        output=output,
+        resume_from=resume_from,
+        evaluators=evaluators,
+    )
+    return trainer.run()
+
+
+def _beta(config: RunConfig) -> float:
+    """The beta whose optimum a testbed run is measured against: the method's own, or the world's usual one."""
+    return float(getattr(config.method, "beta", settings.TESTBED_DEPARTURES["method"]["beta"]))
+
+
+def _report_testbed(config: RunConfig, runtime: rt.Runtime, task: _Task, output: Path) -> None:
+    """The table and the frontier plot at the end of a run on the testbed."""
+    if task.world is None or not runtime.is_main:
+        return
+    from prefopt.engine.metrics import read_lines
+    from prefopt.testbed.plot import frontier_plot, summary_table
+
+    lines = [line for line in read_lines(output / "metrics.jsonl") if line["split"] == "eval"]
+    beta = _beta(config)
+    label = config.method.describe() or config.method_name
+    say("\n" + summary_table(task.world, lines[0], lines[-1], beta))
+    frontier_plot(output / "frontier.png", task.world, lines, label, beta)
+    say(f"\nreward-KL frontier: {output / 'frontier.png'}")
+
+
+# Before anything heavy is imported ------------------------------------------------------------------------------------
+
+
+def _check_paths(config: RunConfig) -> None:
+    """Refuse a model or data path that can be nothing, while that costs no import."""
+    from prefopt.data.rows import open_source
+
+    for key, path in (("model.path", config.model.path), ("reference.path", config.reference.path)):
+        if path is not None:
+            rt.check_path(key, path)
+    for path in (config.data.train, config.data.eval):
+        if path is not None and (Path(path).suffix or path.startswith((".", "/", "~"))):
+            open_source(path)
+
+
+def _refuse_another_run(config: RunConfig, output: Path) -> None:
+    """Raises: TrainError when the output holds a run with other settings, naming the first differences."""
+    card = _read_card(output)
+    if card is None:
+        return
+    changed = settings.differences(card["config"], config.to_dict())
+    if changed:
+        more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+        raise ConfigError(
+            f"--output {output}: holds a run with other settings ({'; '.join(changed[:3])}{more}); "
+            "choose another --output, or the settings of that run to continue it"
+        )
+
+
+def _read_card(output: Path) -> dict[str, Any] | None:
+    try:
+        card: dict[str, Any] = json.loads((output / CARD).read_text())
+        return card
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise TrainError(f"{output / CARD}: not readable: {error}; choose another --output") from error
+
+
+# The run card ---------------------------------------------------------------------------------------------------------
+
+
+def _last_checkpoint(output: Path) -> Path | None:
+    from prefopt.engine import checkpoint
+
+    return checkpoint.latest(output / "checkpoints", report=say)
+
+
+def _run_card(config: RunConfig, runtime: rt.Runtime, task: _Task) -> dict[str, Any]:
+    """What a reader needs to trust and repeat the run."""
+    from prefopt.engine import models
+
+    def weights(path: str) -> str:
+        local = Path(path).is_dir()
+        return models.fingerprint(path, None if local else models.load_config(path, config.model))
+
+    needs = config.method.needs
+    train = config.train
+    per_pass = train.micro_batch * runtime.world
+    reference = (config.reference.path or task.model_path) if needs.reference != "none" else None
+    return {
+        "method": config.method.describe() or config.method_name,
+        "config": config.to_dict(),
+        "batch": {
+            "pairs_per_step": train.global_batch,
+            "processes": runtime.world,
+            "pairs_per_pass_and_process": min(train.micro_batch, -(-train.global_batch // runtime.world)),
+            "passes_per_step": -(-train.global_batch // per_pass),
+        },
+        "data": {"train": task.train.fingerprint, "eval": task.eval_fingerprint, "report": task.report},
+        "model": {"path": task.model_path, "sha256": weights(task.model_path)},
+        "reference": None if reference is None else {"path": reference, "sha256": weights(reference)},
+        "versions": rt.versions(),
+        "git_commit": _git_commit(),
+        "engine": runtime.engine,
+        "device": str(runtime.device),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+def _keep_card(card: dict[str, Any], output: Path) -> None:
+    """Write the card of a new run; hold a continued run to the data and weights of its card."""
+    from prefopt.engine.metrics import write_atomically
+
+    old = _read_card(output)
+    if old is None:
+        write_atomically(output / CARD, [json.dumps(card, indent=1, default=str)])
+        write_atomically(output / "config.yaml", [settings.from_dict(card["config"]).to_yaml()])
+        return
+    for what, key in (("training data", ("data", "train")), ("model", ("model", "sha256"))):
+        before, now = old[key[0]][key[1]], card[key[0]][key[1]]
+        if before != now:
+            raise TrainError(
+                f"--output {output}: the {what} is not what this run began with ({before} -> {now}); "
+                "choose another --output"
+            )
+
+
+def _git_commit() -> str | None:
+    """The commit of the working folder, with a plus sign if it has changes; None outside a repository."""
+    try:
+        run = subprocess.run(
+            ["git", "describe", "--always", "--abbrev=40", "--dirty=+"], capture_output=True, text=True, timeout=10
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return run.stdout.strip() or None
+
+
+def _first_line(config: RunConfig, runtime: rt.Runtime) -> str:
+    described = config.method.describe()
+    name = config.method_name
+    method = f"{name} ({described})" if described and described != name else name
+    return (
+        f"prefopt: {runtime.world} process(es), engine {runtime.engine}, device {runtime.device.type}, "
+        f"method {method}, seed {config.seed}"
+    )

@@ -1,0 +1,122 @@
+"""Step 0: the first rows are scored a second time, by a path that shares no code with the first one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from prefopt.engine.forward import PolicyWithReference, pair_stats, statistics_for
+from prefopt.errors import TrainError
+from prefopt.method import Method
+from prefopt.types import EncodedPair, PairBatch, TokenStats
+
+ROWS = 4  # pairs that are checked
+# Largest difference of a token's log-probability, absolute and relative to it.
+_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
+
+
+def tolerance(lm: nn.Module, mixed_precision: str) -> float:
+    """How far the two paths may be apart in this precision."""
+    return _TOLERANCE[torch.bfloat16 if mixed_precision == "bf16" else next(lm.parameters()).dtype]
+
+
+@torch.no_grad()
+def first_difference(
+    model: nn.Module,
+    policy: PolicyWithReference,
+    method: Method,
+    pairs: Sequence[EncodedPair],
+    batch: PairBatch,
+    tol: float,
+) -> str | None:
+    """What is wrong with the scores of a batch, naming the row, or None.
+
+    Each completion is scored again alone, unpadded, by the model's own logits and a plain log-softmax, over the tokens
+    that the encoder marked.
+
+    Args:
+        model: the wrapped policy; policy: the same, unwrapped.
+        pairs: the encoded rows of `batch`, in its order.
+        batch: on the model's device.
+    """
+    want = statistics_for(method.needs.reference)
+    tokens = TokenStats(*_token_stats(model, batch, want))
+    for sequence, (pair, side) in enumerate(_sequences(pairs, batch)):
+        completion, mask = getattr(pair, f"{side}_ids"), getattr(pair, f"{side}_mask")
+        where = f"{pair.where or f'pair {sequence % len(pairs)}'} ({side})"
+        mine = batch.sequence_index == sequence
+        for name, lm in (("logp", policy.lm), ("ref_logp", policy.reference)):
+            scored = getattr(tokens, name)
+            if scored is None or lm is None:
+                continue
+            expected = _plain_scores(lm, pair.prompt_ids, completion, mask)
+            found = scored[mine].to(expected)
+            if found.shape != expected.shape:
+                return f"{where}: {len(found)} tokens are scored, expected {len(expected)}"
+            gap = (found - expected).abs() - tol * expected.abs().clamp(min=1.0)
+            if len(gap) and not bool((gap <= 0).all()):
+                worst = int(gap.nan_to_num(nan=float("inf")).argmax())
+                return (
+                    f"{where}: token {worst} of the completion has {name} {float(found[worst]):.6f}, "
+                    f"an independent path gives {float(expected[worst]):.6f}"
+                )
+    return None
+
+
+def _token_stats(model: nn.Module, batch: PairBatch, want: tuple[str, ...]) -> tuple[torch.Tensor | None, ...]:
+    return model(
+        input_ids=batch.input_ids,
+        attention_mask=batch.attention_mask,
+        position_ids=batch.position_ids,
+        score_index=batch.score_index,
+        labels=batch.labels,
+        want=want,
+    )
+
+
+def _sequences(pairs: Sequence[EncodedPair], batch: PairBatch) -> list[tuple[EncodedPair, str]]:
+    chosen = [(pair, "chosen") for pair in pairs]
+    return chosen if batch.rejected_lengths is None else chosen + [(pair, "rejected") for pair in pairs]
+
+
+def _plain_scores(lm: nn.Module, prompt: list[int], completion: list[int], mask: list[bool]) -> torch.Tensor:
+    """Log-probabilities of the marked completion tokens, float32 or better."""
+    device = next(lm.parameters()).device
+    ids = torch.tensor([prompt + completion], device=device)
+    logits = lm(input_ids=ids, use_cache=False).logits[0]
+    logps = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+    return torch.stack(
+        [
+            logps[len(prompt) + i - 1, token]
+            for i, (token, scored) in enumerate(zip(completion, mask, strict=True))
+            if scored
+        ]
+    )
+
+
+@torch.no_grad()
+def unexpected_loss(model: nn.Module, method: Method, batch: PairBatch, tol: float) -> str | None:
+    """What is wrong with the first loss where policy and reference are the same weights, or None."""
+    expected = method.loss_at_reference()
+    if expected is None:
+        return None
+    stats = pair_stats(model, batch, statistics_for(method.needs.reference))
+    found = method.loss(stats, batch).terms[0].value.double()
+    scale = max(1.0, abs(expected))
+    for pair in range(batch.pairs):
+        # the loss is a function of sums over the completion, whose rounding errors add up
+        reach = tol * scale * max(10.0, float(batch.chosen_lengths[pair]))
+        if not abs(float(found[pair]) - expected) <= reach:
+            return (
+                f"{batch.where[pair]}: the loss is {float(found[pair]):.6f} while policy and reference are the same "
+                f"weights, expected {expected:.6f}"
+            )
+    return None
+
+
+def refuse(problem: str | None) -> None:
+    """Raises: TrainError if there is a problem."""
+    if problem is not None:
+        raise TrainError(f"step 0: {problem}; the run would train on wrong numbers (a masking, position or data fault)")

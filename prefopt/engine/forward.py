@@ -1,0 +1,183 @@
+"""The only place that sees hidden states: backbone -> scored positions -> head statistics -> sums per completion."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from prefopt.config import KernelConfig
+from prefopt.errors import TrainError
+from prefopt.kernels.head import HeadRequest, StatsLinear, make_head_aware
+from prefopt.types import PairBatch, PairStats, TokenStats
+
+ALL_STATISTICS = ("ref_logp", "kl", "reverse_kl", "entropy")
+
+
+class PolicyWithReference(nn.Module):
+    """What accelerate wraps: the policy, and the frozen reference beside it if a method needs one live.
+
+    Its forward goes from token ids to token statistics, so that every hook of the wrapper (gradient all-reduce,
+    gathering of sharded weights) sees the head too.
+
+    Args:
+        lm: a causal language model whose output head is a plain linear layer; it is made head-aware in place.
+        reference: another one, frozen here, or None.
+        kernel: tile sizes.
+    """
+
+    # These three names tell accelerate's FSDP2 where embedding, backbone and head are.
+    base_model_prefix = "backbone"
+
+    def __init__(self, lm: nn.Module, reference: nn.Module | None, kernel: KernelConfig) -> None:
+        super().__init__()
+        make_head_aware(lm)
+        self.lm = lm
+        self.reference = reference
+        self.kernel = kernel
+        self._scaling = _head_scaling(lm)
+        if reference is not None:
+            reference.requires_grad_(False).eval()
+            self._reference_scaling = _head_scaling(reference)
+
+    @property
+    def backbone(self) -> nn.Module:
+        return _backbone(self.lm)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.lm.get_input_embeddings()  # type: ignore[operator]
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm.get_output_embeddings()  # type: ignore[operator]
+
+    def train(self, mode: bool = True) -> PolicyWithReference:
+        super().train(mode)
+        if self.reference is not None:
+            self.reference.eval()
+        return self
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        position_ids: torch.Tensor,
+        score_index: torch.Tensor,
+        labels: torch.Tensor,
+        want: tuple[str, ...],
+    ) -> tuple[torch.Tensor | None, ...]:
+        """Token statistics of the scored positions, in the order of TokenStats, each (N,) or None.
+
+        Args: as in PairBatch; `want` names statistics beside the policy's log-probability.
+        """
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+        hidden = _scored_states(self.lm, inputs, score_index)
+        ref: dict[str, Any] = {}
+        if self.reference is not None and set(want) & {"ref_logp", "kl", "reverse_kl"}:
+            with torch.no_grad():
+                ref_hidden = _scored_states(self.reference, inputs, score_index)
+            ref_head = self.reference.get_output_embeddings()  # type: ignore[operator]
+            scale, softcap = self._reference_scaling
+            ref = {
+                "ref_hidden": ref_hidden,
+                "ref_weight": ref_head.weight,
+                "ref_bias": ref_head.bias,
+                "ref_scale": scale,
+                "ref_softcap": softcap,
+            }
+        scale, softcap = self._scaling
+        request = HeadRequest(
+            labels=labels,
+            want=want,
+            scale=scale,
+            softcap=softcap,
+            token_tile=self.kernel.token_tile,
+            vocab_tile=self.kernel.vocab_tile,
+            **ref,
+        )
+        head: StatsLinear = self.lm.get_output_embeddings()  # type: ignore[operator]
+        return head(hidden, request=request)
+
+
+def _backbone(lm: nn.Module) -> nn.Module:
+    """The part of a causal language model below its head."""
+    return lm.base_model  # type: ignore[return-value]
+
+
+def _scored_states(lm: nn.Module, inputs: dict[str, torch.Tensor], score_index: torch.Tensor) -> torch.Tensor:
+    """Final hidden states of the scored positions only, (N, H): no other position reaches the head."""
+    hidden = _backbone(lm)(**inputs, use_cache=False).last_hidden_state
+    return hidden.flatten(0, 1).index_select(0, score_index)
+
+
+def _head_scaling(lm: nn.Module) -> tuple[float, float | None]:
+    """(scale, soft-cap) that this architecture applies to its logits after the head.
+
+    Raises: TrainError for a setting that looks like another scaling of logits and is not known here.
+    """
+    config: Any = lm.config
+    config = config.get_text_config()
+    scale = 1.0
+    if getattr(config, "logit_scale", None) is not None:  # Cohere multiplies
+        scale *= float(config.logit_scale)
+    if getattr(config, "logits_scaling", None) is not None:  # Granite divides
+        scale /= float(config.logits_scaling)
+    softcap = getattr(config, "final_logit_softcapping", None)
+    if getattr(config, "lm_head_multiplier", None) not in (None, 1.0):
+        raise TrainError(f"model.path: {type(lm).__name__} scales its logits by lm_head_multiplier, not supported yet")
+    return scale, None if softcap is None else float(softcap)
+
+
+def pair_stats(model: nn.Module, batch: PairBatch, want: tuple[str, ...]) -> PairStats:
+    """Run the (wrapped) model over a batch and sum its token statistics per completion.
+
+    Args:
+        model: a PolicyWithReference, wrapped or not.
+        batch: on the model's device.
+        want: statistics beside the policy's log-probability; see TokenStats.
+    """
+    outputs = model(
+        input_ids=batch.input_ids,
+        attention_mask=batch.attention_mask,
+        position_ids=batch.position_ids,
+        score_index=batch.score_index,
+        labels=batch.labels,
+        want=want,
+    )
+    return sum_by_sequence(TokenStats(*outputs), batch)
+
+
+def sum_by_sequence(tokens: TokenStats, batch: PairBatch) -> PairStats:
+    """Token statistics (N,) -> sums per completion (B,)."""
+    pairs, rejected = batch.pairs, batch.rejected_lengths
+    sequences = pairs if rejected is None else 2 * pairs
+
+    def sums(value: torch.Tensor | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        if value is None:
+            return None, None
+        total = value.new_zeros(sequences).index_add(0, batch.sequence_index, value)
+        return total[:pairs], None if rejected is None else total[pairs:]
+
+    names = {"logp": "logps", "ref_logp": "ref_logps", "kl": "kl", "reverse_kl": "reverse_kl", "entropy": "entropy"}
+    members: dict[str, Any] = {}
+    for token_name, name in names.items():
+        members[f"chosen_{name}"], members[f"rejected_{name}"] = sums(getattr(tokens, token_name))
+    return PairStats(**members, chosen_lengths=batch.chosen_lengths, rejected_lengths=batch.rejected_lengths)
+
+
+def statistics_for(reference: str) -> tuple[str, ...]:
+    """What a training step computes for a method with this `needs.reference`: what its loss reads, no more."""
+    return {"none": (), "sequence": ("ref_logp",), "token": ("ref_logp", "kl")}[reference]
+
+
+def to_device(batch: PairBatch, device: torch.device) -> PairBatch:
+    """The batch with its tensors on `device`."""
+    from dataclasses import fields, replace
+
+    moved = {
+        f.name: getattr(batch, f.name).to(device)
+        for f in fields(batch)
+        if isinstance(getattr(batch, f.name), torch.Tensor)
+    }
+    columns = {name: column.to(device) for name, column in batch.columns.items()}
+    return replace(batch, **moved, columns=columns)

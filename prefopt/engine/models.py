@@ -1,0 +1,133 @@
+"""Models and tokenizers from a folder or the hub: found, checked against each other, hashed, loaded."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from prefopt.config import ModelConfig
+from prefopt.errors import TrainError, did_you_mean
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """transformers' load reports and progress bars belong to its own commands, not to a run's first lines."""
+    from transformers.utils import logging as transformers_logging
+
+    bars = transformers_logging.is_progress_bar_enabled()
+    level = transformers_logging.get_verbosity()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity(logging.ERROR)
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _refuse(key: str, path: str, error: Exception) -> TrainError:
+    """Why a model could not be opened, in one line."""
+    folder = Path(path)
+    if folder.is_dir():
+        reason = " ".join(str(error).split())
+        return TrainError(f"{key}: '{path}' is a folder but not a model that can be loaded: {reason[:300]}")
+    siblings = [p.name for p in folder.parent.iterdir() if p.is_dir()] if folder.parent.is_dir() else []
+    near = did_you_mean(folder.name, siblings)
+    hint = near or " (check the spelling or the network)"
+    return TrainError(f"{key}: '{path}' is neither a folder nor a model that the hub gave{hint}")
+
+
+def load_config(path: str, settings: ModelConfig, key: str = "model.path") -> PretrainedConfig:
+    """The model's config. Raises: TrainError naming `key`."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(
+            path, revision=settings.revision, trust_remote_code=settings.trust_remote_code
+        )
+    except Exception as error:
+        raise _refuse(key, path, error) from error
+
+
+def load_tokenizer(path: str, settings: ModelConfig, chat_template: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer beside a model, with another chat template if one is named."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            path, revision=settings.revision, trust_remote_code=settings.trust_remote_code
+        )
+    except Exception as error:
+        raise _refuse("model.path", path, error) from error
+    if chat_template is not None:
+        try:
+            tokenizer.chat_template = Path(chat_template).read_text()
+        except OSError as error:
+            raise TrainError(f"data.chat_template: '{chat_template}': {error.strerror}") from error
+    return tokenizer
+
+
+def load_model(path: str, settings: ModelConfig, key: str = "model.path") -> nn.Module:
+    """The causal language model at `path`, dropout off, in the dtype and attention of the settings.
+
+    Raises: TrainError naming `key` when it cannot be loaded.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with quiet():
+            model = AutoModelForCausalLM.from_pretrained(
+                path,
+                revision=settings.revision,
+                trust_remote_code=settings.trust_remote_code,
+                dtype=getattr(torch, settings.dtype),
+                attn_implementation=settings.attention,
+            )
+    except Exception as error:
+        raise _refuse(key, path, error) from error
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):  # attention keeps its rate as a number
+            module.attention_dropout = 0.0
+    return model
+
+
+def vocabulary(config: PretrainedConfig) -> int:
+    """Rows of the embedding, as the config declares them."""
+    return int(config.get_text_config().vocab_size)
+
+
+def check_same_vocabulary(policy: PretrainedConfig, reference: PretrainedConfig, path: str) -> None:
+    """Raises: TrainError when the reference scores another vocabulary than the policy."""
+    mine, other = vocabulary(policy), vocabulary(reference)
+    if mine != other:
+        raise TrainError(
+            f"reference.path: '{path}' has a vocabulary of {other} tokens, the policy {mine}; "
+            "KL and log-ratios need the same one (name a reference of the policy's family)"
+        )
+
+
+def fingerprint(path: str, config: Any) -> str:
+    """A hash of what the weights at `path` are: of the files in a folder, or the commit of a hub model."""
+    folder = Path(path)
+    if not folder.is_dir():
+        return str(getattr(config, "_commit_hash", None) or path)
+    digest = hashlib.sha256()
+    files = sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".bin") or p.name == "config.json")
+    for file in files:
+        digest.update(file.name.encode())
+        with file.open("rb") as handle:
+            digest.update(hashlib.file_digest(handle, "sha256").digest())
+    return digest.hexdigest()[:16]

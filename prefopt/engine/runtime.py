@@ -1,0 +1,327 @@
+"""Where a run runs: processes, device, threads, seeds, signals, the lock of the output folder."""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import json
+import os
+import random
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from prefopt.errors import PrefoptError, TrainError, did_you_mean
+
+if TYPE_CHECKING:
+    import torch
+    from accelerate import Accelerator
+
+EXIT_UNFINISHED = 75  # EX_TEMPFAIL: saved, not finished, run the same command again
+_SAVE_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+def rank() -> int:
+    """This process's number among all, known before any library is loaded."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def say(text: str) -> None:
+    """Print on rank 0 only."""
+    if rank() == 0:
+        print(text, flush=True)
+
+
+class Stop:
+    """Turns SIGTERM, SIGINT and SIGUSR1 into a wish to save and leave, which the loop reads between micro-batches.
+
+    A second signal of the same kind is not held back: it ends the process at once.
+    """
+
+    def __init__(self) -> None:
+        self.requested: str | None = None
+
+    def install(self) -> None:
+        for number in _SAVE_SIGNALS:
+            signal.signal(number, self._handle)
+        _follow_launcher()
+
+    def _handle(self, number: int, _frame: Any) -> None:
+        self.requested = signal.Signals(number).name
+        signal.signal(number, signal.SIG_DFL)
+        say(f"\n{self.requested}: saving, then leaving with exit status {EXIT_UNFINISHED}; again to leave at once")
+
+
+def _follow_launcher() -> None:
+    """Ask the kernel for SIGTERM when a launcher that does not pass signals on dies, so that no orphan trains on.
+
+    Only under a launcher: a run started by a shell outlives its terminal as its user intends.
+    """
+    parent = os.getppid()
+    try:
+        command = Path(f"/proc/{parent}/cmdline").read_bytes().replace(b"\0", b" ")
+    except OSError:
+        return
+    if any(word in command for word in (b"accelerate", b"torchrun", b"torch.distributed", b"elastic")):
+        set_parent_death_signal = 1
+        ctypes.CDLL(None).prctl(set_parent_death_signal, int(signal.SIGTERM), 0, 0, 0)
+        if os.getppid() != parent:  # it died between the two calls
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+class OutputLock:
+    """One writer per output folder. The kernel frees the lock when its owner dies, however it dies."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / ".lock"
+        self._file: IO[str] | None = None
+
+    def acquire(self) -> None:
+        """Raises: TrainError naming the process that holds the folder."""
+        handle = open(self._path, "a+")  # noqa: SIM115 - held open for as long as the run lives
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            handle.seek(0)
+            owner = handle.read().strip() or "unknown"
+            handle.close()
+            raise TrainError(
+                f"{self._path.parent}: another run is writing here ({owner}); wait for it, stop it, "
+                "or choose another --output"
+            ) from None
+        handle.truncate(0)
+        handle.write(f"process {os.getpid()} on {socket.gethostname()}")
+        handle.flush()
+        self._file = handle
+
+    def release(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def prepare_output(folder: Path) -> None:
+    """Make the output folder and prove that it can be written.
+
+    Raises: TrainError naming the part of the path that is in the way.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".probe-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        blocker = next((p for p in (folder, *folder.parents) if p.exists() and not p.is_dir()), None)
+        found = f"'{blocker}' is a file" if blocker else str(error.strerror)
+        raise TrainError(f"--output {folder}: {found}; expected a folder that can be written") from error
+
+
+@dataclass
+class Runtime:
+    """The processes of this run, as accelerate sees them, and the few collective words that the loop speaks."""
+
+    accelerator: Accelerator
+    stop: Stop = field(default_factory=Stop)
+
+    @property
+    def device(self) -> torch.device:
+        return self.accelerator.device
+
+    @property
+    def world(self) -> int:
+        return int(self.accelerator.num_processes)
+
+    @property
+    def rank(self) -> int:
+        return int(self.accelerator.process_index)
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def engine(self) -> str:
+        """The name of what joins the processes: none, ddp, deepspeed, fsdp."""
+        kind = str(self.accelerator.distributed_type.value)
+        return {"NO": "one process", "MULTI_CPU": "ddp", "MULTI_GPU": "ddp"}.get(kind, kind.lower())
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum of a tensor over all processes."""
+        if self.world == 1:
+            return values
+        import torch.distributed as dist
+
+        values = values.to(self.device)
+        dist.all_reduce(values)
+        return values
+
+    def gather_objects(self, mine: list[Any]) -> list[Any]:
+        """The lists of all processes, joined in order of rank, on every process."""
+        if self.world == 1:
+            return mine
+        import torch.distributed as dist
+
+        parts: list[list[Any]] = [[] for _ in range(self.world)]
+        dist.all_gather_object(parts, mine)
+        return [item for part in parts for item in part]
+
+    def from_main(self, value: Any) -> Any:
+        """Rank 0's value, on every process."""
+        if self.world == 1:
+            return value
+        import torch.distributed as dist
+
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def wait(self) -> None:
+        self.accelerator.wait_for_everyone()
+
+    def on_main_first(self, work: Callable[[], Any]) -> Any:
+        """Run `work` on rank 0, then on the others, which find what it left on disk.
+
+        A PrefoptError on rank 0 is raised on every process, so that none waits for ever.
+        """
+        if self.world == 1:
+            return work()
+        result, failure = None, None
+        if self.is_main:
+            try:
+                result = work()
+            except PrefoptError as error:
+                failure = error
+        failure = self.from_main(failure)
+        if failure is not None:
+            raise failure
+        return result if self.is_main else work()
+
+
+def start(*, seed: int, mixed_precision: str, deterministic: bool, trackers: tuple[str, ...], output: Path) -> Runtime:
+    """Join the processes that a launcher started, or be one process; then seed everything.
+
+    Raises: TrainError if the launcher promised more processes than accelerate joined.
+    """
+    import numpy
+    import torch
+    from accelerate import Accelerator
+
+    promised = int(os.environ.get("WORLD_SIZE", "1"))
+    # Without CUDA, `cpu=True` joins gloo ranks; under DeepSpeed it would drop the plugin.
+    on_cpu = not torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") != "true"
+    accelerator = Accelerator(
+        cpu=on_cpu,
+        mixed_precision=mixed_precision,
+        log_with=list(trackers) or None,
+        project_dir=str(output),
+    )
+    if accelerator.num_processes != promised:
+        raise TrainError(
+            f"launcher: {promised} processes were started but {accelerator.num_processes} joined "
+            f"({accelerator.distributed_type}); for several CPU processes use --config_file configs/accelerate/cpu.yaml"
+        )
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    runtime = Runtime(accelerator)
+    runtime.stop.install()
+    return runtime
+
+
+def set_threads(threads: int | None, parameters: int) -> int:
+    """Set CPU threads per process: the setting, or what is fast for a model of this size. Returns the number set."""
+    import torch
+
+    small_model = 3_000_000  # below it, the hand-over between threads costs more than the work it splits
+    if threads is None:
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        threads = 1 if parameters < small_model else max(1, cores // processes)
+    torch.set_num_threads(threads)
+    return threads
+
+
+def random_state() -> dict[str, Any]:
+    """The state of every random generator, as plain JSON values."""
+    import base64
+
+    import numpy
+    import torch
+
+    version, keys, gauss = random.getstate()
+    _, np_keys, position, has_gauss, cached = numpy.random.get_state(legacy=True)
+    state = {
+        "python": [version, list(keys), gauss],
+        "numpy": [np_keys.tolist(), position, has_gauss, cached],
+        "torch": base64.b64encode(bytes(torch.get_rng_state().tolist())).decode(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = [base64.b64encode(bytes(s.tolist())).decode() for s in torch.cuda.get_rng_state_all()]
+    return state
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Undo `random_state`."""
+    import base64
+
+    import numpy
+    import torch
+
+    def tensor(text: str) -> torch.Tensor:
+        return torch.tensor(list(base64.b64decode(text)), dtype=torch.uint8)
+
+    version, keys, gauss = state["python"]
+    random.setstate((version, tuple(keys), gauss))
+    np_keys, position, has_gauss, cached = state["numpy"]
+    numpy.random.set_state(("MT19937", numpy.array(np_keys, dtype=numpy.uint32), position, has_gauss, cached))
+    torch.set_rng_state(tensor(state["torch"]))
+    if "cuda" in state and torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([tensor(text) for text in state["cuda"]])
+
+
+def check_path(key: str, path: str) -> None:
+    """Refuse, without any import, a model path that can be neither a folder nor a hub id.
+
+    Raises: TrainError naming `key`.
+    """
+    folder = Path(path).expanduser()
+    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
+    if folder.is_dir() or not (looks_local or folder.exists()):
+        return
+    siblings = [p.name for p in folder.parent.iterdir() if p.is_dir()] if folder.parent.is_dir() else []
+    found = "is a file" if folder.is_file() else "does not exist"
+    raise TrainError(
+        f"{key}: '{path}' {found}, expected the folder of a model or a hub id{did_you_mean(folder.name, siblings)}"
+    )
+
+
+def fail(error: Exception) -> int:
+    """Print a user's error as one line on rank 0's stderr; returns the exit status."""
+    if rank() == 0:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    return 2
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides a run's numbers."""
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {"python": platform.python_version()}
+    for name in ("prefopt", "torch", "transformers", "accelerate", "datasets", "tokenizers", "numpy"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def to_json(value: Any) -> str:
+    return json.dumps(value, sort_keys=False, ensure_ascii=False)

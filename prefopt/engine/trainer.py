@@ -1,0 +1,508 @@
+"""The loop. One for every method: only `method.loss` differs."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from prefopt.config import OptimConfig, RunConfig
+from prefopt.data.collate import collate
+from prefopt.data.encode import check_row_structure
+from prefopt.data.loader import Batches
+from prefopt.data.report import show_batch
+from prefopt.engine import check, checkpoint, models
+from prefopt.engine.forward import ALL_STATISTICS, PolicyWithReference, pair_stats, statistics_for, to_device
+from prefopt.engine.metrics import Meter, MetricsFile, shared_metrics, write_atomically
+from prefopt.engine.runtime import EXIT_UNFINISHED, Runtime, random_state, say, set_random_state
+from prefopt.errors import ConfigError, TrainError
+from prefopt.types import EncodedPair, LossOutput, PairBatch, PairStats
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Evaluator = Callable[[nn.Module], Mapping[str, float]]
+
+
+class _Interrupted(Exception):
+    """A signal asked for a save; the step under way is given up."""
+
+
+@dataclass
+class Trainer:
+    """A run that is ready to train.
+
+    Args:
+        config: all settings.
+        runtime: the processes.
+        policy: not yet wrapped.
+        tokenizer: saved with every checkpoint; its pad id fills batches.
+        train: what to train on.
+        eval_pairs: held-out pairs, maybe none.
+        output: the run's folder; the lock on it is held.
+        resume_from: an undamaged checkpoint whose weights `policy` holds, or None.
+        evaluators: functions of the policy whose values are logged at each evaluation, such as a testbed's exact ones.
+    """
+
+    config: RunConfig
+    runtime: Runtime
+    policy: PolicyWithReference
+    tokenizer: PreTrainedTokenizerBase
+    train: Batches
+    eval_pairs: Sequence[EncodedPair]
+    output: Path
+    resume_from: Path | None = None
+    evaluators: Sequence[Evaluator] = field(default_factory=tuple)
+
+    def run(self) -> int:
+        """Train to the end. Returns 0 when finished, 75 when a signal asked to save and leave."""
+        config, runtime = self.config, self.runtime
+        self.method = config.method
+        self.needs = self.method.needs
+        self.total = total_steps(config, self.train.steps_per_epoch)
+        if config.model.gradient_checkpointing:
+            self.policy.lm.gradient_checkpointing_enable(  # type: ignore[operator]
+                gradient_checkpointing_kwargs={"use_reentrant": False}
+            )
+        optimizer = make_optimizer(config.optim, self.policy.lm)
+        self.model, self.optimizer = runtime.accelerator.prepare(self.policy, optimizer)
+        self.metrics = MetricsFile(self.output / "metrics.jsonl")
+        start = self._restore()
+        self._start_trackers()
+        if self.needs.coupled and (runtime.world > 1 or config.train.micro_batch < config.train.global_batch):
+            raise ConfigError(
+                f"train.micro_batch: found {config.train.micro_batch} on {runtime.world} process(es); this method looks "
+                "at the batch as a whole, expected one process and micro_batch = global_batch "
+                f"({config.train.global_batch})"
+            )
+        try:
+            self._loop(start)
+        except _Interrupted:
+            return EXIT_UNFINISHED
+        self._finish()
+        return 0
+
+    # The loop ---------------------------------------------------------------------------------------------------------
+
+    def _loop(self, start: int) -> None:
+        from tqdm import tqdm
+
+        config, done = self.config, start
+        steps_apart = 0.2 if os.isatty(2) else 10  # seconds between redraws; a log file wants few
+        bar = tqdm(
+            total=self.total,
+            initial=start,
+            disable=not self.runtime.is_main,
+            unit="step",
+            mininterval=steps_apart,
+            dynamic_ncols=True,
+        )
+        with bar:
+            try:
+                if start == 0:
+                    self._first_batch()
+                if start == 0 or self._evaluation_is_due(start):
+                    self._evaluate(start)
+                for step in range(start, self.total):
+                    line = self._step(step)
+                    done = step + 1
+                    self._log(line)
+                    bar.set_postfix(_postfix(line), refresh=False)
+                    bar.update()
+                    if self._evaluation_is_due(done):
+                        self._evaluate(done)
+                    if done % config.train.save_every == 0 or done == self.total:
+                        self._save(done)
+            except _Interrupted:
+                if done > start:
+                    self._save(done)
+                say(f"left at step {done} of {self.total}; the same command continues")
+                raise
+
+    def _evaluation_is_due(self, done: int) -> bool:
+        """After every `eval.every` steps and the last one, unless an attempt before this one has logged it."""
+        due = done % self.config.eval.every == 0 or done == self.total
+        return due and not self.runtime.from_main(self.metrics.has(done, "eval"))
+
+    def _step(self, step: int) -> dict[str, Any]:
+        """One optimizer step. Returns its metrics line."""
+        began = time.perf_counter()
+        config, runtime = self.config, self.runtime
+        self.model.train()
+        batches = list(self._micro_batches(self.train.global_batch(step), config.train.micro_batch))
+        counts = self._global_counts([batch for _, batch in batches])
+        meter, want = Meter(), statistics_for(self.needs.reference)
+        broken: list[str] = []
+        tokens = torch.zeros(3, dtype=torch.float64)  # pairs, scored tokens, tokens fed
+        for index, (_, batch) in enumerate(batches):
+            self._leave_if_asked()
+            last = index == len(batches) - 1
+            with contextlib.nullcontext() if last else runtime.accelerator.no_sync(self.model):
+                batch = to_device(batch, runtime.device)
+                stats = pair_stats(self.model, batch, want)
+                output = self.method.loss(stats, batch)
+                loss = sum(
+                    (term.weight * term.value.sum() / counts[term.name] for term in output.terms),
+                    start=stats.chosen_logps.new_zeros(()),
+                )
+                runtime.accelerator.backward(loss * runtime.world)  # DDP averages over processes
+            meter.add(_terms(output) | shared_metrics(stats) | dict(output.metrics))
+            broken += _not_finite(output, batch)
+            scored = len(batch.labels)
+            tokens += torch.tensor([batch.pairs, scored, int(batch.attention_mask.sum())], dtype=torch.float64)
+        self._leave_if_asked()
+        limit = config.optim.clip or math.inf
+        norm = float(runtime.accelerator.clip_grad_norm_(self._parameters(), limit))
+        if not math.isfinite(norm) or broken:
+            self._stop_on_nonfinite(step, norm, broken)
+        lr = learning_rate(config, self.train.steps_per_epoch, step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        averages = meter.averages(runtime)
+        pairs, scored_tokens, fed = runtime.sum(tokens).tolist()
+        seconds = time.perf_counter() - began
+        line: dict[str, Any] = {"step": step + 1, "split": "train"}
+        if self.train.steps_per_epoch:
+            line["epoch"] = (step + 1) / self.train.steps_per_epoch
+        line |= {"loss": _total_loss(output, averages)}
+        line |= {
+            name: value for name, value in averages.items() if len(output.terms) > 1 or not name.startswith("loss/")
+        }
+        line |= {"lr": lr, "grad_norm": norm, "pairs": int(pairs), "tokens": int(scored_tokens)}
+        line |= {"seconds": seconds, "pairs_per_second": pairs / seconds, "tokens_per_second": fed / seconds}
+        if torch.cuda.is_available():
+            line["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 2**30
+        return line
+
+    def _micro_batches(
+        self, pairs: Sequence[EncodedPair], size: int, rank: int | None = None
+    ) -> Iterator[tuple[list[EncodedPair], PairBatch]]:
+        """This process's share of a batch, cut so that rows of one micro-batch are of like length.
+
+        Sorting happens inside one optimizer step, whose gradient is a sum: it saves padding and changes nothing. Every
+        process gets the same number of micro-batches; one of no pairs is legal.
+        """
+        world, rank = self.runtime.world, self.runtime.rank if rank is None else rank
+        ordered = sorted(pairs, key=_length, reverse=True)
+        cuts = world * max(1, math.ceil(len(ordered) / (size * world)))
+        edges = [len(ordered) * i // cuts for i in range(cuts + 1)]
+        for i in range(rank, cuts, world):
+            mine = ordered[edges[i] : edges[i + 1]]
+            yield mine, self._collate(mine)
+
+    def _collate(self, pairs: Sequence[EncodedPair]) -> PairBatch:
+        return collate(
+            pairs,
+            pad_id=int(self.tokenizer.pad_token_id),  # type: ignore[arg-type]
+            need_rejected=self.needs.rows == "pairs",
+            columns=tuple(column.name for column in self.needs.columns),
+        )
+
+    def _global_counts(self, batches: Sequence[PairBatch]) -> dict[str, float]:
+        """What each term is divided by: its count over all pairs of the step on all processes.
+
+        Counts depend on the batch alone, so the loss of placeholder statistics gives them before any forward pass.
+        """
+        totals: dict[str, float] = {}
+        for batch in batches:
+            for term in self.method.loss(_placeholder(batch, self.needs.reference), batch).terms:
+                totals[term.name] = totals.get(term.name, 0.0) + float(term.count.double().sum())
+        summed = self.runtime.sum(torch.tensor(list(totals.values()), dtype=torch.float64)).tolist()
+        return {name: max(count, 1.0) for name, count in zip(totals, summed, strict=True)}
+
+    def _parameters(self) -> list[nn.Parameter]:
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    def _leave_if_asked(self) -> None:
+        """Give up the step when any process was asked to stop; all of them hear it at the same point."""
+        asked = torch.tensor(float(self.runtime.stop.requested is not None))
+        if float(self.runtime.sum(asked)) > 0:
+            self.optimizer.zero_grad(set_to_none=True)
+            raise _Interrupted
+
+    def _stop_on_nonfinite(self, step: int, norm: float, broken: list[str]) -> None:
+        rows = self.runtime.gather_objects(broken)
+        kept = checkpoint.latest(self._checkpoints)
+        batch = f"first rows with a loss that is not finite: {', '.join(rows[:3])}" if rows else f"gradient norm {norm}"
+        if not rows:
+            first = self.train.global_batch(step)
+            batch += f", batch of {first[0].where or 'pair 0'} and {len(first) - 1} more"
+        good = f"last good checkpoint: {kept}" if kept else "no checkpoint was written yet"
+        raise TrainError(f"step {step + 1}: the loss or its gradient is not finite ({batch}); {good}")
+
+    # Evaluation -------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _evaluate(self, step: int) -> None:
+        """Score the held-out pairs and log their averages; the last evaluation's pairs are kept in eval_pairs.jsonl."""
+        began = time.perf_counter()
+        self.model.eval()
+        want = ("entropy",) if self.needs.reference == "none" else ALL_STATISTICS
+        line: dict[str, Any] = {"step": step, "split": "eval"}
+        if self.eval_pairs:
+            rows = self._eval_rows(want)
+            line |= {"pairs": len(rows)} | self._averages_of_rows(rows)
+            if self.runtime.is_main:
+                write_atomically(self.output / "eval_pairs.jsonl", (_pair_line(step, row) for row in rows))
+        if self.runtime.is_main:
+            for evaluator in self.evaluators:
+                line |= dict(evaluator(self.policy.lm))
+        line["seconds"] = time.perf_counter() - began
+        if len(line) > 3:
+            self._log(line)
+        self.model.train()
+
+    def _eval_rows(self, want: tuple[str, ...]) -> list[dict[str, Any]]:
+        """One record per held-out pair, in the order of the file, whatever batches and processes there are."""
+        pairs = list(self.eval_pairs)
+        numbered = {id(pair): i for i, pair in enumerate(pairs)}
+        mine: list[dict[str, Any]] = []
+        for chunk, batch in self._micro_batches(pairs, self.config.eval.batch):
+            self._leave_if_asked()
+            batch = to_device(batch, self.runtime.device)
+            stats = pair_stats(self.model, batch, want)
+            output = self.method.loss(stats, batch)
+            values = _terms(output) | shared_metrics(stats) | dict(output.metrics)
+            table = {name: (v.double().cpu().tolist(), c.double().cpu().tolist()) for name, (v, c) in values.items()}
+            for i, pair in enumerate(chunk):
+                cells = {name: (v[i], c[i]) for name, (v, c) in table.items()}
+                mine.append({"index": numbered[id(pair)], "where": pair.where, "cells": cells})
+            self._eval_terms = [(term.name, term.weight) for term in output.terms]
+        return sorted(self.runtime.gather_objects(mine), key=lambda row: row["index"])
+
+    def _averages_of_rows(self, rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+        averages: dict[str, float] = {}
+        for name in rows[0]["cells"]:
+            total = math.fsum(row["cells"][name][0] for row in rows)
+            count = math.fsum(row["cells"][name][1] for row in rows)
+            if count > 0:
+                averages[name] = total / count
+        loss = sum(weight * averages.get(f"loss/{name}", 0.0) for name, weight in self._eval_terms)
+        single = len(self._eval_terms) == 1
+        return {"loss": loss} | {n: v for n, v in averages.items() if not (single and n.startswith("loss/"))}
+
+    # Before the first step --------------------------------------------------------------------------------------------
+
+    def _first_batch(self) -> None:
+        """Show the first batch if asked to, and prove that its scores are right."""
+        config, runtime = self.config, self.runtime
+        chunk, batch = next(self._micro_batches(self.train.global_batch(0), config.train.micro_batch))
+        if config.train.show_batch:
+            say(show_batch(batch, self.tokenizer))
+        if not config.train.check_first_batch:
+            return
+        self.model.eval()
+        few = chunk[: check.ROWS]
+        batch = to_device(self._collate(few), runtime.device)
+        tol = check.tolerance(self.policy.lm, config.train.mixed_precision)
+        with runtime.accelerator.autocast():
+            problem = next((f"{p.where}: {w}" for p in few if (w := check_row_structure(p, self.tokenizer))), None)
+            problem = problem or check.first_difference(self.model, self.policy, self.method, few, batch, tol)
+            if config.reference.path is None:
+                problem = problem or check.unexpected_loss(self.model, self.method, batch, tol)
+        problems = runtime.gather_objects([problem] if problem else [])
+        check.refuse(problems[0] if problems else None)
+        same = self.needs.reference != "none" and config.reference.path is None
+        known = self.method.loss_at_reference()
+        agreed = f", loss {known:.4f} as it must be" if same and known is not None else ""
+        say(f"step 0: {len(few)} pairs scored again by an independent path agree to {tol:g}{agreed}")
+
+    # Logging ----------------------------------------------------------------------------------------------------------
+
+    def _log(self, line: Mapping[str, Any]) -> None:
+        if not self.runtime.is_main:
+            return
+        self.metrics.write(line)
+        prefix = "eval/" if line["split"] == "eval" else ""
+        values = {f"{prefix}{k}": v for k, v in line.items() if k not in ("step", "split")}
+        if self.config.track.to:
+            self.runtime.accelerator.log(values, step=int(line["step"]))
+
+    def _start_trackers(self) -> None:
+        track = self.config.track
+        if not track.to:
+            return
+        name = self.output.name
+        os.environ.setdefault("WANDB_MODE", track.wandb_mode)
+        kwargs = {"wandb": {"name": name, "id": name, "resume": "allow", "dir": str(self.output)}}
+        flat = json.loads(json.dumps(self.config.to_dict(), default=str))
+        if any(tracker != "wandb" for tracker in track.to):
+            flat = {k: str(v) for k, v in flat.items()}  # tensorboard takes plain values only
+        self.runtime.accelerator.init_trackers(
+            track.project, config=flat, init_kwargs={k: v for k, v in kwargs.items() if k in track.to}
+        )
+
+    # Saving -----------------------------------------------------------------------------------------------------------
+
+    @property
+    def _checkpoints(self) -> Path:
+        return self.output / "checkpoints"
+
+    def _save(self, step: int) -> None:
+        """Write a checkpoint after `step` optimizer steps; on every process, because they wait for rank 0."""
+
+        def write() -> None:
+            state = {"step": step, "random": random_state(), "data": self.train.fingerprint}
+            checkpoint.save(
+                self._checkpoints, step, self._write_weights_and_optimizer, state, self.config.train.keep_last
+            )
+
+        self._on_main(write)
+
+    def _on_main(self, work: Callable[[], None]) -> None:
+        """Do it on rank 0; if that fails, fail everywhere with the same line."""
+        failure = None
+        if self.runtime.is_main:
+            try:
+                work()
+            except TrainError as error:
+                failure = error
+        failure = self.runtime.from_main(failure)
+        if failure is not None:
+            raise failure
+
+    def _write_weights_and_optimizer(self, folder: Path) -> None:
+        self._write_model(folder)
+        checkpoint.save_optimizer(self.optimizer, folder / "optimizer.safetensors")
+
+    def _write_model(self, folder: Path) -> None:
+        with models.quiet():
+            self.policy.lm.save_pretrained(folder)  # type: ignore[operator]
+        self.tokenizer.save_pretrained(folder)
+
+    def _restore(self) -> int:
+        """Take up the run where its last good checkpoint left it. Returns the number of steps done."""
+        start = 0
+        if self.resume_from is not None:
+            state = checkpoint.load_state(self.resume_from)
+            if state["data"] != self.train.fingerprint:
+                raise TrainError(
+                    f"{self.output}: the training data changed since step {state['step']}; choose another --output"
+                )
+            checkpoint.load_optimizer(self.optimizer, self.resume_from / "optimizer.safetensors")
+            set_random_state(state["random"])
+            start = int(state["step"])
+        if self.runtime.is_main:
+            checkpoint.clean(self._checkpoints, self.resume_from)
+            self.metrics.rewind(start if self.resume_from is not None else -1)
+        self.runtime.wait()
+        return start
+
+    def _finish(self) -> None:
+        """Export the final model in the format of transformers, whole or not at all."""
+
+        def write() -> None:
+            checkpoint.export(self.output / "model", self._write_model)
+
+        self._on_main(write)
+        if self.config.track.to:
+            self.runtime.accelerator.end_training()
+
+
+# Pure pieces ----------------------------------------------------------------------------------------------------------
+
+
+def total_steps(config: RunConfig, steps_per_epoch: int | None) -> int:
+    """Optimizer steps of the run. Raises: ConfigError for an endless stream without max_steps."""
+    if config.train.max_steps is not None:
+        return config.train.max_steps
+    if steps_per_epoch is None:
+        raise ConfigError("train.max_steps: found none, expected a number of steps for an endless stream of pairs")
+    return math.ceil(config.train.train_epochs * steps_per_epoch)
+
+
+def learning_rate(config: RunConfig, steps_per_epoch: int | None, step: int) -> float:
+    """The learning rate of optimizer step `step`, counted from 0.
+
+    Warm-up reaches the peak on its last step; linear and cosine then fall to 0 at the end of the schedule, which may
+    lie beyond the end of training.
+    """
+    optim, epochs = config.optim, config.train.schedule_epochs
+    laid_out = epochs is not None and steps_per_epoch is not None
+    length = math.ceil(epochs * steps_per_epoch) if laid_out else total_steps(config, steps_per_epoch)  # type: ignore[operator]
+    warmup = optim.warmup_steps if optim.warmup_steps is not None else math.ceil(optim.warmup_ratio * length)
+    if step < warmup:
+        return optim.lr * (step + 1) / warmup
+    if optim.schedule == "constant":
+        return optim.lr
+    done = min(1.0, (step - warmup) / max(1, length - warmup))
+    return optim.lr * (1 - done if optim.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done)))
+
+
+def make_optimizer(settings: OptimConfig, lm: nn.Module) -> torch.optim.Optimizer:
+    """The optimizer by name over the trainable weights; vectors (norms, biases) are not decayed.
+
+    Raises: ConfigError for a class that does not exist or arguments it does not take.
+    """
+    import importlib
+
+    short = {"adamw": torch.optim.AdamW, "rmsprop": torch.optim.RMSprop, "sgd": torch.optim.SGD}
+    kind: Any = short.get(settings.name)
+    if kind is None:
+        module, _, name = settings.name.rpartition(".")
+        try:
+            kind = getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError) as error:
+            raise ConfigError(f"optim.name: '{settings.name}' cannot be imported: {error}") from error
+    trainable = [p for p in lm.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": settings.weight_decay},
+        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    try:
+        return kind([g for g in groups if g["params"]], lr=settings.lr, **settings.args)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"optim.args: {settings.name} refused {settings.args}: {error}") from error
+
+
+def _length(pair: EncodedPair) -> int:
+    return len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids or ()))
+
+
+def _terms(output: LossOutput) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    return {f"loss/{term.name}": (term.value.detach(), term.count) for term in output.terms}
+
+
+def _total_loss(output: LossOutput, averages: Mapping[str, float]) -> float:
+    return sum(term.weight * averages.get(f"loss/{term.name}", 0.0) for term in output.terms)
+
+
+def _placeholder(batch: PairBatch, reference: str) -> PairStats:
+    """Statistics of a model that gives every token probability one, for asking a loss for its counts."""
+    zeros = torch.zeros(batch.pairs, dtype=torch.float64)
+    paired = zeros if batch.rejected_lengths is not None else None
+    names = {"ref_logp": "ref_logps", "kl": "kl"}
+    members: dict[str, Any] = {"chosen_logps": zeros, "rejected_logps": paired}
+    for name in statistics_for(reference):
+        members[f"chosen_{names[name]}"], members[f"rejected_{names[name]}"] = zeros, paired
+    return PairStats(**members, chosen_lengths=batch.chosen_lengths, rejected_lengths=batch.rejected_lengths)
+
+
+def _not_finite(output: LossOutput, batch: PairBatch) -> list[str]:
+    bad = torch.zeros(batch.pairs, dtype=torch.bool)
+    for term in output.terms:
+        bad |= ~torch.isfinite(term.value.detach()).cpu()
+    return [batch.where[i] or f"pair {i} of the batch" for i in bad.nonzero().flatten().tolist()]
+
+
+def _pair_line(step: int, row: Mapping[str, Any]) -> str:
+    cells = {name: value / count for name, (value, count) in row["cells"].items() if count > 0}
+    return json.dumps({"step": step, "index": row["index"], "where": row["where"], **cells}) + "\n"
+
+
+def _postfix(line: Mapping[str, Any]) -> dict[str, str]:
+    shown = {"loss": f"{line['loss']:.4f}", "tok/s": f"{line['tokens_per_second']:.0f}"}
+    if "rewards/accuracies" in line:
+        shown["acc"] = f"{line['rewards/accuracies']:.3f}"
+    return shown
