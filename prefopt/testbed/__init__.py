@@ -16,8 +16,8 @@ WORLDS = ("bandit",)
 def build_world(name: str = "bandit", *, seed: int = 0, cache_dir: Path | str | None = None) -> Bandit:
     """Open a world; its base policy is trained on first use and found in the cache afterwards.
 
-    Args: name: which world. seed: of the world itself; other seeds are other rewards and other base policies. cache_dir:
-        where base policies are kept, None for the user's cache directory.
+    Args: name: which world. seed: of the world itself; another seed is another reward and another base policy.
+        cache_dir: where base policies are kept, None for the user's cache directory.
     Returns: the world.
     Raises: ConfigError when there is no world of that name.
     """

@@ -7,12 +7,13 @@ hands out encoded pairs, and evaluates any causal language model over its tokeni
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import itertools
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -43,8 +44,8 @@ class BanditSettings:
 
     seed: int = 0
     """Of the reward, of the base distribution and of the base policy's initial weights."""
-    reward_sd: float = 1.5
-    """Standard deviation of the reward over the responses of a prompt. With 1.5, KL(pi* || ref) is about 1 at beta 1."""
+    reward_sd: float = 1.4
+    """Standard deviation of the reward over the responses of a prompt; 1.4 makes KL(pi* || ref) about 1 at beta 1."""
     interaction: float = 0.5
     """Share of the reward's variance that is in pairs of neighbouring words, hence not additive over tokens."""
     base_sd: float = 1.0
@@ -69,6 +70,18 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=core, pad_token=PAD, bos_token=BOS, eos_token=EOS, unk_token=UNK, model_max_length=64
     )
+
+
+@contextlib.contextmanager
+def no_progress_bars() -> Iterator[None]:
+    """transformers shows a bar per file it opens, which says nothing about a file of 200 kB."""
+    shown = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers.utils.logging.enable_progress_bar()
 
 
 def smooth_table(rng: np.random.Generator, responses: np.ndarray, interaction: float) -> np.ndarray:
@@ -98,7 +111,7 @@ class Bandit:
 
     Outcomes are numbered 0..511 in the order of `itertools.product(WORDS, repeat=3)`; outcome 512 is "outside", all
     sequences that are none of the 512. Its reward is the lowest of its prompt, so nothing is gained by leaving the
-    world; it takes part in every sum. Entropy and KL are those of the 513 outcomes: what happens inside "outside" is not
+    world; it takes part in every sum. Entropy and KL are those of the 513 outcomes: sequences inside "outside" are not
     told apart, so they are lower bounds on the sequence values, exact as far as `exact/outside` is small.
 
     Args:
@@ -129,7 +142,7 @@ class Bandit:
 
     @functools.cached_property
     def base_model_path(self) -> Path:
-        """Folder of the base policy and its tokenizer, as `from_pretrained` opens it; trained on first use (seconds)."""
+        """Folder of the base policy and its tokenizer, as `from_pretrained` opens it; trained on first use."""
         versions = {"recipe": RECIPE, "torch": torch.__version__, "transformers": transformers.__version__}
         content = json.dumps({"world": self.name, **asdict(self.settings), **versions}, sort_keys=True)
         key = f"{self.name}-{hashlib.sha256(content.encode()).hexdigest()[:16]}"
@@ -177,8 +190,9 @@ class Bandit:
                     optimizer.step()
         finally:
             torch.set_num_threads(threads)
-        model.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
+        with no_progress_bars():
+            model.save_pretrained(folder)
+            self.tokenizer.save_pretrained(folder)
 
     def _model_config(self) -> LlamaConfig:
         hidden = self.settings.hidden
@@ -235,7 +249,9 @@ class Bandit:
     @functools.cached_property
     def log_ref(self) -> torch.Tensor:
         """The base policy's log-probability of each outcome, (P, 513) float64: the reference of every truth here."""
-        return self.log_probs(LlamaForCausalLM.from_pretrained(self.base_model_path, dtype=torch.float32))
+        with no_progress_bars():
+            model = LlamaForCausalLM.from_pretrained(self.base_model_path, dtype=torch.float32)
+        return self.log_probs(model)
 
     @functools.cached_property
     def win_prob(self) -> torch.Tensor:
@@ -255,8 +271,8 @@ class Bandit:
 
         Args: log_policy: table (P, 513). beta: the one whose optimum pi* the policy is compared with.
         Returns: `exact/...` -> value. `kl_a_b` is KL(a || b), `kl_star_ratio` is KL(pi* || policy) / KL(pi* || ref),
-            `frontier_gap` how much reward the best policy with the same KL(policy || ref) has beyond this one, `outside`
-            the probability of writing none of the 512 responses.
+            `frontier_gap` how much more reward the best policy of the same KL(policy || ref) has, `outside` the
+            probability of writing none of the 512 responses.
         """
         star, ref, reward = self.optimum(beta), self.log_ref, self.reward
         values = {
@@ -283,10 +299,8 @@ class Bandit:
         Args: betas: in the order wanted; None: 200 values from 100 down to 0.02, from next to the reference to next to
             the best response.
         """
-        grid = (
-            torch.logspace(2, math.log10(0.02), 200, dtype=torch.float64) if betas is None else torch.tensor([*betas])
-        )
-        kls, rewards = truth.frontier(self.log_ref, self.reward, grid)
+        grid = np.logspace(2, math.log10(0.02), 200) if betas is None else np.array([*betas], dtype=np.float64)
+        kls, rewards = truth.frontier(self.log_ref, self.reward, torch.from_numpy(grid))
         return kls.numpy(), rewards.numpy()
 
     # ---------------------------------------------------------------------------------------------- pairs
@@ -307,8 +321,8 @@ class Bandit:
     def draw(self, n: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Preference pairs as numbers.
 
-        The prompt is uniform; two responses are drawn from the reference within the world, both again until they differ;
-        the first wins with probability sigmoid(r1 - r2).
+        The prompt is uniform; two responses are drawn from the reference within the world, both again until they
+        differ; the first wins with probability sigmoid(r1 - r2).
 
         Args: n: how many. rng: where the randomness comes from.
         Returns: prompt, chosen, rejected, and P(chosen > rejected), each `(n,)`.
@@ -349,8 +363,8 @@ class Bandit:
     def file_pairs(self, n: int, seed: int) -> list[EncodedPair]:
         """A fixed set of `n` encoded pairs; other seeds give other pairs, so one can be held out from another.
 
-        Their columns are `chosen_win_prob` and `rejected_win_prob`, each response's exact probability of being preferred
-        to a draw from the reference, and `chosen_prob`, that of the chosen one being preferred to the rejected one.
+        Their columns are `chosen_win_prob` and `rejected_win_prob`, each response's exact probability of being
+        preferred to a draw from the reference, and `chosen_prob`, that of the chosen one against the rejected one.
         """
         return self._encoded(n, [0, seed], f"{self.name}-{seed}")
 

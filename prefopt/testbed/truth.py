@@ -1,7 +1,7 @@
-"""The algebra of an enumerable world: optimum, divergences and frontier from tables of log-probabilities, in float64.
+"""The algebra of an enumerable world: optimum, divergences and frontier from tables of log-probabilities, float64.
 
-A table has a row per prompt and a column per outcome, shape `(P, K)`; each row of a log-probability table sums to one in
-probability. Nothing here knows a model or a tokenizer. Logs are natural: everything called KL or entropy is in nats.
+A table has a row per prompt and a column per outcome, shape `(P, K)`; each row of a log-probability table sums to one
+in probability. Nothing here knows a model or a tokenizer. Logs are natural: everything called KL or entropy is in nats.
 """
 
 from __future__ import annotations
