@@ -27,14 +27,22 @@ class Rendered:
         return self.text[: self.spans[0][0]]
 
 
-def render(prompt: str | Messages, completion: str | Messages, tokenizer: Any, key: str = "chosen") -> Rendered:
+def render(
+    prompt: str | Messages,
+    completion: str | Messages,
+    tokenizer: Any,
+    key: str = "chosen",
+    *,
+    ends: tuple[str, ...] | None = None,
+) -> Rendered:
     """The text of one side, by the tokenizer's chat template where the row is made of messages.
 
     Only the assistant's turns are scored, each with its terminator. Where they begin and end is found by rendering the
     conversation up to them, so the template needs no generation marks; each such rendering must be a prefix of the
     whole.
 
-    Args: prompt, completion: of a `PairRow`; tokenizer: one of transformers'; key: named in complaints.
+    Args: prompt, completion: of a `PairRow`; tokenizer: one of transformers'; key: named in complaints;
+        ends: what `end_tokens` gives, if it is at hand.
     Raises: RowProblem when the template refuses the row or rewrites what came before; DataError when there is no
     template.
     """
@@ -46,7 +54,7 @@ def render(prompt: str | Messages, completion: str | Messages, tokenizer: Any, k
         raise DataError(NO_TEMPLATE)
     messages = prompt + completion
     whole = _apply(tokenizer, messages, key)
-    ends = _end_tokens(tokenizer)
+    ends = end_tokens(tokenizer) if ends is None else ends
     spans: list[tuple[int, int]] = []
     terminated = False
     for i in range(len(prompt), len(messages)):
@@ -85,7 +93,7 @@ def _apply(tokenizer: Any, messages: Messages, key: str, *, add_generation_promp
         raise RowProblem("template refuses the row", key, f"the chat template says: {line}", "a row it takes") from None
 
 
-def _end_tokens(tokenizer: Any) -> tuple[str, ...]:
+def end_tokens(tokenizer: Any) -> tuple[str, ...]:
     """Texts that can be a terminator: every special token but those that mean something else."""
     added = {str(t) for t in tokenizer.added_tokens_decoder.values() if t.special} | {*tokenizer.all_special_tokens}
     others = {tokenizer.bos_token, tokenizer.unk_token} - {tokenizer.eos_token}

@@ -22,7 +22,7 @@ from typing import Any, overload
 
 import numpy as np
 
-from prefopt.data.chat import Rendered, render
+from prefopt.data.chat import Rendered, end_tokens, render
 from prefopt.data.report import EXAMPLES, DataReport
 from prefopt.data.rows import MAX_ROW_BYTES, BadRow, OnBadRow, RowProblem, RowReader, first_bad_row
 from prefopt.errors import DataError
@@ -62,7 +62,7 @@ class Encoder:
                 f"data.max_length: found {max_length}, expected at least 2: a prompt token and a scored one"
             )
         self.tokenizer, self.max_length = tokenizer, max_length
-        self.bos, self.eos = added_bos(tokenizer), tokenizer.eos_token_id
+        self.bos, self.eos, self.ends = added_bos(tokenizer), tokenizer.eos_token_id, end_tokens(tokenizer)
 
     def rows(self, rows: Iterable[PairRow]) -> Iterator[CutPair | BadRow]:
         """Each row encoded, or what is wrong with it, in order. Rows are tokenised a few hundred at a time."""
@@ -71,7 +71,8 @@ class Encoder:
             rendered: list[list[Rendered] | BadRow] = []
             for row in batch:
                 try:
-                    rendered.append([render(row.prompt, side, self.tokenizer, key) for key, side in _sides(row)])
+                    sides = [(row.prompt, side, self.tokenizer, key) for key, side in _sides(row)]
+                    rendered.append([render(*side, ends=self.ends) for side in sides])
                 except RowProblem as problem:
                     rendered.append(problem.at(row.where))
             texts = [text for sides in rendered if isinstance(sides, list) for side in sides for text in _texts(side)]
@@ -198,7 +199,7 @@ def check_row_structure(pair: EncodedPair, tokenizer: Any) -> str | None:
     masks as long as completions; no pad token inside; one terminator at most.
     """
     bos, eos, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
-    special = {*tokenizer.all_special_ids} - {tokenizer.unk_token_id}
+    special = {*tokenizer.convert_tokens_to_ids(list(end_tokens(tokenizer))), eos}
     prompt = pair.prompt_ids
     if not prompt:
         return "the prompt has no token"
