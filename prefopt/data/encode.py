@@ -24,7 +24,7 @@ import numpy as np
 
 from prefopt.data.chat import Rendered, end_tokens, render
 from prefopt.data.report import EXAMPLES, DataReport
-from prefopt.data.rows import MAX_ROW_BYTES, BadRow, OnBadRow, RowProblem, RowReader, first_bad_row
+from prefopt.data.rows import MAX_ROW_BYTES, BadRow, Messages, OnBadRow, RowProblem, RowReader, first_bad_row
 from prefopt.errors import DataError
 from prefopt.types import Column, EncodedPair, PairRow
 
@@ -71,8 +71,7 @@ class Encoder:
             rendered: list[list[Rendered] | BadRow] = []
             for row in batch:
                 try:
-                    sides = [(row.prompt, side, self.tokenizer, key) for key, side in _sides(row)]
-                    rendered.append([render(*side, ends=self.ends) for side in sides])
+                    rendered.append([self._render(row, key, side) for key, side in _sides(row)])
                 except RowProblem as problem:
                     rendered.append(problem.at(row.where))
             texts = [text for sides in rendered if isinstance(sides, list) for side in sides for text in _texts(side)]
@@ -93,6 +92,9 @@ class Encoder:
         if isinstance(encoded, BadRow):
             raise DataError(encoded.message)
         return encoded.pair
+
+    def _render(self, row: PairRow, key: str, side: str | Messages) -> Rendered:
+        return render(row.prompt, side, self.tokenizer, key, ends=self.ends)
 
     def _tokenize(self, texts: list[str]) -> list[list[int]]:
         # Some tokenizers have no fast form and cannot take an empty list.
@@ -165,7 +167,7 @@ class Encoder:
         return ids[:boundary], completion, mask
 
 
-def _sides(row: PairRow) -> list[tuple[str, Any]]:
+def _sides(row: PairRow) -> list[tuple[str, str | Messages]]:
     return [("chosen", row.chosen)] + ([("rejected", row.rejected)] if row.rejected is not None else [])
 
 
@@ -349,21 +351,17 @@ def encode_file(
     settings = [max_length, need_rejected, repr(extra), sorted(reader.columns.items()), on_bad_row, max_row_bytes]
     key = _cache_key(reader, tokenizer, settings)
     folder = Path(cache_dir).expanduser() / key
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with _lock(folder.with_suffix(".lock")):
-            loaded = _load(folder, name)
-            if loaded is None:
-                temporary = Path(tempfile.mkdtemp(prefix=f"{key}.", suffix=".tmp", dir=folder.parent))
-                try:
-                    _build(temporary, reader, encoder, name, on_bad_row)
-                    shutil.rmtree(folder, ignore_errors=True)  # a damaged one, or there is none
-                    os.replace(temporary, folder)
-                finally:
-                    shutil.rmtree(temporary, ignore_errors=True)
-                loaded = _load(folder, name)
-    except OSError as error:
-        raise DataError(f"{cache_dir}: cannot keep the encoded data here: {error.strerror or error}") from None
+    loaded = _load(folder, name)
+    if loaded is None:
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with _lock(folder.with_suffix(".lock")):
+                loaded = _load(folder, name)  # another process may have been faster
+                if loaded is None:
+                    _write(folder, reader, encoder, name, on_bad_row)
+                    loaded = _load(folder, name)
+        except OSError as error:
+            raise DataError(f"{cache_dir}: cannot keep the encoded data here: {error.strerror or error}") from None
     if loaded is None:
         raise DataError(f"{folder}: the encoded data cannot be read back; is the disk full?")
     encoded, largest = loaded
@@ -430,6 +428,19 @@ def _load(folder: Path, name: str) -> tuple[Encoded, int] | None:
         return None
     examples = {reason: tuple(name + place for place in places) for reason, places in report.examples.items()}
     return Encoded(pairs, replace(report, path=name, examples=examples), kept["fingerprint"]), kept["largest"]
+
+
+def _write(folder: Path, reader: RowReader, encoder: Encoder, name: str, on_bad_row: OnBadRow) -> None:
+    """Makes a cache folder in one step: it is built beside its place and renamed. The caller holds the lock."""
+    for left in folder.parent.glob(f"{folder.name}.*.tmp"):  # by a process that was killed
+        shutil.rmtree(left, ignore_errors=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=".tmp", dir=folder.parent))
+    try:
+        _build(temporary, reader, encoder, name, on_bad_row)
+        shutil.rmtree(folder, ignore_errors=True)  # a damaged one, or there is none
+        os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _build(folder: Path, reader: RowReader, encoder: Encoder, name: str, on_bad_row: OnBadRow) -> None:

@@ -80,7 +80,8 @@ def test_pair_when_several_turns_then_the_mask_covers_the_assistants_tokens(toke
 def test_pair_when_a_token_spans_the_boundary_then_the_row_is_bad(tokenizer):
     assert problem(tokenizer, "The s", "ky") == (
         "f:1: 'chosen': its first characters merge with the end of the prompt into one token, expected a prompt that "
-        "is a token prefix of the whole (move white space from the end of the prompt to the beginning of the completions)"
+        "is a token prefix of the whole (move white space from the end of the prompt to the beginning of the "
+        "completions)"
     )
 
 
