@@ -20,7 +20,7 @@ from prefopt.errors import ConfigError, PrefoptError, TrainError
 
 if TYPE_CHECKING:
     from prefopt.data.loader import Batches
-    from prefopt.testbed.bandit import World
+    from prefopt.testbed.bandit import Bandit
     from prefopt.types import EncodedPair
 
 CARD = "run_card.json"
@@ -109,12 +109,12 @@ class _Task:
     eval_pairs: Sequence[EncodedPair]
     eval_fingerprint: str
     report: list[str]
-    world: World | None = None
+    world: Bandit | None = None
 
 
 def _testbed_task(config: RunConfig) -> _Task:
     from prefopt.data.loader import FileBatches
-    from prefopt.testbed.bandit import build_world
+    from prefopt.testbed import build_world
 
     test = config.testbed
     world = build_world(test.world, seed=test.seed, cache_dir=cache_dir())
@@ -151,10 +151,9 @@ def _file_task(config: RunConfig) -> _Task:
         other = models.load_config(config.reference.path, config.model, key="reference.path")
         models.check_same_vocabulary(architecture, other, config.reference.path)
     tokenizer = models.load_tokenizer(config.model.path, config.model, config.data.chat_template)
-    pad_id, note = pad_token(tokenizer)
-    if note is not None:
-        tokenizer.pad_token_id = pad_id
-    needs, report = config.method.needs, [note] if note else []
+    tokenizer.pad_token_id, _ = pad_token(tokenizer)  # the report says so where it is not the tokenizer's own
+    needs = config.method.needs
+    report: list[str] = []
 
     def encode(path: str) -> Any:
         encoded = encode_file(
@@ -181,6 +180,8 @@ def _file_task(config: RunConfig) -> _Task:
             report.append(
                 f"warning: {shared:,} of {len(eval_pairs):,} eval pairs have a prompt that is in the training data"
             )
+    elif config.data.eval_fraction == 0:
+        eval_pairs, eval_fingerprint = [], "none"
     else:
         pairs, eval_pairs = split_by_prompt(pairs, config.data.eval_fraction)
         eval_fingerprint = f"{train.fingerprint}-{config.data.eval_fraction}"
@@ -235,13 +236,13 @@ def _report_testbed(config: RunConfig, runtime: rt.Runtime, task: _Task, output:
     if task.world is None or not runtime.is_main:
         return
     from prefopt.engine.metrics import read_lines
-    from prefopt.testbed.plot import frontier_plot, summary_table
+    from prefopt.testbed.report import Run, frontier_plot, summary_table
 
     lines = [line for line in read_lines(output / "metrics.jsonl") if line["split"] == "eval"]
     beta = _beta(config)
     label = config.method.describe() or config.method_name
     say("\n" + summary_table(task.world, lines[0], lines[-1], beta))
-    frontier_plot(output / "frontier.png", task.world, lines, label, beta)
+    frontier_plot(output / "frontier.png", task.world, [Run(label, beta, lines)])
     say(f"\nreward-KL frontier: {output / 'frontier.png'}")
 
 

@@ -80,8 +80,8 @@ class Trainer:
         self._start_trackers()
         if self.needs.coupled and (runtime.world > 1 or config.train.micro_batch < config.train.global_batch):
             raise ConfigError(
-                f"train.micro_batch: found {config.train.micro_batch} on {runtime.world} process(es); this method looks "
-                "at the batch as a whole, expected one process and micro_batch = global_batch "
+                f"train.micro_batch: found {config.train.micro_batch} on {runtime.world} process(es); this method "
+                "looks at the batch as a whole, expected one process and micro_batch = global_batch "
                 f"({config.train.global_batch})"
             )
         try:
