@@ -6,6 +6,8 @@ in probability. Nothing here knows a model or a tokenizer. Logs are natural: eve
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 
@@ -68,7 +70,6 @@ def frontier_reward(log_ref: torch.Tensor, reward: torch.Tensor, at_kl: float) -
     low, high = -12.0, 12.0  # log beta: KL falls as beta grows
     for _ in range(60):
         middle = (low + high) / 2
-        table = optimum(log_ref, reward, float(torch.tensor(middle).exp()))
+        table = optimum(log_ref, reward, math.exp(middle))
         low, high = (middle, high) if float(kl(table, log_ref).mean()) > at_kl else (low, middle)
-    beta = float(torch.tensor(high).exp())
-    return float(expected(optimum(log_ref, reward, beta), reward).mean())
+    return float(expected(optimum(log_ref, reward, math.exp(high)), reward).mean())

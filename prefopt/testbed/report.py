@@ -1,0 +1,139 @@
+"""What a run in a world has come to: one table, and its path under the optimal reward-KL curve."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from prefopt.errors import TrainError
+from prefopt.testbed.bandit import Bandit
+
+INK, GREY, SHADE = "#222222", "#8a8a8a", "#f1f1ee"
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")  # Okabe and Ito: safe for the colour-blind
+
+
+@dataclass(frozen=True)
+class Run:
+    """A line of the plot.
+
+    Args: label: runs of one label share colour and legend entry. beta: whose optimum to mark. trajectory: what
+        `Bandit.evaluate` said at each evaluation, in order; a single one is drawn as an end point without a path.
+    """
+
+    label: str
+    beta: float
+    trajectory: Sequence[Mapping[str, float]]
+
+
+def summary_table(world: Bandit, first: Mapping[str, float], last: Mapping[str, float], beta: float) -> str:
+    """Reference, start (where it is not the reference), end and optimum, one under the other.
+
+    Args: first, last: `world.evaluate` before and after training. beta: of the optimum.
+    Returns: lines of text without a final newline. KL and entropy in nats.
+    """
+    rows = {"reference": world.measures(world.log_ref, beta)}
+    if first["exact/kl_policy_ref"] > 1e-6:
+        rows["start"] = dict(first)
+    rows |= {"policy at end": dict(last), "optimum pi*": world.measures(world.optimum(beta), beta)}
+    columns = {
+        "reward": ("reward", ".3f"),
+        "KL(.||ref)": ("kl_policy_ref", ".3f"),
+        "KL(pi*||.)": ("kl_star_policy", ".4f"),
+        "of start": ("kl_star_ratio", ".1%"),
+        "entropy": ("entropy", ".3f"),
+        "win rate": ("win_rate", ".3f"),
+        "below curve": ("frontier_gap", ".3f"),
+        "outside": ("outside", ".1e"),
+    }
+
+    def cell(value: float, spec: str) -> str:
+        text = format(value, spec)
+        return text if text.strip("-0.%") else text.lstrip("-")  # rounding makes no -0.000
+
+    body = [[name, *(cell(row[f"exact/{key}"], spec) for key, spec in columns.values())] for name, row in rows.items()]
+    table = [[f"exact, beta {beta:g}", *columns], *body]
+    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
+    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in table]
+    rule = "-" * len(lines[0])
+    return "\n".join([lines[0], rule, *lines[1:]])
+
+
+def frontier_plot(path: Path | str, world: Bandit, runs: Sequence[Run]) -> None:
+    """Draw the optimal reward-KL curve, each run's path and end point, and the optimum of each beta, to a PNG.
+
+    Args: path: the file, replaced whole. world: where the curve comes from. runs: one or more.
+    Raises: TrainError when the file cannot be written.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    colours = {label: COLOURS[i % len(COLOURS)] for i, label in enumerate(dict.fromkeys(run.label for run in runs))}
+    betas = sorted({run.beta for run in runs}, reverse=True)
+    best_kl, best_reward = world.frontier(betas)
+    shown = [float(kl) for kl in best_kl] + [point["exact/kl_policy_ref"] for run in runs for point in run.trajectory]
+    right = 1.18 * max(shown)
+    kls, rewards = world.frontier()
+    inside = kls <= right
+    inside[np.argmax(~inside) if not inside.all() else -1] = True  # one point beyond the edge, so the curve reaches it
+    kls, rewards = kls[inside], rewards[inside]
+    low = min([0.0, *(point["exact/reward"] for run in runs for point in run.trajectory), float(rewards.min())])
+    high = float(np.interp(right, kls, rewards))
+    low, high = low - 0.05 * (high - low), high + 0.10 * (high - low)
+
+    figure = Figure(figsize=(7.2, 4.8), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.fill_between(kls, rewards, high, color=SHADE, linewidth=0, zorder=0)
+    axes.plot(kls, rewards, color=INK, linewidth=1.6, label="optimal curve (exact)", zorder=2)
+    named: set[str] = set()
+    crowded = len(runs) > 1
+    for run in runs:
+        x = [point["exact/kl_policy_ref"] for point in run.trajectory]
+        y = [point["exact/reward"] for point in run.trajectory]
+        colour, label = colours[run.label], None if run.label in named else run.label
+        named.add(run.label)
+        axes.plot(x, y, color=colour, linewidth=1.2, alpha=0.45 if crowded else 0.9, zorder=3)
+        if not crowded:
+            axes.plot(x[:-1], y[:-1], "o", color=colour, markersize=3.2, zorder=3)
+        size = 6.0 if crowded else 8.5
+        axes.plot(
+            x[-1:],
+            y[-1:],
+            "o",
+            color=colour,
+            markersize=size,
+            markeredgecolor="white",
+            zorder=5,
+            label=label,
+            ls="none",
+        )
+    mark = "optimum of each $\\beta$" if len(betas) > 1 else f"optimum, $\\beta$ = {betas[0]:g}"
+    axes.plot(
+        best_kl, best_reward, "*", markersize=13, color="white", markeredgecolor=INK, zorder=4, label=mark, ls="none"
+    )
+    if len(betas) > 1:
+        for beta, x_, y_ in zip(betas, best_kl, best_reward, strict=True):
+            axes.annotate(f"$\\beta$ = {beta:g}", (x_, y_), (-6, 7), textcoords="offset points", ha="right", color=INK)
+    reference = world.measures(world.log_ref, betas[0])["exact/reward"]
+    axes.plot([0], [reference], "s", color=GREY, markersize=6, zorder=4, label="reference", ls="none", clip_on=False)
+    axes.text(
+        0.02, 0.97, "no policy can be here", color=GREY, fontsize=9, transform=axes.transAxes, va="top", style="italic"
+    )
+    axes.set(
+        xlim=(0, right),
+        ylim=(low, high),
+        xlabel="KL(policy || reference)  [nats, mean over prompts]",
+        ylabel="expected reward  [mean over prompts]",
+    )
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(loc="lower right", frameon=False)
+    scratch = Path(f"{path}.part")
+    try:
+        figure.savefig(scratch, format="png")
+        os.replace(scratch, path)
+    except OSError as error:
+        raise TrainError(f"{path}: cannot write the plot: {error.strerror}") from None

@@ -1,0 +1,80 @@
+"""The algebra, on tables small enough to check by hand or by brute force."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from prefopt.testbed import truth
+
+
+@pytest.fixture
+def tables() -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    log_ref = torch.randn(3, 40, generator=generator, dtype=torch.float64).log_softmax(-1)
+    return log_ref, torch.randn(3, 40, generator=generator, dtype=torch.float64)
+
+
+def test_optimum_of_two_outcomes_by_hand() -> None:
+    # odds 1:3 under the reference; reward ln 2 at beta 1/2 multiplies the first by exp(2 ln 2) = 4: odds 4:3
+    log_ref = torch.tensor([[0.25, 0.75]], dtype=torch.float64).log()
+    reward = torch.tensor([[math.log(2), 0.0]], dtype=torch.float64)
+    star = truth.optimum(log_ref, reward, 0.5).exp()
+    torch.testing.assert_close(star, torch.tensor([[4 / 7, 3 / 7]], dtype=torch.float64), rtol=0, atol=1e-15)
+
+
+def test_kl_and_entropy_by_hand_and_with_a_zero() -> None:
+    p = torch.tensor([[0.5, 0.5, 0.0]], dtype=torch.float64).log()
+    q = torch.tensor([[0.25, 0.25, 0.5]], dtype=torch.float64).log()
+    assert truth.kl(p, q).item() == pytest.approx(math.log(2), abs=1e-15)
+    assert truth.entropy(p).item() == pytest.approx(math.log(2), abs=1e-15)
+    assert truth.kl(q, p).item() == math.inf
+
+
+def test_win_probability_by_hand() -> None:
+    reward = torch.tensor([[0.0, math.log(3)]], dtype=torch.float64)  # sigmoid(ln 3) = 3/4
+    won = truth.win_probability(torch.tensor([[0.5, 0.5]], dtype=torch.float64).log(), reward)
+    torch.testing.assert_close(won, torch.tensor([[0.375, 0.625]], dtype=torch.float64), rtol=0, atol=1e-15)
+
+
+@pytest.mark.parametrize("beta", [0.2, 1.0, 5.0])
+def test_optimum_maximises_the_objective(tables: tuple[torch.Tensor, torch.Tensor], beta: float) -> None:
+    log_ref, reward = tables
+    star = truth.optimum(log_ref, reward, beta)
+
+    def objective(table: torch.Tensor) -> torch.Tensor:
+        return truth.expected(table, reward) - beta * truth.kl(table, log_ref)
+
+    for seed in range(20):
+        noise = torch.randn(star.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        for size in (1e-3, 0.1, 2.0):
+            near = (star + size * noise).log_softmax(-1)
+            loss = objective(star) - objective(near)
+            assert (loss > 0).all()
+            torch.testing.assert_close(loss, beta * truth.kl(near, star), rtol=1e-8, atol=1e-13)  # exactly this much
+
+
+def test_frontier_is_rising_and_concave_with_slope_beta(tables: tuple[torch.Tensor, torch.Tensor]) -> None:
+    betas = torch.logspace(1.5, -1, 60, dtype=torch.float64)
+    kls, rewards = truth.frontier(*tables, betas)
+    steps, gains = kls.diff(), rewards.diff()
+    assert (steps > 0).all()
+    assert (gains > 0).all()
+    slopes = gains / steps
+    assert (slopes.diff() < 0).all()
+    assert (slopes < betas[:-1]).all()  # a chord's slope lies between the betas of its ends
+    assert (slopes > betas[1:]).all()
+
+
+def test_no_policy_lies_above_the_frontier(tables: tuple[torch.Tensor, torch.Tensor]) -> None:
+    log_ref, reward = tables
+    for seed in range(20):
+        noise = torch.randn(log_ref.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        policy = (log_ref + seed / 5 * reward + 0.5 * noise).log_softmax(-1)
+        best = truth.frontier_reward(log_ref, reward, float(truth.kl(policy, log_ref).mean()))
+        assert best > float(truth.expected(policy, reward).mean())
+    star = truth.optimum(log_ref, reward, 0.7)
+    best = truth.frontier_reward(log_ref, reward, float(truth.kl(star, log_ref).mean()))
+    assert best == pytest.approx(float(truth.expected(star, reward).mean()), abs=1e-10)
