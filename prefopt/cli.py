@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from prefopt.types import EncodedPair
 
 CARD = "run_card.json"
+_HELD_OUT = 2**31  # seed of the testbed's held-out pairs: the same for every run, and no training set's
 
 
 def train(argv: Sequence[str]) -> int:
@@ -126,13 +127,12 @@ def _testbed_task(config: RunConfig) -> _Task:
         fingerprint = f"{world.fingerprint}-{test.pairs}-{seed}"
         train = FileBatches(world.file_pairs(test.pairs, seed), batch, seed, fingerprint)
         what = f"a fixed set of {test.pairs:,} pairs"
-    held_out = -1 - seed  # another seed than any training set's
     return _Task(
         model_path=str(world.base_model_path),
         tokenizer=world.tokenizer,
         train=train,
-        eval_pairs=world.file_pairs(test.eval_pairs, held_out),
-        eval_fingerprint=f"{world.fingerprint}-{test.eval_pairs}-{held_out}",
+        eval_pairs=world.file_pairs(test.eval_pairs, _HELD_OUT),
+        eval_fingerprint=f"{world.fingerprint}-{test.eval_pairs}",
         report=[f"no model and no data named: training on the testbed world '{test.world}', {what}"],
         world=world,
     )

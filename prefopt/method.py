@@ -83,27 +83,6 @@ def reward_metrics(stats: PairStats, beta: float) -> Metrics:
     )
 
 
-def common_metrics(stats: PairStats) -> Metrics:
-    """What is logged of every method as far as the statistics are there, under TRL's names.
-
-    `logps/*` and `kl/*` are sums over a completion, averaged over pairs; kl is forward, KL(reference || policy), and
-    `kl/margin` is chosen minus rejected. `entropy` is the policy's, in nats per token over both completions.
-    """
-    metrics = per_pair(logps__chosen=stats.chosen_logps)
-    if stats.rejected_logps is not None:
-        metrics |= per_pair(logps__rejected=stats.rejected_logps)
-    if stats.chosen_kl is not None:
-        metrics |= per_pair(kl__chosen=stats.chosen_kl)
-        if stats.rejected_kl is not None:
-            metrics |= per_pair(kl__rejected=stats.rejected_kl, kl__margin=stats.chosen_kl - stats.rejected_kl)
-    if stats.chosen_entropy is not None:
-        entropy, tokens = stats.chosen_entropy.detach(), stats.chosen_lengths
-        if stats.rejected_entropy is not None and stats.rejected_lengths is not None:
-            entropy, tokens = entropy + stats.rejected_entropy.detach(), tokens + stats.rejected_lengths
-        metrics["entropy"] = (entropy, tokens)
-    return metrics
-
-
 def logit_accuracy(logits: torch.Tensor) -> Metrics:
     """How often the quantity that the loss pushes up is positive: the sign of the training logit."""
     return per_pair(accuracy__logit=(logits > 0).to(logits.dtype))

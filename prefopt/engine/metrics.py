@@ -41,14 +41,18 @@ class Meter:
 
 
 def shared_metrics(stats: PairStats) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """What is logged for every method alike, as far as it was computed: summed log-probs, KL, entropy per token."""
+    """What is logged for every method alike, as far as it was computed, under TRL's names.
+
+    `logps/*`, `kl/*` (forward, KL(reference || policy)) and `reverse_kl/*` are sums over a completion, averaged over
+    pairs; `kl/margin` is chosen minus rejected. `entropy` is the policy's, in nats per scored token of both sides.
+    """
     out: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     ones = torch.ones_like(stats.chosen_logps.detach())
-    for side in ("chosen", "rejected"):
-        for name, label in (("logps", "logps"), ("kl", "kl"), ("reverse_kl", "reverse_kl")):
+    for name in ("logps", "kl", "reverse_kl"):
+        for side in ("chosen", "rejected"):
             value = getattr(stats, f"{side}_{name}")
             if value is not None:
-                out[f"{label}/{side}"] = (value.detach(), ones)
+                out[f"{name}/{side}"] = (value.detach(), ones)
     if stats.chosen_kl is not None and stats.rejected_kl is not None:
         out["kl/margin"] = ((stats.chosen_kl - stats.rejected_kl).detach(), ones)
     if stats.chosen_entropy is not None:

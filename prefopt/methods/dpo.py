@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from prefopt.method import Method, common_metrics, logit_accuracy, pair_term, reward_metrics
+from prefopt.method import Method, logit_accuracy, pair_term, reward_metrics
 from prefopt.types import LossOutput, Needs, PairBatch, PairStats
 
 if TYPE_CHECKING:
@@ -134,7 +134,7 @@ class DPO(Method):
         )
         if per_token:
             chosen, rejected = chosen / stats.chosen_lengths, rejected / stats.rejected_lengths
-        metrics = common_metrics(stats) | reward_metrics(stats, self.beta) | logit_accuracy(chosen - rejected)
+        metrics = reward_metrics(stats, self.beta) | logit_accuracy(chosen - rejected)
         return LossOutput(terms=(pair_term(losses),), metrics=metrics)
 
     def loss_at_reference(self) -> float | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from prefopt.method import Method, common_metrics
+from prefopt.method import Method
 from prefopt.types import LossOutput, Needs, PairBatch, PairStats, Term
 
 if TYPE_CHECKING:
@@ -35,7 +35,4 @@ class SFT(Method):
     def loss(self, stats: PairStats, batch: PairBatch) -> LossOutput:
         losses = sft(stats.chosen_logps)
         # counted in tokens: the mean over a micro-batch would weigh tokens by how the batch was cut
-        return LossOutput(
-            terms=(Term("nll", losses, stats.chosen_lengths),),
-            metrics=common_metrics(stats) | {"nll": (losses.detach(), stats.chosen_lengths)},
-        )
+        return LossOutput(terms=(Term("nll", losses, stats.chosen_lengths),))

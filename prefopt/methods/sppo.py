@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from prefopt.method import Method, common_metrics, pair_term, reward_metrics
+from prefopt.method import Method, pair_term, reward_metrics
 from prefopt.types import Column, LossOutput, Needs, PairBatch, PairStats
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ class SPPO(Method):
         probs = [batch.columns[column.name] for column in self.needs.columns]
         losses = sppo(stats.chosen_logratios, stats.rejected_logratios, *probs, beta=self.beta, variant=self.variant)
         # no accuracy/logit: the two sides are separate regressions, and there is no logit that compares them
-        return LossOutput(terms=(pair_term(losses),), metrics=common_metrics(stats) | reward_metrics(stats, self.beta))
+        return LossOutput(terms=(pair_term(losses),), metrics=reward_metrics(stats, self.beta))
 
     def loss_at_reference(self) -> float | None:
         return 0.5 / self.beta**2 if self.variant == "hard" else None

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from prefopt.method import Method, common_metrics, logit_accuracy, pair_term, per_pair, reward_metrics
+from prefopt.method import Method, logit_accuracy, pair_term, per_pair, reward_metrics
 from prefopt.types import LossOutput, Needs, PairBatch, PairStats
 
 if TYPE_CHECKING:
@@ -106,8 +106,7 @@ class TDPO(Method):
         chosen_rewards = self.beta * (chosen + stats.chosen_kl)
         rejected_rewards = self.beta * (rejected + stats.rejected_kl)
         metrics = (
-            common_metrics(stats)
-            | reward_metrics(stats, self.beta)
+            reward_metrics(stats, self.beta)
             | per_pair(
                 rewards_tdpo__chosen=chosen_rewards,
                 rewards_tdpo__rejected=rejected_rewards,
