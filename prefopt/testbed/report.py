@@ -124,7 +124,7 @@ def frontier_plot(path: Path | str, world: Bandit, runs: Sequence[Run]) -> None:
         0.02, 0.97, "no policy can be here", color=GREY, fontsize=9, transform=axes.transAxes, va="top", style="italic"
     )
     axes.set(
-        xlim=(0, right),
+        xlim=(-0.09 * right if len(betas) > 1 else 0, right),  # room for labels left of the curve
         ylim=(low, high),
         xlabel="KL(policy || reference)  [nats, mean over prompts]",
         ylabel="expected reward  [mean over prompts]",
