@@ -120,8 +120,9 @@ def frontier_plot(path: Path | str, world: Bandit, runs: Sequence[Run]) -> None:
             axes.annotate(f"$\\beta$ = {beta:g}", (x_, y_), (-6, 7), textcoords="offset points", ha="right", color=INK)
     reference = world.measures(world.log_ref, betas[0])["exact/reward"]
     axes.plot([0], [reference], "s", color=GREY, markersize=6, zorder=4, label="reference", ls="none", clip_on=False)
+    where = axes.get_xaxis_transform()
     axes.text(
-        0.02, 0.97, "no policy can be here", color=GREY, fontsize=9, transform=axes.transAxes, va="top", style="italic"
+        0.02 * right, 0.97, "no policy can be here", color=GREY, size=9, transform=where, va="top", style="italic"
     )
     axes.set(
         xlim=(-0.09 * right if len(betas) > 1 else 0, right),  # room for labels left of the curve
