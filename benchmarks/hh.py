@@ -9,20 +9,21 @@ held-out loss stops falling, and from that checkpoint one run per method and see
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import os
-import subprocess
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from study import lines, machine, train_all
+
 METHODS = {
     "dpo": ["--method", "dpo"],
     "tdpo1": ["--method", "tdpo", "--method.variant", "tdpo1"],
@@ -46,40 +47,28 @@ def main() -> None:
     args.output.mkdir(parents=True, exist_ok=True)
 
     data = ["--data.train", str(args.train), "--data.eval", str(args.eval), "--data.on_bad_row", "skip"]
-    data += ["--data.max_length", "512", "--train.threads", "1"]
+    data += ["--data.max_length", "512"]
     base = make_base(args.train, args.output / "base")
     policy, sft = train_sft(base, data, args.output / "sft", args.sft_lr)
 
-    def run(job: tuple[str, int]) -> Path:
-        name, seed = job
-        output = args.output / f"{name}-seed{seed}"
-        flags = [*METHODS[name], "--method.beta", str(args.beta), "--model.path", str(policy), *data]
-        flags += ["--optim.lr", str(args.lr), "--train.global_batch", "16", "--train.micro_batch", "4"]
-        train([*flags, "--eval.every", "1000", "--train.save_every", "1000", "--seed", str(seed)], output)
-        return output
-
-    jobs = [(name, seed) for seed in range(args.seeds) for name in METHODS]
-    with ThreadPoolExecutor(args.jobs) as pool:
-        outputs = dict(zip(jobs, pool.map(run, jobs), strict=True))
+    common = ["--method.beta", str(args.beta), "--model.path", str(policy), *data, "--optim.lr", str(args.lr)]
+    common += ["--train.global_batch", "16", "--train.micro_batch", "4", "--eval.every", "1000"]
+    runs = {
+        f"{name}-seed{seed}": [*flags, *common, "--seed", str(seed)]
+        for seed in range(args.seeds)
+        for name, flags in METHODS.items()
+    }
+    train_all(runs, args.output, args.jobs)
     result = {
         "sft": sft,
+        "machine": machine(),
         "settings": {"lr": args.lr, "beta": args.beta, "seeds": args.seeds},
-        **summarise(outputs, args.seeds),
+        **summarise(args.output, args.seeds),
     }
     (args.output / "result.json").write_text(json.dumps(result, indent=1))
     table = render(result)
     (args.output / "result.md").write_text(table)
     print(table)
-
-
-def train(flags: Sequence[str], output: Path) -> None:
-    """One run of the train command, in its own process; its words go to a log beside its output."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with output.with_suffix(".log").open("w") as log:
-        command = [sys.executable, str(ROOT / "scripts" / "train.py"), *flags, "--output", str(output)]
-        status = subprocess.run(command, stdout=log, stderr=log).returncode
-    if status != 0:
-        raise SystemExit(f"{output}: the run ended with status {status}; see {output.with_suffix('.log')}")
 
 
 def make_base(file: Path, folder: Path) -> Path:
@@ -130,11 +119,9 @@ def train_sft(base: Path, data: Sequence[str], output: Path, lr: float) -> tuple
     flags += ["--train.global_batch", "8", "--train.micro_batch", "8", "--train.train_epochs", str(EPOCHS)]
     steps = -(-(rows - bad_rows(base, data)) // 8)
     flags += ["--eval.every", str(steps), "--train.save_every", str(steps), "--train.keep_last", str(EPOCHS)]
-    train(flags, output)
-    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    evals = [line for line in lines if line["split"] == "eval"]
-    best = next((a for a, b in zip(evals[1:], evals[2:], strict=False) if b["loss"] >= a["loss"]), evals[-1])
-    trained = [line for line in lines if line["split"] == "train"]
+    train_all({output.name: flags}, output.parent, 1)
+    evals, trained = lines(output), lines(output, "train")
+    best = next((a for a, b in itertools.pairwise(evals[1:]) if b["loss"] >= a["loss"]), evals[-1])
     figures = {
         "loss_per_epoch": [line["loss"] for line in evals],
         "epochs": best["step"] / steps,
@@ -176,20 +163,17 @@ def unigram_perplexity(base: Path, data: Sequence[str]) -> float:
     return math.exp(-sum(math.log((counts[token] + 1) / total) for token in tokens) / len(tokens))
 
 
-def summarise(outputs: dict[tuple[str, int], Path], seeds: int) -> dict[str, Any]:
+def summarise(folder: Path, seeds: int) -> dict[str, Any]:
     """Held-out figures per method, and paired bootstrap differences between methods, over pairs and seeds."""
     per_pair: dict[str, np.ndarray] = {}  # method -> (seeds, pairs) of 0/1
     methods: dict[str, dict[str, Any]] = {}
     for name in METHODS:
         tables = [
-            [json.loads(line) for line in (outputs[name, seed] / "eval_pairs.jsonl").read_text().splitlines()]
+            [json.loads(line) for line in (folder / f"{name}-seed{seed}" / "eval_pairs.jsonl").read_text().splitlines()]
             for seed in range(seeds)
         ]
         per_pair[name] = np.array([[row["rewards/accuracies"] for row in table] for table in tables])
-        last = []
-        for seed in range(seeds):
-            text = (outputs[name, seed] / "metrics.jsonl").read_text().splitlines()
-            last.append([line for line in map(json.loads, text) if line["split"] == "eval"][-1])
+        last = [lines(folder / f"{name}-seed{seed}")[-1] for seed in range(seeds)]
         keys = ("rewards/accuracies", "loss", "rewards/margins", "kl/chosen", "kl/rejected", "entropy")
         keys += ("logps/chosen", "logps/rejected")
         methods[name] = {key: [line[key] for line in last] for key in keys}
@@ -203,9 +187,7 @@ def interval(values: np.ndarray, draws: int = 10_000) -> list[float]:
     """Mean and 95% bootstrap interval of a (seeds, pairs) table, both resampled."""
     rng = np.random.default_rng(0)
     seeds, pairs = values.shape
-    means = [
-        values[rng.integers(seeds, size=seeds)][:, rng.integers(pairs, size=pairs)].mean() for _ in range(draws)
-    ]
+    means = [values[rng.integers(seeds, size=seeds)][:, rng.integers(pairs, size=pairs)].mean() for _ in range(draws)]
     return [float(values.mean()), *map(float, np.percentile(means, [2.5, 97.5]))]
 
 
@@ -213,7 +195,7 @@ def render(result: dict[str, Any]) -> str:
     """The tables of the study in Markdown."""
     sft = result["sft"]
     losses = ", ".join(f"{loss:.3f}" for loss in sft["loss_per_epoch"])
-    lines = [
+    out = [
         f"SFT: {sft['epochs']:g} epochs; held-out loss at the start and after each epoch {losses}; perplexity "
         f"{sft['perplexity']:.1f} against {sft['unigram_perplexity']:.1f} of a unigram model; "
         f"{sft['tokens_per_second']:.0f} tokens/s.",
@@ -224,13 +206,15 @@ def render(result: dict[str, Any]) -> str:
     for name, row in result["methods"].items():
         mean, low, high = row["interval"]
         per_seed = ", ".join(f"{value:.3f}" for value in row["rewards/accuracies"])
-        cells = [f"{np.mean(row[key]):.3f}" for key in ("loss", "kl/chosen", "kl/rejected", "entropy", "rewards/margins")]
-        lines.append(f"| {name} | {mean:.3f} [{low:.3f}, {high:.3f}] | {per_seed} | {' | '.join(cells)} |")
-    lines += ["", "| difference in accuracy | mean [95%, paired] | |", "|---|---|---|"]
+        cells = [
+            f"{np.mean(row[key]):.3f}" for key in ("loss", "kl/chosen", "kl/rejected", "entropy", "rewards/margins")
+        ]
+        out.append(f"| {name} | {mean:.3f} [{low:.3f}, {high:.3f}] | {per_seed} | {' | '.join(cells)} |")
+    out += ["", "| difference in accuracy | mean [95%, paired] | |", "|---|---|---|"]
     for name, (mean, low, high) in result["differences"].items():
         verdict = "not distinguishable" if low <= 0 <= high else "distinguishable"
-        lines.append(f"| {name} | {mean:+.3f} [{low:+.3f}, {high:+.3f}] | {verdict} |")
-    return "\n".join(lines) + "\n"
+        out.append(f"| {name} | {mean:+.3f} [{low:+.3f}, {high:+.3f}] | {verdict} |")
+    return "\n".join(out) + "\n"
 
 
 if __name__ == "__main__":

@@ -215,9 +215,9 @@ _NOT_SETTINGS = ("method", "method_name")
 # What a run on the testbed departs in from the defaults: a model of 60k parameters wants other steps than one of 8B.
 TESTBED_DEPARTURES: dict[str, Any] = {
     "method": {"beta": 1.0},
-    "optim": {"lr": 4e-3, "schedule": "cosine"},
-    "train": {"global_batch": 1024, "micro_batch": 1024, "max_steps": 400, "save_every": 100},
-    "eval": {"every": 20, "batch": 512},
+    "optim": {"lr": 2e-3, "schedule": "cosine", "warmup_steps": 20},
+    "train": {"global_batch": 512, "micro_batch": 512, "max_steps": 600},
+    "eval": {"every": 50, "batch": 512},
 }
 
 # Settings that may change between the attempts at one run: they move neither the trajectory nor its meaning.

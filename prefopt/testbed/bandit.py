@@ -352,7 +352,7 @@ class Bandit:
                 rejected_ids=self.response_ids[r],
                 chosen_mask=mask,
                 rejected_mask=mask,
-                columns={"chosen_win_prob": wc, "rejected_win_prob": wr, "chosen_prob": p},
+                columns={"chosen_win_prob": wc, "rejected_win_prob": wr, "pair_win_prob": p},
                 where=f"{where}:{i + 1}",
             )
             for i, (x, c, r, (wc, wr, p)) in enumerate(
@@ -364,7 +364,7 @@ class Bandit:
         """A fixed set of `n` encoded pairs; other seeds give other pairs, so one can be held out from another.
 
         Their columns are `chosen_win_prob` and `rejected_win_prob`, each response's exact probability of being
-        preferred to a draw from the reference, and `chosen_prob`, that of the chosen one against the rejected one.
+        preferred to a draw from the reference, and `pair_win_prob`, that of the chosen one against the rejected one.
         """
         return self._encoded(n, [0, seed], f"{self.name}-{seed}")
 

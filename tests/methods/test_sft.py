@@ -3,7 +3,7 @@ import torch
 from prefopt.losses import sft
 from prefopt.methods.sft import SFT
 from prefopt.types import PairStats
-from tests.methods.make_stats import batch, f64, means
+from tests.methods.make_stats import batch, f64
 
 
 def test_sft_is_the_negative_log_likelihood_counted_in_tokens():

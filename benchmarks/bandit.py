@@ -1,0 +1,122 @@
+"""DPO, TDPO1 and TDPO2 against the exact optimum: 3 seeds, 4 betas, learning rate chosen per method on one budget.
+
+    python benchmarks/bandit.py --output runs/bandit
+
+Every run sees the same number of fresh pairs. The learning rate of a method is the one of the list with the lowest
+held-out loss of its own at beta 1, on a seed that is not used again. Writes result.json, result.md and frontier.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from study import lines, machine, train_all
+
+METHODS = {
+    "DPO": ["--method", "dpo"],
+    "TDPO1": ["--method", "tdpo", "--method.variant", "tdpo1"],
+    "TDPO2": ["--method", "tdpo", "--method.variant", "tdpo2"],
+}
+BETAS = (0.5, 1.0, 2.0, 4.0)
+RATES = (5e-4, 1e-3, 2e-3, 4e-3)
+SELECTION_SEED = 100
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", default=Path("runs/bandit"), type=Path)
+    parser.add_argument("--seeds", default=3, type=int)
+    parser.add_argument("--steps", default=400, type=int, help="optimizer steps of 512 pairs")
+    parser.add_argument("--jobs", default=max(1, len(os.sched_getaffinity(0))), type=int, help="runs at the same time")
+    args = parser.parse_args()
+    budget = ["--train.max_steps", str(args.steps), "--eval.every", str(max(1, args.steps // 10))]
+    budget += ["--testbed.eval_pairs", "4096"]
+
+    choosing = {
+        f"choose-{name}-lr{rate:g}": [*flags, *budget, "--optim.lr", str(rate), "--seed", str(SELECTION_SEED)]
+        for name, flags in METHODS.items()
+        for rate in RATES
+    }
+    train_all(choosing, args.output, args.jobs)
+    losses = {
+        name: {rate: lines(args.output / f"choose-{name}-lr{rate:g}")[-1]["loss"] for rate in RATES} for name in METHODS
+    }
+    chosen = {name: min(table, key=table.__getitem__) for name, table in losses.items()}
+    runs = {
+        f"{name}-beta{beta:g}-seed{seed}": [
+            *(*flags, *budget, "--method.beta", str(beta)),
+            *("--optim.lr", str(chosen[name]), "--seed", str(seed)),
+        ]
+        for seed in range(args.seeds)
+        for beta in BETAS
+        for name, flags in METHODS.items()
+    }
+    train_all(runs, args.output, args.jobs)
+
+    ends = {
+        name: {
+            beta: [lines(args.output / f"{name}-beta{beta:g}-seed{s}")[-1] for s in range(args.seeds)] for beta in BETAS
+        }
+        for name in METHODS
+    }
+    result = {
+        "machine": machine(),
+        "pairs": args.steps * 512,
+        "held_out_loss_by_rate": losses,
+        "learning_rate": chosen,
+        "ends": ends,
+    }
+    (args.output / "result.json").write_text(json.dumps(result, indent=1))
+    table = render(result)
+    (args.output / "result.md").write_text(table)
+    plot(args.output / "frontier.png", ends)
+    print(table)
+
+
+def render(result: dict[str, Any]) -> str:
+    """The study's table in Markdown: means over seeds, and their standard deviation where it tells something."""
+    from prefopt.cli import cache_dir
+    from prefopt.testbed import build_world
+
+    world = build_world("bandit", cache_dir=cache_dir())
+    out = [
+        f"{result['pairs']:,} fresh pairs per run. Learning rates chosen: "
+        + ", ".join(f"{name} {rate:g}" for name, rate in result["learning_rate"].items())
+        + f". {result['machine']}.",
+        "",
+        "| beta | method | reward | KL(policy, ref) | below the curve | KL(pi*, policy) / start | entropy | win rate |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    keys = ("reward", "kl_policy_ref", "frontier_gap", "kl_star_ratio", "entropy", "win_rate")
+    for beta in BETAS:
+        best = world.measures(world.optimum(beta), beta)
+        cells = " | ".join(f"{best[f'exact/{key}']:.3f}" for key in keys)
+        out.append(f"| {beta:g} | *optimum* | {cells} |")
+        for name, by_beta in result["ends"].items():
+            values = {key: [end[f"exact/{key}"] for end in by_beta[beta]] for key in keys}
+            cells = " | ".join(f"{np.mean(v):.3f} ± {np.std(v, ddof=1):.3f}" for v in values.values())
+            out.append(f"| {beta:g} | {name} | {cells} |")
+    return "\n".join(out) + "\n"
+
+
+def plot(path: Path, ends: dict[str, dict[float, list[dict[str, Any]]]]) -> None:
+    """All end points under the optimal curve."""
+    from prefopt.cli import cache_dir
+    from prefopt.testbed import build_world
+    from prefopt.testbed.report import Run, frontier_plot
+
+    world = build_world("bandit", cache_dir=cache_dir())
+    runs = [Run(name, beta, [end]) for name, by_beta in ends.items() for beta, all_ in by_beta.items() for end in all_]
+    frontier_plot(path, world, runs)
+
+
+if __name__ == "__main__":
+    main()

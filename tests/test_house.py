@@ -1,0 +1,132 @@
+"""The house stands: imports run downward, no circles, a method's name is written once, each method is furnished."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from prefopt import registry
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "prefopt"
+# Floors, bottom up. A module may import from lower floors, and from its own only along the order given in ROOMS.
+FLOORS = [
+    ["__init__", "types", "errors"],
+    ["kernels"],
+    ["method", "methods", "registry", "losses"],
+    ["config"],
+    ["data"],
+    ["engine"],
+    ["testbed"],
+    ["cli", "__main__"],
+]
+FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def name_of(path):
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def room_of(module):
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 else "__init__"
+
+
+def imports_of(path):
+    """Modules of the package that a file imports anywhere, also inside functions; `TYPE_CHECKING` ones too."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name.startswith("prefopt"))
+        elif isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("prefopt"):
+            for alias in node.names:
+                deeper = f"{node.module}.{alias.name}"
+                yield deeper if deeper in MODULES else node.module
+
+
+MODULES = {name_of(path) for path in FILES}
+
+
+def test_every_room_has_a_floor():
+    rooms = {room_of(name_of(path)) for path in FILES}
+    assert rooms == set(FLOOR)
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_imports_run_downward(path):
+    mine = FLOOR[room_of(name_of(path))]
+    upward = [target for target in imports_of(path) if FLOOR[room_of(target)] > mine]
+    assert not upward, f"{path.name} imports from a higher floor"
+
+
+def test_no_import_circle():
+    graph = {name_of(path): set(imports_of(path)) - {name_of(path), "prefopt"} for path in FILES}
+    done, under_way = set(), []
+
+    def visit(module):
+        if module in done:
+            return
+        assert module not in under_way, f"import circle: {' -> '.join([*under_way, module])}"
+        under_way.append(module)
+        for target in graph.get(module, ()):
+            visit(target)
+        under_way.pop()
+        done.add(module)
+
+    for module in graph:
+        visit(module)
+
+
+def test_methods_need_torch_alone():
+    heavy = {"transformers", "accelerate", "datasets", "peft", "tyro", "yaml"}
+    for path in (PACKAGE / "methods").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not heavy & {name.partition(".")[0] for name in names}, path.name
+
+
+def test_a_method_name_is_no_literal_outside_its_file():
+    names = set(registry.names()) | set(registry._ambiguous())
+    for path in FILES:
+        found = {node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)} & (
+            names - {path.stem}
+        )
+        assert not found, f"{path.relative_to(ROOT)} names a method: {found}"
+
+
+@pytest.mark.parametrize("name", registry.names())
+def test_a_method_is_furnished(name):
+    """A method is one file, and with it a page, a config, tests by hand; golden numbers where authors have code."""
+    missing = [
+        wanted
+        for wanted in (f"docs/methods/{name}.md", f"configs/{name}.yaml", f"tests/methods/test_{name}.py")
+        if not (ROOT / wanted).is_file()
+    ]
+    golden = list((ROOT / "tests/golden").glob(f"*{name}*.json"))
+    page = ROOT / "docs/methods" / f"{name}.md"
+    if not golden and not (page.is_file() and "no golden numbers" in page.read_text()):
+        missing.append(f"tests/golden/*{name}*.json (or the words 'no golden numbers' and why on its page)")
+    assert not missing, f"method '{name}' lacks {', '.join(missing)}"
+
+
+def test_the_public_pages_name_no_path_outside_the_repository():
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").rglob("*.md")]
+    for page in [*pages, *FILES, *(ROOT / "scripts").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")]:
+        text = page.read_text()
+        assert "../shared" not in text, page.name
+        assert "/work/" not in text, page.name
+
+
+def test_every_config_parses_with_its_method():
+    from prefopt.config import parse
+
+    folder = ROOT / "configs"
+    for path in [*folder.glob("*.yaml"), *(folder / "papers").glob("*.yaml")]:
+        if path.name == "testbed.yaml":
+            for name in registry.names():
+                assert parse(["--method", name, "--config", str(path)]).testbed.pairs == 40_000
+        else:
+            model = ["--model.path", "m", "--data.train", "pairs.jsonl"]
+            assert parse(["--config", str(path), *model]).method_name == path.stem
