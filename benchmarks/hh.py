@@ -29,7 +29,7 @@ METHODS = {
     "tdpo1": ["--method", "tdpo", "--method.variant", "tdpo1"],
     "tdpo2": ["--method", "tdpo", "--method.variant", "tdpo2"],
 }
-VOCABULARY = 4096
+VOCABULARY = 8192
 EPOCHS = 5  # of SFT at most
 
 
@@ -72,7 +72,7 @@ def main() -> None:
 
 
 def make_base(file: Path, folder: Path) -> Path:
-    """A tokenizer trained on the text of the training file, and a randomly initialised Llama of 5.1M parameters."""
+    """A tokenizer trained on the text of the training file, and a randomly initialised Llama of 5.5M parameters."""
     if (folder / "config.json").exists():
         return folder
     import torch
@@ -95,11 +95,11 @@ def make_base(file: Path, folder: Path) -> Path:
     model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=VOCABULARY,
-            hidden_size=320,
-            intermediate_size=864,
+            hidden_size=256,
+            intermediate_size=512,
             num_hidden_layers=2,
-            num_attention_heads=5,
-            num_key_value_heads=5,
+            num_attention_heads=4,
+            num_key_value_heads=4,
             max_position_embeddings=512,
             tie_word_embeddings=False,
             bos_token_id=None,

@@ -17,7 +17,9 @@ def train_all(runs: Mapping[str, Sequence[str]], folder: Path, jobs: int) -> Non
     Runs that are finished are not run again; a killed study continues.
     """
     import torch
-    import transformers  # noqa: F401 - imported before the fork, so that each run starts at once
+
+    import prefopt.cli
+    import prefopt.engine.trainer  # noqa: F401 - imported before the fork, so that each run starts at once
 
     torch.set_num_threads(1)
     folder.mkdir(parents=True, exist_ok=True)
