@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> int:
         from prefopt.errors import did_you_mean
 
         print(
-            f"error: unknown command '{argv[0]}'{did_you_mean(argv[0], COMMANDS)} known: {', '.join(COMMANDS)}",
+            f"error: unknown command '{argv[0]}'{did_you_mean(argv[0], COMMANDS) or ';'} known: {', '.join(COMMANDS)}",
             file=sys.stderr,
         )
         return 2

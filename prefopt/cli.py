@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import importlib.util
 import json
 import os
 import subprocess
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from prefopt.types import EncodedPair
 
 CARD = "run_card.json"
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 _HELD_OUT = 2**31  # seed of the testbed's held-out pairs: the same for every run, and no training set's
 
 
@@ -36,6 +39,11 @@ def train(argv: Sequence[str]) -> int:
         return _train(settings.parse(argv))
     except PrefoptError as error:
         return rt.fail(error)
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        place = error.filename or "writing"
+        return rt.fail(TrainError(f"{place}: {error.strerror}; free space and run the same command again"))
 
 
 def cache_dir() -> Path:
@@ -54,8 +62,9 @@ def _train(config: RunConfig) -> int:
         rt.prepare_output(output)
         if rt.rank() == 0:
             lock.acquire()
-        _refuse_another_run(config, output)
     try:
+        if not config.dry_run:
+            _refuse_another_run(config, output)
         return _prepared(config, output)
     finally:
         lock.release()
@@ -240,9 +249,8 @@ def _report_testbed(config: RunConfig, runtime: rt.Runtime, task: _Task, output:
 
     lines = [line for line in read_lines(output / "metrics.jsonl") if line["split"] == "eval"]
     beta = _beta(config)
-    label = config.method.describe() or config.method_name
     say("\n" + summary_table(task.world, lines[0], lines[-1], beta))
-    frontier_plot(output / "frontier.png", task.world, [Run(label, beta, lines)])
+    frontier_plot(output / "frontier.png", task.world, [Run(_described(config), beta, lines)])
     say(f"\nreward-KL frontier: {output / 'frontier.png'}")
 
 
@@ -250,12 +258,16 @@ def _report_testbed(config: RunConfig, runtime: rt.Runtime, task: _Task, output:
 
 
 def _check_paths(config: RunConfig) -> None:
-    """Refuse a model or data path that can be nothing, while that costs no import."""
+    """Refuse a model or data path that can be nothing, or a tracker that is missing, while that costs no import."""
     from prefopt.data.rows import open_source
 
     for key, path in (("model.path", config.model.path), ("reference.path", config.reference.path)):
         if path is not None:
             rt.check_path(key, path)
+    for tracker in config.track.to:
+        if importlib.util.find_spec(tracker) is None:
+            extra = f"prefopt[{tracker}]" if tracker == "wandb" else tracker
+            raise ConfigError(f"track.to: '{tracker}' is not installed; pip install '{extra}', or leave it out")
     for path in (config.data.train, config.data.eval):
         if path is not None and (Path(path).suffix or path.startswith((".", "/", "~"))):
             open_source(path)
@@ -307,7 +319,7 @@ def _run_card(config: RunConfig, runtime: rt.Runtime, task: _Task) -> dict[str, 
     per_pass = train.micro_batch * runtime.world
     reference = (config.reference.path or task.model_path) if needs.reference != "none" else None
     return {
-        "method": config.method.describe() or config.method_name,
+        "method": _described(config),
         "config": config.to_dict(),
         "batch": {
             "pairs_per_step": train.global_batch,
@@ -332,8 +344,8 @@ def _keep_card(card: dict[str, Any], output: Path) -> None:
 
     old = _read_card(output)
     if old is None:
-        write_atomically(output / CARD, [json.dumps(card, indent=1, default=str)])
         write_atomically(output / "config.yaml", [settings.from_dict(card["config"]).to_yaml()])
+        write_atomically(output / CARD, [json.dumps(card, indent=1, default=str)])  # last: it marks a begun run
         return
     for what, key in (("training data", ("data", "train")), ("model", ("model", "sha256"))):
         before, now = old[key[0]][key[1]], card[key[0]][key[1]]
@@ -356,10 +368,13 @@ def _git_commit() -> str | None:
 
 
 def _first_line(config: RunConfig, runtime: rt.Runtime) -> str:
-    described = config.method.describe()
-    name = config.method_name
-    method = f"{name} ({described})" if described and described != name else name
     return (
         f"prefopt: {runtime.world} process(es), engine {runtime.engine}, device {runtime.device.type}, "
-        f"method {method}, seed {config.seed}"
+        f"method {_described(config)}, seed {config.seed}"
     )
+
+
+def _described(config: RunConfig) -> str:
+    """The method's name with its variant and main settings."""
+    more = config.method.describe()
+    return f"{config.method_name} ({more})" if more else config.method_name

@@ -17,7 +17,7 @@ import re
 import textwrap
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -233,11 +233,15 @@ def parse(argv: Sequence[str]) -> RunConfig:
     """
     flags = _split(argv)
     file = flags.pop("config", None)
+    if file is True:
+        raise ConfigError("--config: found no value, expected a YAML file")
     layers = [(str(file), _read_yaml(Path(str(file))))] if file is not None else []
     layers.append(("", _nest(flags)))
     named = [_method_name(layer, where) for where, layer in layers]
     name = next((n for n in reversed(named) if n), None)
     if name is None:
+        for where, layer in layers:
+            _check_keys(layer, "", Method, where)  # a mistyped --method is one of the unknown keys
         raise ConfigError(
             f"--method: not given, expected one of {', '.join(registry.names())} (or a dotted module path)"
         )
@@ -270,10 +274,10 @@ def parse(argv: Sequence[str]) -> RunConfig:
 
 def from_dict(settings: Mapping[str, Any]) -> RunConfig:
     """The config that `RunConfig.to_dict` came from."""
-    settings = json.loads(json.dumps(settings))
-    name = settings["method"].pop("name")
-    method = _build(registry.get(name), settings.pop("method"), "method.", {})
-    return _build(RunConfig, settings, "", {}, given={"method": method, "method_name": name})
+    plain: dict[str, Any] = json.loads(json.dumps(settings))
+    name = plain["method"].pop("name")
+    method = _build(registry.get(name), plain.pop("method"), "method.", {})
+    return _build(RunConfig, plain, "", {}, given={"method": method, "method_name": name})
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
@@ -314,7 +318,7 @@ def help_text(argv: Sequence[str]) -> str:
     return "\n".join(lines).rstrip()
 
 
-def _help_rows(cls: type, prefix: str) -> list[tuple[str, str, str, str]]:
+def _help_rows(cls: Any, prefix: str) -> list[tuple[str, str, str, str]]:
     """(flag, kind, default, help) of each setting; the help is the string under the field."""
     kinds = {int: "INT", float: "FLOAT", str: "TEXT", bool: "BOOL"}
 
@@ -329,12 +333,12 @@ def _help_rows(cls: type, prefix: str) -> list[tuple[str, str, str, str]]:
     texts: dict[str, str] = {}
     for base in reversed(cls.__mro__):
         if dataclasses.is_dataclass(base) and base is not Method:
-            body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0]
+            body = ast.parse(textwrap.dedent(inspect.getsource(typing.cast(type, base)))).body[0]
             nodes = getattr(body, "body", [])
             for node, after in itertools.pairwise(nodes):
                 documented = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
                 if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and documented:
-                    texts[node.target.id] = " ".join(str(after.value.value).split())  # type: ignore[attr-defined]
+                    texts[node.target.id] = " ".join(str(after.value.value).split())
     rows = []
     hints = _hints(cls)
     for f in dataclasses.fields(cls):
@@ -395,7 +399,11 @@ class _UniqueKeys(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
             key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, Hashable):
+                raise yaml.constructor.ConstructorError(None, None, "a key must be a word", key_node.start_mark)
             if key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"key '{key}' given twice", key_node.start_mark)
             seen.add(key)
@@ -416,6 +424,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         )
         hint = f"; did you mean '{path.parent / near[0]}'?" if near else ""
         raise ConfigError(f"--config {path}: {error.strerror}{hint}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"--config {path}: not a text file (byte {error.start + 1} is not UTF-8)") from error
     try:
         loaded = yaml.load(text, Loader=_UniqueKeys)
     except yaml.YAMLError as error:
@@ -443,6 +453,8 @@ def _nest_dotted(mapping: Mapping[str, Any]) -> dict[str, Any]:
 def _merge(low: Mapping[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
     out = dict(low)
     for key, value in high.items():
+        if value is None and isinstance(out.get(key), dict):
+            continue  # a group's name with nothing under it
         both = isinstance(value, dict) and isinstance(out.get(key), dict)
         out[key] = _merge(out[key], value) if both else value
     return out
@@ -482,7 +494,7 @@ def _source(where: str, key: str) -> str:
 # Checking -----------------------------------------------------------------------------------------------------------
 
 
-def _hints(cls: type) -> dict[str, Any]:
+def _hints(cls: Any) -> dict[str, Any]:
     hints = typing.get_type_hints(cls)
     return {f.name: hints[f.name] for f in dataclasses.fields(cls) if f.init}
 
@@ -499,7 +511,7 @@ def _check_keys(layer: Mapping[str, Any], name: str, method_class: type[Method],
     known = _known_keys(method_class)
     mappings = ("data.columns.", "optim.args.")
     for key in _leaves(layer):
-        if key in known or key.startswith(mappings):
+        if (key in known and key not in ("config", "help")) or key.startswith(mappings):
             continue
         if key in {k.partition(".")[0] for k in known if "." in k}:
             if _at(layer, key) in ({}, None):
@@ -508,6 +520,8 @@ def _check_keys(layer: Mapping[str, Any], name: str, method_class: type[Method],
                 f"{_source(where, key)}: '{key}' is a group; name a setting in it, such as "
                 f"{next(k for k in known if k.startswith(key + '.'))}"
             )
+        if not name and key.startswith("method."):
+            continue
         if key.startswith("method."):
             leaf = key.removeprefix("method.")
             owners = [m for m in registry.names() if m != name and leaf in _hints(registry.get(m))]
@@ -537,6 +551,10 @@ def _build(
             ready[name] = _build(typing.cast(type, hint), values[name] or {}, f"{key}.", sources)
         else:
             ready[name] = coerce(values[name], hint, _source(sources.get(key, ""), key))
+    for f in dataclasses.fields(cls):
+        required = f.init and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        if required and f.name not in ready:
+            raise ConfigError(f"{prefix}{f.name}: not given, expected {_type_name(_hints(cls)[f.name])}")
     return cls(**ready)
 
 
@@ -548,7 +566,10 @@ def coerce(value: Any, hint: Any, where: str) -> Any:
         return ConfigError(f"{where}: found {value!r}, expected {expected}")
 
     if hint is Any:
-        return yaml.load(value, Loader=_UniqueKeys) if isinstance(value, str) else value
+        try:
+            return yaml.load(value, Loader=_UniqueKeys) if isinstance(value, str) else value
+        except yaml.YAMLError:
+            raise refuse("a number, a word or a list such as [0.9, 0.95]") from None
     if origin in (types.UnionType, typing.Union):
         if value is None or (isinstance(value, str) and value.lower() in ("none", "null")):
             if type(None) in args:
@@ -645,7 +666,7 @@ def _validate(config: RunConfig) -> None:
     optional = ("train.schedule_epochs", "train.max_steps", "train.threads", "testbed.pairs")
     values = _leaves(config.to_dict())
     for key in positive:
-        need(values[key] > 0, key, values[key], "a number > 0")
+        need(0 < values[key] < float("inf"), key, values[key], "a number > 0")
     for key in optional:
         need(values[key] is None or values[key] > 0, key, values[key], "a number > 0, or none")
     need(config.data.max_length >= 2, "data.max_length", config.data.max_length, "at least 2")

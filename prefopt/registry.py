@@ -31,9 +31,8 @@ def get(name: str) -> type[Method]:
     claimed = _ambiguous().get(name)
     if claimed:
         raise ConfigError(f"method '{name}' is ambiguous; it could mean {' or '.join(claimed)}: name one of them")
-    raise ConfigError(
-        f"unknown method '{name}'{did_you_mean(name, names())} known: {', '.join(names())} (or a dotted module path)"
-    )
+    near = did_you_mean(name, names()) or ";"
+    raise ConfigError(f"unknown method '{name}'{near} known: {', '.join(names())} (or a dotted module path)")
 
 
 def _dotted(path: str) -> type[Method]:

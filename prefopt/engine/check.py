@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from prefopt.engine.forward import PolicyWithReference, pair_stats, statistics_for
+from prefopt.engine.forward import PolicyWithReference, pair_stats, statistics_for, token_stats_of
 from prefopt.errors import TrainError
 from prefopt.method import Method
-from prefopt.types import EncodedPair, PairBatch, TokenStats
+from prefopt.types import EncodedPair, PairBatch
 
 ROWS = 4  # pairs that are checked
 # Largest difference of a token's log-probability, absolute and relative to it.
@@ -42,7 +42,7 @@ def first_difference(
         batch: on the model's device.
     """
     want = statistics_for(method.needs.reference)
-    tokens = TokenStats(*_token_stats(model, batch, want))
+    tokens = token_stats_of(model, batch, want)
     for sequence, (pair, side) in enumerate(_sequences(pairs, batch)):
         completion, mask = getattr(pair, f"{side}_ids"), getattr(pair, f"{side}_mask")
         where = f"{pair.where or f'pair {sequence % len(pairs)}'} ({side})"
@@ -63,17 +63,6 @@ def first_difference(
                     f"an independent path gives {float(expected[worst]):.6f}"
                 )
     return None
-
-
-def _token_stats(model: nn.Module, batch: PairBatch, want: tuple[str, ...]) -> tuple[torch.Tensor | None, ...]:
-    return model(
-        input_ids=batch.input_ids,
-        attention_mask=batch.attention_mask,
-        position_ids=batch.position_ids,
-        score_index=batch.score_index,
-        labels=batch.labels,
-        want=want,
-    )
 
 
 def _sequences(pairs: Sequence[EncodedPair], batch: PairBatch) -> list[tuple[EncodedPair, str]]:

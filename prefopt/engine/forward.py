@@ -128,23 +128,29 @@ def _head_scaling(lm: nn.Module) -> tuple[float, float | None]:
     return scale, None if softcap is None else float(softcap)
 
 
-def pair_stats(model: nn.Module, batch: PairBatch, want: tuple[str, ...]) -> PairStats:
-    """Run the (wrapped) model over a batch and sum its token statistics per completion.
+def token_stats_of(model: nn.Module, batch: PairBatch, want: tuple[str, ...]) -> TokenStats:
+    """Run the (wrapped) model over a batch.
 
     Args:
         model: a PolicyWithReference, wrapped or not.
         batch: on the model's device.
         want: statistics beside the policy's log-probability; see TokenStats.
     """
-    outputs = model(
-        input_ids=batch.input_ids,
-        attention_mask=batch.attention_mask,
-        position_ids=batch.position_ids,
-        score_index=batch.score_index,
-        labels=batch.labels,
-        want=want,
+    return TokenStats(
+        *model(
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            position_ids=batch.position_ids,
+            score_index=batch.score_index,
+            labels=batch.labels,
+            want=want,
+        )
     )
-    return sum_by_sequence(TokenStats(*outputs), batch)
+
+
+def pair_stats(model: nn.Module, batch: PairBatch, want: tuple[str, ...]) -> PairStats:
+    """The same, summed per completion."""
+    return sum_by_sequence(token_stats_of(model, batch, want), batch)
 
 
 def sum_by_sequence(tokens: TokenStats, batch: PairBatch) -> PairStats:

@@ -28,7 +28,7 @@ class Meter:
     def add(self, values: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
         """Add per-pair (sum, count) vectors; shapes (B,), B may be 0."""
         for name, (value, count) in values.items():
-            pair = torch.stack((value.detach().double().sum(), count.detach().double().sum())).cpu()
+            pair = torch.stack((value.detach().double().sum(), count.detach().double().sum()))
             self.totals[name] = self.totals[name] + pair if name in self.totals else pair
 
     def averages(self, runtime: Runtime) -> dict[str, float]:
@@ -74,12 +74,7 @@ class MetricsFile:
         if not self.path.exists():
             return
         kept = [line for line in read_lines(self.path) if line["step"] <= step]
-        temporary = self.path.with_suffix(".tmp")
-        with temporary.open("w") as file:
-            file.writelines(json.dumps(line) + "\n" for line in kept)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(self.path)
+        write_atomically(self.path, (json.dumps(line) + "\n" for line in kept))
 
     def has(self, step: int, split: str) -> bool:
         """Whether a line of this step and split was written."""
@@ -104,7 +99,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 def write_atomically(path: Path, lines: Iterable[str]) -> None:
     """Write a text file under a temporary name, flush it to the disk, then rename it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")  # the next attempt writes over what a kill leaves
     with temporary.open("w") as file:
         file.writelines(lines)
         file.flush()

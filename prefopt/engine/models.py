@@ -96,12 +96,20 @@ def load_model(path: str, settings: ModelConfig, key: str = "model.path") -> nn.
             )
     except Exception as error:
         raise _refuse(key, path, error) from error
+    bad = not_finite(model)
+    if bad is not None:
+        raise TrainError(f"{key}: '{path}' holds weights that are not finite ({bad}); name a model whose weights are")
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         if isinstance(getattr(module, "attention_dropout", None), float):  # attention keeps its rate as a number
-            module.attention_dropout = 0.0
+            setattr(module, "attention_dropout", 0.0)  # noqa: B010 - not declared on nn.Module
     return model
+
+
+def not_finite(model: nn.Module) -> str | None:
+    """The name of the first weight that has a NaN or an infinity, or None."""
+    return next((name for name, weight in model.named_parameters() if not bool(weight.isfinite().all())), None)
 
 
 def vocabulary(config: PretrainedConfig) -> int:

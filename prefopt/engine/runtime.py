@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import fcntl
 import json
@@ -39,13 +40,17 @@ def say(text: str) -> None:
 class Stop:
     """Turns SIGTERM, SIGINT and SIGUSR1 into a wish to save and leave, which the loop reads between micro-batches.
 
-    A second signal of the same kind is not held back: it ends the process at once.
+    A second signal of the same kind is not held back: it ends the process at once. Before the loop there is nothing
+    to save: one process leaves where it stands, several wait for the loop, because none may leave the others alone.
     """
 
     def __init__(self) -> None:
         self.requested: str | None = None
+        self.in_loop = False
+        self._alone = True
 
-    def install(self) -> None:
+    def install(self, processes: int) -> None:
+        self._alone = processes == 1
         for number in _SAVE_SIGNALS:
             signal.signal(number, self._handle)
         _follow_launcher()
@@ -53,7 +58,17 @@ class Stop:
     def _handle(self, number: int, _frame: Any) -> None:
         self.requested = signal.Signals(number).name
         signal.signal(number, signal.SIG_DFL)
-        say(f"\n{self.requested}: saving, then leaving with exit status {EXIT_UNFINISHED}; again to leave at once")
+        if self._alone and not self.in_loop:
+            _say_at_once(f"nothing to save yet, leaving with exit status {EXIT_UNFINISHED}", self.requested)
+            raise SystemExit(EXIT_UNFINISHED)
+        _say_at_once(f"saving, then leaving with exit status {EXIT_UNFINISHED}; again to leave at once", self.requested)
+
+
+def _say_at_once(text: str, name: str) -> None:
+    """Say it from a signal handler, which may have come in the middle of a print: a second one would be refused."""
+    if rank() == 0:
+        with contextlib.suppress(OSError):
+            os.write(1, f"\n{name}: {text}\n".encode())
 
 
 def _follow_launcher() -> None:
@@ -82,10 +97,13 @@ class OutputLock:
 
     def acquire(self) -> None:
         """Raises: TrainError naming the process that holds the folder."""
-        handle = open(self._path, "a+")  # noqa: SIM115 - held open for as long as the run lives
+        try:
+            handle = open(self._path, "a+")  # noqa: SIM115 - held open for as long as the run lives
+        except OSError as error:
+            raise TrainError(f"{self._path}: cannot be opened: {error.strerror}; choose another --output") from error
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             handle.seek(0)
             owner = handle.read().strip() or "unknown"
             handle.close()
@@ -231,7 +249,7 @@ def start(*, seed: int, mixed_precision: str, deterministic: bool, trackers: tup
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     runtime = Runtime(accelerator)
-    runtime.stop.install()
+    runtime.stop.install(runtime.world)
     return runtime
 
 
@@ -256,7 +274,8 @@ def random_state() -> dict[str, Any]:
     import torch
 
     version, keys, gauss = random.getstate()
-    _, np_keys, position, has_gauss, cached = numpy.random.get_state(legacy=True)
+    numpy_state: Any = numpy.random.get_state(legacy=True)
+    _, np_keys, position, has_gauss, cached = numpy_state
     state = {
         "python": [version, list(keys), gauss],
         "numpy": [np_keys.tolist(), position, has_gauss, cached],

@@ -65,9 +65,27 @@ class Trainer:
 
     def run(self) -> int:
         """Train to the end. Returns 0 when finished, 75 when a signal asked to save and leave."""
+        self.prepare()
+        start = self._restore()
+        self._start_trackers()
+        try:
+            self._loop(start)
+        except _Interrupted:
+            return EXIT_UNFINISHED
+        self._finish()
+        return 0
+
+    def prepare(self) -> None:
+        """Make the optimizer and wrap the model, so that steps and evaluations can be done."""
         config, runtime = self.config, self.runtime
         self.method = config.method
         self.needs = self.method.needs
+        if self.needs.coupled and (runtime.world > 1 or config.train.micro_batch < config.train.global_batch):
+            raise ConfigError(
+                f"train.micro_batch: found {config.train.micro_batch} on {runtime.world} process(es); this method "
+                "looks at the batch as a whole, expected one process and micro_batch = global_batch "
+                f"({config.train.global_batch})"
+            )
         self.total = total_steps(config, self.train.steps_per_epoch)
         if config.model.gradient_checkpointing:
             self.policy.lm.gradient_checkpointing_enable(  # type: ignore[operator]
@@ -76,27 +94,14 @@ class Trainer:
         optimizer = make_optimizer(config.optim, self.policy.lm)
         self.model, self.optimizer = runtime.accelerator.prepare(self.policy, optimizer)
         self.metrics = MetricsFile(self.output / "metrics.jsonl")
-        start = self._restore()
-        self._start_trackers()
-        if self.needs.coupled and (runtime.world > 1 or config.train.micro_batch < config.train.global_batch):
-            raise ConfigError(
-                f"train.micro_batch: found {config.train.micro_batch} on {runtime.world} process(es); this method "
-                "looks at the batch as a whole, expected one process and micro_batch = global_batch "
-                f"({config.train.global_batch})"
-            )
-        try:
-            self._loop(start)
-        except _Interrupted:
-            return EXIT_UNFINISHED
-        self._finish()
-        return 0
 
     # The loop ---------------------------------------------------------------------------------------------------------
 
     def _loop(self, start: int) -> None:
         from tqdm import tqdm
 
-        config, done = self.config, start
+        config, done, saved = self.config, start, start
+        self.runtime.stop.in_loop = True
         steps_apart = 0.2 if os.isatty(2) else 10  # seconds between redraws; a log file wants few
         bar = tqdm(
             total=self.total,
@@ -122,8 +127,9 @@ class Trainer:
                         self._evaluate(done)
                     if done % config.train.save_every == 0 or done == self.total:
                         self._save(done)
+                        saved = done
             except _Interrupted:
-                if done > start:
+                if done > saved:
                     self._save(done)
                 say(f"left at step {done} of {self.total}; the same command continues")
                 raise
@@ -141,10 +147,12 @@ class Trainer:
         batches = list(self._micro_batches(self.train.global_batch(step), config.train.micro_batch))
         counts = self._global_counts([batch for _, batch in batches])
         meter, want = Meter(), statistics_for(self.needs.reference)
-        broken: list[str] = []
+        broken: list[tuple[torch.Tensor, PairBatch]] = []
         tokens = torch.zeros(3, dtype=torch.float64)  # pairs, scored tokens, tokens fed
         for index, (_, batch) in enumerate(batches):
             self._leave_if_asked()
+            fed = int(batch.attention_mask.sum()) if batch.pairs else 0
+            tokens += torch.tensor([batch.pairs, len(batch.labels), fed], dtype=torch.float64)
             last = index == len(batches) - 1
             with contextlib.nullcontext() if last else runtime.accelerator.no_sync(self.model):
                 batch = to_device(batch, runtime.device)
@@ -156,13 +164,12 @@ class Trainer:
                 )
                 runtime.accelerator.backward(loss * runtime.world)  # DDP averages over processes
             meter.add(_terms(output) | shared_metrics(stats) | dict(output.metrics))
-            broken += _not_finite(output, batch)
-            scored = len(batch.labels)
-            tokens += torch.tensor([batch.pairs, scored, int(batch.attention_mask.sum())], dtype=torch.float64)
+            broken.append((_not_finite(output), batch))
         self._leave_if_asked()
         limit = config.optim.clip or math.inf
         norm = float(runtime.accelerator.clip_grad_norm_(self._parameters(), limit))
-        if not math.isfinite(norm) or broken:
+        anywhere = float(runtime.sum(torch.stack([rows.sum() for rows, _ in broken]).sum().double()))
+        if not math.isfinite(norm) or anywhere > 0:
             self._stop_on_nonfinite(step, norm, broken)
         lr = learning_rate(config, self.train.steps_per_epoch, step)
         for group in self.optimizer.param_groups:
@@ -204,7 +211,7 @@ class Trainer:
     def _collate(self, pairs: Sequence[EncodedPair]) -> PairBatch:
         return collate(
             pairs,
-            pad_id=int(self.tokenizer.pad_token_id),  # type: ignore[arg-type]
+            pad_id=int(self.tokenizer.pad_token_id),
             need_rejected=self.needs.rows == "pairs",
             columns=tuple(column.name for column in self.needs.columns),
         )
@@ -219,7 +226,7 @@ class Trainer:
             for term in self.method.loss(_placeholder(batch, self.needs.reference), batch).terms:
                 totals[term.name] = totals.get(term.name, 0.0) + float(term.count.double().sum())
         summed = self.runtime.sum(torch.tensor(list(totals.values()), dtype=torch.float64)).tolist()
-        return {name: max(count, 1.0) for name, count in zip(totals, summed, strict=True)}
+        return {name: count if count > 0 else 1.0 for name, count in zip(totals, summed, strict=True)}
 
     def _parameters(self) -> list[nn.Parameter]:
         return [p for p in self.model.parameters() if p.requires_grad]
@@ -231,15 +238,19 @@ class Trainer:
             self.optimizer.zero_grad(set_to_none=True)
             raise _Interrupted
 
-    def _stop_on_nonfinite(self, step: int, norm: float, broken: list[str]) -> None:
-        rows = self.runtime.gather_objects(broken)
-        kept = checkpoint.latest(self._checkpoints)
+    def _stop_on_nonfinite(self, step: int, norm: float, broken: Sequence[tuple[torch.Tensor, PairBatch]]) -> None:
+        """All processes come here together, and raise one error that names the rows."""
+        mine = [b.where[i] or f"pair {i} of the batch" for bad, b in broken for i in bad.nonzero().flatten().tolist()]
+        rows = self.runtime.gather_objects(mine)
         batch = f"first rows with a loss that is not finite: {', '.join(rows[:3])}" if rows else f"gradient norm {norm}"
         if not rows:
             first = self.train.global_batch(step)
             batch += f", batch of {first[0].where or 'pair 0'} and {len(first) - 1} more"
-        good = f"last good checkpoint: {kept}" if kept else "no checkpoint was written yet"
-        raise TrainError(f"step {step + 1}: the loss or its gradient is not finite ({batch}); {good}")
+        raise TrainError(f"step {step + 1}: the loss or its gradient is not finite ({batch}); {self._last_good()}")
+
+    def _last_good(self) -> str:
+        kept = checkpoint.latest(self._checkpoints)
+        return f"last good checkpoint: {kept}" if kept else "no checkpoint was written yet"
 
     # Evaluation -------------------------------------------------------------------------------------------------------
 
@@ -307,12 +318,15 @@ class Trainer:
         batch = to_device(self._collate(few), runtime.device)
         tol = check.tolerance(self.policy.lm, config.train.mixed_precision)
         with runtime.accelerator.autocast():
-            problem = next((f"{p.where}: {w}" for p in few if (w := check_row_structure(p, self.tokenizer))), None)
-            problem = problem or check.first_difference(self.model, self.policy, self.method, few, batch, tol)
-            if config.reference.path is None:
-                problem = problem or check.unexpected_loss(self.model, self.method, batch, tol)
-        problems = runtime.gather_objects([problem] if problem else [])
-        check.refuse(problems[0] if problems else None)
+            # every process runs every check, whatever it has found: a wrapped model's forward may wait for the others
+            structure = (f"{p.where}: {w}" for p in few if (w := check_row_structure(p, self.tokenizer)))
+            problems = [
+                next(structure, None),
+                check.first_difference(self.model, self.policy, self.method, few, batch, tol),
+                check.unexpected_loss(self.model, self.method, batch, tol) if config.reference.path is None else None,
+            ]
+        found = runtime.gather_objects([problem for problem in problems if problem])
+        check.refuse(found[0] if found else None)
         same = self.needs.reference != "none" and config.reference.path is None
         known = self.method.loss_at_reference()
         agreed = f", loss {known:.4f} as it must be" if same and known is not None else ""
@@ -351,6 +365,14 @@ class Trainer:
 
     def _save(self, step: int) -> None:
         """Write a checkpoint after `step` optimizer steps; on every process, because they wait for rank 0."""
+
+        bad = models.not_finite(self.policy.lm)
+        if bad is not None:
+            rows = self.train.global_batch(step - 1)
+            raise TrainError(
+                f"step {step}: its update left weights that are not finite ({bad}; batch of "
+                f"{rows[0].where or 'pair 0'} and {len(rows) - 1} more); {self._last_good()}"
+            )
 
         def write() -> None:
             state = {"step": step, "random": random_state(), "data": self.train.fingerprint}
@@ -455,6 +477,8 @@ def make_optimizer(settings: OptimConfig, lm: nn.Module) -> torch.optim.Optimize
             kind = getattr(importlib.import_module(module), name)
         except (ImportError, AttributeError) as error:
             raise ConfigError(f"optim.name: '{settings.name}' cannot be imported: {error}") from error
+        if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)):
+            raise ConfigError(f"optim.name: '{settings.name}' is not an optimizer class, expected one of torch's kind")
     trainable = [p for p in lm.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": settings.weight_decay},
@@ -489,11 +513,9 @@ def _placeholder(batch: PairBatch, reference: str) -> PairStats:
     return PairStats(**members, chosen_lengths=batch.chosen_lengths, rejected_lengths=batch.rejected_lengths)
 
 
-def _not_finite(output: LossOutput, batch: PairBatch) -> list[str]:
-    bad = torch.zeros(batch.pairs, dtype=torch.bool)
-    for term in output.terms:
-        bad |= ~torch.isfinite(term.value.detach()).cpu()
-    return [batch.where[i] or f"pair {i} of the batch" for i in bad.nonzero().flatten().tolist()]
+def _not_finite(output: LossOutput) -> torch.Tensor:
+    """Which pairs have a term that is NaN or infinite, (B,) bool; not read here, since reading waits for the GPU."""
+    return torch.stack([~torch.isfinite(term.value.detach()) for term in output.terms]).any(0)
 
 
 def _pair_line(step: int, row: Mapping[str, Any]) -> str:

@@ -1,0 +1,54 @@
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from prefopt import registry
+from tests.fork_server import ForkServer
+from tests.helpers import byte_bpe_tokenizer, tiny_llama
+
+WORDS = ["red", "green", "blue", "amber", "violet", "teal", "pink", "olive"]
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory):
+    """One process for all attempts of all tests here."""
+    server = ForkServer(tmp_path_factory.mktemp("forks"))
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def task(tmp_path_factory):
+    """A tiny model, and pairs with every column that any method reads."""
+    folder = tmp_path_factory.mktemp("task")
+    columns = {column.name: column for name in registry.names() for column in registry.get(name)().needs.columns}
+    rows = []
+    for i in range(50):
+        prompt = f"Human: name colour {i % 20}.\n\nAssistant:"
+        good, bad = " ".join(WORDS[: 1 + i % 5]), " ".join(WORDS[5 - i % 3 :]) + f" {i}"
+        numbers = {name: column.low + (column.high - column.low) * (i % 4) / 4 for name, column in columns.items()}
+        rows.append({"prompt": prompt, "chosen": f" {good} {i}", "rejected": f" {bad}", **numbers})
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tokenizer = byte_bpe_tokenizer([row["prompt"] + row["chosen"] for row in rows], vocab_size=300)
+    model = folder / "model"
+    tiny_llama(len(tokenizer), hidden=16, layers=1).save_pretrained(model)
+    tokenizer.save_pretrained(model)
+    return SimpleNamespace(model=model, pairs=folder / "pairs.jsonl", folder=folder, tokenizer=tokenizer)
+
+
+@pytest.fixture(scope="session")
+def command(task):
+    """The command of a short run: 24 steps, a checkpoint every 3, an evaluation every 4."""
+
+    usual = {"data.eval_fraction": 0.25, "optim.lr": 1e-2, "train.global_batch": 5, "train.micro_batch": 2}
+    usual |= {"train.max_steps": 24, "train.save_every": 3, "eval.every": 4, "eval.batch": 4}
+
+    def command(method: str, output: Path, *, without: tuple[str, ...] = (), **other: object) -> list[str]:
+        """`train__max_steps=1` is `--train.max_steps 1`."""
+        flags = {"method": method, "model.path": task.model, "data.train": task.pairs, "output": output, **usual}
+        flags |= {name.replace("__", "."): value for name, value in other.items()}
+        return [word for name, value in flags.items() if name not in without for word in (f"--{name}", str(value))]
+
+    return command

@@ -1,0 +1,306 @@
+"""Kill a run at any moment, type the same command again: the same weights, each metrics line once."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from prefopt import registry
+from prefopt.engine.metrics import WALL_CLOCK_KEYS, read_lines
+from prefopt.engine.runtime import EXIT_UNFINISHED
+
+ENGINE = "prefopt.engine."
+# Where a process may die: (function, before or after, the last of its calls that may be the one).
+IN_A_CHECKPOINT = [
+    (ENGINE + "checkpoint:save_optimizer", "before", 2),  # the model is written, the optimizer is not
+    (ENGINE + "checkpoint:_seal", "before", 2),  # all written, no manifest
+    (ENGINE + "checkpoint:_sha256", "before", 9),
+    (ENGINE + "checkpoint:_seal", "after", 2),  # whole, but not yet renamed
+]
+ANYWHERE = [
+    *IN_A_CHECKPOINT,
+    ("prefopt.cli:_keep_card", "before", 1),  # the run card, which marks a begun run
+    (ENGINE + "checkpoint:clean", "after", 1),
+    (ENGINE + "metrics:MetricsFile.rewind", "after", 1),
+    (ENGINE + "trainer:Trainer._step", "before", 5),
+    (ENGINE + "trainer:pair_stats", "after", 12),
+    (ENGINE + "trainer:write_atomically", "before", 1),
+    (ENGINE + "metrics:MetricsFile.write", "after", 6),  # logged, but not in a checkpoint
+    (ENGINE + "checkpoint:_write_folder", "after", 2),  # renamed, older checkpoints not yet dropped
+    ("os:unlink", "before", 9),
+]
+
+
+def fault(place, do="SIGKILL", count=None, rng=None):
+    at, when, most = place
+    return {"at": at, "when": when, "count": count or rng.randint(1, most), "do": do}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(server, command, tmp_path_factory):
+    """The output folder of a method's run that nobody disturbed."""
+    done = {}
+
+    def run(method):
+        if method not in done:
+            output = tmp_path_factory.mktemp("straight") / method
+            ended = server.train(command(method, output))
+            assert ended.status == 0, ended.err
+            done[method] = output
+        return done[method]
+
+    return run
+
+
+def without_clock(output):
+    lines = read_lines(output / "metrics.jsonl")
+    return [{key: value for key, value in line.items() if key not in WALL_CLOCK_KEYS} for line in lines]
+
+
+def assert_same_run(output, straight):
+    weights = Path("model/model.safetensors")
+    assert (output / weights).read_bytes() == (straight / weights).read_bytes()
+    last = sorted((straight / "checkpoints").iterdir())[-1]
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        assert (output / "checkpoints" / last.name / name).read_bytes() == (last / name).read_bytes()
+    lines = without_clock(output)
+    seen = [(line["step"], line["split"]) for line in lines]
+    assert len(seen) == len(set(seen))
+    assert lines == without_clock(straight)
+    assert (output / "eval_pairs.jsonl").read_bytes() == (straight / "eval_pairs.jsonl").read_bytes()
+    assert not [p for p in output.rglob("*") if p.name.endswith(".tmp") or p.name.startswith(".writing")]
+
+
+def finish(server, argv, attempts=3):
+    for _ in range(attempts):
+        ended = server.train(argv)
+        if ended.status == 0:
+            return ended
+        assert ended.status == EXIT_UNFINISHED, ended.err
+    raise AssertionError(f"not finished after {attempts} attempts")
+
+
+def test_uninterrupted_run_logs_each_step_once_and_learns(uninterrupted):
+    output = uninterrupted("dpo")
+    lines = read_lines(output / "metrics.jsonl")
+    assert [line["step"] for line in lines if line["split"] == "train"] == list(range(1, 25))
+    assert [line["step"] for line in lines if line["split"] == "eval"] == [0, 4, 8, 12, 16, 20, 24]
+    assert lines[-1]["loss"] < 0.5 * lines[0]["loss"]
+    assert [p.name for p in sorted((output / "checkpoints").iterdir())] == ["step_00000021", "step_00000024"]
+
+
+def kill_again_and_again(server, argv, kills, seed):
+    """Kill the command at seeded places, two of them inside a checkpoint write at least, then let it end."""
+    rng = random.Random(seed)
+    places = [*rng.choices(IN_A_CHECKPOINT, k=2), *rng.choices(ANYWHERE, k=kills - 2)]
+    rng.shuffle(places)
+    killed = []
+    for place in places:
+        wanted = fault(place, rng=rng)
+        ended = server.train(argv, wanted)
+        if ended.status != -signal.SIGKILL:
+            # the run is too near its end to reach that call
+            assert ended.status == 0, (wanted, ended.err)
+            return killed
+        killed.append(wanted)
+    ended = server.train(argv)
+    assert ended.status == 0, (killed, ended.err)
+    return killed
+
+
+@pytest.mark.parametrize("method", registry.names())
+def test_run_when_killed_and_restarted_then_ends_bit_identical(method, server, command, uninterrupted, tmp_path):
+    kills = 10 if method == registry.names()[0] else 2
+    killed = kill_again_and_again(server, command(method, tmp_path / "run"), kills, f"{method} 0")
+    assert len(killed) == kills
+    assert_same_run(tmp_path / "run", uninterrupted(method))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("at", "when"), [(at, when) for at, when, _ in ANYWHERE] + [(ENGINE + "trainer:Trainer._first_batch", "before")]
+)
+def test_run_when_killed_at_each_place_once_then_ends_bit_identical(at, when, server, command, uninterrupted, tmp_path):
+    argv = command("dpo", tmp_path / "run")
+    assert server.train(argv, fault((at, when, 1), rng=random)).status == -signal.SIGKILL
+    finish(server, argv)
+    assert_same_run(tmp_path / "run", uninterrupted("dpo"))
+
+
+def test_run_when_killed_in_the_middle_of_a_metrics_line_then_ends_bit_identical(
+    server, command, uninterrupted, tmp_path
+):
+    argv = command("dpo", tmp_path / "run")
+    ended = server.train(argv, {"at": ENGINE + "metrics:MetricsFile.write", "count": 8, "do": "HALF_LINE"})
+    assert ended.status == -signal.SIGKILL
+    finish(server, argv)
+    assert_same_run(tmp_path / "run", uninterrupted("dpo"))
+
+
+def test_run_when_killed_inside_the_export_then_exports_again(server, command, uninterrupted, tmp_path):
+    argv = command("dpo", tmp_path / "run")
+    seals = 24 // 3 + 1
+    ended = server.train(argv, {"at": ENGINE + "checkpoint:_seal", "count": seals, "do": "SIGKILL"})
+    assert ended.status == -signal.SIGKILL
+    assert not (tmp_path / "run" / "model").exists()
+    assert "continuing from" in finish(server, argv).out
+    assert_same_run(tmp_path / "run", uninterrupted("dpo"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(1, 11))
+@pytest.mark.parametrize("method", registry.names())
+def test_run_when_killed_at_random_places_then_ends_bit_identical(
+    method, seed, server, command, uninterrupted, tmp_path
+):
+    kill_again_and_again(server, command(method, tmp_path / "run"), 10, f"{method} {seed}")
+    assert_same_run(tmp_path / "run", uninterrupted(method))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(5))
+def test_run_when_killed_at_random_moments_then_ends_bit_identical(seed, server, command, uninterrupted, tmp_path):
+    rng, argv = random.Random(seed), command("dpo", tmp_path / "run")
+    for _ in range(10):
+        ended = server.train(argv, kill_after=rng.uniform(0.05, 0.8))
+        assert ended.status in (0, -signal.SIGKILL), ended.err
+    finish(server, argv)
+    assert_same_run(tmp_path / "run", uninterrupted("dpo"))
+
+
+# Signals that ask to save --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "place", "step"),
+    [
+        ("SIGTERM", (ENGINE + "trainer:pair_stats", "before", 23), 5),
+        ("SIGINT", (ENGINE + "trainer:Trainer._step", "before", 8), 7),
+        ("SIGUSR1", (ENGINE + "trainer:Trainer._eval_rows", "before", 3), 8),
+        ("SIGTERM", (ENGINE + "checkpoint:_seal", "before", 2), 6),
+    ],
+    ids=["SIGTERM in a step", "SIGINT between steps", "SIGUSR1 in an evaluation", "SIGTERM in a checkpoint"],
+)
+def test_run_when_asked_to_stop_then_saves_and_continues_to_the_same_weights(
+    name, place, step, server, command, uninterrupted, tmp_path
+):
+    output = tmp_path / "run"
+    argv = command("dpo", output)
+    ended = server.train(argv, fault(place, name, count=place[2]))
+    assert ended.status == EXIT_UNFINISHED
+    assert ended.seconds < 20
+    assert f"\n{name}: saving, then leaving with exit status 75; again to leave at once\n" in ended.out
+    assert ended.out.endswith(f"\nleft at step {step} of 24; the same command continues\n")
+    assert (output / "checkpoints" / f"step_{step:08d}" / "manifest.json").exists()
+    assert not (output / "model").exists()
+    assert f"continuing from {output}/checkpoints/step_{step:08d}\n" in finish(server, argv).out
+    assert_same_run(output, uninterrupted("dpo"))
+
+
+def test_run_when_asked_to_stop_before_the_first_step_then_leaves_at_once(server, command, uninterrupted, tmp_path):
+    argv = command("dpo", tmp_path / "run")
+    ended = server.train(argv, {"at": "prefopt.data.encode:encode_file", "do": "SIGTERM"})
+    assert ended.status == EXIT_UNFINISHED
+    assert ended.out.endswith("\nSIGTERM: nothing to save yet, leaving with exit status 75\n")
+    assert ended.err == ""
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    finish(server, argv)
+    assert_same_run(tmp_path / "run", uninterrupted("dpo"))
+
+
+def test_run_when_interrupted_where_a_checkpoint_was_just_written_then_does_not_write_it_again(
+    server, command, tmp_path
+):
+    argv = command("dpo", tmp_path / "run", train__keep_last=1)
+    written = tmp_path / "run" / "checkpoints" / "step_00000003" / "manifest.json"
+    ended = server.train(argv, fault((ENGINE + "trainer:Trainer._step", "before", 4), "SIGTERM", count=4))
+    assert ended.status == EXIT_UNFINISHED
+    assert ended.out.endswith("\nleft at step 3 of 24; the same command continues\n")
+    before = written.stat().st_ino
+    # the same again with a kill where the second write would be: nothing is lost although one checkpoint is kept
+    ended = server.train(argv, fault((ENGINE + "trainer:Trainer._step", "before", 1), "SIGTERM", count=1))
+    assert ended.status == EXIT_UNFINISHED
+    assert written.stat().st_ino == before
+
+
+def test_finished_run_when_run_again_then_says_so_and_changes_nothing(server, command, uninterrupted):
+    output = uninterrupted("dpo")
+    before = {p: p.stat().st_mtime_ns for p in output.rglob("*") if p.is_file() and p.name != ".lock"}
+    ended = server.train(command("dpo", output))
+    assert ended.status == 0
+    assert ended.out.endswith(f"\n{output}: this run is finished; the model is in {output}/model\n")
+    assert {p: p.stat().st_mtime_ns for p in output.rglob("*") if p.is_file() and p.name != ".lock"} == before
+
+
+def test_finished_run_when_its_model_is_damaged_then_exports_it_again(server, command, uninterrupted, tmp_path):
+    argv = command("dpo", tmp_path / "run")
+    finish(server, argv)
+    weights = tmp_path / "run" / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4])
+    finish(server, argv)
+    assert_same_run(tmp_path / "run", uninterrupted("dpo"))
+
+
+def test_run_prints_its_threads_and_uses_them(server, command, tmp_path):
+    argv = command("dpo", tmp_path / "run", train__threads=2, train__max_steps=1)
+    assert ", 2 thread(s) per process; " in server.train(argv).out
+
+
+# The launcher ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["SIGKILL", pytest.param("SIGTERM", marks=pytest.mark.slow)])
+def test_run_when_its_launcher_dies_then_saves_and_leaves(name, server, command, task, tmp_path):
+    import fcntl
+
+    output = tmp_path / "run"
+    argv = command("dpo", output, train__max_steps=2000, train__save_every=2000, eval__every=2000)
+    launch = "accelerate.commands.accelerate_cli launch --num_processes 1 --num_machines 1 --cpu --mixed_precision no"
+    script = Path(__file__).resolve().parents[2] / "scripts" / "train.py"
+    env = os.environ | {"PREFOPT_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    with (tmp_path / "out.txt").open("w") as out:
+        words = [sys.executable, "-m", *launch.split(), "--dynamo_backend", "no", str(script), *argv]
+        launcher = subprocess.Popen(words, stdout=out, stderr=subprocess.STDOUT, env=env)
+    metrics = output / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and len(metrics.read_text().splitlines()) > 3):
+        assert launcher.poll() is None, (tmp_path / "out.txt").read_text()
+        assert time.monotonic() < deadline, (tmp_path / "out.txt").read_text()
+        time.sleep(0.05)
+    launcher.send_signal(getattr(signal, name))
+    launcher.wait()
+    began = time.monotonic()
+    with (output / ".lock").open() as lock:
+        while time.monotonic() < began + 20:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(0.05)
+        else:
+            pytest.fail("the orphan did not leave within 20 s")
+    said = (tmp_path / "out.txt").read_text()
+    assert "SIGTERM: saving, then leaving with exit status 75; again to leave at once\n" in said
+    (checkpoint,) = (output / "checkpoints").iterdir()
+    done = json.loads((checkpoint / "state.json").read_text())["step"]
+    assert f"left at step {done} of 2000; the same command continues\n" in said
+    assert 0 < done < 2000
+    assert load_file(checkpoint / "model.safetensors")
+    # the schedule is laid out for 2000 steps: the same command continues, another number is another run
+    ended = server.train(command("dpo", output, train__max_steps=done + 2, eval__every=2000))
+    assert ended.status == 2
+    assert ended.err == (
+        f"error: --output {output}: holds a run with other settings (train.max_steps: 2000 -> {done + 2}); "
+        "choose another --output, or the settings of that run to continue it\n"
+    )
+    fault = {"at": ENGINE + "trainer:Trainer._step", "count": 3, "do": "SIGTERM"}
+    ended = server.train(argv, fault)
+    assert ended.status == EXIT_UNFINISHED
+    assert ended.out.endswith(f"\nleft at step {done + 2} of 2000; the same command continues\n")

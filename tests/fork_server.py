@@ -1,0 +1,174 @@
+"""Runs train commands in forks of one process that has made the imports, so that an attempt costs a second, not ten.
+
+A fault is named in the request and happens inside the child: `{"at": "module:Class.function", "when": "before",
+"count": 3, "do": "SIGKILL"}` kills it where the third call of that function begins.
+"""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended: its exit status (minus a signal's number), seconds, and what it wrote."""
+
+    status: int
+    seconds: float
+    out: str
+    err: str
+
+
+class ForkServer:
+    """The parent's end: starts the process that forks, and asks it for one command after another."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+        env["PREFOPT_CACHE"] = str(folder / "cache")
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.fork_server"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            cwd=ROOT,
+            env=env,
+            text=True,
+        )
+
+    def train(
+        self,
+        argv: list[str],
+        fault: dict[str, Any] | None = None,
+        kill_after: float | None = None,
+        file_size_limit: int | None = None,
+        cwd: Path | None = None,
+    ) -> Ended:
+        """Run `prefopt train ARGV` in a fork of the server and wait for its end."""
+        out, err = self.folder / "out.txt", self.folder / "err.txt"
+        request = {
+            "argv": argv,
+            "fault": fault,
+            "kill_after": kill_after,
+            "file_size_limit": file_size_limit,
+            "cwd": str(cwd or self.folder),
+            "out": str(out),
+            "err": str(err),
+        }
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        answer = json.loads(self._process.stdout.readline())
+        return Ended(answer["status"], answer["seconds"], out.read_text(), err.read_text())
+
+    def close(self) -> None:
+        self._process.communicate()
+
+
+def _serve() -> None:
+    import datasets  # noqa: F401
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM  # noqa: F401
+
+    import prefopt.cli
+    import prefopt.data.encode
+    import prefopt.data.split
+    import prefopt.engine.trainer
+    import prefopt.testbed  # noqa: F401
+
+    torch.set_num_threads(1)
+    for line in sys.stdin:
+        request = json.loads(line)
+        began = time.monotonic()
+        pid = os.fork()
+        if pid == 0:
+            _child(request)
+        if request["kill_after"] is not None:
+            time.sleep(request["kill_after"])
+            os.kill(pid, signal.SIGKILL)  # of our own child, which nobody has waited for: the number is still its own
+        _, status = os.waitpid(pid, 0)
+        answer = {"status": os.waitstatus_to_exitcode(status), "seconds": time.monotonic() - began}
+        print(json.dumps(answer), flush=True)
+
+
+def _child(request: dict[str, Any]) -> None:
+    status = 1
+    try:
+        for path, target in ((os.devnull, 0), (request["out"], 1), (request["err"], 2)):
+            flags = os.O_RDONLY if target == 0 else os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+            os.dup2(os.open(path, flags, 0o644), target)
+        os.chdir(request["cwd"])
+        if request["file_size_limit"] is not None:
+            import resource
+
+            resource.setrlimit(resource.RLIMIT_FSIZE, (request["file_size_limit"],) * 2)
+        if request["fault"] is not None:
+            _arm(**request["fault"])
+        from prefopt.cli import train
+
+        status = train(request["argv"])
+    except SystemExit as leaving:
+        status = leaving.code if isinstance(leaving.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def _arm(at: str, do: str, when: str = "before", count: int = 1) -> None:
+    """Replace the function at `module:dotted.name` by one that does the fault at its `count`-th call."""
+    module, _, dotted = at.partition(":")
+    *parents, name = dotted.split(".")
+    owner: Any = importlib.import_module(module)
+    for parent in parents:
+        owner = getattr(owner, parent)
+    original = getattr(owner, name)
+    calls = 0
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        hit = calls == count
+        if hit and when == "before":
+            _happen(do, args)
+        result = original(*args, **kwargs)
+        if hit and when == "after":
+            _happen(do, args)
+        return result
+
+    setattr(owner, name, wrapped)
+
+
+def _happen(do: str, args: tuple[Any, ...]) -> None:
+    if do == "ENOSPC":
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    if do == "NAN":  # args: the trainer
+        import torch
+
+        with torch.no_grad():
+            next(iter(args[0].policy.lm.parameters())).fill_(float("nan"))
+        return
+    if do == "HALF_LINE":  # args: the metrics file and the line
+        with args[0].path.open("a") as file:
+            file.write(json.dumps(args[1])[:20])
+        do = "SIGKILL"
+    os.kill(os.getpid(), getattr(signal, do))
+
+
+if __name__ == "__main__":
+    _serve()
