@@ -39,11 +39,6 @@ def train(argv: Sequence[str]) -> int:
         return _train(settings.parse(argv))
     except PrefoptError as error:
         return rt.fail(error)
-    except OSError as error:
-        if error.errno not in _NO_ROOM:
-            raise
-        place = error.filename or "writing"
-        return rt.fail(TrainError(f"{place}: {error.strerror}; free space and run the same command again"))
 
 
 def cache_dir() -> Path:
@@ -66,6 +61,11 @@ def _train(config: RunConfig) -> int:
         if not config.dry_run:
             _refuse_another_run(config, output)
         return _prepared(config, output)
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        place = error.filename or f"--output {output} (or the cache in {cache_dir()})"
+        raise TrainError(f"{place}: {error.strerror}; free space and run the same command again") from error
     finally:
         lock.release()
 
@@ -160,9 +160,9 @@ def _file_task(config: RunConfig) -> _Task:
         other = models.load_config(config.reference.path, config.model, key="reference.path")
         models.check_same_vocabulary(architecture, other, config.reference.path)
     tokenizer = models.load_tokenizer(config.model.path, config.model, config.data.chat_template)
-    tokenizer.pad_token_id, _ = pad_token(tokenizer)  # the report says so where it is not the tokenizer's own
+    tokenizer.pad_token_id, note = pad_token(tokenizer)
     needs = config.method.needs
-    report: list[str] = []
+    report: list[str] = [note] if note else []
 
     def encode(path: str) -> Any:
         encoded = encode_file(
@@ -288,6 +288,9 @@ def _refuse_another_run(config: RunConfig, output: Path) -> None:
 
 
 def _read_card(output: Path) -> dict[str, Any] | None:
+    """The card of the run that the output holds; None where nothing has come of one: a mistake may be mended."""
+    if not any((output / name).exists() for name in ("metrics.jsonl", "checkpoints", "model")):
+        return None
     try:
         card: dict[str, Any] = json.loads((output / CARD).read_text())
         return card
@@ -345,7 +348,7 @@ def _keep_card(card: dict[str, Any], output: Path) -> None:
     old = _read_card(output)
     if old is None:
         write_atomically(output / "config.yaml", [settings.from_dict(card["config"]).to_yaml()])
-        write_atomically(output / CARD, [json.dumps(card, indent=1, default=str)])  # last: it marks a begun run
+        write_atomically(output / CARD, [json.dumps(card, indent=1, default=str)])
         return
     for what, key in (("training data", ("data", "train")), ("model", ("model", "sha256"))):
         before, now = old[key[0]][key[1]], card[key[0]][key[1]]

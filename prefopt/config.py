@@ -508,10 +508,10 @@ def _known_keys(method_class: type[Method]) -> list[str]:
 
 
 def _check_keys(layer: Mapping[str, Any], name: str, method_class: type[Method], where: str) -> None:
-    known = _known_keys(method_class)
+    known = [key for key in _known_keys(method_class) if not (where and key in ("config", "help"))]
     mappings = ("data.columns.", "optim.args.")
     for key in _leaves(layer):
-        if (key in known and key not in ("config", "help")) or key.startswith(mappings):
+        if key in known or key.startswith(mappings):
             continue
         if key in {k.partition(".")[0] for k in known if "." in k}:
             if _at(layer, key) in ({}, None):
@@ -704,6 +704,11 @@ def _validate(config: RunConfig) -> None:
         raise ConfigError(
             "model.path is given without data.train; name the pairs to train on (--data.train FILE), "
             "or neither for the testbed"
+        )
+    if config.on_testbed and config.testbed.pairs is None and config.train.max_steps is None:
+        raise ConfigError(
+            "train.max_steps: found none, expected a number of steps: the testbed's stream of pairs has no end "
+            "(or name the size of a fixed set, testbed.pairs)"
         )
     if config.on_testbed and config.data.eval is not None:
         raise ConfigError("data.eval is given without data.train; the testbed makes its own held-out pairs")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,12 +37,12 @@ def quiet() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _refuse(key: str, path: str, error: Exception) -> TrainError:
+def _refuse(key: str, path: str, error: Exception, what: str = "a model") -> TrainError:
     """Why a model could not be opened, in one line."""
     folder = Path(path)
     if folder.is_dir():
-        reason = " ".join(str(error).split())
-        return TrainError(f"{key}: '{path}' is a folder but not a model that can be loaded: {reason[:300]}")
+        reason = textwrap.shorten(str(error), 200, placeholder=" ...")
+        return TrainError(f"{key}: '{path}' is a folder without {what} that can be loaded: {reason}")
     siblings = [p.name for p in folder.parent.iterdir() if p.is_dir()] if folder.parent.is_dir() else []
     near = did_you_mean(folder.name, siblings)
     hint = near or " (check the spelling or the network)"
@@ -69,7 +70,7 @@ def load_tokenizer(path: str, settings: ModelConfig, chat_template: str | None =
             path, revision=settings.revision, trust_remote_code=settings.trust_remote_code
         )
     except Exception as error:
-        raise _refuse("model.path", path, error) from error
+        raise _refuse("model.path", path, error, "a tokenizer") from error
     if chat_template is not None:
         try:
             tokenizer.chat_template = Path(chat_template).read_text()

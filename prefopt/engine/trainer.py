@@ -478,7 +478,9 @@ def make_optimizer(settings: OptimConfig, lm: nn.Module) -> torch.optim.Optimize
         except (ImportError, AttributeError) as error:
             raise ConfigError(f"optim.name: '{settings.name}' cannot be imported: {error}") from error
         if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)):
-            raise ConfigError(f"optim.name: '{settings.name}' is not an optimizer class, expected one of torch's kind")
+            raise ConfigError(
+                f"optim.name: '{settings.name}' is no optimizer, expected a subclass of torch.optim.Optimizer"
+            )
     trainable = [p for p in lm.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": settings.weight_decay},

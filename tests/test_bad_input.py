@@ -1,0 +1,358 @@
+"""What a user can get wrong, through the command line: one line that says where, what, what was expected, and how to
+mend it; exit status 2; nothing lost. Bad rows are in tests/data."""
+
+import json
+import math
+import shutil
+
+import pytest
+
+from tests.helpers import byte_bpe_tokenizer, tiny_llama
+
+TRAINER = "prefopt.engine.trainer:Trainer."
+
+
+@pytest.fixture
+def error(server, command, tmp_path):
+    """The one line that a command ends with, without its `error: `."""
+
+    def error(*, fault=None, file_size_limit=None, method="dpo", **settings):
+        settings.setdefault("output", tmp_path / "run")
+        argv = command(method, **settings)
+        ended = server.train(argv, fault, file_size_limit=file_size_limit, cwd=tmp_path)
+        assert ended.status == 2, ended.out + ended.err
+        assert "Traceback" not in ended.err
+        *bar, last = ended.err.replace("\r", "\n").splitlines()
+        assert all(not line or "step/s" in line for line in bar)
+        assert last.startswith("error: ")
+        return last.removeprefix("error: ")
+
+    return error
+
+
+@pytest.fixture
+def variant(task, tmp_path):
+    """A copy of the tiny model, to be spoilt."""
+
+    def variant(name, model=None, tokenizer=None):
+        folder = tmp_path / name
+        shutil.copytree(task.model, folder)
+        if model is not None:
+            model.save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        return folder
+
+    return variant
+
+
+# Files ----------------------------------------------------------------------------------------------------------------
+
+
+def test_data_when_the_file_is_missing_then_the_nearest_name_is_offered(error, task):
+    found = error(data__train=task.folder / "pair.jsonl")
+    assert found == f"{task.folder}/pair.jsonl: no such file or folder; did you mean '{task.pairs}'?"
+
+
+def test_data_when_the_eval_file_is_missing_then_it_is_named(error, task):
+    assert error(data__eval="held_out.jsonl") == "held_out.jsonl: no such file or folder"
+
+
+def test_data_when_the_file_is_empty_then_it_says_what_a_line_is(error, tmp_path):
+    (tmp_path / "empty.jsonl").touch()
+    assert error(data__train="empty.jsonl") == "empty.jsonl: the file is empty, expected one JSON object per line"
+
+
+def test_data_when_a_line_is_broken_json_then_the_line_is_named(error, task, tmp_path):
+    (tmp_path / "broken.jsonl").write_text(task.pairs.read_text() + '{"prompt": \n')
+    assert error(data__train="broken.jsonl") == (
+        "broken.jsonl:51: broken JSON (Expecting value at column 12), expected one JSON object "
+        "(drop the row, or --data.on_bad_row skip)"
+    )
+
+
+def test_data_when_messages_meet_a_tokenizer_without_chat_template_then_says_so(error, tmp_path):
+    def turn(role, text):
+        return [{"role": role, "content": text}]
+
+    row = {"prompt": turn("user", "Hi"), "chosen": turn("assistant", "a"), "rejected": turn("assistant", "b")}
+    (tmp_path / "chat.jsonl").write_text(json.dumps(row) + "\n")
+    assert error(data__train="chat.jsonl") == (
+        "the rows are chat messages and the tokenizer has no chat template, expected one (--data.chat_template FILE)"
+    )
+
+
+def test_data_when_the_chat_template_file_is_missing_then_it_is_named(error):
+    assert error(data__chat_template="chat.jinja") == "data.chat_template: 'chat.jinja': No such file or directory"
+
+
+# Models ---------------------------------------------------------------------------------------------------------------
+
+
+def test_model_when_a_token_has_no_row_then_the_token_and_its_pair_are_named(error, task, variant):
+    vocab = len(task.tokenizer)
+    path = variant("small", model=tiny_llama(vocab - 5, hidden=16, layers=1))
+    found = error(model__path=path)
+    assert found.startswith(f"{task.pairs}:")
+    assert found.partition(": ")[2].startswith("token ")
+    assert found.endswith(
+        f" has no row in the model: the tokenizer has {vocab} tokens, the model {vocab - 5} rows "
+        "(use the model's own tokenizer)"
+    )
+
+
+def test_model_when_it_has_more_rows_than_tokens_and_no_pad_token_then_trains_and_says_once(
+    server, command, task, variant, tmp_path
+):
+    texts = [json.loads(line)["prompt"] for line in task.pairs.read_text().splitlines()]
+    tokenizer = byte_bpe_tokenizer(texts, vocab_size=300, pad=False)
+    path = variant("padless", tiny_llama(len(tokenizer) + 20, hidden=16, layers=1), tokenizer)
+    ended = server.train(command("dpo", tmp_path / "run", model__path=path, train__max_steps=1, data__eval=task.pairs))
+    assert ended.status == 0, ended.err
+    assert ended.out.count("the tokenizer has no pad token; EOS '</s>' pads instead\n") == 1
+
+
+def test_reference_when_its_vocabulary_is_another_then_both_sizes_are_named(error, task, variant):
+    vocab = len(task.tokenizer)
+    path = variant("other", model=tiny_llama(vocab + 7, hidden=16, layers=1))
+    assert error(reference__path=path) == (
+        f"reference.path: '{path}' has a vocabulary of {vocab + 7} tokens, the policy {vocab}; "
+        "KL and log-ratios need the same one (name a reference of the policy's family)"
+    )
+
+
+@pytest.mark.parametrize("key", ["model.path", "reference.path"])
+def test_model_when_neither_a_folder_nor_reachable_then_says_both(error, key):
+    found = error(**{key: "nobody/nothing"})
+    assert found == (
+        f"{key}: 'nobody/nothing' is neither a folder nor a model that the hub gave (check the spelling or the network)"
+    )
+
+
+@pytest.mark.parametrize("key", ["model.path", "reference.path"])
+def test_model_when_the_folder_is_mistyped_then_the_nearest_one_is_offered(error, key, task):
+    assert error(**{key: f"{task.folder}/modell"}) == (
+        f"{key}: '{task.folder}/modell' does not exist, expected the folder of a model or a hub id; "
+        "did you mean 'model'?"
+    )
+
+
+def test_model_when_it_is_a_file_then_says_so(error, task):
+    found = error(model__path=task.pairs)
+    assert found == f"model.path: '{task.pairs}' is a file, expected the folder of a model or a hub id"
+
+
+def test_model_when_the_folder_holds_none_then_says_so(error, tmp_path):
+    (tmp_path / "empty").mkdir()
+    begins = f"model.path: '{tmp_path}/empty' is a folder without a model that can be loaded: "
+    assert error(model__path=tmp_path / "empty").startswith(begins)
+
+
+def test_model_when_its_weights_are_missing_then_says_so(error, variant):
+    path = variant("hollow")
+    (path / "model.safetensors").unlink()
+    begins = f"model.path: '{path}' is a folder without a model that can be loaded: "
+    assert error(model__path=path).startswith(begins)
+
+
+def test_model_when_its_weights_are_cut_short_then_says_so(error, variant):
+    path = variant("cut")
+    weights = path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    begins = f"model.path: '{path}' is a folder without a model that can be loaded: "
+    assert error(model__path=path).startswith(begins)
+
+
+def test_model_when_it_has_no_tokenizer_then_says_so(error, variant):
+    path = variant("mute")
+    for file in path.glob("tokenizer*"):
+        file.unlink()
+    begins = f"model.path: '{path}' is a folder without a tokenizer that can be loaded: "
+    assert error(model__path=path).startswith(begins)
+
+
+# Settings that only a run can check -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("beta", ["0", "-0.1", "nan", "inf"])
+def test_beta_when_not_positive_and_finite_then_refused(error, beta):
+    assert error(method__beta=beta) == f"method.beta: found {float(beta)!r}, expected a finite number > 0"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"optim.name": "adamv"},
+            "optim.name: found 'adamv', expected one of adamw, rmsprop, sgd or a dotted path; did you mean 'adamw'?",
+        ),
+        (
+            {"optim.name": "torch.optim.Adamx"},
+            "optim.name: 'torch.optim.Adamx' cannot be imported: module 'torch.optim' has no attribute 'Adamx'",
+        ),
+        (
+            {"optim.name": "no_such.Thing"},
+            "optim.name: 'no_such.Thing' cannot be imported: No module named 'no_such'",
+        ),
+        (
+            {"optim.name": "torch.optim"},
+            "optim.name: 'torch.optim' is no optimizer, expected a subclass of torch.optim.Optimizer",
+        ),
+        (
+            {"optim.args.epss": "1"},
+            "optim.args: adamw refused {'epss': 1}: AdamW.__init__() got an unexpected keyword argument 'epss'",
+        ),
+    ],
+)
+def test_optimizer_when_it_does_not_exist_then_refused_and_mended_in_the_same_folder(
+    error, settings, message, server, command, tmp_path
+):
+    assert error(**settings) == message
+    assert server.train(command("dpo", tmp_path / "run", train__max_steps=1)).status == 0
+
+
+def test_stream_when_max_steps_is_missing_then_says_what_to_name(error):
+    found = error(without=("model.path", "data.train", "data.eval_fraction"), train__max_steps="none")
+    assert found == (
+        "train.max_steps: found none, expected a number of steps: the testbed's stream of pairs has no end "
+        "(or name the size of a fixed set, testbed.pairs)"
+    )
+
+
+# Numbers that break ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key", ["model.path", "reference.path"])
+def test_weights_when_not_finite_at_the_start_then_the_weight_is_named(error, key, task, variant):
+    model = tiny_llama(len(task.tokenizer), hidden=16, layers=1)
+    model.model.layers[0].mlp.up_proj.weight.data[0, 0] = math.nan
+    path = variant("nan", model=model)
+    assert error(**{key: path}) == (
+        f"{key}: '{path}' holds weights that are not finite (model.layers.0.mlp.up_proj.weight); "
+        "name a model whose weights are"
+    )
+
+
+def test_weights_when_nan_in_the_run_then_stops_names_step_and_rows_and_keeps_the_checkpoint(
+    error, server, command, task, tmp_path
+):
+    found = error(fault={"at": TRAINER + "_step", "count": 6, "do": "NAN"})
+    kept = tmp_path / "run" / "checkpoints" / "step_00000003"
+    begins = "step 6: the loss or its gradient is not finite (first rows with a loss that is not finite: "
+    assert found.startswith(begins)
+    rows, ends = found.removeprefix(begins).split(")")
+    assert len(rows.split(", ")) == 3
+    assert all(row.startswith(f"{task.pairs}:") for row in rows.split(", "))
+    assert ends == f"; last good checkpoint: {kept}"
+    ended = server.train(command("dpo", tmp_path / "run"))
+    assert ended.status == 0
+    assert f"continuing from {kept}\n" in ended.out
+
+
+def test_weights_when_an_update_leaves_nan_then_they_are_never_saved(error, task, tmp_path):
+    found = error(fault={"at": TRAINER + "_step", "count": 6, "when": "after", "do": "NAN"})
+    kept = tmp_path / "run" / "checkpoints" / "step_00000003"
+    assert found.startswith("step 6: its update left weights that are not finite (model.embed_tokens.weight; batch of ")
+    assert found.endswith(f" and 4 more); last good checkpoint: {kept}")
+    assert [p.name for p in kept.parent.iterdir()] == [kept.name]
+
+
+def test_learning_rate_when_it_blows_the_weights_up_then_stops_at_the_next_step(error):
+    found = error(optim__lr=1e38, optim__clip=0)
+    assert found.startswith("step 2: the loss or its gradient is not finite (")
+    assert found.endswith("); no checkpoint was written yet")
+
+
+# The output folder ----------------------------------------------------------------------------------------------------
+
+
+def test_output_when_its_parent_is_a_file_then_the_file_is_named(error, task):
+    assert error(output=task.pairs / "run") == (
+        f"--output {task.pairs}/run: '{task.pairs}' is a file; expected a folder that can be written"
+    )
+
+
+def test_output_when_it_holds_another_run_then_says_what_differs_and_loses_nothing(
+    error, server, command, task, tmp_path
+):
+    output = tmp_path / "run"
+    assert server.train(command("dpo", output, train__max_steps=3)).status == 0
+    before = {p: p.read_bytes() for p in output.rglob("*") if p.is_file() and p.name != ".lock"}
+    choose = "choose another --output, or the settings of that run to continue it"
+    assert error(train__max_steps=3, method__beta=0.5) == (
+        f"--output {output}: holds a run with other settings (method.beta: 0.1 -> 0.5); {choose}"
+    )
+    assert error(method="sft", train__max_steps=4, seed=1) == (
+        f"--output {output}: holds a run with other settings (method.beta: 0.1 -> None; "
+        f"method.label_smoothing: 0.0 -> None; method.name: 'dpo' -> 'sft' and 4 more); {choose}"
+    )
+    assert {p: p.read_bytes() for p in output.rglob("*") if p.is_file() and p.name != ".lock"} == before
+
+
+def test_output_when_the_data_changed_since_then_refused(error, server, command, task, tmp_path):
+    pairs = tmp_path / "pairs.jsonl"
+    shutil.copy(task.pairs, pairs)
+    assert server.train(command("dpo", tmp_path / "run", data__train=pairs, train__max_steps=1)).status == 0
+    pairs.write_text("\n".join(pairs.read_text().splitlines()[:-1]))
+    found = error(data__train=pairs, train__max_steps=1)
+    assert found.startswith(f"--output {tmp_path}/run: the training data is not what this run began with (")
+    assert found.endswith("); choose another --output")
+
+
+def test_output_when_another_process_writes_there_then_its_owner_is_named(error, tmp_path):
+    from prefopt.engine.runtime import OutputLock
+
+    (tmp_path / "run").mkdir()
+    lock = OutputLock(tmp_path / "run")
+    lock.acquire()
+    owner = (tmp_path / "run" / ".lock").read_text()
+    try:
+        assert error() == (
+            f"{tmp_path}/run: another run is writing here ({owner}); wait for it, stop it, or choose another --output"
+        )
+    finally:
+        lock.release()
+
+
+# A full disk ----------------------------------------------------------------------------------------------------------
+
+
+def test_disk_when_full_in_a_checkpoint_then_the_one_before_survives_and_a_rerun_ends(error, server, command, tmp_path):
+    found = error(fault={"at": "prefopt.engine.checkpoint:_seal", "count": 2, "do": "ENOSPC"})
+    folder = tmp_path / "run" / "checkpoints"
+    assert found == (
+        f"{folder}/step_00000006: not written: [Errno 28] No space left on device; "
+        f"the last good checkpoint is {folder}/step_00000003 (free space and run again)"
+    )
+    assert [p.name for p in folder.iterdir()] == ["step_00000003"]
+    ended = server.train(command("dpo", tmp_path / "run"))
+    assert ended.status == 0
+    assert f"continuing from {folder}/step_00000003\n" in ended.out
+
+
+def test_disk_when_a_file_may_not_grow_then_the_checkpoint_before_survives_and_a_rerun_ends(
+    error, server, command, tmp_path
+):
+    stopped = server.train(command("dpo", tmp_path / "run"), {"at": TRAINER + "_step", "count": 5, "do": "SIGTERM"})
+    assert stopped.status == 75
+    found = error(file_size_limit=40_000)
+    folder = tmp_path / "run" / "checkpoints"
+    begins = f"{folder}/step_00000006: not written: "
+    assert found.startswith(begins)
+    assert "File too large" in found
+    assert found.endswith(f"; the last good checkpoint is {folder}/step_00000004 (free space and run again)")
+    assert sorted(p.name for p in folder.iterdir()) == ["step_00000003", "step_00000004"]
+    assert server.train(command("dpo", tmp_path / "run")).status == 0
+
+
+@pytest.mark.parametrize(
+    "place", ["prefopt.engine.metrics:MetricsFile.write", "prefopt.engine.metrics:write_atomically"]
+)
+def test_disk_when_full_outside_a_checkpoint_then_one_line_and_a_rerun_ends(error, place, server, command, tmp_path):
+    found = error(fault={"at": place, "do": "ENOSPC"})
+    cache = server.folder / "cache"
+    assert found == (
+        f"--output {tmp_path}/run (or the cache in {cache}): No space left on device; "
+        "free space and run the same command again"
+    )
+    assert server.train(command("dpo", tmp_path / "run")).status == 0

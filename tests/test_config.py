@@ -1,0 +1,273 @@
+"""Settings: what wins, what is refused and in which words, and that reading them is cheap."""
+
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import yaml
+
+from prefopt import config as settings
+from prefopt import registry
+from prefopt.config import from_dict, help_text, parse
+from prefopt.errors import ConfigError
+
+REAL = ["--method", "dpo", "--model.path", "m", "--data.train", "d.jsonl"]
+NAMES = ", ".join(registry.names())
+
+
+def message(*argv):
+    with pytest.raises(ConfigError) as caught:
+        parse(argv)
+    return str(caught.value)
+
+
+@pytest.fixture
+def write(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def write(text, name="x.yaml"):
+        Path(name).write_text(textwrap.dedent(text))
+        return ["--config", name]
+
+    return write
+
+
+# What wins ------------------------------------------------------------------------------------------------------------
+
+
+def test_settings_when_nothing_else_is_given_then_are_the_dataclass_defaults():
+    config = parse(REAL)
+    assert config.method == registry.get("dpo")()
+    assert (config.optim, config.train, config.eval) == (
+        settings.OptimConfig(),
+        settings.TrainConfig(),
+        settings.EvalConfig(),
+    )
+    assert not config.on_testbed
+
+
+def test_testbed_when_no_model_and_no_data_are_named_then_its_departures_stand_below_yaml_and_flags(write):
+    config = parse(["--method", "dpo"])
+    assert config.on_testbed
+    departures = settings.TESTBED_DEPARTURES
+    assert {
+        group: departures[group].items() <= config.to_dict()[group].items() for group in departures
+    } == dict.fromkeys(departures, True)
+    assert config.optim.schedule != settings.OptimConfig().schedule
+    file = write("method: {name: dpo, beta: 0.3}\noptim: {lr: 1e-3, clip: 2}\ntrain:\n")
+    config = parse([*file, "--optim.lr", "1e-4"])
+    assert (config.method.beta, config.optim.lr, config.optim.clip) == (0.3, 1e-4, 2.0)
+    assert config.optim.schedule == departures["optim"]["schedule"]
+    assert config.train.max_steps == departures["train"]["max_steps"]  # a group with nothing under it changes nothing
+
+
+def test_yaml_when_a_number_has_an_exponent_alone_then_it_is_a_number(write):
+    config = parse([*REAL, *write("optim: {lr: 1e-6, args: {eps: 1e-7, betas: [0.9, 9e-1]}}")])
+    assert config.optim.lr == 1e-6
+    assert config.optim.args == {"eps": 1e-7, "betas": [0.9, 0.9]}
+
+
+def test_yaml_when_keys_are_dotted_or_nested_then_both_are_read(write):
+    config = parse([*REAL, *write("optim.lr: 2\noptim: {clip: 3}\nmethod.beta: 4\n")])
+    assert (config.optim.lr, config.optim.clip, config.method.beta) == (2, 3, 4)
+
+
+def test_method_when_named_in_yaml_then_a_flag_may_name_another(write):
+    assert parse(write("method: sft")).method_name == "sft"
+    assert parse([*write("method: sft"), "--method", "dpo"]).method_name == "dpo"
+
+
+def test_flags_when_of_mappings_then_reach_their_keys():
+    flags = ["--data.columns.chosen", "good", "--optim.args.eps", "1e-6", "--optim.args.betas=[0.8,0.9]"]
+    config = parse([*REAL, *flags])
+    assert config.data.columns == {"chosen": "good"}
+    assert config.optim.args == {"eps": 1e-6, "betas": [0.8, 0.9]}
+
+
+@pytest.mark.parametrize(
+    ("words", "value"),
+    [("--dry_run", True), ("--dry_run true", True), ("--dry-run=False", False), ("--dry_run --seed 1", True)],
+)
+def test_flags_when_bool_then_may_stand_alone(words, value):
+    assert parse([*REAL, *words.split()]).dry_run is value
+
+
+def test_flags_when_optional_then_none_is_a_value():
+    assert parse([*REAL, "--train.max_steps", "7"]).train.max_steps == 7
+    assert parse([*REAL, "--train.max_steps", "none"]).train.max_steps is None
+    assert parse([*REAL, "--seed", "-3"]).seed == -3
+
+
+@pytest.mark.parametrize("method", registry.names())
+def test_resolved_config_when_written_then_gives_the_same_run_again(method, write):
+    flags = ["--method", method, "--optim.args.eps", "1e-9", "--data.columns.chosen", "good", "--track.to", "wandb"]
+    for task in (["--model.path", "m", "--data.train", "d"], []):
+        config = parse([*flags, *task, "--seed", "5"])
+        assert parse(write(config.to_yaml())) == config
+        assert from_dict(config.to_dict()) == config
+        assert settings.differences(config.to_dict(), yaml.safe_load(config.to_yaml())) == []
+
+
+def test_output_when_not_given_then_the_same_settings_give_the_same_folder():
+    config = parse(REAL)
+    assert config.output.startswith("runs/d-dpo-")
+    assert parse([*REAL, "--train.keep_last", "9", "--train.show_batch"]).output == config.output
+    assert parse([*REAL, "--seed", "1"]).output != config.output
+
+
+def test_differences_when_a_setting_may_change_then_it_is_not_among_them():
+    old = parse(REAL).to_dict()
+    new = parse([*REAL, "--output", "o", "--track.to", "wandb", "--train.save_every", "3", "--optim.lr", "2"]).to_dict()
+    assert settings.differences(old, new) == ["optim.lr: 1e-06 -> 2.0"]
+
+
+# What is refused ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        ([], f"--method: not given, expected one of {NAMES} (or a dotted module path)"),
+        (["--methd", "dpo"], "--methd: unknown setting; did you mean 'method'?"),
+        (["--method"], f"--method: expected a method's name: {NAMES}"),
+        (["--method", "dpoo"], f"unknown method 'dpoo'; did you mean 'dpo'? known: {NAMES} (or a dotted module path)"),
+        (["--method", "xyz"], f"unknown method 'xyz'; known: {NAMES} (or a dotted module path)"),
+        (["dpo"], "found 'dpo', expected a flag such as --optim.lr 1e-6"),
+        ([*REAL, "--", "x"], "found '--', expected a flag such as --optim.lr 1e-6"),
+        ([*REAL, "--seed", "1", "2"], "found '2', expected a flag such as --optim.lr 1e-6"),
+        ([*REAL, "--seed", "1", "--seed", "1"], "--seed: given twice"),
+        ([*REAL, "--optim.lrr", "1"], "--optim.lrr: unknown setting; did you mean 'optim.lr'?"),
+        ([*REAL, "--beta", "1"], "--beta: unknown setting; did you mean 'method.beta'?"),
+        ([*REAL, "--zzz", "1"], "--zzz: unknown setting; --help lists them all"),
+        ([*REAL, "--method.alpha", "1"], "--method.alpha: method 'dpo' has no 'alpha'; it belongs to tdpo"),
+        ([*REAL, "--optim", "3"], "--optim: 'optim' is a group; name a setting in it, such as optim.name"),
+        ([*REAL, "--optim", "3", "--optim.lr", "1"], "--optim.lr: 'optim' is given as a value and as a group"),
+        ([*REAL, "--config"], "--config: found no value, expected a YAML file"),
+        ([*REAL, "--seed"], "--seed: found no value, expected a whole number"),
+        ([*REAL, "--seed", "1.5"], "--seed: found '1.5', expected a whole number"),
+        ([*REAL, "--seed", "none"], "--seed: found 'none', expected a whole number"),
+        ([*REAL, "--optim.lr", "fast"], "--optim.lr: found 'fast', expected a number"),
+        ([*REAL, "--optim.lr"], "--optim.lr: found no value, expected a number"),
+        ([*REAL, "--optim.lr", "nan"], "optim.lr: found nan, expected a number > 0"),
+        ([*REAL, "--optim.lr", "inf"], "optim.lr: found inf, expected a number > 0"),
+        ([*REAL, "--train.max_steps", "many"], "--train.max_steps: found 'many', expected a whole number or none"),
+        ([*REAL, "--train.max_steps", "0"], "train.max_steps: found 0, expected a number > 0, or none"),
+        ([*REAL, "--train.micro_batch", "0"], "train.micro_batch: found 0, expected a number > 0"),
+        ([*REAL, "--dry_run", "maybe"], "--dry_run: found 'maybe', expected true or false"),
+        ([*REAL, "--data.columns", "x"], "--data.columns: found 'x', expected a mapping of keys to values"),
+        (
+            [*REAL, "--optim.args.betas", "[0.9"],
+            "--optim.args.betas: found '[0.9', expected a number, a word or a list such as [0.9, 0.95]",
+        ),
+        (
+            [*REAL, "--optim.schedule", "cosin"],
+            "--optim.schedule: found 'cosin', expected one of linear, cosine, constant; did you mean 'cosine'?",
+        ),
+        ([*REAL, "--method.beta", "-1"], "method.beta: found -1.0, expected a finite number > 0"),
+        (
+            [*REAL, "--optim.name", "adamv"],
+            "optim.name: found 'adamv', expected one of adamw, rmsprop, sgd or a dotted path; did you mean 'adamw'?",
+        ),
+        ([*REAL, "--data.eval_fraction", "1"], "data.eval_fraction: found 1.0, expected a share from 0 to below 1"),
+        (
+            [*REAL, "--train.schedule_epochs", "0.5"],
+            "train.schedule_epochs: found 0.5, expected at least train.train_epochs (1.0)",
+        ),
+        (
+            REAL[:4],
+            "model.path is given without data.train; name the pairs to train on (--data.train FILE), "
+            "or neither for the testbed",
+        ),
+        (
+            REAL[:2] + REAL[4:],
+            "data.train is given without model.path; name the model to train (--model.path DIR), "
+            "or neither for the testbed",
+        ),
+        (
+            [*REAL[:2], "--data.eval", "e"],
+            "data.eval is given without data.train; the testbed makes its own held-out pairs",
+        ),
+    ],
+    ids=lambda value: " ".join(value)[-30:] if isinstance(value, list) else "",
+)
+def test_flags_when_wrong_then_one_line_says_where_and_how_to_mend_it(argv, expected):
+    assert message(*argv) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("optim: {lrr: 1}", "x.yaml: optim.lrr: unknown setting; did you mean 'optim.lr'?"),
+        ("config: y.yaml", "x.yaml: config: unknown setting; --help lists them all"),
+        ("method: {alpha: 1}", "x.yaml: method.alpha: method 'dpo' has no 'alpha'; it belongs to tdpo"),
+        ("method: 3", "x.yaml: method: found 3, expected a name or a group of settings"),
+        ("optim: [1]", "x.yaml: optim: 'optim' is a group; name a setting in it, such as optim.name"),
+        ("optim: {lr: fast}", "x.yaml: optim.lr: found 'fast', expected a number"),
+        ("optim: {lr: [1]}", "x.yaml: optim.lr: found [1], expected a number"),
+        ("seed: 1\nseed: 2", "x.yaml:2: not readable as YAML: key 'seed' given twice"),
+        ("seed: 1\noptim: {lr: 1\nseed: 2", "x.yaml:3: not readable as YAML: expected ',' or '}', but got ':'"),
+        ("[1]: 2", "x.yaml:1: not readable as YAML: a key must be a word"),
+        ("- 1", "x.yaml: found a list, expected keys such as 'method:' and 'optim:'"),
+    ],
+)
+def test_yaml_when_wrong_then_one_line_names_the_file(text, expected, write):
+    assert message(*REAL, *write(text)) == expected
+
+
+def test_yaml_when_missing_then_the_nearest_file_is_offered(write):
+    write("seed: 1", "tdpo.yaml")
+    found = message(*REAL, "--config", "tdpoo.yaml")
+    assert found == "--config tdpoo.yaml: No such file or directory; did you mean 'tdpo.yaml'?"
+    assert message(*REAL, "--config", ".") == "--config .: Is a directory"
+
+
+def test_yaml_when_not_text_then_says_so(write):
+    Path("x.yaml").write_bytes(b"seed: \xff")
+    assert message(*REAL, "--config", "x.yaml") == "--config x.yaml: not a text file (byte 7 is not UTF-8)"
+
+
+def test_method_of_a_user_when_a_setting_has_no_default_then_it_must_be_given(tmp_path, monkeypatch):
+    (tmp_path / "own_method.py").write_text(
+        "from dataclasses import dataclass\nfrom prefopt.method import Method\n\n"
+        "@dataclass(frozen=True)\nclass Own(Method):\n    strength: float\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    assert message("--method", "own_method.Own") == "method.strength: not given, expected a number"
+    assert parse(["--method", "own_method.Own", "--method.strength", "2"]).method.strength == 2.0
+
+
+# Help and speed -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", registry.names())
+def test_help_names_every_setting_and_is_short(method):
+    text = help_text(["--method", method, "--help"])
+    assert len(text.splitlines()) < 100
+    flags = {word for line in text.splitlines() for word in line.split()[:1] if word.startswith("--")}
+    known = set(settings._leaves(parse(["--method", method]).to_dict())) - {"method.name"}
+    assert {f"--{key}" for key in known} | {"--method", "--config"} >= flags
+    assert {f"--{key}" for key in known} <= flags
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--help"],
+        ["--method", "tdpo", "--help"],
+        ["--method", "dpoo"],
+        ["--method", "dpo", "--method.alpha", "1"],
+        ["--method", "dpo", "--model.path", "/no/such", "--data.train", "x.jsonl"],
+    ],
+)
+def test_help_and_config_errors_import_nothing_heavy(argv):
+    heavy = "('torch', 'transformers', 'accelerate', 'datasets', 'numpy', 'matplotlib')"
+    code = (
+        "import sys\nfrom prefopt.cli import train\nstatus = train(sys.argv[1:])\n"
+        f"loaded = [name for name in {heavy} if name in sys.modules]\n"
+        "print('loaded', loaded, 'status', status)"
+    )
+    ran = subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True)
+    assert ran.stdout.splitlines()[-1] == f"loaded [] status {0 if '--help' in argv else 2}"
+    assert len(ran.stderr.splitlines()) == (0 if "--help" in argv else 1)
