@@ -1,0 +1,70 @@
+"""The loss and its gradient by the book: each row alone, unpadded, all logits, plain log-softmax.
+
+Shares no code with prefopt's collate, forward and kernel: it reads encoded pairs and calls `method.loss`.
+"""
+
+from types import SimpleNamespace
+
+import torch
+
+from prefopt.types import PairStats
+
+
+def oracle_step(policy, reference, method, pairs):
+    """(loss, gradient by parameter name, averages that are logged) of one step on `pairs`; models are not changed.
+
+    Args: policy, reference: plain causal language models of transformers.
+    """
+    policy.zero_grad(set_to_none=True)
+    stats = oracle_stats(policy, reference, pairs, method.needs)
+    columns = {
+        c.name: torch.tensor([p.columns[c.name] for p in pairs], dtype=torch.float64) for c in method.needs.columns
+    }
+    batch = SimpleNamespace(
+        pairs=len(pairs),
+        columns=columns,
+        chosen_lengths=stats.chosen_lengths,
+        rejected_lengths=stats.rejected_lengths,
+        where=tuple(p.where for p in pairs),
+    )
+    output = method.loss(stats, batch)
+    loss = sum(term.weight * term.value.sum() / term.count.sum() for term in output.terms)
+    loss.backward()
+    gradients = {name: p.grad.clone() for name, p in policy.named_parameters()}
+    averages = {"loss": loss, "logps/chosen": stats.chosen_logps.mean()}
+    averages |= {name: value.sum() / count.sum() for name, (value, count) in output.metrics.items()}
+    return loss.item(), gradients, {name: float(value.detach()) for name, value in averages.items()}
+
+
+def oracle_stats(policy, reference, pairs, needs):
+    sides = ["chosen"] if needs.rows == "chosen_only" else ["chosen", "rejected"]
+    members = {"rejected_logps": None, "rejected_lengths": None}
+    for side in sides:
+        rows = [oracle_row(policy, reference, p.prompt_ids, getattr(p, f"{side}_ids"), mask(p, side)) for p in pairs]
+        members[f"{side}_lengths"] = torch.tensor([sum(mask(p, side)) for p in pairs])
+        members[f"{side}_logps"] = torch.stack([row["logp"].sum() for row in rows])
+        if needs.reference != "none":
+            members[f"{side}_ref_logps"] = torch.stack([row["ref_logp"].sum() for row in rows])
+        if needs.reference == "token":
+            members[f"{side}_kl"] = torch.stack([row["kl"].sum() for row in rows])
+    return PairStats(**members)
+
+
+def mask(pair, side):
+    return getattr(pair, f"{side}_mask")
+
+
+def oracle_row(policy, reference, prompt, completion, scored):
+    """Statistics of the scored tokens of one completion, each (tokens,)."""
+    ids = torch.tensor([[*prompt, *completion]])
+    at = torch.tensor([len(prompt) + i - 1 for i, keep in enumerate(scored) if keep])
+    labels = torch.tensor([token for token, keep in zip(completion, scored, strict=True) if keep])[:, None]
+    log_p = policy(input_ids=ids).logits[0, at].log_softmax(-1)  # (tokens, V)
+    row = {"logp": log_p.gather(1, labels)[:, 0], "entropy": -(log_p.exp() * log_p).sum(-1)}
+    if reference is not None:
+        with torch.no_grad():
+            log_q = reference(input_ids=ids).logits[0, at].log_softmax(-1)
+        row["ref_logp"] = log_q.gather(1, labels)[:, 0]
+        row["kl"] = (log_q.exp() * (log_q - log_p)).sum(-1)
+        row["reverse_kl"] = (log_p.exp() * (log_p - log_q)).sum(-1)
+    return row

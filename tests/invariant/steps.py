@@ -1,0 +1,131 @@
+"""Steps of the real trainer on random rows, and what they do: loss and gradients."""
+
+import copy
+import random
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+from prefopt.config import EvalConfig, KernelConfig, OptimConfig, RunConfig, TrainConfig
+from prefopt.engine.forward import PolicyWithReference
+from prefopt.engine.metrics import MetricsFile, read_lines
+from prefopt.engine.trainer import Trainer
+from prefopt.types import EncodedPair
+from tests.helpers import tiny_llama
+
+VOCAB = 50
+BOS, FIRST = 0, 5  # the tokens below FIRST are special ones, as in tests.helpers
+BOUNDS = {torch.float64: 1e-9, torch.float32: 1e-5}  # largest ||a - b|| / ||a||
+
+
+def random_pairs(columns=(), pairs=8, seed=0):
+    """Ragged rows: one completion of a single token, every third row a dialogue whose mask has holes."""
+    draw = random.Random(seed)
+
+    def ids(length):
+        return [draw.randrange(FIRST, VOCAB) for _ in range(length)]
+
+    def mask(length, holes):
+        marks = [not holes or draw.random() < 0.6 for _ in range(length)]
+        return [*marks[:-1], True]
+
+    out = []
+    for i in range(pairs):
+        chosen, rejected = 1 if i == 1 else draw.randint(2, 12), draw.randint(1, 12)
+        values = {c.name: draw.uniform(max(c.low, -9.0), min(c.high, 9.0)) for c in columns}
+        out.append(
+            EncodedPair(
+                prompt_ids=[BOS, *ids(draw.randint(0, 8))],
+                chosen_ids=ids(chosen),
+                rejected_ids=ids(rejected),
+                chosen_mask=mask(chosen, i % 3 == 2),
+                rejected_mask=mask(rejected, i % 3 == 2),
+                columns=values,
+                where=f"rows:{i + 1}",
+            )
+        )
+    return out
+
+
+def two_models(dtype, tied=False):
+    """(policy, reference): Llamas of some contrast, the policy a step away from the reference."""
+    reference = tiny_llama(VOCAB, tie_word_embeddings=tied)
+    policy = copy.deepcopy(reference)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for mine, other in zip(policy.parameters(), reference.parameters(), strict=True):
+            other += 0.1 * torch.randn(other.shape, generator=generator)
+            mine.copy_(other + 0.03 * torch.randn(other.shape, generator=generator))
+    return policy.to(dtype), reference.to(dtype)
+
+
+class Bench:
+    """The real trainer on copies of two models, whose steps do not move them: any number of steps can be compared.
+
+    Args:
+        models: (policy, reference); the reference is left out where the method reads none.
+        tiles: of the kernel, (tokens, vocabulary).
+        tokenizer: the first batch is checked against it.
+    """
+
+    def __init__(self, runtime, method, models, tiles=(1024, 8192), tokenizer=None):
+        policy, reference = copy.deepcopy(models)
+        config = RunConfig(
+            method=method,
+            method_name="under_test",
+            optim=OptimConfig(name="sgd", lr=0.0, clip=0),
+            train=TrainConfig(max_steps=1),
+            kernel=KernelConfig(*tiles),
+        )
+        self.trainer = Trainer(
+            config=config,
+            runtime=runtime,
+            policy=PolicyWithReference(policy, reference if method.needs.reference != "none" else None, config.kernel),
+            tokenizer=tokenizer or SimpleNamespace(pad_token_id=2),
+            train=SimpleNamespace(steps_per_epoch=None, fingerprint="rows"),
+            eval_pairs=[],
+            output=Path(),
+        )
+        self.trainer.prepare()
+        self.gradients = {}
+        self.trainer.optimizer.optimizer.register_step_pre_hook(self._keep)
+        # what accelerate keeps of every model it has wrapped would live as long as the tests
+        runtime.accelerator._models.clear(), runtime.accelerator._optimizers.clear()
+
+    def _keep(self, *_):
+        self.gradients = {name: p.grad.clone() for name, p in self.trainer.policy.lm.named_parameters()}
+
+    def step(self, pairs, micro):
+        """(loss, gradient by parameter name) of one optimizer step on `pairs`, `micro` at a time on each process."""
+        train = TrainConfig(global_batch=len(pairs), micro_batch=micro, max_steps=1)
+        self.trainer.config = replace(self.trainer.config, train=train)
+        self.trainer.train.global_batch = lambda step: list(pairs)
+        line = self.trainer._step(0)
+        return line["loss"], self.gradients
+
+    def check_first_batch(self, pairs):
+        """What a run does before its first step. Raises: TrainError."""
+        self.trainer.train.global_batch = lambda step: list(pairs)
+        self.trainer._first_batch()
+
+    def evaluate(self, pairs, batch, folder):
+        """The metrics line of an evaluation on `pairs`; None but on the first process."""
+        self.trainer.config = replace(self.trainer.config, eval=EvalConfig(batch=batch))
+        self.trainer.eval_pairs, self.trainer.output = list(pairs), Path(folder)
+        self.trainer.metrics = MetricsFile(Path(folder) / "metrics.jsonl")
+        self.trainer._evaluate(0)
+        return read_lines(self.trainer.metrics.path)[-1] if self.trainer.runtime.is_main else None
+
+
+def difference(expected, found):
+    """The largest relative difference of the loss and of each gradient tensor, and where it is."""
+    (loss, gradients), (other, others) = expected[:2], found
+    assert gradients.keys() == others.keys()
+    gaps = {"loss": abs(loss - other) / abs(loss)}
+    for name, gradient in gradients.items():
+        assert gradient.norm() > 0, f"{name}: no gradient, nothing is compared"
+        gaps[name] = float((gradient - others[name]).norm() / gradient.norm())
+    worst = max(gaps, key=gaps.__getitem__)
+    return gaps[worst], worst
