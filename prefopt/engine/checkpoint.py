@@ -110,15 +110,18 @@ def damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint, or None if every file is as its manifest says."""
     try:
         entries = json.loads((folder / _MANIFEST).read_text())
-    except (OSError, ValueError):
+        expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in entries.items()}
+    except (OSError, ValueError, AttributeError, KeyError, TypeError):
+        expected = {}
+    if not expected:
         return f"{_MANIFEST} is missing or unreadable"
-    for name, entry in entries.items():
+    for name, (size, digest) in expected.items():
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
-        if path.stat().st_size != entry["bytes"]:
-            return f"{name} has {path.stat().st_size} bytes, expected {entry['bytes']}"
-        if _sha256(path) != entry["sha256"]:
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes, expected {size}"
+        if _sha256(path) != digest:
             return f"{name} does not match its hash"
     return None
 

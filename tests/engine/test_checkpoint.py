@@ -1,0 +1,202 @@
+import errno
+import json
+import os
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from prefopt.config import OptimConfig
+from prefopt.engine import checkpoint
+from prefopt.engine.trainer import make_optimizer
+from prefopt.errors import TrainError
+
+
+@pytest.fixture
+def root(tmp_path):
+    return tmp_path / "checkpoints"
+
+
+def save(root, step, keep_last=9, write=None):
+    def write_weights(folder):
+        save_file({"w": torch.full((50,), float(step))}, folder / "model.safetensors")
+
+    return checkpoint.save(root, step, write or write_weights, {"step": step}, keep_last)
+
+
+def names(root):
+    return sorted(path.name for path in root.iterdir())
+
+
+def missing(folder):
+    (folder / "model.safetensors").unlink()
+    return "model.safetensors is missing"
+
+
+def truncated(folder):
+    path = folder / "model.safetensors"
+    size = path.stat().st_size
+    os.truncate(path, size - 1)
+    return f"model.safetensors has {size - 1} bytes, expected {size}"
+
+
+def flipped(folder):
+    path = folder / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    return "model.safetensors does not match its hash"
+
+
+def no_manifest(folder):
+    (folder / "manifest.json").unlink()
+    return "manifest.json is missing or unreadable"
+
+
+def cut_manifest(folder):
+    path = folder / "manifest.json"
+    path.write_text(path.read_text()[:-9])
+    return "manifest.json is missing or unreadable"
+
+
+def odd_manifest(folder):
+    (folder / "manifest.json").write_text('["model.safetensors"]')
+    return "manifest.json is missing or unreadable"
+
+
+def empty_manifest(folder):
+    (folder / "manifest.json").write_text("{}")
+    return "manifest.json is missing or unreadable"
+
+
+DAMAGE = [missing, truncated, flipped, no_manifest, cut_manifest, odd_manifest, empty_manifest]
+
+
+@pytest.mark.parametrize("spoil", DAMAGE)
+def test_latest_when_the_newest_is_damaged_then_gives_the_one_before_and_says_so(spoil, root):
+    good, bad = save(root, 1), save(root, 2)
+    found = spoil(bad)
+    said = []
+    assert checkpoint.latest(root, said.append) == good
+    assert said == [f"{bad}: damaged checkpoint passed over: {found}"]
+
+
+def test_latest_when_all_are_damaged_or_none_is_there_then_gives_none(root):
+    assert checkpoint.latest(root) is None
+    missing(save(root, 1))
+    flipped(save(root, 2))
+    assert checkpoint.latest(root) is None
+
+
+def test_save_when_more_than_keep_last_then_drops_the_oldest(root):
+    for step in (1, 2, 10, 100):
+        save(root, step, keep_last=2)
+    assert names(root) == ["step_00000010", "step_00000100"]
+    assert checkpoint.load_state(root / "step_00000010") == {"step": 10}
+
+
+def test_clean_when_folders_are_half_written_or_newer_then_removes_them(root):
+    kept = save(root, 3)
+    save(root, 6)
+    (root / ".writing-step_00000009").mkdir()
+    (root / ".writing-step_00000009" / "model.safetensors").touch()
+    checkpoint.clean(root, kept)
+    assert names(root) == ["step_00000003"]
+    checkpoint.clean(root, None)
+    assert names(root) == []
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        OSError(errno.EFBIG, "File too large"),
+        RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ],
+)
+def test_save_when_the_disk_is_full_then_the_one_before_is_named_and_kept(failure, root):
+    good = save(root, 1, keep_last=1)
+
+    def write(folder):
+        (folder / "half").touch()
+        raise failure
+
+    with pytest.raises(TrainError) as caught:
+        save(root, 2, keep_last=1, write=write)
+    assert str(caught.value) == (
+        f"{root}/step_00000002: not written: {failure}; the last good checkpoint is {good} (free space and run again)"
+    )
+    assert names(root) == ["step_00000001"]
+    assert checkpoint.damage(good) is None
+
+
+def test_save_when_a_writer_has_a_fault_of_its_own_then_it_is_not_called_a_full_disk(root):
+    def write(folder):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        save(root, 1, write=write)
+    assert names(root) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "args"),
+    [
+        ("adamw", {}),
+        ("adamw", {"amsgrad": True}),
+        ("rmsprop", {"momentum": 0.9, "centered": True}),
+        ("rmsprop", {}),
+        ("sgd", {}),
+        ("sgd", {"momentum": 0.9}),
+        ("torch.optim.Adagrad", {}),
+    ],
+)
+def test_optimizer_when_saved_and_loaded_then_the_next_steps_are_bit_equal(name, args, tmp_path):
+    settings = OptimConfig(name=name, lr=0.1, weight_decay=0.01, args=args)
+    generator = torch.Generator().manual_seed(0)
+    gradients = [(torch.randn(3, 2, generator=generator), torch.randn(2, generator=generator)) for _ in range(6)]
+
+    def module():
+        torch.manual_seed(1)
+        return torch.nn.Linear(2, 3), torch.nn.LayerNorm(2)
+
+    def steps(parts, optimizer, some):
+        for matrix, vector in some:
+            parts[0].weight.grad, parts[0].bias.grad = matrix.clone(), torch.ones(3)
+            parts[1].weight.grad, parts[1].bias.grad = vector.clone(), -vector
+            optimizer.step()
+
+    straight = torch.nn.ModuleList(module())
+    optimizer = make_optimizer(settings, straight)
+    steps(straight, optimizer, gradients[:3])
+    checkpoint.save_optimizer(optimizer, tmp_path / "optimizer.safetensors")
+    weights = {key: value.clone() for key, value in straight.state_dict().items()}
+    steps(straight, optimizer, gradients[3:])
+
+    again = torch.nn.ModuleList(module())
+    again.load_state_dict(weights)
+    other = make_optimizer(settings, again)
+    checkpoint.load_optimizer(other, tmp_path / "optimizer.safetensors")
+    steps(again, other, gradients[3:])
+    for mine, theirs in zip(again.parameters(), straight.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("spoil", [flipped, cut_manifest])
+def test_run_when_its_newest_checkpoint_is_damaged_then_continues_from_the_one_before_to_the_same_weights(
+    spoil, server, command, tmp_path
+):
+    straight, output = tmp_path / "straight", tmp_path / "run"
+    assert server.train(command("dpo", straight, train__max_steps=10)).status == 0
+    argv = command("dpo", output, train__max_steps=10)
+    fault = {"at": "prefopt.engine.trainer:Trainer._step", "count": 9, "do": "SIGKILL"}
+    assert server.train(argv, fault).status < 0
+    found = spoil(output / "checkpoints" / "step_00000006")
+    ended = server.train(argv)
+    assert ended.status == 0, ended.err
+    assert f"{output}/checkpoints/step_00000006: damaged checkpoint passed over: {found}\n" in ended.out
+    assert f"continuing from {output}/checkpoints/step_00000003\n" in ended.out
+    mine, theirs = (load_file(folder / "model" / "model.safetensors") for folder in (output, straight))
+    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["split"] == "train"] == list(range(1, 11))
