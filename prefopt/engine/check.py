@@ -59,7 +59,7 @@ def first_difference(
             if len(gap) and not bool((gap <= 0).all()):
                 worst = int(gap.nan_to_num(nan=float("inf")).argmax())
                 return (
-                    f"{where}: token {worst} of the completion has {name} {float(found[worst]):.6f}, "
+                    f"{where}: scored token {worst} of the completion has {name} {float(found[worst]):.6f}, "
                     f"an independent path gives {float(expected[worst]):.6f}"
                 )
     return None

@@ -71,7 +71,7 @@ class Bench:
     """
 
     def __init__(self, runtime, method, models, tiles=(1024, 8192), tokenizer=None):
-        policy, reference = copy.deepcopy(models)
+        policy, reference = map(copy.deepcopy, models)  # one by one: they may be the same model
         config = RunConfig(
             method=method,
             method_name="under_test",
