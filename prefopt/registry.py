@@ -45,13 +45,21 @@ def _dotted(path: str) -> type[Method]:
         if error.name not in (path, path.partition(".")[0], head):
             raise ConfigError(f"method '{path}': importing it failed: no module named '{error.name}'") from error
         try:
-            found = getattr(importlib.import_module(head), attribute, None)
+            module = importlib.import_module(head)
         except ModuleNotFoundError as inner:
-            missing = inner.name or head
-            raise ConfigError(f"method '{path}': no module named '{missing}' (looked in {Path.cwd()} too)") from inner
+            raise _no_module(path, inner.name or head) from inner
+        found = getattr(module, attribute, None)
+        if found is None and hasattr(module, "__path__"):  # a folder: what was named is a file, not a class
+            raise _no_module(path, path) from error
         if not (isinstance(found, type) and issubclass(found, Method)):
             raise ConfigError(f"method '{path}': module '{head}' has no Method class '{attribute}'") from error
         return found
+
+
+def _no_module(path: str, missing: str) -> ConfigError:
+    dotted = path.removesuffix(".py").replace("/", ".")
+    hint = f"; did you mean '{dotted}'?" if dotted != path else ""
+    return ConfigError(f"method '{path}': no module named '{missing}' (looked in {Path.cwd()} too){hint}")
 
 
 def _only_method(module_name: str, shown: str) -> type[Method]:
@@ -67,7 +75,9 @@ def _only_method(module_name: str, shown: str) -> type[Method]:
         if isinstance(value, type) and issubclass(value, Method) and value.__module__ == module.__name__
     ]
     if len(found) != 1:
-        raise ConfigError(f"method '{shown}': expected exactly one Method class in the file, found {len(found)}")
+        classes = ", ".join(cls.__name__ for cls in found)
+        found_here = f"{len(found)}: {classes} (name one: {shown}.{found[0].__name__})" if found else "none"
+        raise ConfigError(f"method '{shown}': expected exactly one Method class in the file, found {found_here}")
     return found[0]
 
 
