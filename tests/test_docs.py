@@ -58,7 +58,7 @@ def place(tmp_path_factory):
     shutil.rmtree(place, ignore_errors=True)
 
 
-@pytest.mark.parametrize(("page", "how", "body"), blocks())
+@pytest.mark.parametrize(("page", "how", "body"), list(blocks()))
 def test_a_command_block_does_what_the_page_says(page, how, body, place, tmp_path):
     if body.strip() in ("make test", "make test-all"):
         return

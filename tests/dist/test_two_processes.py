@@ -38,6 +38,7 @@ def train(task, command, tmp_path_factory):
         argv = command("tdpo", output, optim__lr=1e-3, **settings)
         environment = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "MASTER_"))}
         environment |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PREFOPT_CACHE": str(task.folder / "cache")}
+        environment |= {"CUDA_VISIBLE_DEVICES": ""}
         run = [*launcher, *argv]
         done = subprocess.run(run, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
         assert done.returncode == 0, done.stdout + done.stderr
