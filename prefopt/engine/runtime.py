@@ -310,7 +310,7 @@ def check_path(key: str, path: str) -> None:
 
     Raises: TrainError naming `key`.
     """
-    folder = Path(path).expanduser()
+    folder = Path(path)  # `~` is the shell's to expand
     looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
     if folder.is_dir() or not (looks_local or folder.exists()):
         return
