@@ -226,7 +226,7 @@ def start(*, seed: int, mixed_precision: str, deterministic: bool, trackers: tup
     """
     import numpy
     import torch
-    from accelerate import Accelerator
+    from accelerate import Accelerator, DistributedDataParallelKwargs
 
     promised = int(os.environ.get("WORLD_SIZE", "1"))
     # Without CUDA, `cpu=True` joins gloo ranks; under DeepSpeed it would drop the plugin.
@@ -236,6 +236,8 @@ def start(*, seed: int, mixed_precision: str, deterministic: bool, trackers: tup
         mixed_precision=mixed_precision,
         log_with=list(trackers) or None,
         project_dir=str(output),
+        # a model's buffers are constants here (rotary frequencies): nothing to send with each forward pass
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
     if accelerator.num_processes != promised:
         raise TrainError(

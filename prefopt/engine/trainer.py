@@ -98,25 +98,14 @@ class Trainer:
     # The loop ---------------------------------------------------------------------------------------------------------
 
     def _loop(self, start: int) -> None:
-        from tqdm import tqdm
-
-        config, done, saved = self.config, start, start
+        done = saved = start
         self.runtime.stop.in_loop = True
-        steps_apart = 0.2 if os.isatty(2) else 10  # seconds between redraws; a log file wants few
-        bar = tqdm(
-            total=self.total,
-            initial=start,
-            disable=not self.runtime.is_main,
-            unit="step",
-            mininterval=steps_apart,
-            dynamic_ncols=True,
-        )
-        with bar:
-            try:
-                if start == 0:
-                    self._first_batch()
-                if start == 0 or self._evaluation_is_due(start):
-                    self._evaluate(start)
+        try:
+            if start == 0:
+                self._first_batch()
+            if start == 0 or self._evaluation_is_due(start):
+                self._evaluate(start)
+            with self._progress_bar(start) as bar:
                 for step in range(start, self.total):
                     line = self._step(step)
                     done = step + 1
@@ -125,14 +114,23 @@ class Trainer:
                     bar.update()
                     if self._evaluation_is_due(done):
                         self._evaluate(done)
-                    if done % config.train.save_every == 0 or done == self.total:
+                    if done % self.config.train.save_every == 0 or done == self.total:
                         self._save(done)
                         saved = done
-            except _Interrupted:
-                if done > saved:
-                    self._save(done)
-                say(f"left at step {done} of {self.total}; the same command continues")
-                raise
+        except _Interrupted:
+            if done > saved:
+                self._save(done)
+            say(f"left at step {done} of {self.total}; the same command continues")
+            raise
+
+    def _progress_bar(self, start: int) -> Any:
+        from tqdm import tqdm
+
+        seconds = 0.2 if os.isatty(2) else 10  # between redraws; a log file wants few
+        hidden = not self.runtime.is_main
+        return tqdm(
+            total=self.total, initial=start, disable=hidden, unit="step", mininterval=seconds, dynamic_ncols=True
+        )
 
     def _evaluation_is_due(self, done: int) -> bool:
         """After every `eval.every` steps and the last one, unless an attempt before this one has logged it."""
@@ -192,15 +190,13 @@ class Trainer:
             line["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 2**30
         return line
 
-    def _micro_batches(
-        self, pairs: Sequence[EncodedPair], size: int, rank: int | None = None
-    ) -> Iterator[tuple[list[EncodedPair], PairBatch]]:
+    def _micro_batches(self, pairs: Sequence[EncodedPair], size: int) -> Iterator[tuple[list[EncodedPair], PairBatch]]:
         """This process's share of a batch, cut so that rows of one micro-batch are of like length.
 
         Sorting happens inside one optimizer step, whose gradient is a sum: it saves padding and changes nothing. Every
         process gets the same number of micro-batches; one of no pairs is legal.
         """
-        world, rank = self.runtime.world, self.runtime.rank if rank is None else rank
+        world, rank = self.runtime.world, self.runtime.rank
         ordered = sorted(pairs, key=_length, reverse=True)
         cuts = world * max(1, math.ceil(len(ordered) / (size * world)))
         edges = [len(ordered) * i // cuts for i in range(cuts + 1)]
