@@ -83,10 +83,10 @@ def main() -> None:
 
 def render(result: dict[str, Any]) -> str:
     """The study's table in Markdown: means over seeds, and their standard deviation where it tells something."""
-    from prefopt.cli import cache_dir
     from prefopt.testbed import build_world
+    from prefopt.testbed.cache import cache_root
 
-    world = build_world("bandit", cache_dir=cache_dir())
+    world = build_world("bandit", cache_dir=cache_root())
     out = [
         f"{result['pairs']:,} fresh pairs per run. Learning rates chosen: "
         + ", ".join(f"{name} {rate:g}" for name, rate in result["learning_rate"].items())
@@ -109,11 +109,11 @@ def render(result: dict[str, Any]) -> str:
 
 def plot(path: Path, ends: dict[str, dict[float, list[dict[str, Any]]]]) -> None:
     """All end points under the optimal curve."""
-    from prefopt.cli import cache_dir
     from prefopt.testbed import build_world
+    from prefopt.testbed.cache import cache_root
     from prefopt.testbed.report import Run, frontier_plot
 
-    world = build_world("bandit", cache_dir=cache_dir())
+    world = build_world("bandit", cache_dir=cache_root())
     runs = [Run(name, beta, [end]) for name, by_beta in ends.items() for beta, all_ in by_beta.items() for end in all_]
     frontier_plot(path, world, runs)
 

@@ -136,14 +136,14 @@ def encoded(base: Path, data: Sequence[str]) -> tuple[Any, Any]:
     """The kept rows of both files, as a run encodes them."""
     from transformers import AutoTokenizer
 
-    from prefopt.cli import cache_dir
     from prefopt.data.encode import encode_file
+    from prefopt.testbed.cache import cache_root
 
     tokenizer = AutoTokenizer.from_pretrained(base)
 
     def read(path: str) -> Any:
         return encode_file(
-            path, tokenizer, max_length=512, need_rejected=False, on_bad_row="skip", cache_dir=cache_dir() / "encoded"
+            path, tokenizer, max_length=512, need_rejected=False, on_bad_row="skip", cache_dir=cache_root() / "encoded"
         )
 
     return read(data[1]), read(data[3])

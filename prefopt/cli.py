@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import errno
 import importlib.util
 import json
-import os
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from prefopt.config import RunConfig
 from prefopt.engine import runtime as rt
 from prefopt.engine.runtime import say
 from prefopt.errors import ConfigError, PrefoptError, TrainError
+from prefopt.testbed.cache import cache_root
 
 if TYPE_CHECKING:
     from prefopt.data.loader import Batches
@@ -34,22 +35,17 @@ def train(argv: Sequence[str]) -> int:
     """The `train` command. Returns the exit status: 0 finished, 2 a user's mistake, 75 saved but not finished."""
     try:
         if "--help" in argv or "-h" in argv:
-            say(settings.help_text(argv))
+            with contextlib.suppress(BrokenPipeError):
+                print(settings.help_text(argv))
             return 0
         return _train(settings.parse(argv))
     except PrefoptError as error:
         return rt.fail(error)
 
 
-def cache_dir() -> Path:
-    """Where encoded data and testbed models are kept between runs."""
-    base = (
-        os.environ.get("PREFOPT_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "prefopt"
-    )
-    return Path(base)
-
-
 def _train(config: RunConfig) -> int:
+    stop = rt.Stop()
+    stop.install(rt.promised_processes())
     _check_paths(config)
     output = Path(config.output)
     lock = rt.OutputLock(output)
@@ -60,20 +56,21 @@ def _train(config: RunConfig) -> int:
     try:
         if not config.dry_run:
             _refuse_another_run(config, output)
-        return _prepared(config, output)
+        return _prepared(config, output, stop)
     except OSError as error:
         if error.errno not in _NO_ROOM:
             raise
-        place = error.filename or f"--output {output} (or the cache in {cache_dir()})"
+        place = error.filename or f"--output {output} (or the cache in {cache_root()})"
         raise TrainError(f"{place}: {error.strerror}; free space and run the same command again") from error
     finally:
         lock.release()
 
 
-def _prepared(config: RunConfig, output: Path) -> int:
+def _prepared(config: RunConfig, output: Path, stop: rt.Stop) -> int:
     from prefopt.engine import checkpoint
 
     runtime = rt.start(
+        stop,
         seed=config.seed,
         mixed_precision=config.train.mixed_precision,
         deterministic=config.train.deterministic,
@@ -82,6 +79,7 @@ def _prepared(config: RunConfig, output: Path) -> int:
     )
     try:
         say(_first_line(config, runtime))
+        _check_optimizer(config)
         task = runtime.on_main_first(lambda: _testbed_task(config)) if config.on_testbed else _file_task(config)
         for line in task.report:
             say(line)
@@ -109,7 +107,7 @@ def _prepared(config: RunConfig, output: Path) -> int:
                 dist.destroy_process_group()
 
 
-@dataclass
+@dataclasses.dataclass
 class _Task:
     """What a run trains on, wherever it came from."""
 
@@ -127,7 +125,7 @@ def _testbed_task(config: RunConfig) -> _Task:
     from prefopt.testbed import build_world
 
     test = config.testbed
-    world = build_world(test.world, seed=test.seed, cache_dir=cache_dir())
+    world = build_world(test.world, seed=test.seed, cache_dir=cache_root())
     batch, seed = config.train.global_batch, config.seed
     if test.pairs is None:
         train: Batches = world.stream(batch, seed)
@@ -174,7 +172,7 @@ def _file_task(config: RunConfig) -> _Task:
             columns=config.data.columns,
             on_bad_row=config.data.on_bad_row,
             vocab_rows=models.vocabulary(architecture),
-            cache_dir=cache_dir() / "encoded",
+            cache_dir=cache_root() / "encoded",
         )
         report.extend(encoded.report.lines())
         return encoded
@@ -195,6 +193,8 @@ def _file_task(config: RunConfig) -> _Task:
         pairs, eval_pairs = split_by_prompt(pairs, config.data.eval_fraction)
         eval_fingerprint = f"{train.fingerprint}-{config.data.eval_fraction}"
         report.append(f"held out by prompt: {len(eval_pairs):,} of {len(train.pairs):,} pairs")
+    for encoded in (train, held_out) if config.data.eval is not None else (train,):
+        models.check_positions(architecture, encoded.report, config.data.max_length)
     fingerprint = f"{train.fingerprint}-{len(pairs)}"
     batches = FileBatches(pairs, config.train.global_batch, config.seed, fingerprint)
     return _Task(config.model.path, tokenizer, batches, eval_pairs, eval_fingerprint, report)
@@ -217,6 +217,11 @@ def _fit(config: RunConfig, runtime: rt.Runtime, task: _Task, output: Path, resu
     if resume_from is not None:
         say(f"continuing from {resume_from}")
     say(f"policy: {type(lm).__name__}, {parameters:,} parameters, {threads} thread(s) per process; output: {output}")
+    if config.model.dtype == "bfloat16":
+        say(
+            "warning: weights in bfloat16 lose updates smaller than 1/256 of a weight; "
+            "float32 weights with train.mixed_precision bf16 do not"
+        )
     evaluators = []
     if task.world is not None:
         world, beta = task.world, _beta(config)
@@ -242,7 +247,7 @@ def _beta(config: RunConfig) -> float:
 
 def _report_testbed(config: RunConfig, runtime: rt.Runtime, task: _Task, output: Path) -> None:
     """The table and the frontier plot at the end of a run on the testbed."""
-    if task.world is None or not runtime.is_main:
+    if task.world is None or not runtime.is_main or not (output / "metrics.jsonl").exists():
         return
     from prefopt.engine.metrics import read_lines
     from prefopt.testbed.report import Run, frontier_plot, summary_table
@@ -252,6 +257,21 @@ def _report_testbed(config: RunConfig, runtime: rt.Runtime, task: _Task, output:
     say("\n" + summary_table(task.world, lines[0], lines[-1], beta))
     frontier_plot(output / "frontier.png", task.world, [Run(_described(config), beta, lines)])
     say(f"\nreward-KL frontier: {output / 'frontier.png'}")
+
+
+def _check_optimizer(config: RunConfig) -> None:
+    """Refuse an optimizer that does not exist or cannot take a plain step, before data and models are loaded."""
+    import torch
+
+    from prefopt.engine.trainer import make_optimizer
+
+    probe = torch.nn.Linear(1, 1)
+    optimizer = make_optimizer(dataclasses.replace(config.optim, lr=1e-3), probe)
+    probe(torch.ones(1, 1)).sum().backward()
+    try:
+        optimizer.step()
+    except Exception as error:
+        raise ConfigError(f"optim.name: '{config.optim.name}' cannot take a plain step: {error}") from error
 
 
 # Before anything heavy is imported ------------------------------------------------------------------------------------
@@ -293,10 +313,12 @@ def _read_card(output: Path) -> dict[str, Any] | None:
         return None
     try:
         card: dict[str, Any] = json.loads((output / CARD).read_text())
+        if not {"config", "data", "model", "reference"} <= card.keys():
+            raise ValueError("it is not a run card")
         return card
     except FileNotFoundError:
         return None
-    except ValueError as error:
+    except (ValueError, AttributeError) as error:
         raise TrainError(f"{output / CARD}: not readable: {error}; choose another --output") from error
 
 
@@ -350,8 +372,10 @@ def _keep_card(card: dict[str, Any], output: Path) -> None:
         write_atomically(output / "config.yaml", [settings.from_dict(card["config"]).to_yaml()])
         write_atomically(output / CARD, [json.dumps(card, indent=1, default=str)])
         return
-    for what, key in (("training data", ("data", "train")), ("model", ("model", "sha256"))):
-        before, now = old[key[0]][key[1]], card[key[0]][key[1]]
+    held = {"training data": ("data", "train"), "held-out data": ("data", "eval")}
+    held |= {"model": ("model", "sha256"), "reference": ("reference", "sha256")}
+    for what, (group, key) in held.items():
+        before, now = ((one[group] or {}).get(key) for one in (old, card))
         if before != now:
             raise TrainError(
                 f"--output {output}: the {what} is not what this run began with ({before} -> {now}); "
@@ -360,10 +384,13 @@ def _keep_card(card: dict[str, Any], output: Path) -> None:
 
 
 def _git_commit() -> str | None:
-    """The commit of the working folder, with a plus sign if it has changes; None outside a repository."""
+    """The commit of prefopt's own sources, with a plus sign if they were changed; None where they are no repository."""
     try:
         run = subprocess.run(
-            ["git", "describe", "--always", "--abbrev=40", "--dirty=+"], capture_output=True, text=True, timeout=10
+            ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--dirty=+"],
+            capture_output=True,
+            text=True,
+            timeout=10,
         )
     except (OSError, subprocess.TimeoutExpired):
         return None

@@ -90,7 +90,7 @@ class OptimConfig:
     warmup_steps: int | None = None
     """Warm-up in steps; takes the place of warmup_ratio."""
     weight_decay: float = 0.0
-    """Decoupled decay of weight matrices (vectors are left alone)."""
+    """Decay of weight matrices, vectors are left alone; decoupled in adamw, part of the gradient in rmsprop and sgd."""
     clip: float = 1.0
     """Largest gradient norm, over all parameters; 0 turns clipping off."""
     args: dict[str, Any] = field(default_factory=dict)
@@ -108,7 +108,7 @@ class TrainConfig:
     train_epochs: float = 1.0
     """Passes over the training pairs."""
     schedule_epochs: float | None = None
-    """Passes that the learning-rate schedule is laid out for. None: train_epochs."""
+    """Passes that the learning-rate schedule is laid out for. None: the run's own length."""
     max_steps: int | None = None
     """Optimizer steps; takes the place of train_epochs. Required for an endless stream."""
     mixed_precision: Literal["no", "bf16"] = "no"
@@ -220,8 +220,14 @@ TESTBED_DEPARTURES: dict[str, Any] = {
     "eval": {"every": 50, "batch": 512},
 }
 
-# Settings that may change between the attempts at one run: they move neither the trajectory nor its meaning.
-FREE_TO_CHANGE = ("dry_run", "output", "train.show_batch", "train.keep_last", "train.save_every", "track")
+# A departure gives way when the user names the setting that it would silently overrule.
+_GIVES_WAY = {"optim.warmup_ratio": "optim.warmup_steps", "train.train_epochs": "train.max_steps"}
+
+# Settings that may change between the attempts at one run: they do not move the trajectory by more than rounding.
+FREE_TO_CHANGE = (
+    *("dry_run", "output", "track", "kernel", "eval.batch", "model.gradient_checkpointing"),
+    *("train.show_batch", "train.keep_last", "train.save_every", "train.micro_batch", "train.threads"),
+)
 
 
 def parse(argv: Sequence[str]) -> RunConfig:
@@ -252,7 +258,11 @@ def parse(argv: Sequence[str]) -> RunConfig:
         merged = _merge(merged, layer)
     if _at(merged, "model.path") is None and _at(merged, "data.train") is None:
         known = {f.name for f in dataclasses.fields(method_class)}
-        departures = dict(TESTBED_DEPARTURES)
+        hidden = {over for named_key, over in _GIVES_WAY.items() if _at(merged, named_key) is not None}
+        departures = {
+            group: {k: v for k, v in settings.items() if f"{group}.{k}" not in hidden}
+            for group, settings in TESTBED_DEPARTURES.items()
+        }
         departures["method"] = {k: v for k, v in departures["method"].items() if k in known}
         merged = _merge(departures, merged)
     sources = {key: where for where, layer in layers for key in _leaves(layer)}
@@ -267,6 +277,12 @@ def parse(argv: Sequence[str]) -> RunConfig:
         },
     )
     _validate(config)
+    config = dataclasses.replace(
+        config,
+        model=_normal(config.model, "path"),
+        reference=_normal(config.reference, "path"),
+        data=_normal(config.data, "train", "eval", "chat_template"),
+    )
     if not config.output:
         config = dataclasses.replace(config, output=f"runs/{_default_folder(config)}")
     return config
@@ -295,6 +311,8 @@ def help_text(argv: Sequence[str]) -> str:
     """The grouped `--help`, with the settings of the method that `argv` names if it names one."""
     flags = _split([word for word in argv if word not in ("--help", "-h")])
     name = flags.get("method.name")
+    if name is None and "config" in flags:
+        name = _method_name(_read_yaml(Path(str(flags["config"]))), str(flags["config"]))
     general = [("--config", "FILE", "", "YAML file of settings; flags take precedence over it.")]
     groups: list[tuple[str, str, list[tuple[str, str, str, str]]]] = []
     for key, hint in _hints(RunConfig).items():
@@ -307,6 +325,8 @@ def help_text(argv: Sequence[str]) -> str:
         groups.insert(0, (f"method {name}", title, _help_rows(method_class, "method.")))
     methods = f"methods: {', '.join(registry.names())}, or a dotted module path"
     more = "" if name else " (--method NAME --help lists its own settings)"
+    here = ", ".join(f"{key} {value}" for key, value in _leaves(TESTBED_DEPARTURES).items())
+    groups = [(t, f"{about} Its own defaults: {here}." if t == "testbed" else about, rows) for t, about, rows in groups]
     lines = ["usage: train.py --method NAME [--config FILE] [--GROUP.SETTING VALUE ...]", "", methods + more, ""]
     for title, about, rows in [("run", "", general), *groups]:
         lines.append(f"{title}: {about}" if about else title)
@@ -327,7 +347,7 @@ def _help_rows(cls: Any, prefix: str) -> list[tuple[str, str, str, str]]:
         if typing.get_origin(hint) is Literal:
             return "|".join(map(str, args))
         if typing.get_origin(hint) is dict:
-            return "KEY VALUE"
+            return "TEXT"
         return kinds.get(hint) or (kind(args[0]) if args else "TEXT")
 
     texts: dict[str, str] = {}
@@ -351,7 +371,8 @@ def _help_rows(cls: Any, prefix: str) -> list[tuple[str, str, str, str]]:
                 if isinstance(default, bool)
                 else str(default or ("" if default != 0 else 0))
             )
-            rows.append((f"--{prefix}{f.name}", kind(hints[f.name]), shown, texts.get(f.name, "")))
+            key = f"{f.name}.KEY" if typing.get_origin(hints[f.name]) is dict else f.name
+            rows.append((f"--{prefix}{key}", kind(hints[f.name]), shown, texts.get(f.name, "")))
     return rows
 
 
@@ -446,7 +467,11 @@ def _nest_dotted(mapping: Mapping[str, Any]) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for key, value in mapping.items():
         value = _nest_dotted(value) if isinstance(value, dict) else value
-        out = _merge(out, _nest({str(key): value}))
+        nested = _nest({str(key): value})
+        twice = _leaves(out).keys() & _leaves(nested).keys()
+        if twice:
+            raise ConfigError(f"{sorted(twice)[0]}: given twice in one file")
+        out = _merge(out, nested)
     return out
 
 
@@ -550,7 +575,8 @@ def _build(
         if dataclasses.is_dataclass(hint):
             ready[name] = _build(typing.cast(type, hint), values[name] or {}, f"{key}.", sources)
         else:
-            ready[name] = coerce(values[name], hint, _source(sources.get(key, ""), key))
+            where = next((w for k, w in sources.items() if k == key or k.startswith(f"{key}.")), "")
+            ready[name] = coerce(values[name], hint, _source(where, key))
     for f in dataclasses.fields(cls):
         required = f.init and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
         if required and f.name not in ready:
@@ -664,11 +690,14 @@ def _validate(config: RunConfig) -> None:
         "train.train_epochs",
     )
     optional = ("train.schedule_epochs", "train.max_steps", "train.threads", "testbed.pairs")
+    seeds = ("seed", "testbed.seed")
     values = _leaves(config.to_dict())
     for key in positive:
         need(0 < values[key] < float("inf"), key, values[key], "a number > 0")
     for key in optional:
-        need(values[key] is None or values[key] > 0, key, values[key], "a number > 0, or none")
+        need(values[key] is None or 0 < values[key] < float("inf"), key, values[key], "a number > 0, or none")
+    for key in seeds:
+        need(0 <= values[key] < 2**31, key, values[key], "a whole number from 0 to 2147483647")
     need(config.data.max_length >= 2, "data.max_length", config.data.max_length, "at least 2")
     need(
         0 <= config.data.eval_fraction < 1, "data.eval_fraction", config.data.eval_fraction, "a share from 0 to below 1"
@@ -690,7 +719,7 @@ def _validate(config: RunConfig) -> None:
         f"at least train.train_epochs ({config.train.train_epochs})",
     )
     known = ("adamw", "rmsprop", "sgd")
-    if config.optim.name not in known and "." not in config.optim.name:
+    if config.optim.name not in known and not re.fullmatch(r"\w+(\.\w+)+", config.optim.name):
         raise ConfigError(
             f"optim.name: found '{config.optim.name}', expected one of {', '.join(known)} or a dotted path"
             f"{did_you_mean(config.optim.name, known)}"
@@ -710,8 +739,20 @@ def _validate(config: RunConfig) -> None:
             "train.max_steps: found none, expected a number of steps: the testbed's stream of pairs has no end "
             "(or name the size of a fixed set, testbed.pairs)"
         )
+    if config.on_testbed and config.testbed.pairs is None and schedule is not None:
+        raise ConfigError(
+            "train.schedule_epochs: the testbed's stream of pairs has no epochs (name the size of a fixed set, "
+            "testbed.pairs, or leave it out)"
+        )
     if config.on_testbed and config.data.eval is not None:
         raise ConfigError("data.eval is given without data.train; the testbed makes its own held-out pairs")
+
+
+def _normal(group: Any, *names: str) -> Any:
+    """The group with local paths in one spelling: `./pairs.jsonl` and `pairs.jsonl` are the same run."""
+    paths = {name: getattr(group, name) for name in names}
+    local = {name: str(Path(path)) for name, path in paths.items() if path is not None and Path(path).exists()}
+    return dataclasses.replace(group, **local)
 
 
 def _plain(value: Any) -> Any:

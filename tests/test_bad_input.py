@@ -200,7 +200,8 @@ def test_beta_when_not_positive_and_finite_then_refused(error, beta):
         ),
         (
             {"optim.args.epss": "1"},
-            "optim.args: adamw refused {'epss': 1}: AdamW.__init__() got an unexpected keyword argument 'epss'",
+            "optim.args: adamw cannot be made with {'epss': 1}: "
+            "AdamW.__init__() got an unexpected keyword argument 'epss'",
         ),
     ],
 )
@@ -209,6 +210,24 @@ def test_optimizer_when_it_does_not_exist_then_refused_and_mended_in_the_same_fo
 ):
     assert error(**settings) == message
     assert server.train(command("dpo", tmp_path / "run", train__max_steps=1)).status == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("torch.optim.LBFGS", "optim.name: torch.optim.LBFGS cannot be made: "),
+        ("torch.optim.SparseAdam", "optim.name: 'torch.optim.SparseAdam' cannot take a plain step: "),
+    ],
+)
+def test_optimizer_when_it_cannot_serve_the_loop_then_refused_before_any_model_is_loaded(name, message, error):
+    assert error(optim__name=name, model__path="no/such").startswith(message)  # the model is the next complaint
+
+
+def test_model_when_rows_are_longer_than_its_positions_then_says_what_to_set(error, task, variant):
+    short = tiny_llama(len(task.tokenizer), hidden=16, layers=1, max_position_embeddings=12)
+    found = error(model__path=variant("short", model=short))
+    assert found.startswith(f"data.max_length: found 1024, and {task.pairs} has rows of up to ")
+    assert found.endswith(" tokens, but the model has 12 positions; use --data.max_length 12")
 
 
 def test_stream_when_max_steps_is_missing_then_says_what_to_name(error):
@@ -297,6 +316,24 @@ def test_output_when_the_data_changed_since_then_refused(error, server, command,
     found = error(data__train=pairs, train__max_steps=1)
     assert found.startswith(f"--output {tmp_path}/run: the training data is not what this run began with (")
     assert found.endswith("); choose another --output")
+
+
+@pytest.mark.parametrize("what", ["reference", "held-out data"])
+def test_output_when_what_a_run_is_measured_against_changed_since_then_refused(
+    what, error, server, command, task, variant, tmp_path
+):
+    reference, held_out = variant("reference"), tmp_path / "held_out.jsonl"
+    lines = task.pairs.read_text().splitlines(keepends=True)
+    held_out.write_text("".join(lines[:10]))
+    named = {"reference__path": reference, "data__eval": held_out}
+    output = tmp_path / "run"
+    assert server.train(command("dpo", output, train__max_steps=1, **named)).status == 0
+    if what == "reference":
+        tiny_llama(len(task.tokenizer), hidden=16, layers=1, seed=7).save_pretrained(reference)
+    else:
+        held_out.write_text("".join(lines[:6]))
+    found = error(train__max_steps=1, **named)
+    assert found.startswith(f"--output {output}: the {what} is not what this run began with (")
 
 
 def test_output_when_another_process_writes_there_then_its_owner_is_named(error, tmp_path):

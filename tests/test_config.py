@@ -97,7 +97,8 @@ def test_flags_when_bool_then_may_stand_alone(words, value):
 def test_flags_when_optional_then_none_is_a_value():
     assert parse([*REAL, "--train.max_steps", "7"]).train.max_steps == 7
     assert parse([*REAL, "--train.max_steps", "none"]).train.max_steps is None
-    assert parse([*REAL, "--seed", "-3"]).seed == -3
+    with pytest.raises(ConfigError, match=r"^seed: found -3, expected a whole number from 0 to 2147483647$"):
+        parse([*REAL, "--seed", "-3"])  # read as a value, not as another flag
 
 
 @pytest.mark.parametrize("method", registry.names())
@@ -245,7 +246,8 @@ def test_method_of_a_user_when_a_setting_has_no_default_then_it_must_be_given(tm
 def test_help_names_every_setting_and_is_short(method):
     text = help_text(["--method", method, "--help"])
     assert len(text.splitlines()) < 100
-    flags = {word for line in text.splitlines() for word in line.split()[:1] if word.startswith("--")}
+    words = {word for line in text.splitlines() for word in line.split()[:1] if word.startswith("--")}
+    flags = {word.removesuffix(".KEY") for word in words}  # a mapping takes any key of one's own
     known = set(settings._leaves(parse(["--method", method]).to_dict())) - {"method.name"}
     assert {f"--{key}" for key in known} | {"--method", "--config"} >= flags
     assert {f"--{key}" for key in known} <= flags
@@ -271,3 +273,55 @@ def test_help_and_config_errors_import_nothing_heavy(argv):
     ran = subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True)
     assert ran.stdout.splitlines()[-1] == f"loaded [] status {0 if '--help' in argv else 2}"
     assert len(ran.stderr.splitlines()) == (0 if "--help" in argv else 1)
+
+
+def test_testbed_departures_when_the_user_names_the_alternative_then_give_way():
+    found = parse(
+        ["--method", "dpo", "--testbed.pairs", "100", "--train.train_epochs", "3", "--optim.warmup_ratio", "0.3"]
+    )
+    assert (found.train.max_steps, found.optim.warmup_steps) == (None, None)
+    usual = parse(["--method", "dpo"])
+    assert (usual.train.max_steps, usual.optim.warmup_steps) == (600, 20)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ["--train.train_epochs", "2"],
+            "train.max_steps: found none, expected a number of steps: the testbed's stream",
+        ),
+        (["--train.schedule_epochs", "3"], "train.schedule_epochs: the testbed's stream of pairs has no epochs"),
+        (["--train.schedule_epochs", "inf"], "train.schedule_epochs: found inf, expected a number > 0, or none"),
+        (["--testbed.seed", "-1"], "testbed.seed: found -1, expected a whole number from 0 to 2147483647"),
+        (
+            ["--optim.name", ".AdamW"],
+            "optim.name: found '.AdamW', expected one of adamw, rmsprop, sgd or a dotted path",
+        ),
+    ],
+)
+def test_setting_when_it_could_only_be_ignored_or_fail_later_then_is_refused(flags, message):
+    with pytest.raises(ConfigError) as caught:
+        parse(["--method", "dpo", *flags])
+    assert str(caught.value).startswith(message)
+
+
+def test_yaml_when_a_key_is_dotted_and_nested_then_it_is_given_twice(tmp_path):
+    (tmp_path / "c.yaml").write_text("optim.lr: 1e-6\noptim: {lr: 1e-5}\n")
+    with pytest.raises(ConfigError, match=r"^optim.lr: given twice in one file$"):
+        parse(["--method", "dpo", "--config", str(tmp_path / "c.yaml")])
+
+
+def test_local_paths_when_spelt_differently_then_are_one_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pairs.jsonl").touch()
+    runs = [
+        parse(["--method", "dpo", "--model.path", "m", "--data.train", name])
+        for name in ("pairs.jsonl", "./pairs.jsonl")
+    ]
+    assert runs[0] == runs[1]
+
+
+def test_help_when_only_a_config_names_the_method_then_lists_its_settings(tmp_path):
+    (tmp_path / "c.yaml").write_text("method: tdpo\n")
+    assert "--method.alpha" in help_text(["--config", str(tmp_path / "c.yaml"), "--help"])

@@ -19,6 +19,8 @@ from prefopt.errors import TrainError, did_you_mean
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+    from prefopt.data.report import DataReport
+
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
@@ -113,6 +115,15 @@ def not_finite(model: nn.Module) -> str | None:
     return next((name for name, weight in model.named_parameters() if not bool(weight.isfinite().all())), None)
 
 
+def recompute_activations(model: Any) -> None:
+    """Gradient checkpointing, non-reentrant, under the name that this version of transformers has for it."""
+    settings = {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=settings)
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
+
+
 def vocabulary(config: PretrainedConfig) -> int:
     """Rows of the embedding, as the config declares them."""
     return int(config.get_text_config().vocab_size)
@@ -125,6 +136,18 @@ def check_same_vocabulary(policy: PretrainedConfig, reference: PretrainedConfig,
         raise TrainError(
             f"reference.path: '{path}' has a vocabulary of {other} tokens, the policy {mine}; "
             "KL and log-ratios need the same one (name a reference of the policy's family)"
+        )
+
+
+def check_positions(config: PretrainedConfig, report: DataReport, max_length: int) -> None:
+    """Raises: TrainError when rows of this file may be longer than the model has positions."""
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    longest = max(p[-1] for name, p in report.lengths.items() if name != "prompt") + report.lengths["prompt"][-1]
+    needed = min(longest, max_length)
+    if limit is not None and needed > limit:
+        raise TrainError(
+            f"data.max_length: found {max_length}, and {report.path} has rows of up to {needed} tokens, but the model "
+            f"has {limit} positions; use --data.max_length {limit}"
         )
 
 

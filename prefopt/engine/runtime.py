@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import fcntl
-import json
 import os
 import random
 import signal
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 EXIT_UNFINISHED = 75  # EX_TEMPFAIL: saved, not finished, run the same command again
+_ENGINES = {"NO": "one process", "MULTI_CPU": "ddp", "MULTI_GPU": "ddp"}  # accelerate's names -> ours
 _SAVE_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
@@ -163,9 +163,8 @@ class Runtime:
 
     @property
     def engine(self) -> str:
-        """The name of what joins the processes: none, ddp, deepspeed, fsdp."""
-        kind = str(self.accelerator.distributed_type.value)
-        return {"NO": "one process", "MULTI_CPU": "ddp", "MULTI_GPU": "ddp"}.get(kind, kind.lower())
+        """The name of what joins the processes."""
+        return _ENGINES[str(self.accelerator.distributed_type.value)]
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """Sum of a tensor over all processes."""
@@ -219,16 +218,25 @@ class Runtime:
         return result if self.is_main else work()
 
 
-def start(*, seed: int, mixed_precision: str, deterministic: bool, trackers: tuple[str, ...], output: Path) -> Runtime:
+def promised_processes() -> int:
+    """How many processes the launcher says there are."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def start(
+    stop: Stop, *, seed: int, mixed_precision: str, deterministic: bool, trackers: tuple[str, ...], output: Path
+) -> Runtime:
     """Join the processes that a launcher started, or be one process; then seed everything.
 
-    Raises: TrainError if the launcher promised more processes than accelerate joined.
+    Raises: TrainError if the launcher promised more processes than accelerate joined, or an engine that is not DDP.
     """
     import numpy
     import torch
     from accelerate import Accelerator, DistributedDataParallelKwargs
 
-    promised = int(os.environ.get("WORLD_SIZE", "1"))
+    # accelerate would divide every gradient by it, whatever it is told; accumulation is the loop's own
+    os.environ.pop("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", None)
+    promised = promised_processes()
     # Without CUDA, `cpu=True` joins gloo ranks; under DeepSpeed it would drop the plugin.
     on_cpu = not torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") != "true"
     accelerator = Accelerator(
@@ -244,15 +252,18 @@ def start(*, seed: int, mixed_precision: str, deterministic: bool, trackers: tup
             f"launcher: {promised} processes were started but {accelerator.num_processes} joined "
             f"({accelerator.distributed_type}); for several CPU processes use --config_file configs/accelerate/cpu.yaml"
         )
+    if str(accelerator.distributed_type.value) not in _ENGINES:
+        raise TrainError(
+            f"launcher: engine {accelerator.distributed_type.value} is not supported, expected one process or DDP; "
+            "use --config_file configs/accelerate/ddp.yaml"
+        )
     random.seed(seed)
     numpy.random.seed(seed % 2**32)
     torch.manual_seed(seed)
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    runtime = Runtime(accelerator)
-    runtime.stop.install(runtime.world)
-    return runtime
+    return Runtime(accelerator, stop)
 
 
 def set_threads(threads: int | None, parameters: int) -> int:
@@ -342,7 +353,3 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             found[name] = "not installed"
     return found
-
-
-def to_json(value: Any) -> str:
-    return json.dumps(value, sort_keys=False, ensure_ascii=False)

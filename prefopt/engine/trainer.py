@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -88,9 +89,7 @@ class Trainer:
             )
         self.total = total_steps(config, self.train.steps_per_epoch)
         if config.model.gradient_checkpointing:
-            self.policy.lm.gradient_checkpointing_enable(  # type: ignore[operator]
-                gradient_checkpointing_kwargs={"use_reentrant": False}
-            )
+            models.recompute_activations(self.policy.lm)
         optimizer = make_optimizer(config.optim, self.policy.lm)
         self.model, self.optimizer = runtime.accelerator.prepare(self.policy, optimizer)
         self.metrics = MetricsFile(self.output / "metrics.jsonl")
@@ -184,7 +183,7 @@ class Trainer:
         line |= {
             name: value for name, value in averages.items() if len(output.terms) > 1 or not name.startswith("loss/")
         }
-        line |= {"lr": lr, "grad_norm": norm, "pairs": int(pairs), "tokens": int(scored_tokens)}
+        line |= {"lr": lr, "grad_norm": norm, "pairs": int(pairs), "tokens": int(scored_tokens), "tokens_fed": int(fed)}
         line |= {"seconds": seconds, "pairs_per_second": pairs / seconds, "tokens_per_second": fed / seconds}
         if torch.cuda.is_available():
             line["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 2**30
@@ -343,9 +342,10 @@ class Trainer:
         track = self.config.track
         if not track.to:
             return
-        name = self.output.name
-        os.environ.setdefault("WANDB_MODE", track.wandb_mode)
-        kwargs = {"wandb": {"name": name, "id": name, "resume": "allow", "dir": str(self.output)}}
+        path = str(self.output.resolve())
+        run_id = hashlib.sha256(path.encode()).hexdigest()[:16]  # the same when the run is continued, no other run's
+        wandb = {"name": self.output.name, "id": run_id, "resume": "allow", "dir": path, "mode": track.wandb_mode}
+        kwargs = {"wandb": wandb}
         flat = json.loads(json.dumps(self.config.to_dict(), default=str))
         if any(tracker != "wandb" for tracker in track.to):
             flat = {k: str(v) for k, v in flat.items()}  # tensorboard takes plain values only
@@ -471,7 +471,7 @@ def make_optimizer(settings: OptimConfig, lm: nn.Module) -> torch.optim.Optimize
         module, _, name = settings.name.rpartition(".")
         try:
             kind = getattr(importlib.import_module(module), name)
-        except (ImportError, AttributeError) as error:
+        except (ImportError, AttributeError, ValueError) as error:
             raise ConfigError(f"optim.name: '{settings.name}' cannot be imported: {error}") from error
         if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)):
             raise ConfigError(
@@ -485,7 +485,8 @@ def make_optimizer(settings: OptimConfig, lm: nn.Module) -> torch.optim.Optimize
     try:
         return kind([g for g in groups if g["params"]], lr=settings.lr, **settings.args)
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"optim.args: {settings.name} refused {settings.args}: {error}") from error
+        key, given = ("optim.args", f" with {settings.args}") if settings.args else ("optim.name", "")
+        raise ConfigError(f"{key}: {settings.name} cannot be made{given}: {error}") from error
 
 
 def _length(pair: EncodedPair) -> int:

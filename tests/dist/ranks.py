@@ -62,7 +62,7 @@ def _rank(pipe, rank, world, port, work, args):
         from prefopt.engine import runtime as rt
 
         torch.set_num_threads(1)
-        runtime = rt.start(seed=0, mixed_precision="no", deterministic=False, trackers=(), output="")
+        runtime = rt.start(rt.Stop(), seed=0, mixed_precision="no", deterministic=False, trackers=(), output="")
         # the failure to join is silent: each rank would train alone
         assert (runtime.world, runtime.rank, runtime.engine) == (world, rank, "ddp"), runtime
         assert dist.get_backend() == "gloo"
