@@ -204,9 +204,12 @@ def test_run_when_asked_to_stop_then_saves_and_continues_to_the_same_weights(
     assert_same_run(output, uninterrupted("dpo"))
 
 
-def test_run_when_asked_to_stop_before_the_first_step_then_leaves_at_once(server, command, uninterrupted, tmp_path):
+@pytest.mark.parametrize("place", ["prefopt.cli:_check_paths", "prefopt.data.encode:encode_file"])
+def test_run_when_asked_to_stop_before_the_first_step_then_leaves_at_once(
+    place, server, command, uninterrupted, tmp_path
+):
     argv = command("dpo", tmp_path / "run")
-    ended = server.train(argv, {"at": "prefopt.data.encode:encode_file", "do": "SIGTERM"})
+    ended = server.train(argv, {"at": place, "do": "SIGTERM"})
     assert ended.status == EXIT_UNFINISHED
     assert ended.out.endswith("\nSIGTERM: nothing to save yet, leaving with exit status 75\n")
     assert ended.err == ""
