@@ -98,7 +98,7 @@ def render(result: dict[str, Any]) -> str:
     keys = ("reward", "kl_policy_ref", "frontier_gap", "kl_star_ratio", "entropy", "win_rate")
     for beta in BETAS:
         best = world.measures(world.optimum(beta), beta)
-        cells = " | ".join(f"{best[f'exact/{key}']:.3f}" for key in keys)
+        cells = " | ".join(f"{round(best[f'exact/{key}'], 3) + 0.0:.3f}" for key in keys)  # no -0.000
         out.append(f"| {beta:g} | *optimum* | {cells} |")
         for name, by_beta in result["ends"].items():
             values = {key: [end[f"exact/{key}"] for end in by_beta[beta]] for key in keys}

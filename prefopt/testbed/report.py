@@ -131,7 +131,7 @@ def frontier_plot(path: Path | str, world: Bandit, runs: Sequence[Run]) -> None:
         ylabel="expected reward  [mean over prompts]",
     )
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(loc="lower right", frameon=False)
+    axes.legend(loc="best", frameon=False)
     scratch = Path(f"{path}.part")
     try:
         figure.savefig(scratch, format="png")
