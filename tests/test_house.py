@@ -1,6 +1,7 @@
 """The house stands: imports run downward, no circles, a method's name is written once, each method is furnished."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -117,6 +118,13 @@ def test_the_public_pages_name_no_path_outside_the_repository():
         text = page.read_text()
         assert "../shared" not in text, page.name
         assert "/work/" not in text, page.name
+
+
+def test_links_between_the_pages_lead_somewhere():
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")]
+    for page in pages:
+        for target in re.findall(r"\]\(([^)#:]+)[^):]*\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.relative_to(ROOT)} links to {target}, which is not there"
 
 
 def test_every_config_parses_with_its_method():
