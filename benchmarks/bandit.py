@@ -36,20 +36,24 @@ def main() -> None:
     parser.add_argument("--seeds", default=3, type=int)
     parser.add_argument("--steps", default=400, type=int, help="optimizer steps of 512 pairs")
     parser.add_argument("--jobs", default=max(1, len(os.sched_getaffinity(0))), type=int, help="runs at the same time")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--rate", type=float, help="learning rate of all runs, instead of choosing one per method")
     args = parser.parse_args()
+    methods = {name: METHODS[name] for name in args.methods}
     budget = ["--train.max_steps", str(args.steps), "--eval.every", str(max(1, args.steps // 10))]
     budget += ["--testbed.eval_pairs", "4096"]
 
     choosing = {
         f"choose-{name}-lr{rate:g}": [*flags, *budget, "--optim.lr", str(rate), "--seed", str(SELECTION_SEED)]
-        for name, flags in METHODS.items()
-        for rate in RATES
+        for name, flags in methods.items()
+        for rate in (RATES if args.rate is None else ())
     }
     train_all(choosing, args.output, args.jobs)
     losses = {
-        name: {rate: lines(args.output / f"choose-{name}-lr{rate:g}")[-1]["loss"] for rate in RATES} for name in METHODS
+        name: {rate: lines(args.output / f"choose-{name}-lr{rate:g}")[-1]["loss"] for rate in RATES}
+        for name in (methods if args.rate is None else ())
     }
-    chosen = {name: min(table, key=table.__getitem__) for name, table in losses.items()}
+    chosen = {name: args.rate or min(losses[name], key=losses[name].__getitem__) for name in methods}
     runs = {
         f"{name}-beta{beta:g}-seed{seed}": [
             *(*flags, *budget, "--method.beta", str(beta)),
@@ -57,7 +61,7 @@ def main() -> None:
         ]
         for seed in range(args.seeds)
         for beta in BETAS
-        for name, flags in METHODS.items()
+        for name, flags in methods.items()
     }
     train_all(runs, args.output, args.jobs)
 
@@ -65,7 +69,7 @@ def main() -> None:
         name: {
             beta: [lines(args.output / f"{name}-beta{beta:g}-seed{s}")[-1] for s in range(args.seeds)] for beta in BETAS
         }
-        for name in METHODS
+        for name in methods
     }
     result = {
         "machine": machine(),
