@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import functools
 import importlib.util
 import json
 import subprocess
@@ -87,9 +88,9 @@ def _prepared(config: RunConfig, output: Path, stop: rt.Stop) -> int:
             say("\nresolved config:\n" + config.to_yaml())
             return 0
         resume_from = runtime.from_main(_last_checkpoint(output) if runtime.is_main else None)
-        card = _run_card(config, runtime, task)
-        runtime.on_main_first(lambda: _keep_card(card, output) if runtime.is_main else None)
-        if runtime.from_main(checkpoint.damage(output / "model") is None):
+        # hashing weights reads all of them: once, on one process
+        runtime.on_main_first(lambda: _keep_card(_run_card(config, runtime, task), output) if runtime.is_main else None)
+        if runtime.from_main(runtime.is_main and checkpoint.damage(output / "model") is None):
             say(f"{output}: this run is finished; the model is in {output / 'model'}")
             _report_testbed(config, runtime, task, output)
             return 0
@@ -335,6 +336,7 @@ def _run_card(config: RunConfig, runtime: rt.Runtime, task: _Task) -> dict[str, 
     """What a reader needs to trust and repeat the run."""
     from prefopt.engine import models
 
+    @functools.cache  # the reference is the policy's start unless another is named
     def weights(path: str) -> str:
         local = Path(path).is_dir()
         return models.fingerprint(path, None if local else models.load_config(path, config.model))

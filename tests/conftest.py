@@ -19,6 +19,18 @@ def server(tmp_path_factory):
     server.close()
 
 
+@pytest.fixture(scope="module")
+def runtime():
+    """One process on the CPU, with one thread."""
+    import torch
+    from accelerate import Accelerator
+
+    from prefopt.engine.runtime import Runtime
+
+    torch.set_num_threads(1)
+    return Runtime(Accelerator(cpu=True))
+
+
 @pytest.fixture(scope="session")
 def task(tmp_path_factory):
     """A tiny model, and pairs with every column that any method reads."""

@@ -180,13 +180,7 @@ class RowReader:
         self._check_completion(chosen, chosen_key)
         if rejected is not None:
             self._check_completion(rejected, "rejected")
-            if chosen == rejected:
-                raise RowProblem(
-                    "chosen equals rejected",
-                    self._key("rejected"),
-                    f"the same as '{self._key(chosen_key)}'",
-                    "two different completions",
-                )
+            self._check_different(chosen, rejected, chosen_key)
         numbers = {column.name: self._number(record, column) for column in self.extra}
         return PairRow(prompt, chosen, rejected if self.need_rejected else None, numbers, where), kind
 
@@ -247,13 +241,7 @@ class RowReader:
                 found = "an assistant turn first" if chosen and cut == 0 else "no assistant turn"
                 raise RowProblem("no prompt", self._key(chosen_key), found, "a question and then an answer")
             return cut
-        if chosen == rejected:
-            raise RowProblem(
-                "chosen equals rejected",
-                self._key("rejected"),
-                f"the same as '{self._key(chosen_key)}'",
-                "two different completions",
-            )
+        self._check_different(chosen, rejected, chosen_key)
         cut = 0
         while cut < min(len(chosen), len(rejected)) and chosen[cut] == rejected[cut]:
             cut += 1
@@ -296,6 +284,11 @@ class RowReader:
         if not isinstance(value, list):
             raise RowProblem("not a string", name, f"found {_kind(value)}", "a string or a list of messages")
         return [_message(message, f"{name}[{i}]") for i, message in enumerate(value)]
+
+    def _check_different(self, chosen: object, rejected: object, chosen_key: str) -> None:
+        if chosen == rejected:
+            same = f"the same as '{self._key(chosen_key)}'"
+            raise RowProblem("chosen equals rejected", self._key("rejected"), same, "two different completions")
 
     def _check_completion(self, completion: str | Messages, key: str) -> None:
         name = self._key(key)

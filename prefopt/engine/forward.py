@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -11,6 +11,9 @@ from prefopt.config import KernelConfig
 from prefopt.errors import TrainError
 from prefopt.kernels.head import HeadRequest, StatsLinear, make_head_aware
 from prefopt.types import PairBatch, PairStats, TokenStats
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 ALL_STATISTICS = ("ref_logp", "kl", "reverse_kl", "entropy")
 
@@ -30,7 +33,7 @@ class PolicyWithReference(nn.Module):
     # These three names tell accelerate's FSDP2 where embedding, backbone and head are.
     base_model_prefix = "backbone"
 
-    def __init__(self, lm: nn.Module, reference: nn.Module | None, kernel: KernelConfig) -> None:
+    def __init__(self, lm: PreTrainedModel, reference: PreTrainedModel | None, kernel: KernelConfig) -> None:
         super().__init__()
         make_head_aware(lm)
         self.lm = lm
@@ -46,10 +49,10 @@ class PolicyWithReference(nn.Module):
         return _backbone(self.lm)
 
     def get_input_embeddings(self) -> nn.Module:
-        return self.lm.get_input_embeddings()  # type: ignore[operator]
+        return self.lm.get_input_embeddings()
 
     def get_output_embeddings(self) -> nn.Module:
-        return self.lm.get_output_embeddings()  # type: ignore[operator]
+        return self.lm.get_output_embeddings()
 
     def train(self, mode: bool = True) -> PolicyWithReference:
         super().train(mode)
@@ -76,7 +79,7 @@ class PolicyWithReference(nn.Module):
         if self.reference is not None and set(want) & {"ref_logp", "kl", "reverse_kl"}:
             with torch.no_grad():
                 ref_hidden = _scored_states(self.reference, inputs, score_index)
-            ref_head = self.reference.get_output_embeddings()  # type: ignore[operator]
+            ref_head = self.reference.get_output_embeddings()
             scale, softcap = self._reference_scaling
             ref = {
                 "ref_hidden": ref_hidden,
@@ -95,22 +98,22 @@ class PolicyWithReference(nn.Module):
             vocab_tile=self.kernel.vocab_tile,
             **ref,
         )
-        head: StatsLinear = self.lm.get_output_embeddings()  # type: ignore[operator]
+        head = cast(StatsLinear, self.lm.get_output_embeddings())
         return head(hidden, request=request)
 
 
-def _backbone(lm: nn.Module) -> nn.Module:
+def _backbone(lm: PreTrainedModel) -> nn.Module:
     """The part of a causal language model below its head."""
-    return lm.base_model  # type: ignore[return-value]
+    return lm.base_model
 
 
-def _scored_states(lm: nn.Module, inputs: dict[str, torch.Tensor], score_index: torch.Tensor) -> torch.Tensor:
+def _scored_states(lm: PreTrainedModel, inputs: dict[str, torch.Tensor], score_index: torch.Tensor) -> torch.Tensor:
     """Final hidden states of the scored positions only, (N, H): no other position reaches the head."""
     hidden = _backbone(lm)(**inputs, use_cache=False).last_hidden_state
     return hidden.flatten(0, 1).index_select(0, score_index)
 
 
-def _head_scaling(lm: nn.Module) -> tuple[float, float | None]:
+def _head_scaling(lm: PreTrainedModel) -> tuple[float, float | None]:
     """(scale, soft-cap) that this architecture applies to its logits after the head.
 
     Raises: TrainError for a setting that looks like another scaling of logits and is not known here.

@@ -17,7 +17,7 @@ from prefopt.config import ModelConfig
 from prefopt.errors import TrainError, did_you_mean
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from prefopt.data.report import DataReport
 
@@ -81,7 +81,7 @@ def load_tokenizer(path: str, settings: ModelConfig, chat_template: str | None =
     return tokenizer
 
 
-def load_model(path: str, settings: ModelConfig, key: str = "model.path") -> nn.Module:
+def load_model(path: str, settings: ModelConfig, key: str = "model.path") -> PreTrainedModel:
     """The causal language model at `path`, dropout off, in the dtype and attention of the settings.
 
     Raises: TrainError naming `key` when it cannot be loaded.

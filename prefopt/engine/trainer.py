@@ -396,7 +396,7 @@ class Trainer:
 
     def _write_model(self, folder: Path) -> None:
         with models.quiet():
-            self.policy.lm.save_pretrained(folder)  # type: ignore[operator]
+            self.policy.lm.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
 
     def _restore(self) -> int:
@@ -447,8 +447,10 @@ def learning_rate(config: RunConfig, steps_per_epoch: int | None, step: int) -> 
     lie beyond the end of training.
     """
     optim, epochs = config.optim, config.train.schedule_epochs
-    laid_out = epochs is not None and steps_per_epoch is not None
-    length = math.ceil(epochs * steps_per_epoch) if laid_out else total_steps(config, steps_per_epoch)  # type: ignore[operator]
+    if epochs is not None and steps_per_epoch is not None:
+        length = math.ceil(epochs * steps_per_epoch)
+    else:
+        length = total_steps(config, steps_per_epoch)
     warmup = optim.warmup_steps if optim.warmup_steps is not None else math.ceil(optim.warmup_ratio * length)
     if step < warmup:
         return optim.lr * (step + 1) / warmup

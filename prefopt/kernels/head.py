@@ -7,7 +7,7 @@ their hooks: a head that is computed beside its module may read a sharded weight
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
 from torch import nn
@@ -70,14 +70,20 @@ class StatsLinear(nn.Linear):
         return tuple(getattr(stats, name) for name in ORDER)
 
 
-def make_head_aware(lm: nn.Module) -> StatsLinear:
+class HasHead(Protocol):
+    """A language model, as far as this floor knows one."""
+
+    def get_output_embeddings(self) -> nn.Module | None: ...
+
+
+def make_head_aware(lm: HasHead) -> StatsLinear:
     """Turns the output embedding of `lm` into a StatsLinear in place and returns it; call it before adding adapters.
 
     Weights, parameter names, tying, saving and generation are untouched: only the module's class changes.
 
     Raises: TrainError if the head is not a plain nn.Linear (an adapter on the head, a quantised head).
     """
-    head = lm.get_output_embeddings()  # type: ignore[operator]
+    head = lm.get_output_embeddings()
     if type(head) is StatsLinear:
         return head
     if type(head) is not nn.Linear:
@@ -86,7 +92,7 @@ def make_head_aware(lm: nn.Module) -> StatsLinear:
             "(no adapter on the head, no quantised head)"
         )
     head.__class__ = StatsLinear
-    return head  # type: ignore[return-value]
+    return cast(StatsLinear, head)
 
 
 def _kind(head: object) -> str:

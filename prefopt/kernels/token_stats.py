@@ -222,15 +222,17 @@ class _TokenStats(torch.autograd.Function):
         folds = [] if whole else [_Fold(plan, labels[r]) for r in rows]
         with torch.autocast(hidden.device.type, enabled=False):
             h = hidden.to(plan.policy.dtype)
-            ref_h = None if plan.reference is None else ref_hidden.to(plan.reference.dtype)  # type: ignore[union-attr]
+            reference, ref_h = plan.reference, None
+            if reference is not None and ref_hidden is not None:
+                ref_h = ref_hidden.to(reference.dtype)
             for columns in plan.vocab_slices(vocab):
                 w, b = weight[columns].to(plan.policy.dtype), _part(bias, columns)
                 ref_w, ref_b = _reference_tile(plan, w, ref_weight, ref_bias, columns)
                 for i, r in enumerate(rows):
                     z = plan.policy.logits(h[r], w, b, plan.stat_dtype)
                     ref_z = None
-                    if plan.reference is not None:
-                        ref_z = plan.reference.logits(ref_h[r], ref_w, ref_b, plan.stat_dtype)  # type: ignore
+                    if reference is not None and ref_h is not None and ref_w is not None:
+                        ref_z = reference.logits(ref_h[r], ref_w, ref_b, plan.stat_dtype)
                     if whole:
                         _whole_(plan, z, ref_z, labels[r], {name: vector[r] for name, vector in out.items()})
                     else:
@@ -277,7 +279,8 @@ class _TokenStats(torch.autograd.Function):
 
         with torch.autocast(hidden.device.type, enabled=False):
             h = hidden.to(side.dtype)
-            ref_h = ref_hidden.to(plan.reference.dtype) if both else None  # type: ignore[union-attr]
+            reference = plan.reference if both else None
+            ref_h = None if reference is None else ref_hidden.to(reference.dtype)
             for columns in plan.vocab_slices(vocab):
                 w, b = weight[columns].to(side.dtype), _part(bias, columns)
                 ref_w, ref_b = _reference_tile(plan, w, ref_weight, ref_bias, columns) if both else (None, None)
@@ -287,8 +290,8 @@ class _TokenStats(torch.autograd.Function):
                     logp = z.log_softmax(-1) if whole else z - lse[r, None]
                     p = logp.exp()
                     grad = p * of_p[r, None]
-                    if both:
-                        ref_z = plan.reference.logits(ref_h[r], ref_w, ref_b, wide)  # type: ignore
+                    if reference is not None and ref_h is not None and ref_w is not None:
+                        ref_z = reference.logits(ref_h[r], ref_w, ref_b, wide)
                         ref_logp = ref_z.log_softmax(-1) if whole else ref_z.sub_(ref_lse[r, None])
                         if g_reverse is not None:
                             slope = (logp - ref_logp).sub_(reverse_kl[r, None]).mul_(g_reverse[r, None])

@@ -5,10 +5,8 @@ import types
 
 import pytest
 import torch
-from accelerate import Accelerator
 
 from prefopt.engine import forward
-from prefopt.engine.runtime import Runtime
 from prefopt.errors import TrainError
 from tests.dist.ranks import run_ranks
 from tests.engine.architectures import ARCHITECTURES, tiny_model
@@ -19,12 +17,6 @@ from tests.invariant.steps import Bench, random_pairs, two_models
 METHODS = methods()
 WITH_REFERENCE = next(m for m in METHODS.values() if m.needs.reference == "token")
 KNOWN = {name: m for name, m in METHODS.items() if m.loss_at_reference() is not None}
-
-
-@pytest.fixture(scope="module")
-def runtime():
-    torch.set_num_threads(1)
-    return Runtime(Accelerator(cpu=True))
 
 
 @pytest.fixture(scope="module")

@@ -9,11 +9,9 @@ from functools import partial
 
 import pytest
 import torch
-from accelerate import Accelerator
 
 from prefopt.data.collate import collate
 from prefopt.engine import trainer as trainer_module
-from prefopt.engine.runtime import Runtime
 from tests.dist.ranks import run_ranks
 from tests.invariant.methods import methods
 from tests.invariant.oracle import oracle_step
@@ -27,12 +25,6 @@ SPREADS_OF = {torch.float64: SPREADS, torch.float32: dict(list(SPREADS.items())[
 
 each_method = pytest.mark.parametrize("name", METHODS)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-
-
-@pytest.fixture(scope="module")
-def runtime():
-    torch.set_num_threads(1)
-    return Runtime(Accelerator(cpu=True))
 
 
 @pytest.fixture(scope="module")

@@ -5,11 +5,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from accelerate import Accelerator
 
 from prefopt.data.encode import Encoder
 from prefopt.engine import trainer as trainer_module
-from prefopt.engine.runtime import Runtime
 from prefopt.errors import TrainError
 from prefopt.types import EncodedPair, PairRow
 from tests.helpers import byte_bpe_tokenizer, tiny_llama
@@ -23,12 +21,6 @@ PAIRS = random_pairs(METHOD.needs.columns)
 TEXTS = [("Name a colour:", " red", " blue, as far as I know"), ("And a fruit?", " A pear.", " No.")]
 
 each_fault = pytest.mark.parametrize("fault", COLLATOR_FAULTS, ids=lambda fault: fault.__name__)
-
-
-@pytest.fixture(scope="module")
-def runtime():
-    torch.set_num_threads(1)
-    return Runtime(Accelerator(cpu=True))
 
 
 @pytest.fixture(scope="module")
