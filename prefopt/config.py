@@ -141,10 +141,12 @@ class EvalConfig:
 class KernelConfig:
     """Tiles of the fused head: memory and speed only, never results."""
 
-    token_tile: int = 1024
-    """Scored tokens per tile."""
-    vocab_tile: int = 8192
-    """Vocabulary entries per tile."""
+    cache_mb: int = 1024
+    """MiB of logits per forward pass that may be kept for the backward pass, which then has less to compute."""
+    token_tile: int | None = None
+    """Scored tokens per tile. None: what suits the device."""
+    vocab_tile: int | None = None
+    """Vocabulary entries per tile. None: what suits the device."""
 
 
 @dataclass(frozen=True)
@@ -683,13 +685,14 @@ def _validate(config: RunConfig) -> None:
         "train.keep_last",
         "eval.every",
         "eval.batch",
-        "kernel.token_tile",
-        "kernel.vocab_tile",
         "testbed.eval_pairs",
         "optim.lr",
         "train.train_epochs",
     )
-    optional = ("train.schedule_epochs", "train.max_steps", "train.threads", "testbed.pairs")
+    optional = (
+        *("train.schedule_epochs", "train.max_steps", "train.threads", "testbed.pairs"),
+        *("kernel.token_tile", "kernel.vocab_tile"),
+    )
     seeds = ("seed", "testbed.seed")
     values = _leaves(config.to_dict())
     for key in positive:
@@ -709,6 +712,7 @@ def _validate(config: RunConfig) -> None:
         config.optim.warmup_steps,
         "a number >= 0, or none",
     )
+    need(config.kernel.cache_mb >= 0, "kernel.cache_mb", config.kernel.cache_mb, "a number >= 0 (0: none is kept)")
     need(config.optim.clip >= 0, "optim.clip", config.optim.clip, "a number >= 0 (0: no clipping)")
     need(config.optim.weight_decay >= 0, "optim.weight_decay", config.optim.weight_decay, "a number >= 0")
     schedule = config.train.schedule_epochs

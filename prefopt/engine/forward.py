@@ -27,7 +27,7 @@ class PolicyWithReference(nn.Module):
     Args:
         lm: a causal language model whose output head is a plain linear layer; it is made head-aware in place.
         reference: another one, frozen here, or None.
-        kernel: tile sizes.
+        kernel: tile sizes and what may be kept of them.
     """
 
     # These three names tell accelerate's FSDP2 where embedding, backbone and head are.
@@ -96,6 +96,7 @@ class PolicyWithReference(nn.Module):
             softcap=softcap,
             token_tile=self.kernel.token_tile,
             vocab_tile=self.kernel.vocab_tile,
+            cache_mb=self.kernel.cache_mb,
             **ref,
         )
         head = cast(StatsLinear, self.lm.get_output_embeddings())

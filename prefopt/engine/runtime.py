@@ -341,13 +341,13 @@ def fail(error: Exception) -> int:
     return 2
 
 
-def versions() -> dict[str, str]:
-    """Versions of what decides a run's numbers."""
+def versions(extra: tuple[str, ...] = ()) -> dict[str, str]:
+    """Versions of what decides a run's numbers, and of the packages in `extra`."""
     import platform
     from importlib.metadata import PackageNotFoundError, version
 
     found = {"python": platform.python_version()}
-    for name in ("prefopt", "torch", "transformers", "accelerate", "datasets", "tokenizers", "numpy"):
+    for name in ("prefopt", "torch", "transformers", "accelerate", "datasets", "tokenizers", "numpy", *extra):
         try:
             found[name] = version(name)
         except PackageNotFoundError:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from prefopt.errors import TrainError
-from prefopt.kernels.token_stats import ORDER, TOKEN_TILE, VOCAB_TILE, token_stats
+from prefopt.kernels.token_stats import CACHE_MB, ORDER, token_stats
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,8 +33,9 @@ class HeadRequest:
     ref_softcap: float | None = None
     scale: float = 1.0
     softcap: float | None = None
-    token_tile: int = TOKEN_TILE
-    vocab_tile: int = VOCAB_TILE
+    token_tile: int | None = None
+    vocab_tile: int | None = None
+    cache_mb: int = CACHE_MB
 
 
 class StatsLinear(nn.Linear):
@@ -66,6 +67,7 @@ class StatsLinear(nn.Linear):
             want=request.want,
             token_tile=request.token_tile,
             vocab_tile=request.vocab_tile,
+            cache_mb=request.cache_mb,
         )
         return tuple(getattr(stats, name) for name in ORDER)
 

@@ -1,7 +1,9 @@
 """Hidden states and a head -> log-probability, KL and entropy of each token, without ever holding all the logits.
 
-The logits exist one tile at a time (some tokens by some vocabulary). The forward pass folds the tiles into running
-log-sum-exps; the backward pass recomputes each tile and has its gradient in closed form. Knows nothing of models.
+The logits exist one tile at a time (some tokens by some of the vocabulary). The forward pass measures each tile as if
+it were the whole vocabulary and puts the tiles together by the chain rule: a token's distribution is that over tiles
+and, within each, that over its entries. The backward pass has the gradient of a tile in closed form, from the logits
+that were kept where memory allowed and from a second product elsewhere. Knows nothing of models.
 """
 
 from __future__ import annotations
@@ -12,41 +14,15 @@ from typing import Any
 
 import torch
 
+from prefopt.kernels import tile
+from prefopt.kernels.tile import Head, Scratch, Side
 from prefopt.types import TokenStats
 
 ORDER = ("logp", "ref_logp", "kl", "reverse_kl", "entropy")  # the order of statistics wherever they are a tuple
-TOKEN_TILE = 1024
-VOCAB_TILE = 8192
+CACHE_MB = 1024
+TILES = {"cpu": (1024, 2048), "cuda": (4096, 16384)}  # tokens by vocabulary, where none is asked for
 
 Tensor = torch.Tensor
-
-
-@dataclass(frozen=True)
-class _Side:
-    """How one model turns its hidden states into logits."""
-
-    dtype: torch.dtype  # of the matmul, forward and backward alike
-    scale: float
-    softcap: float | None
-
-    def logits(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, stat_dtype: torch.dtype) -> Tensor:
-        """A fresh tile of logits, (n, v) in `stat_dtype`; `hidden` and `weight` are in `self.dtype` already."""
-        z = (hidden @ weight.T).to(stat_dtype)
-        if bias is not None:
-            z += bias
-        if self.scale != 1.0:
-            z *= self.scale
-        if self.softcap is not None:
-            z.div_(self.softcap).tanh_().mul_(self.softcap)
-        return z
-
-    def chain_(self, grad: Tensor, z: Tensor) -> Tensor:
-        """Gradient of the logits -> gradient of `hidden @ weight.T + bias`, in place."""
-        if self.softcap is not None:
-            grad *= 1 - (z / self.softcap).square_()
-        if self.scale != 1.0:
-            grad *= self.scale
-        return grad
 
 
 @dataclass(frozen=True)
@@ -54,12 +30,13 @@ class _Plan:
     """Everything about a call that is not a tensor."""
 
     want: frozenset[str]
-    policy: _Side
-    reference: _Side | None
+    policy: Head
+    reference: Head | None
     stat_dtype: torch.dtype
     shared_head: bool  # policy and reference read the same weight tensor
     token_tile: int
     vocab_tile: int
+    cache_bytes: int
 
     @property
     def pairwise(self) -> bool:
@@ -71,132 +48,46 @@ class _Plan:
         rows = self.token_tile * max(1, self.vocab_tile // max(1, vocab))
         return [slice(start, min(start + rows, tokens)) for start in range(0, tokens, rows)]
 
-    def vocab_slices(self, vocab: int) -> Iterator[slice]:
-        for start in range(0, vocab, self.vocab_tile):
-            yield slice(start, min(start + self.vocab_tile, vocab))
+    def vocab_slices(self, vocab: int) -> Iterator[tuple[int, slice]]:
+        for i, start in enumerate(range(0, vocab, self.vocab_tile)):
+            yield i, slice(start, min(start + self.vocab_tile, vocab))
 
 
-class _LogSumExp:
-    """A log-sum-exp that grows by tiles, and sums weighted by its softmax that are rescaled along with it."""
+class _Products:
+    """hidden @ weight.T of one model, tile by tile; kept for the backward pass while the budget lasts."""
 
-    def __init__(self) -> None:
-        self.top: Tensor | None = None  # running maximum, (n,)
-        self.total: Tensor
-        self.weighted: dict[str, Tensor] = {}
+    def __init__(self, name: str, head: Head, hidden: Tensor, scratch: Scratch) -> None:
+        self.name, self.head, self.hidden, self.scratch = name, head, head.operand(hidden), scratch
+        self.kept: dict[tuple[int, int], Tensor] = {}
 
-    def add(self, z: Tensor) -> Tensor:
-        """Takes in the logits `z` (n, v) and returns their unnormalised softmax, relative to the running maximum."""
-        # clamped, so that a row of nothing but -inf (a masked tile) gives exp(-inf) = 0 and not exp(inf - inf)
-        top = z.amax(-1).clamp_(min=torch.finfo(z.dtype).min)
-        if self.top is None:
-            self.top = top
-            e = torch.sub(z, top[:, None]).exp_()
-            self.total = e.sum(-1)
-            return e
-        top = torch.maximum(self.top, top)
-        shrink = (self.top - top).exp_()
-        self.top = top
-        e = torch.sub(z, top[:, None]).exp_()
-        self.total = self.total * shrink + e.sum(-1)
-        for name in self.weighted:
-            self.weighted[name] *= shrink
-        return e
-
-    def add_weighted(self, name: str, e: Tensor, values: Tensor) -> None:
-        """Adds sum_v e * values to the sum `name`."""
-        tile = _weighted_sum(e, values)
-        self.weighted[name] = self.weighted[name] + tile if name in self.weighted else tile
-
-    def value(self) -> Tensor:
-        assert self.top is not None
-        return self.total.log().add_(self.top)
-
-    def mean(self, name: str) -> Tensor:
-        """sum_v softmax * values of the sum `name`."""
-        return self.weighted[name] / self.total
+    def __call__(self, key: tuple[int, int], rows: slice, weight: Tensor, *, keep: bool = False) -> Tensor:
+        """The tile `key`, (n, v); `weight` (v, H) is in the head's operand dtype already."""
+        if key in self.kept:
+            return self.kept[key]
+        hidden = self.hidden[rows]
+        shape = hidden.shape[0], weight.shape[0]
+        if keep:
+            self.kept[key] = out = torch.empty(shape, dtype=self.scratch.dtype, device=hidden.device)
+        else:
+            out = self.scratch(self.name, *shape)
+        return _multiply(hidden, weight.T, out)
 
 
-class _Fold:
-    """The statistics of a few tokens, over as much of the vocabulary as has been added."""
-
-    def __init__(self, plan: _Plan, labels: Tensor) -> None:
-        self.plan, self.labels = plan, labels
-        self.policy, self.reference = _LogSumExp(), _LogSumExp()
-        self.picked: Tensor | None = None  # the labels' logits; NaN until the tile that holds them has come
-        self.ref_picked: Tensor | None = None
-
-    def add_(self, z: Tensor, ref_z: Tensor | None, columns: slice) -> None:
-        """Takes in the tile of both models' logits, (n, v) each; it may overwrite them."""
-        inside, index = _label_in_tile(self.labels, columns)
-        self.picked = _pick(z, inside, index, self.picked)
-        e = self.policy.add(z)
-        if "entropy" in self.plan.want:
-            self.policy.add_weighted("z", e, z)
-        if ref_z is None:
-            return
-        self.ref_picked = _pick(ref_z, inside, index, self.ref_picked)
-        ref_e = self.reference.add(ref_z)
-        if self.plan.pairwise:
-            gap = ref_z.sub_(z)
-            if "kl" in self.plan.want:
-                self.reference.add_weighted("gap", ref_e, gap)
-            if "reverse_kl" in self.plan.want:
-                self.policy.add_weighted("gap", e, gap)
-
-    def finish(self, out: dict[str, Tensor], lse: Tensor, ref_lse: Tensor) -> None:
-        """Writes the statistics into `out`, and the log-sum-exps, (n,) each."""
-        assert self.picked is not None
-        lse.copy_(self.policy.value())
-        out["logp"].copy_(self.picked - lse)
-        if "entropy" in out:
-            out["entropy"].copy_(lse - self.policy.mean("z"))
-        if self.ref_picked is None:
-            return
-        ref_lse.copy_(self.reference.value())
-        if "ref_logp" in out:
-            out["ref_logp"].copy_(self.ref_picked - ref_lse)
-        if "kl" in out:
-            out["kl"].copy_(self.reference.mean("gap") - (ref_lse - lse))
-        if "reverse_kl" in out:
-            out["reverse_kl"].copy_((ref_lse - lse) - self.policy.mean("gap"))
+def _multiply(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
+    """out = left @ right in out's dtype, without rounding to the operands' dtype in between."""
+    if left.dtype == out.dtype:
+        return torch.mm(left, right, out=out)
+    return torch.mm(left, right, out_dtype=out.dtype, out=out)
 
 
-def _whole_(plan: _Plan, z: Tensor, ref_z: Tensor | None, labels: Tensor, out: dict[str, Tensor]) -> None:
-    """Writes the statistics of tokens whose whole vocabulary lies in one tile: the formulas as they are written."""
-    inside, index = _label_in_tile(labels, slice(0, z.shape[-1]))
-    logp = z.log_softmax(-1)
-    out["logp"].copy_(_pick(logp, inside, index, None))
-    p = logp.exp() if plan.want & {"reverse_kl", "entropy"} else logp
-    if "entropy" in out:
-        torch.neg(_weighted_sum(p, logp), out=out["entropy"])
-    if ref_z is None:
-        return
-    ref_logp = ref_z.log_softmax(-1)
-    if "ref_logp" in out:
-        out["ref_logp"].copy_(_pick(ref_logp, inside, index, None))
-    if plan.pairwise:
-        gap = ref_logp - logp
-        if "reverse_kl" in out:
-            torch.neg(_weighted_sum(p, gap), out=out["reverse_kl"])
-        if "kl" in out:
-            out["kl"].copy_(_weighted_sum(ref_logp.exp_(), gap))
-
-
-def _weighted_sum(weights: Tensor, values: Tensor) -> Tensor:
-    """sum_v weights * values, (n,); entries of weight 0 count 0 even where `values` is infinite."""
-    return (weights * values).masked_fill_(weights == 0, 0).sum(-1)
-
-
-def _pick(z: Tensor, inside: Tensor, index: Tensor, before: Tensor | None) -> Tensor:
-    """The entry of each token's label where the tile holds it, else what was picked before."""
-    found = z.gather(1, index).squeeze(1)
-    return torch.where(inside, found, float("nan") if before is None else before)
-
-
-def _label_in_tile(labels: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
-    """Whether each label lies in the tile (n,), and a column that may be read in any case (n, 1)."""
-    inside = (labels >= columns.start) & (labels < columns.stop)
-    return inside, (labels - columns.start).clamp_(0, columns.stop - columns.start - 1)[:, None]
+def _accumulate(total: Tensor, left: Tensor, right: Tensor, *, first: bool) -> None:
+    """total += left @ right, summed in total's dtype; the first product overwrites what is there."""
+    if first:
+        _multiply(left, right, total)
+    elif left.dtype == total.dtype:
+        total.addmm_(left, right)
+    else:
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
 
 
 class _TokenStats(torch.autograd.Function):
@@ -216,33 +107,46 @@ class _TokenStats(torch.autograd.Function):
         ctx.plan = plan
         tokens, vocab = hidden.shape[0], weight.shape[0]
         rows = plan.token_slices(tokens, vocab)
-        out = {name: hidden.new_empty(tokens, dtype=plan.stat_dtype) for name in ("logp", *plan.want)}
-        whole = vocab <= plan.vocab_tile
-        lse, ref_lse = torch.empty_like(out["logp"]), torch.empty_like(out["logp"])  # read where there are tiles only
-        folds = [] if whole else [_Fold(plan, labels[r]) for r in rows]
+        tiles = -(-vocab // plan.vocab_tile)
+        names = {"mass", "logp", *plan.want} | ({"ref_mass", "ref_logp"} if plan.reference is not None else set())
+        parts = {
+            name: hidden.new_full((tiles, tokens), float("nan"), dtype=plan.stat_dtype)
+            for name in names - {"logp", "ref_logp"}
+        }
+        picked = {
+            name: hidden.new_full((tokens,), float("nan"), dtype=plan.stat_dtype)
+            for name in names & {"logp", "ref_logp"}
+        }
+        scratch = Scratch(plan.stat_dtype, hidden.device)
+        budget = plan.cache_bytes
         with torch.autocast(hidden.device.type, enabled=False):
-            h = hidden.to(plan.policy.dtype)
-            reference, ref_h = plan.reference, None
-            if reference is not None and ref_hidden is not None:
-                ref_h = ref_hidden.to(reference.dtype)
-            for columns in plan.vocab_slices(vocab):
-                w, b = weight[columns].to(plan.policy.dtype), _part(bias, columns)
+            products = _Products("product", plan.policy, hidden, scratch)
+            ref_products = None
+            if plan.reference is not None and ref_hidden is not None:
+                ref_products = _Products("ref_product", plan.reference, ref_hidden, scratch)
+            for j, columns in plan.vocab_slices(vocab):
+                w, b = plan.policy.operand(weight[columns]), _part(bias, columns)
                 ref_w, ref_b = _reference_tile(plan, w, ref_weight, ref_bias, columns)
                 for i, r in enumerate(rows):
-                    z = plan.policy.logits(h[r], w, b, plan.stat_dtype)
-                    ref_z = None
-                    if reference is not None and ref_h is not None and ref_w is not None:
-                        ref_z = reference.logits(ref_h[r], ref_w, ref_b, plan.stat_dtype)
-                    if whole:
-                        _whole_(plan, z, ref_z, labels[r], {name: vector[r] for name, vector in out.items()})
-                    else:
-                        folds[i].add_(z, ref_z, columns)
-            for fold, r in zip(folds, rows, strict=not whole):
-                fold.finish({name: vector[r] for name, vector in out.items()}, lse[r], ref_lse[r])
-
-        result = tuple(out.get(name) for name in ORDER)
+                    size = (r.stop - r.start) * (columns.stop - columns.start) * plan.stat_dtype.itemsize
+                    budget -= size * (1 + plan.pairwise)
+                    keep = budget >= 0
+                    policy = Side(plan.policy, products((i, j), r, w, keep=keep), b)
+                    reference = None
+                    if ref_products is not None and plan.reference is not None and ref_w is not None:
+                        product = ref_products((i, j), r, ref_w, keep=keep and plan.pairwise)
+                        reference = Side(plan.reference, product, ref_b)
+                    index, inside = _columns_of(labels[r], columns)
+                    for name, value in tile.measure(policy, reference, index, plan.want, scratch).items():
+                        if name in picked:
+                            picked[name][r] = torch.where(inside, value, picked[name][r])
+                        else:
+                            parts[name][j, r] = value
+            out, lse, ref_lse = _combine(parts, picked, labels // plan.vocab_tile)
+        result = tuple(out.get(name) if name == "logp" or name in plan.want else None for name in ORDER)
         if any(ctx.needs_input_grad[:3]):
             pairwise = plan.pairwise
+            ctx.kept = products.kept, {} if ref_products is None else ref_products.kept
             ctx.save_for_backward(
                 hidden, weight, bias, labels, lse,
                 ref_hidden if pairwise else None,
@@ -257,70 +161,110 @@ class _TokenStats(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *incoming: Tensor | None) -> tuple[Tensor | None, ...]:
         plan: _Plan = ctx.plan
         saved = ctx.saved_tensors
         hidden, weight, bias, labels, lse, ref_hidden, ref_weight, ref_bias, ref_lse, reverse_kl, entropy = saved
-        g_logp, _, g_kl, g_reverse, g_entropy = grads
+        grads = {name: g for name, g in zip(ORDER, incoming, strict=True) if g is not None and name != "ref_logp"}
+        means = {"reverse_kl": reverse_kl, "entropy": entropy}
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
-        both = g_kl is not None or g_reverse is not None
         tokens, vocab = hidden.shape[0], weight.shape[0]
-        rows = plan.token_slices(tokens, vocab)
-        side, wide = plan.policy, plan.stat_dtype
-        whole = vocab <= plan.vocab_tile
-
-        d_hidden = torch.empty_like(hidden, dtype=wide) if need_hidden else None
-        d_weight = torch.empty_like(weight) if need_weight else None
+        rows, wide = plan.token_slices(tokens, vocab), plan.stat_dtype
+        d_hidden = torch.zeros_like(hidden, dtype=wide) if need_hidden else None
+        d_weight = torch.zeros_like(weight) if need_weight and not tokens else None
+        if need_weight and d_weight is None:
+            d_weight = torch.empty_like(weight)
         d_bias = torch.zeros_like(bias, dtype=wide) if need_bias else None
-        # d logp / dz = onehot - p and d kl / dz = p - q: what they share is one multiple of p
-        of_p = hidden.new_zeros(tokens, dtype=wide) if g_logp is None else -g_logp
-        if g_kl is not None:
-            of_p = of_p + g_kl
-
+        scratch = Scratch(wide, hidden.device)
         with torch.autocast(hidden.device.type, enabled=False):
-            h = hidden.to(side.dtype)
-            reference = plan.reference if both else None
-            ref_h = None if reference is None else ref_hidden.to(reference.dtype)
-            for columns in plan.vocab_slices(vocab):
-                w, b = weight[columns].to(side.dtype), _part(bias, columns)
-                ref_w, ref_b = _reference_tile(plan, w, ref_weight, ref_bias, columns) if both else (None, None)
-                d_w = torch.zeros_like(w, dtype=wide) if need_weight else None
-                for r in rows:
-                    z = side.logits(h[r], w, b, wide)
-                    logp = z.log_softmax(-1) if whole else z - lse[r, None]
-                    p = logp.exp()
-                    grad = p * of_p[r, None]
-                    if reference is not None and ref_h is not None and ref_w is not None:
-                        ref_z = reference.logits(ref_h[r], ref_w, ref_b, wide)
-                        ref_logp = ref_z.log_softmax(-1) if whole else ref_z.sub_(ref_lse[r, None])
-                        if g_reverse is not None:
-                            slope = (logp - ref_logp).sub_(reverse_kl[r, None]).mul_(g_reverse[r, None])
-                            grad += slope.mul_(p).masked_fill_(p == 0, 0)
-                        if g_kl is not None:
-                            grad -= ref_logp.exp_().mul_(g_kl[r, None])
-                    if g_entropy is not None:
-                        slope = logp.add_(entropy[r, None]).mul_(g_entropy[r, None])
-                        grad -= slope.mul_(p).masked_fill_(p == 0, 0)
-                    if g_logp is not None:
-                        inside, index = _label_in_tile(labels[r], columns)
-                        grad.scatter_add_(1, index, torch.where(inside, g_logp[r], 0)[:, None])
-                    grad = side.chain_(grad, z)
+            products = _Products("product", plan.policy, hidden, scratch)
+            products.kept, ref_kept = ctx.kept
+            ref_products = None
+            if plan.reference is not None and grads.keys() & {"kl", "reverse_kl"}:
+                ref_products = _Products("ref_product", plan.reference, ref_hidden, scratch)
+                ref_products.kept = ref_kept
+            for j, columns in plan.vocab_slices(vocab):
+                w, b = plan.policy.operand(weight[columns]), _part(bias, columns)
+                ref_w, ref_b = None, None
+                if ref_products is not None:
+                    ref_w, ref_b = _reference_tile(plan, w, ref_weight, ref_bias, columns)
+                d_w = None
+                if d_weight is not None:
+                    d_w = d_weight[columns] if d_weight.dtype == wide else torch.empty_like(w, dtype=wide)
+                for i, r in enumerate(rows):
+                    policy = Side(plan.policy, products((i, j), r, w), b)
+                    reference = None
+                    if ref_products is not None and plan.reference is not None and ref_w is not None:
+                        reference = Side(plan.reference, ref_products((i, j), r, ref_w), ref_b)
+                    index, inside = _columns_of(labels[r], columns)
+                    grad = tile.slope(
+                        policy, reference, lse[r], None if ref_lse is None else ref_lse[r], index, inside,
+                        {name: g[r] for name, g in grads.items()},
+                        {name: value[r] for name, value in means.items() if name in grads},
+                        scratch,
+                    )  # fmt: skip
                     if d_bias is not None:
                         d_bias[columns] += grad.sum(0)
-                    grad = grad.to(side.dtype)
+                    grad = grad.to(plan.policy.gemm)
                     if d_hidden is not None:
-                        _accumulate(d_hidden[r], grad, w, first=columns.start == 0)
+                        _accumulate(d_hidden[r], grad, w, first=j == 0)
                     if d_w is not None:
-                        _accumulate(d_w, grad.T, h[r], first=r.start == 0)
-                if d_weight is not None and d_w is not None:
+                        _accumulate(d_w, grad.T, products.hidden[r], first=i == 0)
+                if d_weight is not None and d_w is not None and d_weight.dtype != wide:
                     d_weight[columns] = d_w
-
         return (
             None if d_hidden is None else d_hidden.to(hidden.dtype),
             d_weight,
             None if d_bias is None else d_bias.to(bias.dtype),
             None, None, None, None, None,
         )  # fmt: skip
+
+
+def _combine(
+    parts: dict[str, Tensor], picked: dict[str, Tensor], home: Tensor
+) -> tuple[dict[str, Tensor], Tensor, Tensor | None]:
+    """Statistics of each token from those of the tiles, by the chain rule.
+
+    With P_t and Q_t the mass that policy and reference give to tile t:
+    KL = sum_t Q_t (KL_t + log Q_t - log P_t) and entropy = sum_t P_t (entropy_t - log P_t).
+
+    Args:
+        parts: per tile, `(tiles, N)`; picked: log-probability of the label within its tile, `(N,)`.
+        home: the tile of each label, `(N,)`; a label outside the vocabulary has NaN in `picked`.
+    Returns: statistics `(N,)`, and the log-sum-exps of policy and reference `(N,)`.
+    """
+    tiles = parts["mass"].shape[0]
+    home = home.clamp(0, tiles - 1)[None]
+    out: dict[str, Tensor] = {}
+    log_mass: dict[str, Tensor] = {}
+    lse: dict[str, Tensor] = {}
+    for prefix in ("", "ref_"):
+        if f"{prefix}mass" not in parts:
+            continue
+        mass = parts[f"{prefix}mass"]
+        lse[prefix] = mass.logsumexp(0)
+        log_mass[prefix] = mass - lse[prefix]
+        at_home = log_mass[prefix].gather(0, home)[0]
+        name = f"{prefix}logp"
+        out[name] = torch.where(at_home == float("-inf"), at_home, picked[name] + at_home)
+
+    def average(prefix: str, values: Tensor) -> Tensor:
+        share = log_mass[prefix].exp()
+        return (share * values).masked_fill_(share == 0, 0).sum(0)
+
+    if "entropy" in parts:
+        out["entropy"] = average("", parts["entropy"] - log_mass[""])
+    if "kl" in parts:
+        out["kl"] = average("ref_", parts["kl"] + (log_mass["ref_"] - log_mass[""]))
+    if "reverse_kl" in parts:
+        out["reverse_kl"] = average("", parts["reverse_kl"] + (log_mass[""] - log_mass["ref_"]))
+    return out, lse[""], lse.get("ref_")
+
+
+def _columns_of(labels: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
+    """A column of the tile that may be read in any case, and whether the label lies in the tile; both (n,)."""
+    inside = (labels >= columns.start) & (labels < columns.stop)
+    return (labels - columns.start).clamp_(0, columns.stop - columns.start - 1), inside
 
 
 def _part(bias: Tensor | None, columns: slice) -> Tensor | None:
@@ -335,17 +279,7 @@ def _reference_tile(
         return None, None
     if plan.shared_head and plan.reference.dtype == plan.policy.dtype:
         return policy_tile, _part(ref_bias, columns)
-    return ref_weight[columns].to(plan.reference.dtype), _part(ref_bias, columns)
-
-
-def _accumulate(total: Tensor, left: Tensor, right: Tensor, *, first: bool) -> None:
-    """total += left @ right, summed in total's dtype; the first product overwrites what is there."""
-    if total.dtype == left.dtype:
-        total.addmm_(left, right, beta=0 if first else 1)
-    elif first:
-        total.copy_(left @ right)
-    else:
-        total += left @ right
+    return plan.reference.operand(ref_weight[columns]), _part(ref_bias, columns)
 
 
 def token_stats(
@@ -362,8 +296,9 @@ def token_stats(
     ref_scale: float = 1.0,
     ref_softcap: float | None = None,
     want: tuple[str, ...] = (),
-    token_tile: int = TOKEN_TILE,
-    vocab_tile: int = VOCAB_TILE,
+    token_tile: int | None = None,
+    vocab_tile: int | None = None,
+    cache_mb: int = CACHE_MB,
 ) -> TokenStats:
     """The log-probability of each label, and what else is wanted of the distribution that it was drawn from.
 
@@ -384,18 +319,24 @@ def token_stats(
         ref_hidden, ref_weight, ref_bias, ref_scale, ref_softcap: the same of the reference, whose width may differ.
             They are constants: no gradient flows to them. `ref_weight` may be `weight` itself.
         want: any of `ref_logp`, `kl`, `reverse_kl`, `entropy`; `logp` always comes.
-        token_tile, vocab_tile: at most `token_tile * vocab_tile` logits are held at a time.
+        token_tile, vocab_tile: one tile is `token_tile` tokens by `vocab_tile` entries; None: what suits the device.
+        cache_mb: MiB of logits that may be kept for the backward pass, which needs no second product for them.
     Returns: TokenStats; each statistic of shape `(N,)`, None where not wanted.
     Raises: ValueError for an unknown statistic, a missing reference, or heads over different vocabularies.
     """
     wanted = frozenset(want) - {"logp"}
     if not wanted <= set(ORDER):
         raise ValueError(f"want: found {sorted(wanted - set(ORDER))}, expected names among {ORDER}")
+    defaults = TILES["cuda" if hidden.is_cuda else "cpu"]
+    token_tile = defaults[0] if token_tile is None else token_tile
+    vocab_tile = defaults[1] if vocab_tile is None else vocab_tile
     if token_tile < 1 or vocab_tile < 1:
         raise ValueError(f"tiles must be at least 1, found token_tile={token_tile}, vocab_tile={vocab_tile}")
+    if cache_mb < 0:
+        raise ValueError(f"cache_mb must be at least 0, found {cache_mb}")
     if any(cap is not None and cap <= 0 for cap in (softcap, ref_softcap)):
         raise ValueError(f"a soft-cap must be > 0 or None, found {softcap} and {ref_softcap}")
-    policy = _Side(_compute_dtype(weight), float(scale), softcap)
+    policy = Head(_compute_dtype(weight), float(scale), softcap, weight.device)
     stat_dtype = torch.promote_types(policy.dtype, torch.float32)
     reference = None
     if wanted - {"entropy"}:
@@ -403,11 +344,12 @@ def token_stats(
             raise ValueError(f"{sorted(wanted - {'entropy'})} need ref_hidden and ref_weight")
         if ref_weight.shape[0] != weight.shape[0]:
             raise ValueError(f"the heads have {weight.shape[0]} and {ref_weight.shape[0]} rows, expected the same")
-        reference = _Side(_compute_dtype(ref_weight), float(ref_scale), ref_softcap)
+        reference = Head(_compute_dtype(ref_weight), float(ref_scale), ref_softcap, weight.device)
         stat_dtype = torch.promote_types(stat_dtype, reference.dtype)
     else:
         ref_hidden = ref_weight = ref_bias = None
-    plan = _Plan(wanted, policy, reference, stat_dtype, ref_weight is weight, token_tile, vocab_tile)
+    cache_bytes = cache_mb * 2**20 if torch.is_grad_enabled() else 0
+    plan = _Plan(wanted, policy, reference, stat_dtype, ref_weight is weight, token_tile, vocab_tile, cache_bytes)
     result = _TokenStats.apply(hidden, weight, bias, labels, ref_hidden, ref_weight, ref_bias, plan)
     return TokenStats(**dict(zip(ORDER, result, strict=True)))
 

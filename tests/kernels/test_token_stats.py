@@ -12,7 +12,9 @@ N, H, REF_H, V = 23, 6, 5, 29
 WANT = ("ref_logp", "kl", "reverse_kl", "entropy")
 TILES = {
     "one_tile": {},
+    "one_tile_recomputed": {"cache_mb": 0},
     "uneven_tiles": {"token_tile": 5, "vocab_tile": 7},
+    "uneven_tiles_recomputed": {"token_tile": 5, "vocab_tile": 7, "cache_mb": 0},
     "vocabulary_tiles": {"token_tile": 64, "vocab_tile": 10},
     "single_logits": {"token_tile": 1, "vocab_tile": 1},
 }
@@ -120,9 +122,11 @@ def test_one_statistic_used_alone_though_all_are_computed(tiles, name):
     assert_close(found, torch.autograd.grad(oracle(c)[name].square().sum(), inputs))
 
 
+@pytest.mark.parametrize("cache_mb", [0, 1], ids=["recomputed", "kept"])
 @pytest.mark.parametrize("tiles", [{}, {"token_tile": 2, "vocab_tile": 10}], ids=["one_tile", "uneven_tiles"])
-def test_gradcheck(tiles):
+def test_gradcheck(tiles, cache_mb):
     c = case(tokens=3)
+    tiles = tiles | {"cache_mb": cache_mb}
 
     def function(hidden, weight, bias):
         stats = kernel(c | {"hidden": hidden, "weight": weight, "bias": bias}, softcap=3.0, scale=0.7, **tiles)
@@ -222,19 +226,48 @@ def test_a_small_vocabulary_takes_more_tokens_but_no_more_logits_per_tile():
     assert max(torch.Size(shape).numel() for shape in shapes) <= 400 * 2
 
 
-def test_a_frozen_head_has_no_weight_gradient_computed():
+@pytest.mark.parametrize(("cache_mb", "recomputed"), [(0, 2), (1, 0)], ids=["recomputed", "kept"])
+def test_a_frozen_head_has_no_weight_gradient_computed(cache_mb, recomputed):
     products = {}
     for frozen in (False, True):
         c = case()
         if frozen:
             c |= {"weight": c["weight"].detach(), "bias": c["bias"].detach()}
-        total = scalar(kernel(c))
+        total = scalar(kernel(c, cache_mb=cache_mb))
         with Sizes() as sizes:
             found = torch.autograd.grad(total, c["hidden"])
         products[frozen] = sizes.products
         assert_close(found, torch.autograd.grad(scalar(oracle(c)), c["hidden"]))
-    assert products[True] == 3  # policy logits, reference logits, hidden gradient
-    assert products[False] == 4  # and the weight gradient
+    assert products[True] == recomputed + 1  # logits of policy and reference; the hidden gradient
+    assert products[False] == recomputed + 2  # and the weight gradient
+
+
+def test_logits_are_kept_while_the_budget_lasts_and_the_rest_is_computed_again():
+    torch.manual_seed(0)
+    c = {"hidden": torch.randn(64, 4, requires_grad=True), "weight": torch.randn(6000, 4, requires_grad=True)}
+    c |= {"ref_hidden": torch.randn(64, 4), "ref_weight": torch.randn(6000, 4), "labels": torch.zeros(64).long()}
+    tile = {"token_tile": 64, "vocab_tile": 1024}  # 6 tiles of a quarter MiB (the last is smaller)
+    expected = None
+    for want, cache_mb, again in [
+        (("ref_logp",), 0, 6),
+        (("ref_logp",), 1, 2),  # of the policy alone: the reference's tile has no part in the gradient
+        (("ref_logp",), 2, 0),
+        (("ref_logp", "kl"), 1, 8),
+        (("ref_logp", "kl"), 3, 0),
+    ]:
+        stats = kernel(c, want, cache_mb=cache_mb, **tile)
+        total = stats["logp"].sum() + sum(stats[name].sum() for name in want if name == "kl")
+        with Sizes() as sizes:
+            found = torch.autograd.grad(total, (c["hidden"], c["weight"]), retain_graph=True)
+        assert sizes.products == again + 12, (want, cache_mb)
+        twice = torch.autograd.grad(total, (c["hidden"], c["weight"]))
+        assert all(torch.equal(a, b) for a, b in zip(found, twice, strict=True))
+        if "kl" not in want:
+            expected = expected or found
+            assert_close(found, expected, 1e-4)
+    with torch.no_grad(), Sizes() as sizes:
+        kernel(c, ("ref_logp", "kl"), **tile)
+    assert max(torch.Size(shape).numel() for shape in sizes.shapes) <= 64 * 1024
 
 
 def test_a_frozen_body_has_no_hidden_gradient_computed():
@@ -303,33 +336,21 @@ def test_a_constant_added_to_all_logits_changes_nothing():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("tiles", TILES.values(), ids=TILES)
-def test_half_precision_inputs_give_float32_statistics_of_their_own_logits(tiles, dtype):
+def test_half_precision_inputs_give_float32_statistics(tiles, dtype):
     c = case(dtype)
     stats = kernel(c, **tiles)
     assert all(value.dtype == torch.float32 for value in stats.values())
-    # the logits are rounded once, by the matmul; everything after it is exact to float32
-    rounded = (c["hidden"] @ c["weight"].T).detach().double()
-    ref_rounded = (c["ref_hidden"] @ c["ref_weight"].T).double()
-    exact = oracle(
-        {
-            "hidden": rounded,
-            "weight": torch.eye(V, dtype=torch.float64),
-            "bias": c["bias"].detach().double(),
-            "ref_hidden": ref_rounded,
-            "ref_weight": torch.eye(V, dtype=torch.float64),
-            "ref_bias": c["ref_bias"].double(),
-            "labels": c["labels"],
-        }
-    )
+    # the operands are what they are; nothing is rounded to their dtype after them
+    exact = oracle({k: v.detach().double() if v.is_floating_point() else v for k, v in c.items()})
     for name in stats:
-        assert_close([stats[name].double()], [exact[name]], 2e-2 if tiles else 1e-5)
+        assert_close([stats[name].double()], [exact[name]], 2e-5)
     for grad, leaf in zip(gradients(c, stats), (c["hidden"], c["weight"], c["bias"]), strict=True):
         assert grad.dtype == dtype
         wide = {k: v.detach().double() if v.is_floating_point() else v for k, v in c.items()}
         key = {id(c[k]): k for k in ("hidden", "weight", "bias")}[id(leaf)]
         wide[key].requires_grad_()
         expected = torch.autograd.grad(scalar(oracle(wide)), wide[key])[0]
-        assert (grad.double() - expected).norm() <= 0.05 * expected.norm()
+        assert (grad.double() - expected).norm() <= 0.01 * expected.norm()
 
 
 @pytest.mark.parametrize("tiles", TILES.values(), ids=TILES)
@@ -372,6 +393,7 @@ def test_wrong_requests_are_refused():
         ({"want": ("kl",), "ref_weight": c["ref_weight"][:-1]}, "29 and 28 rows"),
         ({"softcap": 0.0}, "soft-cap"),
         ({"vocab_tile": 0}, "tiles"),
+        ({"cache_mb": -1}, "cache_mb"),
     ]:
         with pytest.raises(ValueError, match=message):
             token_stats(**(c | {"want": ()} | change))

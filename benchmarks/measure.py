@@ -1,0 +1,105 @@
+"""What the speed benchmarks share: contestants in turn, medians, peak memory, and tables with their figures."""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import gc
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def seconds(contestants: Mapping[str, Callable[[], Any]], device: str, repeats: int = 5) -> dict[str, list[float]]:
+    """Wall seconds of each contestant, `repeats` of them, in turn (A B C A B C ...) after one uncounted round."""
+    times: dict[str, list[float]] = {name: [] for name in contestants}
+    for turn in range(repeats + 1):
+        for name, run in contestants.items():
+            synchronize(device)
+            began = time.perf_counter()
+            run()
+            synchronize(device)
+            if turn:
+                times[name].append(time.perf_counter() - began)
+    return times
+
+
+def ratio(times: Mapping[str, Sequence[float]], slow: str, fast: str) -> float:
+    """How many times faster `fast` is than `slow`: the median of the ratios, turn by turn."""
+    return statistics.median(a / b for a, b in zip(times[slow], times[fast], strict=True))
+
+
+def peak_bytes(run: Callable[[], Any], device: str) -> int:
+    """Largest number of tensor bytes that `run` holds at once, beyond what was there before."""
+    run()
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+    held = peak = 0
+    events = profile.profiler.kineto_results.events()  # the allocator's own record of every byte taken and given back
+    for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def machine(device: str) -> str:
+    """One line on what the figures were measured with."""
+    import os
+    import platform
+
+    from prefopt.engine.runtime import versions
+
+    cores, threads = len(os.sched_getaffinity(0)), torch.get_num_threads()
+    where = f"{cores} cores of {_processor() or platform.machine()}, {threads} thread(s)"
+    if device == "cuda":
+        where = torch.cuda.get_device_name()
+    return f"{where}; " + ", ".join(f"{name} {version}" for name, version in versions(extra=("trl",)).items())
+
+
+def _processor() -> str | None:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), None)
+
+
+def write(
+    name: str, device: str, rows: Sequence[Mapping[str, Any]], notes: Sequence[str], folder: Path = RESULTS
+) -> Path:
+    """`<date>-<device>-<name>.csv` and `.md` of the rows; returns the path of the latter without its suffix."""
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = folder / f"{datetime.date.today().isoformat()}-{device}-{name}"
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    with stem.with_suffix(".csv").open("w", newline="") as handle:
+        writer = csv.DictWriter(handle, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+    text = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
+    text += ["| " + " | ".join(_cell(row.get(column, "")) for column in columns) + " |" for row in rows]
+    stem.with_suffix(".md").write_text("\n".join([machine(device), "", *text, "", *notes]) + "\n")
+    print("\n".join(text), *notes, f"written: {stem}.csv, .md", sep="\n", flush=True)
+    return stem
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
