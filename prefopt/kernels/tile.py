@@ -59,11 +59,11 @@ class Scratch:
         self.dtype, self.device = dtype, device
         self._buffers: dict[str, Tensor] = {}
 
-    def __call__(self, name: str, rows: int, columns: int) -> Tensor:
+    def __call__(self, name: str, rows: int, columns: int, dtype: torch.dtype | None = None) -> Tensor:
         """The (rows, columns) buffer `name`, with what was last left in it."""
         size = rows * columns
         if name not in self._buffers or self._buffers[name].numel() < size:
-            self._buffers[name] = torch.empty(size, dtype=self.dtype, device=self.device)
+            self._buffers[name] = torch.empty(size, dtype=dtype or self.dtype, device=self.device)
         return self._buffers[name][:size].view(rows, columns)
 
 
@@ -139,24 +139,15 @@ def slope(
     logp = torch.sub(z, lse[:, None], out=scratch("logp", *shape))
     g_logp, g_kl, g_reverse, g_entropy = (grads.get(name) for name in ("logp", "kl", "reverse_kl", "entropy"))
     grad = torch.exp(logp, out=scratch("grad", *shape))
-    # what multiplies p: numbers per token first, then those that differ from entry to entry
-    of_p = torch.zeros_like(lse)
-    if g_logp is not None:
-        of_p -= g_logp
-    if g_kl is not None:
-        of_p += g_kl
-    if g_reverse is not None:
-        of_p -= g_reverse * means["reverse_kl"]
-    if g_entropy is not None:
-        of_p -= g_entropy * means["entropy"]
+    per_token = of_p(grads, means, lse)
     ref_logp = None
     if reference is not None and ref_lse is not None:
         r = reference.head.logits(reference.product, reference.bias, scratch("ref_logits", *shape))
         ref_logp = torch.sub(r, ref_lse[:, None], out=scratch("ref_logp", *shape))
     if g_reverse is None and g_entropy is None:
-        grad *= of_p[:, None]
+        grad *= per_token[:, None]
     else:
-        factor = scratch("work", *shape).copy_(of_p[:, None].expand(shape))
+        factor = scratch("work", *shape).copy_(per_token[:, None].expand(shape))
         if g_entropy is not None:
             factor.addcmul_(logp, g_entropy[:, None], value=-1)
         if g_reverse is not None and ref_logp is not None:
@@ -167,6 +158,19 @@ def slope(
     if g_logp is not None:
         grad.scatter_add_(1, index[:, None], torch.where(inside, g_logp, 0)[:, None])
     return policy.head.chain_(grad, z, scratch("logp", *shape))
+
+
+def of_p(grads: Mapping[str, Tensor], means: Mapping[str, Tensor], like: Tensor) -> Tensor:
+    """What multiplies p in the gradient and is one number per token, (n,)."""
+    total = torch.zeros_like(like)
+    if "logp" in grads:
+        total -= grads["logp"]
+    if "kl" in grads:
+        total += grads["kl"]
+    for name in ("reverse_kl", "entropy"):
+        if name in grads:
+            total -= grads[name] * means[name]
+    return total
 
 
 def _mass(z: Tensor, logp: Tensor) -> Tensor:

@@ -8,8 +8,12 @@ that were kept where memory allowed and from a second product elsewhere. Knows n
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -29,6 +33,7 @@ Tensor = torch.Tensor
 class _Plan:
     """Everything about a call that is not a tensor."""
 
+    tile: ModuleType  # the arithmetic of one tile: `tile`, or `triton_stats` where Triton runs
     want: frozenset[str]
     policy: Head
     reference: Head | None
@@ -137,7 +142,7 @@ class _TokenStats(torch.autograd.Function):
                         product = ref_products((i, j), r, ref_w, keep=keep and plan.pairwise)
                         reference = Side(plan.reference, product, ref_b)
                     index, inside = _columns_of(labels[r], columns)
-                    for name, value in tile.measure(policy, reference, index, plan.want, scratch).items():
+                    for name, value in plan.tile.measure(policy, reference, index, plan.want, scratch).items():
                         if name in picked:
                             picked[name][r] = torch.where(inside, value, picked[name][r])
                         else:
@@ -197,14 +202,14 @@ class _TokenStats(torch.autograd.Function):
                     if ref_products is not None and plan.reference is not None and ref_w is not None:
                         reference = Side(plan.reference, ref_products((i, j), r, ref_w), ref_b)
                     index, inside = _columns_of(labels[r], columns)
-                    grad = tile.slope(
+                    grad = plan.tile.slope(
                         policy, reference, lse[r], None if ref_lse is None else ref_lse[r], index, inside,
                         {name: g[r] for name, g in grads.items()},
                         {name: value[r] for name, value in means.items() if name in grads},
                         scratch,
                     )  # fmt: skip
                     if d_bias is not None:
-                        d_bias[columns] += grad.sum(0)
+                        d_bias[columns] += grad.sum(0, dtype=wide)
                     grad = grad.to(plan.policy.gemm)
                     if d_hidden is not None:
                         _accumulate(d_hidden[r], grad, w, first=j == 0)
@@ -349,9 +354,30 @@ def token_stats(
     else:
         ref_hidden = ref_weight = ref_bias = None
     cache_bytes = cache_mb * 2**20 if torch.is_grad_enabled() else 0
-    plan = _Plan(wanted, policy, reference, stat_dtype, ref_weight is weight, token_tile, vocab_tile, cache_bytes)
+    plan = _Plan(
+        _arithmetic(hidden.device),
+        wanted,
+        policy,
+        reference,
+        stat_dtype,
+        ref_weight is weight,
+        token_tile,
+        vocab_tile,
+        cache_bytes,
+    )
     result = _TokenStats.apply(hidden, weight, bias, labels, ref_hidden, ref_weight, ref_bias, plan)
     return TokenStats(**dict(zip(ORDER, result, strict=True)))
+
+
+@functools.cache
+def _arithmetic(device: torch.device) -> ModuleType:
+    """Triton's kernels on a GPU (or under its interpreter), torch operations elsewhere."""
+    if importlib.util.find_spec("triton") is not None and (device.type == "cuda" or "TRITON_INTERPRET" in os.environ):
+        from prefopt.kernels import triton_stats
+
+        if device.type == "cuda" or triton_stats.interpreted():
+            return triton_stats
+    return tile
 
 
 def _compute_dtype(weight: Tensor) -> torch.dtype:

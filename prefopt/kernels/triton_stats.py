@@ -1,0 +1,211 @@
+"""The arithmetic of `tile`, for a GPU: each logit is read once and no (n, v) tensor but the products is made.
+
+`measure` and `slope` have the signatures, meanings and numbers of their namesakes in `tile`. One program of the forward
+kernel is one token: it folds the tile's columns, block by block, into running log-sum-exps of both models and into
+sums that are weighted by them. One program of the backward kernel is one block of one token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import triton
+import triton.language as tl
+
+from prefopt.kernels.tile import Scratch, Side, of_p
+
+Tensor = torch.Tensor
+
+_BLOCK = 2048  # columns that a program holds at a time
+_ROWS = ("mass", "logp", "ref_mass", "ref_logp", "kl", "reverse_kl", "entropy")  # rows of the forward kernel's output
+
+
+def interpreted() -> bool:
+    """Whether Triton runs its kernels in Python, on any device (TRITON_INTERPRET=1)."""
+    return not isinstance(_measure, triton.runtime.JITFunction)
+
+
+@triton.jit
+def _logits(
+    product, bias_ptr, columns, mask, HAS_BIAS: tl.constexpr, SCALE: tl.constexpr, CAP: tl.constexpr, STAT: tl.constexpr
+):
+    """Entries of hidden @ weight.T -> logits, in STAT."""
+    z = product.to(STAT)
+    if HAS_BIAS:
+        z += tl.load(bias_ptr + columns, mask=mask, other=0.0).to(STAT)
+    if SCALE != 1.0:
+        z *= SCALE
+    if CAP > 0.0:
+        z = CAP * _tanh(z / CAP)
+    return z
+
+
+@triton.jit
+def _tanh(x):
+    small = tl.exp(-2.0 * tl.abs(x))
+    size = (1.0 - small) / (1.0 + small)
+    return tl.where(x < 0.0, -size, size)
+
+
+@triton.jit
+def _finite(top):
+    """A running maximum that may be subtracted: 0 while nothing but -inf was seen."""
+    return tl.where(top == -float("inf"), 0.0, top)
+
+
+@triton.jit
+def _measure(
+    z_ptr, bias_ptr, ref_ptr, ref_bias_ptr, index_ptr, out_ptr, tokens, columns,
+    HAS_BIAS: tl.constexpr, SCALE: tl.constexpr, CAP: tl.constexpr,
+    HAS_REF: tl.constexpr, REF_HAS_BIAS: tl.constexpr, REF_SCALE: tl.constexpr, REF_CAP: tl.constexpr,
+    KL: tl.constexpr, REVERSE: tl.constexpr, ENTROPY: tl.constexpr, STAT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    label = tl.load(index_ptr + token)
+    zero = tl.zeros((), dtype=STAT)
+    top, total, z_sum, gap_sum, picked = zero - float("inf"), zero, zero, zero, zero
+    ref_top, ref_total, ref_gap_sum, ref_picked = zero - float("inf"), zero, zero, zero
+    for start in range(0, columns, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        mask = at < columns
+        product = tl.load(z_ptr + token * columns + at, mask=mask, other=0.0)
+        z = tl.where(mask, _logits(product, bias_ptr, at, mask, HAS_BIAS, SCALE, CAP, STAT), -float("inf"))
+        picked += tl.sum(tl.where(at == label, z, 0.0), axis=0)
+        new_top = tl.maximum(top, tl.max(z, axis=0))
+        shrink = tl.exp(top - _finite(new_top))
+        e = tl.exp(z - _finite(new_top))
+        top = new_top
+        total = total * shrink + tl.sum(e, axis=0)
+        if ENTROPY:
+            z_sum = z_sum * shrink + tl.sum(tl.where(e > 0.0, e * z, 0.0), axis=0)
+        if HAS_REF:
+            ref_product = tl.load(ref_ptr + token * columns + at, mask=mask, other=0.0)
+            r = _logits(ref_product, ref_bias_ptr, at, mask, REF_HAS_BIAS, REF_SCALE, REF_CAP, STAT)
+            r = tl.where(mask, r, -float("inf"))
+            ref_picked += tl.sum(tl.where(at == label, r, 0.0), axis=0)
+            new_ref_top = tl.maximum(ref_top, tl.max(r, axis=0))
+            ref_shrink = tl.exp(ref_top - _finite(new_ref_top))
+            ref_e = tl.exp(r - _finite(new_ref_top))
+            ref_top = new_ref_top
+            ref_total = ref_total * ref_shrink + tl.sum(ref_e, axis=0)
+            if KL:
+                ref_gap_sum = ref_gap_sum * ref_shrink + tl.sum(tl.where(ref_e > 0.0, ref_e * (r - z), 0.0), axis=0)
+            if REVERSE:
+                gap_sum = gap_sum * shrink + tl.sum(tl.where(e > 0.0, e * (z - r), 0.0), axis=0)
+    lse = top + tl.log(total)
+    tl.store(out_ptr + token, lse)
+    tl.store(out_ptr + tokens + token, picked - lse)
+    if HAS_REF:
+        ref_lse = ref_top + tl.log(ref_total)
+        tl.store(out_ptr + 2 * tokens + token, ref_lse)
+        tl.store(out_ptr + 3 * tokens + token, ref_picked - ref_lse)
+        if KL:
+            tl.store(out_ptr + 4 * tokens + token, ref_gap_sum / ref_total - (ref_lse - lse))
+        if REVERSE:
+            tl.store(out_ptr + 5 * tokens + token, gap_sum / total - (lse - ref_lse))
+    if ENTROPY:
+        tl.store(out_ptr + 6 * tokens + token, lse - z_sum / total)
+
+
+@triton.jit
+def _slope(
+    z_ptr, bias_ptr, ref_ptr, ref_bias_ptr, grad_ptr, lse_ptr, ref_lse_ptr, index_ptr,
+    of_p_ptr, g_logp_ptr, g_kl_ptr, g_reverse_ptr, g_entropy_ptr, columns,
+    HAS_BIAS: tl.constexpr, SCALE: tl.constexpr, CAP: tl.constexpr,
+    REF_HAS_BIAS: tl.constexpr, REF_SCALE: tl.constexpr, REF_CAP: tl.constexpr,
+    LOGP: tl.constexpr, KL: tl.constexpr, REVERSE: tl.constexpr, ENTROPY: tl.constexpr,
+    STAT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < columns
+    product = tl.load(z_ptr + token * columns + at, mask=mask, other=0.0)
+    z = _logits(product, bias_ptr, at, mask, HAS_BIAS, SCALE, CAP, STAT)
+    logp = z - tl.load(lse_ptr + token)
+    p = tl.exp(logp)
+    factor = tl.zeros((BLOCK,), dtype=STAT) + tl.load(of_p_ptr + token)
+    ref_logp = logp
+    if KL or REVERSE:
+        ref_product = tl.load(ref_ptr + token * columns + at, mask=mask, other=0.0)
+        r = _logits(ref_product, ref_bias_ptr, at, mask, REF_HAS_BIAS, REF_SCALE, REF_CAP, STAT)
+        ref_logp = r - tl.load(ref_lse_ptr + token)
+    if ENTROPY:
+        factor -= tl.load(g_entropy_ptr + token) * logp
+    if REVERSE:
+        factor += tl.load(g_reverse_ptr + token) * (logp - ref_logp)
+    grad = tl.where(p > 0.0, p * factor, p)
+    if KL:
+        grad -= tl.load(g_kl_ptr + token) * tl.exp(ref_logp)
+    if LOGP:
+        grad += tl.where(at == tl.load(index_ptr + token), tl.load(g_logp_ptr + token), 0.0)
+    if CAP > 0.0:
+        grad *= 1.0 - (z / CAP) * (z / CAP)
+    if SCALE != 1.0:
+        grad *= SCALE
+    tl.store(grad_ptr + token * columns + at, grad.to(grad_ptr.dtype.element_ty), mask=mask)
+
+
+def measure(
+    policy: Side, reference: Side | None, index: Tensor, want: frozenset[str], scratch: Scratch
+) -> dict[str, Tensor]:
+    """As `tile.measure`."""
+    tokens, columns = policy.product.shape
+    names = {"mass", "logp", *want} | ({"ref_mass", "ref_logp"} if reference is not None else set())
+    out = policy.product.new_empty((len(_ROWS), tokens), dtype=scratch.dtype)
+    if tokens:
+        other = reference or policy
+        _measure[(tokens,)](
+            policy.product, _or(policy.bias, index), other.product, _or(other.bias, index), index, out, tokens, columns,
+            **_head(policy, ""), HAS_REF=reference is not None, **_head(other, "REF_"),
+            KL="kl" in want, REVERSE="reverse_kl" in want, ENTROPY="entropy" in want,
+            STAT=_TYPES[scratch.dtype], BLOCK=_block(columns), num_warps=8,
+        )  # fmt: skip
+    return {name: out[_ROWS.index(name)] for name in names}
+
+
+def slope(
+    policy: Side,
+    reference: Side | None,
+    lse: Tensor,
+    ref_lse: Tensor | None,
+    index: Tensor,
+    inside: Tensor,
+    grads: Mapping[str, Tensor],
+    means: Mapping[str, Tensor],
+    scratch: Scratch,
+) -> Tensor:
+    """As `tile.slope`, in the precision of the matrix products that follow."""
+    tokens, columns = policy.product.shape
+    grad = scratch("grad", tokens, columns, dtype=policy.head.gemm)
+    if not tokens:
+        return grad
+    other = reference or policy
+    lent = {name: g.contiguous() for name, g in grads.items()}
+    block = _block(columns)
+    _slope[(tokens, triton.cdiv(columns, block))](
+        policy.product, _or(policy.bias, index), other.product, _or(other.bias, index), grad,
+        lse, _or(ref_lse, lse), torch.where(inside, index, -1), of_p(grads, means, lse),
+        *(lent.get(name, lse) for name in ("logp", "kl", "reverse_kl", "entropy")), columns,
+        **_head(policy, ""), **_head(other, "REF_"),
+        LOGP="logp" in grads, KL="kl" in grads, REVERSE="reverse_kl" in grads, ENTROPY="entropy" in grads,
+        STAT=_TYPES[scratch.dtype], BLOCK=block, num_warps=8,
+    )  # fmt: skip
+    return grad
+
+
+_TYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
+
+
+def _head(side: Side, prefix: str) -> dict[str, object]:
+    head = {"HAS_BIAS": side.bias is not None, "SCALE": side.head.scale, "CAP": side.head.softcap or 0.0}
+    return {prefix + name: value for name, value in head.items()}
+
+
+def _or(given: Tensor | None, other: Tensor) -> Tensor:
+    """A pointer that a kernel must be given even where it does not read it."""
+    return other if given is None else given
+
+
+def _block(columns: int) -> int:
+    return min(_BLOCK, triton.next_power_of_2(columns))
