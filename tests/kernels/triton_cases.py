@@ -23,7 +23,7 @@ def small_blocks(monkeypatch):
 @pytest.mark.parametrize("tiles", TILES.values(), ids=TILES)
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
 def test_values_and_gradients_equal_the_written_formulas(tiles, bias):
-    c = case(tokens=9)
+    c = case(tokens=5)
     if not bias:
         c |= {"bias": None, "ref_bias": None}
     compare(c, tiles, scale=0.6, softcap=1.5, ref_scale=1.4, ref_softcap=2.5)
