@@ -1,0 +1,326 @@
+"""Whole training steps: prefopt's layouts and methods against TRL's DPOTrainer, on the same model and rows.
+
+    python benchmarks/step.py --data.train pairs.jsonl --data.on_bad_row skip
+    python benchmarks/step.py --tables lengths              # rows of fixed lengths alone; no file is needed for them
+
+Contestants run in turn (A B A B), a turn is one pass over the same rows, collation included; times are medians of 5,
+ratios medians of the turns' ratios. Everyone has a live reference, no gradient checkpointing, the same token ids, dtype,
+attention, optimizer, threads and batch. Without --data.train the rows are random ids with lengths like those of HH.
+
+MFU: (6 for the policy + 2 for the reference) multiply-adds of backbone, head and attention over tokens that are neither
+padding nor a prompt laid down twice, over time x the card's dense bf16 peak.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from measure import peak_bytes, ratio, seconds, write
+
+from prefopt import registry
+from prefopt.config import LoraConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
+from prefopt.data.loader import FileBatches
+from prefopt.engine import adapters
+from prefopt.engine import runtime as rt
+from prefopt.engine.forward import PolicyWithReference
+from prefopt.engine.trainer import Trainer
+from prefopt.types import EncodedPair
+
+SHAPES = {  # hidden, intermediate, layers, heads, key-value heads, vocabulary, tied
+    "6M": (256, 640, 4, 4, 4, 6016, False),
+    "1B": (2048, 8192, 16, 32, 8, 128256, True),
+    "3B": (3072, 8192, 28, 24, 8, 128256, True),
+    "8B": (4096, 14336, 32, 32, 8, 128256, False),
+}
+LENGTHS = {  # (prompt, response)
+    "cpu": [(128, 128), (256, 128), (512, 128), (512, 512)],
+    "cuda": [(1024, 1024), (2048, 2048), (1600, 400), (3200, 800), (6400, 1600)],
+}
+PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense bf16 operations per second
+TRL = "TRL DPOTrainer"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--shape", choices=list(SHAPES), help="6M on a CPU, 1B on a GPU by default")
+    parser.add_argument("--lora", type=int, help="rank of an adapter instead of training all weights")
+    parser.add_argument("--tables", nargs="+", default=["rows", "lengths"], choices=["rows", "lengths"])
+    parser.add_argument("--data.train", dest="train", type=Path, help="pairs for the table of rows")
+    parser.add_argument("--data.on_bad_row", dest="on_bad_row", default="error", choices=["error", "skip"])
+    parser.add_argument("--rows", default=96, type=int, help="pairs in one pass")
+    parser.add_argument("--batch", default=4, type=int, help="pairs per step")
+    parser.add_argument("--max_length", default=512, type=int)
+    parser.add_argument("--repeats", default=5, type=int)
+    parser.add_argument("--output", default=None, type=Path, help="folder; benchmarks/results by default")
+    args = parser.parse_args()
+    shape = args.shape or ("6M" if args.device == "cpu" else "1B")
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(Path(folder), args.device, shape, args.lora, args.batch)
+        for table in args.tables:
+            rows = bench.rows_table(args) if table == "rows" else bench.lengths_table(args)
+            name = f"step-{table}-{shape}" + (f"-lora{args.lora}" if args.lora else "")
+            notes = [f"{shape} Llama, {args.batch} pairs per step, medians of {args.repeats} turns."]
+            write(name, args.device, rows, notes, **({"folder": args.output} if args.output else {}))
+
+
+class Bench:
+    """One model on one device, and every contestant's pass over some rows with it."""
+
+    def __init__(self, folder: Path, device: str, shape: str, lora: int | None, batch: int) -> None:
+        self.folder, self.device, self.batch, self.lora = folder, device, batch, lora
+        self.mixed = "bf16" if device == "cuda" else "no"
+        self.runtime = rt.start(
+            rt.Stop(), seed=0, mixed_precision=self.mixed, deterministic=False, trackers=(), output=folder
+        )
+        self.shape = SHAPES[shape]
+        hidden, intermediate, layers, heads, kv_heads, vocabulary, tied = self.shape
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        config = LlamaConfig(
+            vocab_size=vocabulary,
+            hidden_size=hidden,
+            intermediate_size=intermediate,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=kv_heads,
+            max_position_embeddings=16384,
+            tie_word_embeddings=tied,
+            bos_token_id=None,
+            eos_token_id=0,
+            pad_token_id=1,
+        )
+        torch.manual_seed(0)
+        dtype = torch.bfloat16 if lora else torch.float32
+        with torch.device(device):
+            LlamaForCausalLM(config).to(dtype).save_pretrained(folder / "model")
+        self.dtype = "bfloat16" if lora else "float32"
+
+    def ours(self, pairs: Sequence[EncodedPair], method: str = "dpo", **train: Any) -> Callable[[], float]:
+        """A pass of prefopt's trainer over the rows."""
+        config = RunConfig(
+            method=registry.get(method)(),
+            method_name=method,
+            model=ModelConfig(path=str(self.folder / "model"), dtype=self.dtype),
+            lora=LoraConfig(r=self.lora),
+            optim=OptimConfig(clip=1.0),
+            train=TrainConfig(
+                global_batch=self.batch, micro_batch=self.batch, mixed_precision=self.mixed, max_steps=10**6, **train
+            ),
+        )
+        start = adapters.Weights(config.model.path, config.model.path)
+        lm = adapters.load_policy(config, start, adapters.reference(config, start))
+        reference: Any = adapters.reference(config, start)
+        if isinstance(reference, adapters.Weights):
+            reference = adapters.load_frozen(reference, config.model, "model.path")
+        batches = FileBatches(pairs, self.batch, 0, "rows", group_by_length=config.train.group_by_length)
+        trainer = Trainer(
+            config=config,
+            runtime=self.runtime,
+            policy=PolicyWithReference(lm, reference, config.kernel).to(self.device),
+            tokenizer=SimpleNamespace(pad_token_id=1),
+            train=batches,
+            eval_pairs=[],
+            output=self.folder,
+        )
+        trainer.prepare()
+        steps = iter(range(10**6))
+
+        def run() -> float:
+            began = time.perf_counter()
+            for _ in range(batches.steps_per_epoch):
+                run.padded = trainer._step(next(steps))["padded_share"]
+            return time.perf_counter() - began
+
+        return run
+
+    def trl(self, pairs: Sequence[EncodedPair], grouped: bool) -> Callable[[], float]:
+        """A pass of TRL's trainer over the rows; grouped: sorted by length and taken in that order."""
+        from datasets import Dataset, disable_progress_bars
+        from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback
+        from trl import DPOConfig, DPOTrainer
+
+        disable_progress_bars()
+        if grouped:
+            pairs = sorted(pairs, key=lambda p: len(p.prompt_ids) + max(len(p.chosen_ids), len(p.rejected_ids or ())))
+        args = DPOConfig(
+            output_dir=str(self.folder / "trl"),
+            use_cpu=self.device == "cpu",
+            bf16=self.mixed == "bf16",
+            report_to="none",
+            save_strategy="no",
+            logging_steps=10**6,
+            disable_tqdm=True,
+            gradient_checkpointing=False,
+            train_sampling_strategy="sequential" if grouped else "random",
+            per_device_train_batch_size=self.batch,
+            max_length=max(len(p.prompt_ids) + max(len(p.chosen_ids), len(p.rejected_ids or ())) for p in pairs),
+            num_train_epochs=1,
+            optim="adamw_torch",
+        )
+        peft: Any = None
+        if self.lora:
+            from peft import LoraConfig as PeftLora
+
+            peft = PeftLora(r=self.lora, lora_alpha=2 * self.lora, target_modules="all-linear")
+        model = AutoModelForCausalLM.from_pretrained(self.folder / "model", dtype=getattr(torch, self.dtype))
+        trainer = DPOTrainer(
+            model,
+            None if self.lora else AutoModelForCausalLM.from_pretrained(self.folder / "model"),
+            args,
+            train_dataset=Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}]),
+            processing_class=_tokenizer(PreTrainedTokenizerFast),
+            peft_config=peft,
+        )
+        # the very ids that prefopt gets, in place of what it would make of text
+        keys = {"prompt_ids": "prompt_ids", "chosen_ids": "chosen_ids", "rejected_ids": "rejected_ids"}
+        trainer.train_dataset = Dataset.from_list([{k: getattr(p, v) for k, v in keys.items()} for p in pairs])
+        clock: dict[str, float] = {}
+
+        class Clock(TrainerCallback):
+            def on_step_begin(self, *_: Any, **__: Any) -> None:
+                clock.setdefault("began", time.perf_counter())
+
+            def on_step_end(self, *_: Any, **__: Any) -> None:
+                clock["ended"] = time.perf_counter()
+
+        trainer.add_callback(Clock())
+
+        def run() -> float:
+            clock.clear()
+            trainer.train()
+            return clock["ended"] - clock["began"]
+
+        return run
+
+    def measure(self, runs: dict[str, Callable[[], float]], pairs: Sequence[EncodedPair], args: Any) -> list[dict]:
+        times = seconds(runs, self.device, args.repeats)
+        tokens = sum(2 * len(p.prompt_ids) + len(p.chosen_ids) + len(p.rejected_ids or ()) for p in pairs)
+        rows = []
+        for name, run in runs.items():
+            median = statistics.median(times[name])
+            row: dict[str, Any] = {"contestant": name, "pairs/s": len(pairs) / median, "tokens/s": tokens / median}
+            row["padded share"] = getattr(run, "padded", "")
+            row["peak MB"] = peak_bytes(run, self.device) / 2**20
+            if self.device == "cuda":
+                row["MFU"] = self.flops(pairs) / median / _peak()
+            for other in runs:
+                if other.startswith((TRL, "prefopt padded")) and not name.startswith(TRL):
+                    row[f"faster than {other}"] = ratio(times, other, name)
+            rows.append(row)
+        return rows
+
+    def rows_table(self, args: Any) -> list[dict]:
+        """Ragged rows: layouts, methods and orders."""
+        pairs = self._encoded(args) if args.train else _like_hh(args.rows, args.max_length, self.shape[5])
+        runs = {
+            "prefopt dpo, auto, grouped": self.ours(pairs, group_by_length=True),
+            "prefopt padded dpo, grouped": self.ours(pairs, layout="padded", group_by_length=True),
+            "prefopt dpo, auto, random order": self.ours(pairs),
+            "prefopt tdpo, auto, grouped": self.ours(pairs, "tdpo", group_by_length=True),
+            f"{TRL}, grouped": self.trl(pairs, grouped=True),
+            f"{TRL}, its default order": self.trl(pairs, grouped=False),
+        }
+        return self.measure(runs, pairs, args)
+
+    def lengths_table(self, args: Any) -> list[dict]:
+        """Rows of one length: what prefix sharing gains."""
+        table = []
+        for prompt, response in LENGTHS[self.device]:
+            pairs = _fixed(2 * self.batch, prompt, response, self.shape[5])
+            layouts = ("padded", "prefix_shared", "auto")
+            runs = {f"prefopt {layout}": self.ours(pairs, layout=layout) for layout in layouts}
+            if self.device == "cuda":
+                runs[TRL] = self.trl(pairs, grouped=True)
+            rows = self.measure(runs, pairs, args)
+            table += [{"prompt": prompt, "response": response, **row} for row in rows]
+            for row in table[-len(rows) :]:
+                print(row, flush=True)
+        return table
+
+    def flops(self, pairs: Sequence[EncodedPair]) -> float:
+        hidden, intermediate, layers, heads, kv_heads, vocabulary, _ = self.shape
+        width = hidden * kv_heads // heads
+        weights = layers * (2 * hidden * hidden + 2 * hidden * width + 3 * hidden * intermediate)
+        total = 0.0
+        for p in pairs:
+            prompt, chosen, rejected = len(p.prompt_ids), len(p.chosen_ids), len(p.rejected_ids or ())
+            seen = (prompt + chosen) ** 2 / 2 + rejected * prompt + rejected**2 / 2
+            total += weights * (prompt + chosen + rejected) + hidden * vocabulary * (chosen + rejected)
+            total += 2 * layers * hidden * seen
+        return 8 * total
+
+    def _encoded(self, args: Any) -> list[EncodedPair]:
+        """Rows of a file, through a byte-level BPE that is trained on it."""
+        from hh import make_base
+        from transformers import AutoTokenizer
+
+        from prefopt.data.encode import encode_file
+
+        base = make_base(args.train, self.folder / "tokenizer", vocabulary=self.shape[5] if self.device == "cpu" else 8192)
+        tokenizer = AutoTokenizer.from_pretrained(base)
+        encoded = encode_file(
+            str(args.train),
+            tokenizer,
+            max_length=args.max_length,
+            need_rejected=True,
+            extra=(),
+            columns={},
+            on_bad_row=args.on_bad_row,
+            vocab_rows=self.shape[5],
+            cache_dir=self.folder / "encoded",
+        )
+        order = torch.randperm(len(encoded.pairs), generator=torch.Generator().manual_seed(0)).tolist()
+        return [encoded.pairs[i] for i in order[: args.rows]]
+
+
+def _tokenizer(cls: Any) -> Any:
+    """The smallest one that TRL's trainer takes."""
+    from tokenizers import Tokenizer, models
+
+    return cls(
+        tokenizer_object=Tokenizer(models.WordLevel({"</s>": 0, "<pad>": 1, "a": 2, "b": 3, "c": 4}, "a")),
+        eos_token="</s>",
+        pad_token="<pad>",
+    )
+
+
+def _pair(draw: np.random.Generator, prompt: int, chosen: int, rejected: int, vocabulary: int) -> EncodedPair:
+    ids = [draw.integers(5, vocabulary, n).tolist() for n in (prompt, chosen, rejected)]
+    return EncodedPair(*ids, [True] * chosen, [True] * rejected)
+
+
+def _like_hh(rows: int, max_length: int, vocabulary: int) -> list[EncodedPair]:
+    """Random ids with lengths like those of HH: medians of 100 and 45 tokens, long tails."""
+    draw = np.random.default_rng(0)
+    pairs = []
+    for prompt, chosen, rejected in draw.lognormal(np.log([100, 45, 45]), [0.8, 0.9, 0.9], (rows, 3)):
+        response = [int(np.clip(n, 2, max_length // 2)) for n in (chosen, rejected)]
+        pairs.append(_pair(draw, int(np.clip(prompt, 4, max_length - max(response))), *response, vocabulary))
+    return pairs
+
+
+def _fixed(rows: int, prompt: int, response: int, vocabulary: int) -> list[EncodedPair]:
+    draw = np.random.default_rng(0)
+    return [_pair(draw, prompt, response, response, vocabulary) for _ in range(rows)]
+
+
+def _peak() -> float:
+    name = torch.cuda.get_device_name()
+    return next((peak for card, peak in PEAK.items() if card in name), float("nan"))
+
+
+if __name__ == "__main__":
+    main()
