@@ -24,6 +24,7 @@ from prefopt.testbed.cache import cache_root
 
 if TYPE_CHECKING:
     from prefopt.data.loader import Batches
+    from prefopt.engine.adapters import Frozen, Weights
     from prefopt.testbed.bandit import Bandit
     from prefopt.types import EncodedPair
 
@@ -112,7 +113,8 @@ def _prepared(config: RunConfig, output: Path, stop: rt.Stop) -> int:
 class _Task:
     """What a run trains on, wherever it came from."""
 
-    model_path: str
+    start: Weights
+    reference: Frozen | Weights | None
     tokenizer: Any
     train: Batches
     eval_pairs: Sequence[EncodedPair]
@@ -123,10 +125,13 @@ class _Task:
 
 def _testbed_task(config: RunConfig) -> _Task:
     from prefopt.data.loader import FileBatches
+    from prefopt.engine import adapters, models
     from prefopt.testbed import build_world
 
     test = config.testbed
     world = build_world(test.world, seed=test.seed, cache_dir=cache_root())
+    start = adapters.Weights(str(world.base_model_path), str(world.base_model_path))
+    adapters.check(config, start, models.load_config(start.base, config.model))
     batch, seed = config.train.global_batch, config.seed
     if test.pairs is None:
         train: Batches = world.stream(batch, seed)
@@ -136,7 +141,8 @@ def _testbed_task(config: RunConfig) -> _Task:
         train = FileBatches(world.file_pairs(test.pairs, seed), batch, seed, fingerprint)
         what = f"a fixed set of {test.pairs:,} pairs"
     return _Task(
-        model_path=str(world.base_model_path),
+        start=start,
+        reference=adapters.reference(config, start),
         tokenizer=world.tokenizer,
         train=train,
         eval_pairs=world.file_pairs(test.eval_pairs, _HELD_OUT),
@@ -150,15 +156,18 @@ def _file_task(config: RunConfig) -> _Task:
     from prefopt.data.encode import encode_file, pad_token
     from prefopt.data.loader import FileBatches
     from prefopt.data.split import shared_prompts, split_by_prompt
-    from prefopt.engine import models
+    from prefopt.engine import adapters, models
 
     assert config.model.path is not None
     assert config.data.train is not None
-    architecture = models.load_config(config.model.path, config.model)
-    if config.reference.path is not None and config.method.needs.reference != "none":
-        other = models.load_config(config.reference.path, config.model, key="reference.path")
-        models.check_same_vocabulary(architecture, other, config.reference.path)
-    tokenizer = models.load_tokenizer(config.model.path, config.model, config.data.chat_template)
+    start = adapters.find(config.model.path, config.model)
+    architecture = models.load_config(start.base, start.base_settings(config.model))
+    adapters.check(config, start, architecture)
+    reference = adapters.reference(config, start)
+    if isinstance(reference, adapters.Weights) and reference != start:
+        other = models.load_config(reference.base, reference.base_settings(config.model), key="reference.path")
+        models.check_same_vocabulary(architecture, other, reference.path)
+    tokenizer = models.load_tokenizer(*adapters.tokenizer_path(start, config.model), config.data.chat_template)
     tokenizer.pad_token_id, note = pad_token(tokenizer)
     needs = config.method.needs
     report: list[str] = [note] if note else []
@@ -198,27 +207,31 @@ def _file_task(config: RunConfig) -> _Task:
         models.check_positions(architecture, encoded.report, config.data.max_length)
     fingerprint = f"{train.fingerprint}-{len(pairs)}"
     batches = FileBatches(pairs, config.train.global_batch, config.seed, fingerprint)
-    return _Task(config.model.path, tokenizer, batches, eval_pairs, eval_fingerprint, report)
+    return _Task(start, reference, tokenizer, batches, eval_pairs, eval_fingerprint, report)
 
 
 def _fit(config: RunConfig, runtime: rt.Runtime, task: _Task, output: Path, resume_from: Path | None) -> int:
-    from prefopt.engine import models
+    from prefopt.engine import adapters
     from prefopt.engine.forward import PolicyWithReference
     from prefopt.engine.trainer import Trainer
 
-    start = str(resume_from) if resume_from else task.model_path
-    lm = models.load_model(start, config.model)
-    reference = None
-    if config.method.needs.reference != "none":
-        named = config.reference.path
-        key = "model.path" if named is None else "reference.path"
-        reference = models.load_model(named or task.model_path, config.model, key)
+    lm = adapters.load_policy(config, task.start, task.reference, resume_from)
+    reference: Any = task.reference
+    if isinstance(reference, adapters.Weights):
+        key = "model.path" if config.reference.path is None else "reference.path"
+        reference = adapters.load_frozen(reference, config.model, key)
+    # drawn numbers are dropout's: each process has its own, whatever was drawn until here
+    rt.set_seed(config.seed + runtime.rank)
     parameters = sum(p.numel() for p in lm.parameters())
     threads = rt.set_threads(config.train.threads, parameters)
     if resume_from is not None:
         say(f"continuing from {resume_from}")
-    say(f"policy: {type(lm).__name__}, {parameters:,} parameters, {threads} thread(s) per process; output: {output}")
-    if config.model.dtype == "bfloat16":
+    name, adapter = type(adapters.base_of(lm)).__name__, adapters.describe_policy(lm)
+    of_them = f", {adapter}" if adapter else ""
+    say(f"policy: {name}, {parameters:,} parameters{of_them}, {threads} thread(s) per process; output: {output}")
+    if task.reference is not None:
+        say(f"reference: {adapters.describe(task.reference, task.start)}")
+    if config.model.dtype == "bfloat16" and not adapter:
         say(
             "warning: weights in bfloat16 lose updates smaller than 1/256 of a weight; "
             "float32 weights with train.mixed_precision bf16 do not"
@@ -334,17 +347,32 @@ def _last_checkpoint(output: Path) -> Path | None:
 
 def _run_card(config: RunConfig, runtime: rt.Runtime, task: _Task) -> dict[str, Any]:
     """What a reader needs to trust and repeat the run."""
-    from prefopt.engine import models
+    from prefopt.engine import adapters, models
 
     @functools.cache  # the reference is the policy's start unless another is named
-    def weights(path: str) -> str:
-        local = Path(path).is_dir()
-        return models.fingerprint(path, None if local else models.load_config(path, config.model))
+    def digest(path: str, revision: str | None) -> str:
+        if Path(path).is_dir():
+            return models.fingerprint(path, None)
+        return models.fingerprint(path, models.load_config(path, dataclasses.replace(config.model, revision=revision)))
 
-    needs = config.method.needs
+    def card(weights: adapters.Weights) -> dict[str, str]:
+        path, base = weights.path, digest(weights.base, weights.revision)
+        if weights.adapter is None:
+            return {"path": path, "sha256": base}
+        own = models.fingerprint(path, None) if Path(path).is_dir() else weights.commit or path
+        return {"path": path, "sha256": own, "base": weights.base, "base_sha256": base}
+
+    def reference_card() -> dict[str, str] | None:
+        what, start = task.reference, task.start
+        if what is None:
+            return None
+        of = what if isinstance(what, adapters.Weights) else start
+        if what is adapters.Frozen.BASE:
+            of = adapters.Weights(start.base, start.base, start.revision)
+        return {**card(of), "is": adapters.describe(what, start)}
+
     train = config.train
     per_pass = train.micro_batch * runtime.world
-    reference = (config.reference.path or task.model_path) if needs.reference != "none" else None
     return {
         "method": _described(config),
         "config": config.to_dict(),
@@ -355,8 +383,8 @@ def _run_card(config: RunConfig, runtime: rt.Runtime, task: _Task) -> dict[str, 
             "passes_per_step": -(-train.global_batch // per_pass),
         },
         "data": {"train": task.train.fingerprint, "eval": task.eval_fingerprint, "report": task.report},
-        "model": {"path": task.model_path, "sha256": weights(task.model_path)},
-        "reference": None if reference is None else {"path": reference, "sha256": weights(reference)},
+        "model": card(task.start),
+        "reference": reference_card(),
         "versions": rt.versions(),
         "git_commit": _git_commit(),
         "engine": runtime.engine,
@@ -376,6 +404,7 @@ def _keep_card(card: dict[str, Any], output: Path) -> None:
         return
     held = {"training data": ("data", "train"), "held-out data": ("data", "eval")}
     held |= {"model": ("model", "sha256"), "reference": ("reference", "sha256")}
+    held |= {"base model": ("model", "base_sha256"), "reference's base": ("reference", "base_sha256")}
     for what, (group, key) in held.items():
         before, now = ((one[group] or {}).get(key) for one in (old, card))
         if before != now:

@@ -34,7 +34,7 @@ class ModelConfig:
     """The policy at the start of the run."""
 
     path: str | None = None
-    """Folder or hub id of a causal language model. None: the testbed's base policy."""
+    """Folder or hub id of a causal language model or a LoRA adapter. None: the testbed's base policy."""
     revision: str | None = None
     """Revision of a hub model."""
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
@@ -52,7 +52,25 @@ class ReferenceConfig:
     """The frozen model that a method compares the policy with, loaded only if the method needs one."""
 
     path: str | None = None
-    """Folder or hub id. None: the policy's starting weights."""
+    """Folder or hub id. None: the policy's starting weights; with LoRA no second copy of them is held."""
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Train a low-rank adapter (peft) on frozen weights. An adapter that model.path holds is continued as it is."""
+
+    r: int | None = None
+    """Rank; naming it turns LoRA on. None: train all weights, or the adapter that model.path holds."""
+    alpha: int | None = None
+    """The adapter counts alpha / r. None: 2 r."""
+    use_rslora: bool | None = None
+    """The adapter counts alpha / sqrt(r) instead. None: false."""
+    dropout: float = 0.0
+    """Share of the adapter's inputs dropped in training steps; never in the reference, never in evaluations."""
+    target_modules: tuple[str, ...] = ()
+    """Names of the linear layers that get an adapter, e.g. q_proj,v_proj. None named: all but the output head."""
+    modules_to_save: tuple[str, ...] = ()
+    """Modules trained whole beside the adapter, and saved with it, e.g. lm_head."""
 
 
 @dataclass(frozen=True)
@@ -111,8 +129,8 @@ class TrainConfig:
     """Passes that the learning-rate schedule is laid out for. None: the run's own length."""
     max_steps: int | None = None
     """Optimizer steps; takes the place of train_epochs. Required for an endless stream."""
-    mixed_precision: Literal["no", "bf16"] = "no"
-    """Autocast of the forward pass; statistics stay float32."""
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    """Autocast of the forward pass, in fp16 with a gradient scaler; statistics stay float32."""
     save_every: int = 100
     """Optimizer steps between checkpoints."""
     keep_last: int = 2
@@ -184,6 +202,7 @@ class RunConfig:
     method: Method
     method_name: str
     model: ModelConfig = field(default_factory=ModelConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -301,11 +320,13 @@ def from_dict(settings: Mapping[str, Any]) -> RunConfig:
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """`key: old -> new` for each setting in which two runs' dictionaries differ and that may not change in a run."""
     before, after = _leaves(old), _leaves(new)
+    # what dropout drops depends on how a step is cut
+    held = ("train.micro_batch",) if before.get("lora.dropout") else ()
     return [
         f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
         for key in sorted(before.keys() | after.keys())
         if before.get(key) != after.get(key)
-        and not any(key == free or key.startswith(free + ".") for free in FREE_TO_CHANGE)
+        and (key in held or not any(key == free or key.startswith(free + ".") for free in FREE_TO_CHANGE))
     ]
 
 
@@ -691,7 +712,7 @@ def _validate(config: RunConfig) -> None:
     )
     optional = (
         *("train.schedule_epochs", "train.max_steps", "train.threads", "testbed.pairs"),
-        *("kernel.token_tile", "kernel.vocab_tile"),
+        *("kernel.token_tile", "kernel.vocab_tile", "lora.r", "lora.alpha"),
     )
     seeds = ("seed", "testbed.seed")
     values = _leaves(config.to_dict())
@@ -715,6 +736,18 @@ def _validate(config: RunConfig) -> None:
     need(config.kernel.cache_mb >= 0, "kernel.cache_mb", config.kernel.cache_mb, "a number >= 0 (0: none is kept)")
     need(config.optim.clip >= 0, "optim.clip", config.optim.clip, "a number >= 0 (0: no clipping)")
     need(config.optim.weight_decay >= 0, "optim.weight_decay", config.optim.weight_decay, "a number >= 0")
+    need(0 <= config.lora.dropout < 1, "lora.dropout", config.lora.dropout, "a share from 0 to below 1")
+    both = sorted({*config.lora.target_modules} & {*config.lora.modules_to_save})
+    if both:
+        raise ConfigError(
+            f"lora.modules_to_save: '{both[0]}' is in lora.target_modules too, expected it in one of them"
+        )
+    mixed, dtype = config.train.mixed_precision, config.model.dtype
+    if mixed != "no" and dtype != "float32" and (mixed, dtype) != ("bf16", "bfloat16"):
+        raise ConfigError(
+            f"train.mixed_precision: found '{mixed}' with model.dtype '{dtype}', which it would not autocast, expected "
+            "float32 weights"
+        )
     schedule = config.train.schedule_epochs
     need(
         schedule is None or schedule >= config.train.train_epochs or config.train.max_steps is not None,

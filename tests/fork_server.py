@@ -80,6 +80,7 @@ class ForkServer:
 
 def _serve() -> None:
     import datasets  # noqa: F401
+    import peft  # noqa: F401
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM  # noqa: F401
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 
 import torch
@@ -19,7 +20,8 @@ _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.bfloat16: 0.1, tor
 
 def tolerance(lm: nn.Module, mixed_precision: str) -> float:
     """How far the two paths may be apart in this precision."""
-    return _TOLERANCE[torch.bfloat16 if mixed_precision == "bf16" else next(lm.parameters()).dtype]
+    autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision)
+    return _TOLERANCE[autocast or next(lm.parameters()).dtype]
 
 
 @torch.no_grad()
@@ -47,11 +49,12 @@ def first_difference(
         completion, mask = getattr(pair, f"{side}_ids"), getattr(pair, f"{side}_mask")
         where = f"{pair.where or f'pair {sequence % len(pairs)}'} ({side})"
         mine = batch.sequence_index == sequence
-        for name, lm in (("logp", policy.lm), ("ref_logp", policy.reference)):
+        for name, scorer in (("logp", contextlib.nullcontext(policy.lm)), ("ref_logp", policy.as_reference())):
             scored = getattr(tokens, name)
-            if scored is None or lm is None:
-                continue
-            expected = _plain_scores(lm, pair.prompt_ids, completion, mask)
+            with scorer as lm:
+                if scored is None or lm is None:
+                    continue
+                expected = _plain_scores(lm, pair.prompt_ids, completion, mask)
             found = scored[mine].to(expected)
             if found.shape != expected.shape:
                 return f"{where}: {len(found)} tokens are scored, expected {len(expected)}"

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
 
 from prefopt.config import KernelConfig
+from prefopt.engine import adapters
 from prefopt.errors import TrainError
 from prefopt.kernels.head import HeadRequest, StatsLinear, make_head_aware
 from prefopt.types import PairBatch, PairStats, TokenStats
@@ -25,28 +28,42 @@ class PolicyWithReference(nn.Module):
     gathering of sharded weights) sees the head too.
 
     Args:
-        lm: a causal language model whose output head is a plain linear layer; it is made head-aware in place.
-        reference: another one, frozen here, or None.
+        lm: a causal language model whose output head is a plain linear layer; it is made head-aware in place. Or one
+            with an adapter, made by `adapters`.
+        reference: another one, frozen here; or which weights of `lm` itself stand still; or None.
         kernel: tile sizes and what may be kept of them.
     """
 
     # These three names tell accelerate's FSDP2 where embedding, backbone and head are.
     base_model_prefix = "backbone"
 
-    def __init__(self, lm: PreTrainedModel, reference: PreTrainedModel | None, kernel: KernelConfig) -> None:
+    def __init__(
+        self, lm: PreTrainedModel, reference: PreTrainedModel | adapters.Frozen | None, kernel: KernelConfig
+    ) -> None:
         super().__init__()
-        make_head_aware(lm)
+        if not adapters.has_adapter(lm):  # one with an adapter was made head-aware before the adapter came
+            make_head_aware(lm)
         self.lm = lm
-        self.reference = reference
+        self.frozen = reference if isinstance(reference, adapters.Frozen) else None
+        self.reference = None if isinstance(reference, adapters.Frozen) else reference
         self.kernel = kernel
-        self._scaling = _head_scaling(lm)
-        if reference is not None:
-            reference.requires_grad_(False).eval()
-            self._reference_scaling = _head_scaling(reference)
+        self._scaling = self._reference_scaling = _head_scaling(lm)
+        if self.reference is not None:
+            self.reference.requires_grad_(False).eval()
+            self._reference_scaling = _head_scaling(self.reference)
 
     @property
     def backbone(self) -> nn.Module:
         return _backbone(self.lm)
+
+    @contextlib.contextmanager
+    def as_reference(self) -> Iterator[PreTrainedModel | None]:
+        """The model that scores as the reference while this lasts, or None. For use without gradients."""
+        if self.frozen is None:
+            yield self.reference
+        else:
+            with adapters.standing_still(self.lm, self.frozen):
+                yield self.lm
 
     def get_input_embeddings(self) -> nn.Module:
         return self.lm.get_input_embeddings()
@@ -74,20 +91,8 @@ class PolicyWithReference(nn.Module):
         Args: as in PairBatch; `want` names statistics beside the policy's log-probability.
         """
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+        ref = self._reference_request(inputs, score_index) if set(want) & {"ref_logp", "kl", "reverse_kl"} else {}
         hidden = _scored_states(self.lm, inputs, score_index)
-        ref: dict[str, Any] = {}
-        if self.reference is not None and set(want) & {"ref_logp", "kl", "reverse_kl"}:
-            with torch.no_grad():
-                ref_hidden = _scored_states(self.reference, inputs, score_index)
-            ref_head = self.reference.get_output_embeddings()
-            scale, softcap = self._reference_scaling
-            ref = {
-                "ref_hidden": ref_hidden,
-                "ref_weight": ref_head.weight,
-                "ref_bias": ref_head.bias,
-                "ref_scale": scale,
-                "ref_softcap": softcap,
-            }
         scale, softcap = self._scaling
         request = HeadRequest(
             labels=labels,
@@ -102,10 +107,28 @@ class PolicyWithReference(nn.Module):
         head = cast(StatsLinear, self.lm.get_output_embeddings())
         return head(hidden, request=request)
 
+    def _reference_request(self, inputs: dict[str, torch.Tensor], score_index: torch.Tensor) -> dict[str, Any]:
+        """The reference's part of a request to the head; nothing where there is no reference.
+
+        Its head is read while it is the reference: a policy that trains its head whole has two.
+        """
+        with torch.no_grad(), self.as_reference() as reference:
+            if reference is None:
+                return {}
+            head = reference.get_output_embeddings()
+            scale, softcap = self._reference_scaling
+            return {
+                "ref_hidden": _scored_states(reference, inputs, score_index),
+                "ref_weight": head.weight,
+                "ref_bias": head.bias,
+                "ref_scale": scale,
+                "ref_softcap": softcap,
+            }
+
 
 def _backbone(lm: PreTrainedModel) -> nn.Module:
     """The part of a causal language model below its head."""
-    return lm.base_model
+    return adapters.base_of(lm).base_model
 
 
 def _scored_states(lm: PreTrainedModel, inputs: dict[str, torch.Tensor], score_index: torch.Tensor) -> torch.Tensor:

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from prefopt.data.report import DataReport
 
 
+_CONFIGS = ("config.json", "adapter_config.json")
+
+
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """transformers' load reports and progress bars belong to its own commands, not to a run's first lines."""
@@ -39,7 +42,7 @@ def quiet() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _refuse(key: str, path: str, error: Exception, what: str = "a model") -> TrainError:
+def refuse(key: str, path: str, error: Exception, what: str = "a model") -> TrainError:
     """Why a model could not be opened, in one line."""
     folder = Path(path)
     if folder.is_dir():
@@ -60,7 +63,7 @@ def load_config(path: str, settings: ModelConfig, key: str = "model.path") -> Pr
             path, revision=settings.revision, trust_remote_code=settings.trust_remote_code
         )
     except Exception as error:
-        raise _refuse(key, path, error) from error
+        raise refuse(key, path, error) from error
 
 
 def load_tokenizer(path: str, settings: ModelConfig, chat_template: str | None = None) -> PreTrainedTokenizerBase:
@@ -72,7 +75,7 @@ def load_tokenizer(path: str, settings: ModelConfig, chat_template: str | None =
             path, revision=settings.revision, trust_remote_code=settings.trust_remote_code
         )
     except Exception as error:
-        raise _refuse("model.path", path, error, "a tokenizer") from error
+        raise refuse("model.path", path, error, "a tokenizer") from error
     if chat_template is not None:
         try:
             tokenizer.chat_template = Path(chat_template).read_text()
@@ -98,7 +101,7 @@ def load_model(path: str, settings: ModelConfig, key: str = "model.path") -> Pre
                 attn_implementation=settings.attention,
             )
     except Exception as error:
-        raise _refuse(key, path, error) from error
+        raise refuse(key, path, error) from error
     bad = not_finite(model)
     if bad is not None:
         raise TrainError(f"{key}: '{path}' holds weights that are not finite ({bad}); name a model whose weights are")
@@ -157,7 +160,7 @@ def fingerprint(path: str, config: Any) -> str:
     if not folder.is_dir():
         return str(getattr(config, "_commit_hash", None) or path)
     digest = hashlib.sha256()
-    files = sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".bin") or p.name == "config.json")
+    files = sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".bin") or p.name in _CONFIGS)
     for file in files:
         digest.update(file.name.encode())
         with file.open("rb") as handle:

@@ -230,7 +230,6 @@ def start(
 
     Raises: TrainError if the launcher promised more processes than accelerate joined, or an engine that is not DDP.
     """
-    import numpy
     import torch
     from accelerate import Accelerator, DistributedDataParallelKwargs
 
@@ -247,6 +246,9 @@ def start(
         # a model's buffers are constants here (rotary frequencies): nothing to send with each forward pass
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
+    if mixed_precision == "fp16" and accelerator.scaler is None:
+        # accelerate leaves a CPU without both, and would train in float32 without a word
+        accelerator.native_amp, accelerator.scaler = True, torch.amp.GradScaler(accelerator.device.type)
     if accelerator.num_processes != promised:
         raise TrainError(
             f"launcher: {promised} processes were started but {accelerator.num_processes} joined "
@@ -257,13 +259,21 @@ def start(
             f"launcher: engine {accelerator.distributed_type.value} is not supported, expected one process or DDP; "
             "use --config_file configs/accelerate/ddp.yaml"
         )
-    random.seed(seed)
-    numpy.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
+    set_seed(seed)
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     return Runtime(accelerator, stop)
+
+
+def set_seed(seed: int) -> None:
+    """Seed every random generator."""
+    import numpy
+    import torch
+
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
 
 
 def set_threads(threads: int | None, parameters: int) -> int:
@@ -347,7 +357,7 @@ def versions(extra: tuple[str, ...] = ()) -> dict[str, str]:
     from importlib.metadata import PackageNotFoundError, version
 
     found = {"python": platform.python_version()}
-    for name in ("prefopt", "torch", "transformers", "accelerate", "datasets", "tokenizers", "numpy", *extra):
+    for name in ("prefopt", "torch", "transformers", "accelerate", "peft", "datasets", "tokenizers", "numpy", *extra):
         try:
             found[name] = version(name)
         except PackageNotFoundError:

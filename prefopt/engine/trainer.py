@@ -21,7 +21,7 @@ from prefopt.data.collate import collate
 from prefopt.data.encode import check_row_structure
 from prefopt.data.loader import Batches
 from prefopt.data.report import show_batch
-from prefopt.engine import check, checkpoint, models
+from prefopt.engine import adapters, check, checkpoint, models
 from prefopt.engine.forward import ALL_STATISTICS, PolicyWithReference, pair_stats, statistics_for, to_device
 from prefopt.engine.metrics import Meter, MetricsFile, shared_metrics, write_atomically
 from prefopt.engine.runtime import EXIT_UNFINISHED, Runtime, random_state, say, set_random_state
@@ -166,12 +166,17 @@ class Trainer:
         limit = config.optim.clip or math.inf
         norm = float(runtime.accelerator.clip_grad_norm_(self._parameters(), limit))
         anywhere = float(runtime.sum(torch.stack([rows.sum() for rows, _ in broken]).sum().double()))
-        if not math.isfinite(norm) or anywhere > 0:
+        scale = self._loss_scale()
+        # an overflow of scaled gradients is the scaler's business: it skips the step and halves the scale
+        if anywhere > 0 or not (math.isfinite(norm) or scale > 1):
             self._stop_on_nonfinite(step, norm, broken)
         lr = learning_rate(config, self.train.steps_per_epoch, step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
+        skipped = self.optimizer.step_was_skipped
+        if not (math.isfinite(norm) or skipped):
+            self._stop_on_nonfinite(step, norm, broken)
         self.optimizer.zero_grad(set_to_none=True)
         averages = meter.averages(runtime)
         pairs, scored_tokens, fed = runtime.sum(tokens).tolist()
@@ -183,7 +188,10 @@ class Trainer:
         line |= {
             name: value for name, value in averages.items() if len(output.terms) > 1 or not name.startswith("loss/")
         }
-        line |= {"lr": lr, "grad_norm": norm, "pairs": int(pairs), "tokens": int(scored_tokens), "tokens_fed": int(fed)}
+        line |= {"lr": lr, "pairs": int(pairs), "tokens": int(scored_tokens), "tokens_fed": int(fed)}
+        line |= {} if skipped else {"grad_norm": norm}
+        if runtime.accelerator.scaler is not None:
+            line |= {"loss_scale": scale, "skipped_step": int(skipped)}
         line |= {"seconds": seconds, "pairs_per_second": pairs / seconds, "tokens_per_second": fed / seconds}
         if torch.cuda.is_available():
             line["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 2**30
@@ -222,6 +230,11 @@ class Trainer:
                 totals[term.name] = totals.get(term.name, 0.0) + float(term.count.double().sum())
         summed = self.runtime.sum(torch.tensor(list(totals.values()), dtype=torch.float64)).tolist()
         return {name: count if count > 0 else 1.0 for name, count in zip(totals, summed, strict=True)}
+
+    def _loss_scale(self) -> float:
+        """What fp16 multiplies the loss by, so that small gradients do not vanish; 1 in any other precision."""
+        scaler = self.runtime.accelerator.scaler
+        return 1.0 if scaler is None else float(scaler.get_scale())
 
     def _parameters(self) -> list[nn.Parameter]:
         return [p for p in self.model.parameters() if p.requires_grad]
@@ -370,8 +383,15 @@ class Trainer:
                 f"{rows[0].where or 'pair 0'} and {len(rows) - 1} more); {self._last_good()}"
             )
 
+        scaler = self.runtime.accelerator.scaler
+        state = {
+            "step": step,
+            "random": self.runtime.gather_objects([random_state()]),  # by rank
+            "loss_scale": None if scaler is None else scaler.state_dict(),
+            "data": self.train.fingerprint,
+        }
+
         def write() -> None:
-            state = {"step": step, "random": random_state(), "data": self.train.fingerprint}
             checkpoint.save(
                 self._checkpoints, step, self._write_weights_and_optimizer, state, self.config.train.keep_last
             )
@@ -395,8 +415,7 @@ class Trainer:
         checkpoint.save_optimizer(self.optimizer, folder / "optimizer.safetensors")
 
     def _write_model(self, folder: Path) -> None:
-        with models.quiet():
-            self.policy.lm.save_pretrained(folder)
+        adapters.save(self.policy.lm, folder)
         self.tokenizer.save_pretrained(folder)
 
     def _restore(self) -> int:
@@ -409,7 +428,10 @@ class Trainer:
                     f"{self.output}: the training data changed since step {state['step']}; choose another --output"
                 )
             checkpoint.load_optimizer(self.optimizer, self.resume_from / "optimizer.safetensors")
-            set_random_state(state["random"])
+            by_rank = state["random"]
+            set_random_state(by_rank[self.runtime.rank if self.runtime.world == len(by_rank) else 0])
+            if self.runtime.accelerator.scaler is not None:
+                self.runtime.accelerator.scaler.load_state_dict(state["loss_scale"])
             start = int(state["step"])
         if self.runtime.is_main:
             checkpoint.clean(self._checkpoints, self.resume_from)

@@ -15,7 +15,7 @@ def free_port():
         return server.getsockname()[1]
 
 
-def run_ranks(work, *args, world=2, timeout=300):
+def run_ranks(work, *args, world=2, timeout=300, mixed_precision="no"):
     """What `work(runtime, *args)` returns on each rank, in order of rank; `work` is a function of a test module.
 
     Raises: AssertionError with the rank's traceback when one fails, does not answer, or did not join the others.
@@ -25,7 +25,7 @@ def run_ranks(work, *args, world=2, timeout=300):
     port, pipes, processes = free_port(), [], []
     for rank in range(world):
         mine, theirs = context.Pipe(duplex=False)
-        process = context.Process(target=_rank, args=(theirs, rank, world, port, work, args), daemon=True)
+        process = context.Process(target=_rank, args=(theirs, rank, world, port, mixed_precision, work, args), daemon=True)
         process.start()
         theirs.close()
         pipes.append(mine)
@@ -45,7 +45,7 @@ def _answer(rank, pipe, timeout):
     return value
 
 
-def _rank(pipe, rank, world, port, work, args):
+def _rank(pipe, rank, world, port, mixed_precision, work, args):
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -62,7 +62,9 @@ def _rank(pipe, rank, world, port, work, args):
         from prefopt.engine import runtime as rt
 
         torch.set_num_threads(1)
-        runtime = rt.start(rt.Stop(), seed=0, mixed_precision="no", deterministic=False, trackers=(), output="")
+        runtime = rt.start(
+            rt.Stop(), seed=0, mixed_precision=mixed_precision, deterministic=False, trackers=(), output=""
+        )
         # the failure to join is silent: each rank would train alone
         assert (runtime.world, runtime.rank, runtime.engine) == (world, rank, "ddp"), runtime
         assert dist.get_backend() == "gloo"

@@ -65,7 +65,8 @@ class Bench:
     """The real trainer on copies of two models, whose steps do not move them: any number of steps can be compared.
 
     Args:
-        models: (policy, reference); the reference is left out where the method reads none.
+        models: (policy, reference); the reference is left out where the method reads none. It may be one that the
+            policy holds itself, as the policy may have an adapter.
         tiles: of the kernel, (tokens, vocabulary).
         tokenizer: the first batch is checked against it.
     """
@@ -95,14 +96,20 @@ class Bench:
         runtime.accelerator._models.clear(), runtime.accelerator._optimizers.clear()
 
     def _keep(self, *_):
-        self.gradients = {name: p.grad.clone() for name, p in self.trainer.policy.lm.named_parameters()}
+        self.gradients = {
+            name: p.grad.clone() for name, p in self.trainer.policy.lm.named_parameters() if p.requires_grad
+        }
 
     def step(self, pairs, micro):
         """(loss, gradient by parameter name) of one optimizer step on `pairs`, `micro` at a time on each process."""
         train = TrainConfig(global_batch=len(pairs), micro_batch=micro, max_steps=1)
         self.trainer.config = replace(self.trainer.config, train=train)
         self.trainer.train.global_batch = lambda step: list(pairs)
+        known = self.trainer.runtime.accelerator._optimizers
+        known[:] = [self.trainer.optimizer]  # whose gradients a scaler unscales before they are clipped
         line = self.trainer._step(0)
+        known.clear()
+        self.line = line
         return line["loss"], self.gradients
 
     def check_first_batch(self, pairs):

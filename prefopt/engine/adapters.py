@@ -1,0 +1,396 @@
+"""LoRA: what a path holds, the policy with its adapter, and the reference that needs no second copy of the base.
+
+The only file that knows peft, which is imported when an adapter is met and not before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import enum
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from prefopt.config import LoraConfig, ModelConfig, RunConfig
+from prefopt.engine import models
+from prefopt.errors import ConfigError, TrainError, did_you_mean
+from prefopt.kernels.head import make_head_aware
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+_POLICY = "default"  # peft's own name for an only adapter: it is saved at the top of a folder
+_SNAPSHOT = "reference"
+_CONFIG = "adapter_config.json"
+# Ways of starting an adapter that leave the base weights as they are; the others move part of them into the adapter.
+_STARTS = (True, False, "gaussian", "orthogonal", "eva")
+
+
+class Frozen(enum.Enum):
+    """Which weights of a policy with an adapter stand still and serve as the reference."""
+
+    BASE = "the base weights under the disabled adapter"
+    SNAPSHOT = "a frozen snapshot of the adapter that the policy starts from"
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What a path holds: a model, or an adapter of one.
+
+    Args:
+        path: as it was named.
+        base: the model, which is `path` itself where that is no adapter.
+        revision: of the base, if it is a hub model.
+        adapter: peft's settings of the adapter, or None.
+        commit: of the adapter, if it lies on the hub.
+    """
+
+    path: str
+    base: str
+    revision: str | None = None
+    adapter: Any = None
+    commit: str | None = None
+
+    def base_settings(self, settings: ModelConfig) -> ModelConfig:
+        """The settings with which to load the base."""
+        return dataclasses.replace(settings, revision=self.revision)
+
+
+# Before any weight is loaded ------------------------------------------------------------------------------------------
+
+
+def find(path: str, settings: ModelConfig, key: str = "model.path") -> Weights:
+    """What `path` holds, read from its small files alone.
+
+    Raises: TrainError naming `key` for an adapter that cannot be trained or compared with exactly.
+    """
+    from transformers.utils.hub import extract_commit_hash
+    from transformers.utils.peft_utils import find_adapter_config_file
+
+    try:
+        found = find_adapter_config_file(path, revision=settings.revision)
+    except Exception as error:
+        raise models.refuse(key, path, error) from error
+    if found is None:
+        return Weights(path, path, settings.revision)
+    from peft import PeftConfig
+
+    try:
+        adapter: Any = PeftConfig.from_pretrained(str(Path(found).parent))
+    except Exception as error:
+        raise TrainError(f"{key}: '{found}' is not readable: {error}") from error
+    kind = str(getattr(adapter.peft_type, "value", adapter.peft_type))
+    start = getattr(adapter, "init_lora_weights", True)
+    base = adapter.base_model_name_or_path
+    for wrong, text in (
+        (kind != "LORA", f"is a {kind} adapter, expected a LoRA adapter"),
+        (
+            getattr(adapter, "bias", "none") != "none",
+            f"was trained with bias '{getattr(adapter, 'bias', '')}', which changes the weights below it that the "
+            "reference reads, expected 'none'",
+        ),
+        (
+            start not in _STARTS,
+            f"was started by '{start}', which changes the base weights below it, expected an adapter of unchanged ones "
+            "(peft converts it when it saves)",
+        ),
+        (not base, f"names no base model, expected base_model_name_or_path in {_CONFIG}"),
+    ):
+        if wrong:
+            raise TrainError(f"{key}: the adapter '{path}' {text}")
+    if not Path(base).is_dir() and (base.startswith((".", "/", "~")) or base.count("/") > 1):
+        raise TrainError(
+            f"{key}: '{path}' is an adapter of '{base}', which does not exist; "
+            f"name the model's place as base_model_name_or_path in {found}"
+        )
+    return Weights(path, base, adapter.revision, adapter, extract_commit_hash(found, None))
+
+
+def tokenizer_path(weights: Weights, settings: ModelConfig) -> tuple[str, ModelConfig]:
+    """Where the tokenizer lies, and its settings: beside the adapter where it has one, else beside the base."""
+    if weights.adapter is not None:
+        from transformers.utils import cached_file
+
+        name = "tokenizer_config.json"
+        quietly = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+        if cached_file(weights.path, name, revision=settings.revision, **quietly) is None:
+            return weights.base, weights.base_settings(settings)
+    return weights.path, settings
+
+
+def reference(config: RunConfig, start: Weights) -> Frozen | Weights | None:
+    """What the policy is compared with: weights that it holds anyway, other weights, or nothing.
+
+    Args: start: what the policy starts from.
+    """
+    named = config.reference.path
+    if config.method.needs.reference == "none":
+        return None
+    if named is None or _same(named, start.path):
+        if start.adapter is not None:
+            return Frozen.SNAPSHOT
+        return start if config.lora.r is None else Frozen.BASE
+    if start.adapter is not None and _same(named, start.base):
+        return Frozen.BASE
+    return find(named, config.model, "reference.path")
+
+
+def describe(reference: Frozen | Weights, start: Weights) -> str:
+    """What a run says of its reference."""
+    if reference is Frozen.BASE:
+        return f"{reference.value} (no second copy), {start.base}"
+    if isinstance(reference, Frozen):
+        return f"{reference.value} (no second copy of the base weights), {start.path}"
+    what = "the policy's starting weights, a frozen copy" if reference == start else "other weights"
+    on = "" if reference.adapter is None else f" on {reference.base}"
+    return f"{what}, {reference.path}{on}"
+
+
+def check(config: RunConfig, start: Weights, architecture: PretrainedConfig) -> None:
+    """Hold the LoRA settings to the model, before any weight is loaded.
+
+    Raises: ConfigError naming the setting.
+    """
+    _check_with_adapter(config.lora, start)
+    if config.lora.r is None or start.adapter is not None:
+        return
+    from transformers import AutoModelForCausalLM
+
+    with models.quiet(), torch.device("meta"):
+        hollow = AutoModelForCausalLM.from_config(architecture, trust_remote_code=config.model.trust_remote_code)
+    _check_modules(config.lora, hollow)
+
+
+def _check_with_adapter(lora: LoraConfig, start: Weights) -> None:
+    """What of `lora` is given must be true of the adapter; without one, nothing may be given but with a rank."""
+    adapter = start.adapter
+    for name in ("r", "alpha", "use_rslora", "dropout", "target_modules", "modules_to_save"):
+        given = getattr(lora, name)
+        if given in (None, (), 0.0):
+            continue
+        if adapter is None and lora.r is None:
+            raise ConfigError(
+                f"lora.{name}: found {given!r} without lora.r; name the rank (--lora.r 16) to turn LoRA on"
+            )
+        if adapter is None or name == "dropout":  # dropout is the run's, not the adapter's
+            continue
+        its = getattr(adapter, {"alpha": "lora_alpha"}.get(name, name))
+        its = its or () if isinstance(given, tuple) else its
+        same = {*given} == {*([its] if isinstance(its, str) else its)} if isinstance(given, tuple) else given == its
+        if not same:
+            shown = ",".join(sorted(its)) if isinstance(its, (set, list)) else its
+            raise ConfigError(
+                f"lora.{name}: found {','.join(given) if isinstance(given, tuple) else given}, but model.path "
+                f"'{start.path}' holds an adapter with {shown or 'none'}, which is continued; leave it out"
+            )
+
+
+def _check_modules(lora: LoraConfig, lm: PreTrainedModel) -> None:
+    """Every name must be a module of the model that can be trained in the way that is asked for."""
+    modules = dict(lm.named_modules())
+    head = lm.get_output_embeddings()
+    leaves = sorted({name.rpartition(".")[2] for name, module in modules.items() if _linear(module)})
+    for target in lora.target_modules:
+        hit = [module for name, module in modules.items() if name == target or name.endswith(f".{target}")]
+        if not hit:
+            raise ConfigError(
+                f"lora.target_modules: '{target}' is no module of {type(lm).__name__}{did_you_mean(target, leaves)}; "
+                f"its linear layers are {', '.join(leaves)}"
+            )
+        if head in hit:
+            raise ConfigError(
+                f"lora.target_modules: '{target}' is the output head, which takes no adapter; "
+                f"train it whole (--lora.modules_to_save {target}) or leave it out"
+            )
+        other = next((module for module in hit if not _linear(module)), None)
+        if other is not None:
+            raise ConfigError(
+                f"lora.target_modules: '{target}' is a {type(other).__name__}, expected linear layers, such as "
+                f"{', '.join(leaves)}"
+            )
+    for target in lora.modules_to_save:
+        if not any(name.endswith(target) for name in modules):
+            known = sorted({name.rpartition(".")[2] for name in modules if name})
+            raise ConfigError(
+                f"lora.modules_to_save: '{target}' is no module of {type(lm).__name__}{did_you_mean(target, known)}"
+            )
+
+
+def _linear(module: nn.Module) -> bool:
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, (nn.Linear, Conv1D))
+
+
+def _same(path: str, other: str) -> bool:
+    """Whether two paths are one folder, or two ids one id."""
+    folders = Path(path).is_dir() and Path(other).is_dir()
+    return Path(path).resolve() == Path(other).resolve() if folders else path == other
+
+
+# Models with adapters -------------------------------------------------------------------------------------------------
+
+
+def load_policy(
+    config: RunConfig, start: Weights, reference: Frozen | Weights | None, resume_from: Path | None = None
+) -> PreTrainedModel:
+    """The policy at the start of the run, or as the checkpoint has it; with an adapter if settings or path say so.
+
+    A new adapter's weights depend on the run's seed alone.
+    """
+    trained = config.lora.r is not None or start.adapter is not None
+    if not trained:
+        return models.load_model(str(resume_from or start.base), start.base_settings(config.model))
+    lm = models.load_model(start.base, start.base_settings(config.model))
+    settings = start.adapter or _settings(config.lora, lm, start.revision)
+    settings = dataclasses.replace(settings, lora_dropout=config.lora.dropout)
+    begun = str(resume_from) if resume_from else start.path if start.adapter is not None else None
+    torch.manual_seed(config.seed)
+    lm = _attach(lm, settings, begun, config.model)
+    if reference is Frozen.SNAPSHOT:
+        _add_snapshot(lm, settings, start.path, config.model)
+    return lm
+
+
+def load_frozen(weights: Weights, settings: ModelConfig, key: str) -> PreTrainedModel:
+    """A model to compare with; its adapter, if it has one, stays beside the base weights, where it is exact."""
+    lm = models.load_model(weights.base, weights.base_settings(settings), key)
+    if weights.adapter is None:
+        return lm
+    return _attach(lm, dataclasses.replace(weights.adapter, lora_dropout=0.0), weights.path, settings, key)
+
+
+def _settings(lora: LoraConfig, lm: PreTrainedModel, revision: str | None) -> Any:
+    import peft
+
+    assert lora.r is not None
+    head = lm.get_output_embeddings()
+    all_linear = {name.rpartition(".")[2] for name, m in lm.named_modules() if _linear(m) and m is not head}
+    return peft.LoraConfig(
+        task_type="CAUSAL_LM",
+        r=lora.r,
+        lora_alpha=2 * lora.r if lora.alpha is None else lora.alpha,
+        use_rslora=bool(lora.use_rslora),
+        lora_dropout=lora.dropout,
+        target_modules=list(lora.target_modules) or sorted(all_linear - {*lora.modules_to_save}),
+        modules_to_save=list(lora.modules_to_save) or None,
+        revision=revision,
+    )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """What peft warns of here is its own: it sets fan_in_fan_out right, and calls transformers by an older name."""
+    with models.quiet(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*fan_in_fan_out.*")
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
+        yield
+
+
+def _attach(
+    lm: Any, settings: Any, weights: str | None, model: ModelConfig, key: str = "model.path"
+) -> PreTrainedModel:
+    """`lm` with an adapter, whose weights are new or those of a folder.
+
+    The head is made head-aware first, so that a copy that is trained whole is too.
+    """
+    import peft
+
+    _check_modules(LoraConfig(modules_to_save=tuple(settings.modules_to_save or ())), lm)
+    if isinstance(settings.target_modules, (list, set)):
+        _check_modules(LoraConfig(target_modules=tuple(sorted(settings.target_modules))), lm)
+    make_head_aware(lm)
+    base = lm.name_or_path
+    lm.name_or_path = str(Path(base).resolve()) if Path(base).is_dir() else base  # opens from any folder
+    settings = dataclasses.replace(settings, inference_mode=False, base_model_name_or_path=lm.name_or_path)
+    with _quiet():
+        adapted: Any = peft.get_peft_model(lm, settings, adapter_name=_POLICY)
+    head = adapted.get_output_embeddings()
+    if isinstance(head, peft.tuners.tuners_utils.BaseTunerLayer):
+        raise TrainError(
+            f"{key}: the adapter has a part on the output head, expected a plain head or one in modules_to_save"
+        )
+    if weights is not None:
+        _fill(adapted, _POLICY, weights, model, key)
+    return adapted
+
+
+def _add_snapshot(lm: Any, settings: Any, path: str, model: ModelConfig) -> None:
+    """A second adapter on the same base, which is never trained."""
+    with _quiet():
+        lm.add_adapter(_SNAPSHOT, dataclasses.replace(settings, lora_dropout=0.0, inference_mode=True))
+    _fill(lm, _SNAPSHOT, path, model, "model.path")
+    lm.set_requires_grad(_SNAPSHOT, False)
+    lm.set_adapter(_POLICY)
+
+
+def _fill(lm: Any, adapter: str, path: str, model: ModelConfig, key: str) -> None:
+    """Load an adapter's weights. Raises: TrainError if there is one too few, one too many or one that is not finite."""
+    import peft
+
+    try:
+        hub: dict[str, Any] = {} if Path(path).is_dir() else {"revision": model.revision}
+        found = peft.load_peft_weights(path, device="cpu", **hub)
+        result: Any = peft.set_peft_model_state_dict(lm, found, adapter_name=adapter)
+    except Exception as error:
+        raise models.refuse(key, path, error, "an adapter") from error
+    missing = [name for name in result.missing_keys if f".{adapter}." in name or name.endswith(f".{adapter}")]
+    wrong = [f"{name} is missing" for name in missing] + [f"{name} is unknown" for name in result.unexpected_keys]
+    bad = next((name for name, weight in found.items() if not bool(weight.isfinite().all())), None)
+    wrong += [f"{bad} is not finite"] if bad is not None else []
+    if wrong:
+        raise TrainError(f"{key}: the adapter '{path}' does not fit {type(base_of(lm)).__name__}: {wrong[0]}")
+
+
+def has_adapter(lm: nn.Module) -> bool:
+    """Whether `lm` is a model with an adapter."""
+    return hasattr(lm, "peft_config") and hasattr(lm, "get_base_model")
+
+
+def base_of(lm: Any) -> PreTrainedModel:
+    """The causal language model itself, with the adapter's layers in it where there is one."""
+    return lm.get_base_model() if has_adapter(lm) else lm
+
+
+@contextlib.contextmanager
+def standing_still(lm: Any, which: Frozen) -> Iterator[None]:
+    """While it lasts, `lm` computes with the weights that serve as the reference. For use without gradients."""
+    tuner = lm.base_model
+    if which is Frozen.BASE:
+        tuner.disable_adapter_layers()
+    else:
+        lm.set_adapter(_SNAPSHOT, inference_mode=True)
+    try:
+        yield
+    finally:
+        if which is Frozen.BASE:
+            tuner.enable_adapter_layers()
+        else:
+            lm.set_adapter(_POLICY)
+
+
+def describe_policy(lm: Any) -> str:
+    """How much of a model is trained, and by what adapter; nothing where all of it is."""
+    if not has_adapter(lm):
+        return ""
+    trained = sum(p.numel() for p in lm.parameters() if p.requires_grad)
+    settings = lm.peft_config[_POLICY]
+    names = ", ".join(sorted(settings.target_modules))
+    saved = f", and {', '.join(sorted(settings.modules_to_save))} whole" if settings.modules_to_save else ""
+    return f"{trained:,} of them trained (LoRA r {settings.r}, alpha {settings.lora_alpha} on {names}{saved})"
+
+
+def save(lm: Any, folder: Path) -> None:
+    """Write what `from_pretrained` of transformers or peft opens: the model, or its adapter and a word of its base."""
+    with models.quiet():
+        if has_adapter(lm):
+            # "auto" would ask the hub whether the base's vocabulary is still the same
+            lm.save_pretrained(folder, selected_adapters=[_POLICY], save_embedding_layers=False)
+        else:
+            lm.save_pretrained(folder)
