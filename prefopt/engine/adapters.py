@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import enum
+import textwrap
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -84,7 +85,8 @@ def find(path: str, settings: ModelConfig, key: str = "model.path") -> Weights:
     try:
         adapter: Any = PeftConfig.from_pretrained(str(Path(found).parent))
     except Exception as error:
-        raise TrainError(f"{key}: '{found}' is not readable: {error}") from error
+        reason = textwrap.shorten(str(error), 200, placeholder=" ...")
+        raise TrainError(f"{key}: '{found}' is not readable: {reason}") from error
     kind = str(getattr(adapter.peft_type, "value", adapter.peft_type))
     start = getattr(adapter, "init_lora_weights", True)
     base = adapter.base_model_name_or_path
@@ -286,10 +288,14 @@ def _settings(lora: LoraConfig, lm: PreTrainedModel, revision: str | None) -> An
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """What peft warns of here is its own: it sets fan_in_fan_out right, and calls transformers by an older name."""
+    """No word of what is as it should be here.
+
+    peft sets fan_in_fan_out right by itself, calls transformers by an older name, and says of a tied head that is
+    trained whole that it is a copy, which is what was asked for.
+    """
     with models.quiet(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*fan_in_fan_out.*")
-        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
+        for words in ("fan_in_fan_out", "is_gradient_checkpointing", "tie_word_embeddings"):
+            warnings.filterwarnings("ignore", message=f".*{words}.*")
         yield
 
 
