@@ -1,4 +1,5 @@
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,6 +9,7 @@ from prefopt import registry
 from tests.fork_server import ForkServer
 from tests.helpers import byte_bpe_tokenizer, tiny_llama
 
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"  # TRL reports each trainer that is made; read when the hub is imported
 WORDS = ["red", "green", "blue", "amber", "violet", "teal", "pink", "olive"]
 
 

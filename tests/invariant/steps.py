@@ -69,14 +69,15 @@ class Bench:
             policy holds itself, as the policy may have an adapter.
         tiles: of the kernel, (tokens, vocabulary).
         tokenizer: the first batch is checked against it.
+        lr: of plain gradient descent; above 0 the steps move the policy after all.
     """
 
-    def __init__(self, runtime, method, models, tiles=(1024, 8192), tokenizer=None):
+    def __init__(self, runtime, method, models, tiles=(1024, 8192), tokenizer=None, lr=0.0):
         policy, reference = map(copy.deepcopy, models)  # one by one: they may be the same model
         config = RunConfig(
             method=method,
             method_name="under_test",
-            optim=OptimConfig(name="sgd", lr=0.0, clip=0),
+            optim=OptimConfig(name="sgd", lr=lr, schedule="constant", warmup_steps=0, clip=0),
             train=TrainConfig(max_steps=1),
             kernel=KernelConfig(*tiles),
         )
