@@ -138,7 +138,8 @@ def _testbed_task(config: RunConfig) -> _Task:
         what = "a fresh stream of pairs"
     else:
         fingerprint = f"{world.fingerprint}-{test.pairs}-{seed}"
-        train = FileBatches(world.file_pairs(test.pairs, seed), batch, seed, fingerprint)
+        pairs = world.file_pairs(test.pairs, seed)
+        train = FileBatches(pairs, batch, seed, fingerprint, config.train.group_by_length)
         what = f"a fixed set of {test.pairs:,} pairs"
     return _Task(
         start=start,
@@ -206,7 +207,7 @@ def _file_task(config: RunConfig) -> _Task:
     for encoded in (train, held_out) if config.data.eval is not None else (train,):
         models.check_positions(architecture, encoded.report, config.data.max_length)
     fingerprint = f"{train.fingerprint}-{len(pairs)}"
-    batches = FileBatches(pairs, config.train.global_batch, config.seed, fingerprint)
+    batches = FileBatches(pairs, config.train.global_batch, config.seed, fingerprint, config.train.group_by_length)
     return _Task(start, reference, tokenizer, batches, eval_pairs, eval_fingerprint, report)
 
 
@@ -382,7 +383,12 @@ def _run_card(config: RunConfig, runtime: rt.Runtime, task: _Task) -> dict[str, 
             "pairs_per_pass_and_process": min(train.micro_batch, -(-train.global_batch // runtime.world)),
             "passes_per_step": -(-train.global_batch // per_pass),
         },
-        "data": {"train": task.train.fingerprint, "eval": task.eval_fingerprint, "report": task.report},
+        "data": {
+            "train": task.train.fingerprint,
+            "order": task.train.order_hash,
+            "eval": task.eval_fingerprint,
+            "report": task.report,
+        },
         "model": card(task.start),
         "reference": reference_card(),
         "versions": rt.versions(),
@@ -403,6 +409,7 @@ def _keep_card(card: dict[str, Any], output: Path) -> None:
         write_atomically(output / CARD, [json.dumps(card, indent=1, default=str)])
         return
     held = {"training data": ("data", "train"), "held-out data": ("data", "eval")}
+    held |= {"order of the training pairs": ("data", "order")}
     held |= {"model": ("model", "sha256"), "reference": ("reference", "sha256")}
     held |= {"base model": ("model", "base_sha256"), "reference's base": ("reference", "base_sha256")}
     for what, (group, key) in held.items():

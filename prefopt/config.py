@@ -123,6 +123,8 @@ class TrainConfig:
     """Pairs per optimizer step over all processes; accumulation is derived from it."""
     micro_batch: int = 8
     """Pairs per forward pass and process: memory only, the result does not depend on it."""
+    group_by_length: bool = False
+    """Put pairs of like length into one step: less padding, the same expected gradient."""
     train_epochs: float = 1.0
     """Passes over the training pairs."""
     schedule_epochs: float | None = None
@@ -780,6 +782,16 @@ def _validate(config: RunConfig) -> None:
         raise ConfigError(
             "train.schedule_epochs: the testbed's stream of pairs has no epochs (name the size of a fixed set, "
             "testbed.pairs, or leave it out)"
+        )
+    if config.train.group_by_length and config.on_testbed and config.testbed.pairs is None:
+        raise ConfigError(
+            "train.group_by_length: the testbed's stream of pairs has no lengths to group by (name the size of a fixed "
+            "set, testbed.pairs, or leave it out)"
+        )
+    if config.train.group_by_length and config.method.needs.coupled:
+        raise ConfigError(
+            f"train.group_by_length: method '{config.method_name}' compares the pairs of a batch with each other, so "
+            "which pairs meet there changes what is learned (leave it out)"
         )
     if config.on_testbed and config.data.eval is not None:
         raise ConfigError("data.eval is given without data.train; the testbed makes its own held-out pairs")

@@ -336,6 +336,16 @@ def test_output_when_what_a_run_is_measured_against_changed_since_then_refused(
     assert found.startswith(f"--output {output}: the {what} is not what this run began with (")
 
 
+def test_output_when_the_order_of_the_pairs_changed_since_then_refused(error, server, command, tmp_path):
+    output = tmp_path / "run"
+    assert server.train(command("dpo", output, train__max_steps=1)).status == 0
+    card = json.loads((output / "run_card.json").read_text())
+    card["data"]["order"] = "as another version would have it"
+    (output / "run_card.json").write_text(json.dumps(card))
+    found = error(train__max_steps=1)
+    assert found.startswith(f"--output {output}: the order of the training pairs is not what this run began with (")
+
+
 def test_output_when_another_process_writes_there_then_its_owner_is_named(error, tmp_path):
     from prefopt.engine.runtime import OutputLock
 

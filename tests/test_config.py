@@ -292,6 +292,10 @@ def test_testbed_departures_when_the_user_names_the_alternative_then_give_way():
             "train.max_steps: found none, expected a number of steps: the testbed's stream",
         ),
         (["--train.schedule_epochs", "3"], "train.schedule_epochs: the testbed's stream of pairs has no epochs"),
+        (
+            ["--train.group_by_length"],
+            "train.group_by_length: the testbed's stream of pairs has no lengths to group by",
+        ),
         (["--train.schedule_epochs", "inf"], "train.schedule_epochs: found inf, expected a number > 0, or none"),
         (["--testbed.seed", "-1"], "testbed.seed: found -1, expected a whole number from 0 to 2147483647"),
         (
@@ -304,6 +308,21 @@ def test_setting_when_it_could_only_be_ignored_or_fail_later_then_is_refused(fla
     with pytest.raises(ConfigError) as caught:
         parse(["--method", "dpo", *flags])
     assert str(caught.value).startswith(message)
+
+
+def test_grouping_when_the_method_looks_at_the_batch_as_a_whole_then_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "sorted_pairs.py").write_text(
+        "from dataclasses import dataclass\nfrom prefopt.method import Method\nfrom prefopt.types import Needs\n"
+        "@dataclass(frozen=True)\nclass Sorted(Method):\n"
+        "    @property\n    def needs(self):\n        return Needs(reference='none', coupled=True)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    real = ["--method", "sorted_pairs.Sorted", *REAL[2:]]
+    assert not parse(real).train.group_by_length
+    found = message(*real, "--train.group_by_length")
+    assert found.startswith(
+        "train.group_by_length: method 'sorted_pairs.Sorted' compares the pairs of a batch with each other"
+    )
 
 
 def test_yaml_when_a_key_is_dotted_and_nested_then_it_is_given_twice(tmp_path):

@@ -8,8 +8,8 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from torch import nn
 from prefopt.config import OptimConfig, RunConfig
 from prefopt.data.collate import collate
 from prefopt.data.encode import check_row_structure
-from prefopt.data.loader import Batches
+from prefopt.data.loader import Batches, padded_length
 from prefopt.data.report import show_batch
 from prefopt.engine import adapters, check, checkpoint, models
 from prefopt.engine.forward import ALL_STATISTICS, PolicyWithReference, pair_stats, statistics_for, to_device
@@ -91,6 +91,8 @@ class Trainer:
         if config.model.gradient_checkpointing:
             models.recompute_activations(self.policy.lm)
         optimizer = make_optimizer(config.optim, self.policy.lm)
+        whole = self.train.grouped
+        self._counts_per_pair = None if whole is None else self._average_counts(whole)
         self.model, self.optimizer = runtime.accelerator.prepare(self.policy, optimizer)
         self.metrics = MetricsFile(self.output / "metrics.jsonl")
 
@@ -141,8 +143,9 @@ class Trainer:
         began = time.perf_counter()
         config, runtime = self.config, self.runtime
         self.model.train()
-        batches = list(self._micro_batches(self.train.global_batch(step), config.train.micro_batch))
-        counts = self._global_counts([batch for _, batch in batches])
+        pairs_of_step = self.train.global_batch(step)
+        batches = list(self._micro_batches(pairs_of_step, config.train.micro_batch))
+        counts = self._global_counts([batch for _, batch in batches], len(pairs_of_step))
         meter, want = Meter(), statistics_for(self.needs.reference)
         broken: list[tuple[torch.Tensor, PairBatch]] = []
         tokens = torch.zeros(3, dtype=torch.float64)  # pairs, scored tokens, tokens fed
@@ -204,7 +207,7 @@ class Trainer:
         process gets the same number of micro-batches; one of no pairs is legal.
         """
         world, rank = self.runtime.world, self.runtime.rank
-        ordered = sorted(pairs, key=_length, reverse=True)
+        ordered = sorted(pairs, key=padded_length, reverse=True)
         cuts = world * max(1, math.ceil(len(ordered) / (size * world)))
         edges = [len(ordered) * i // cuts for i in range(cuts + 1)]
         for i in range(rank, cuts, world):
@@ -219,8 +222,21 @@ class Trainer:
             columns=tuple(column.name for column in self.needs.columns),
         )
 
-    def _global_counts(self, batches: Sequence[PairBatch]) -> dict[str, float]:
-        """What each term is divided by: its count over all pairs of the step on all processes.
+    def _global_counts(self, batches: Sequence[PairBatch], pairs: int) -> dict[str, float]:
+        """What each term is divided by: its count over all `pairs` of the step on all processes.
+
+        Where batches are grouped by length, their own counts would make a token in a batch of short completions weigh
+        more than one in a batch of long ones; there it is the count of as many pairs of average count. The two are the
+        same for terms that count pairs.
+        """
+        if self._counts_per_pair is not None:
+            return {name: count * pairs for name, count in self._counts_per_pair.items()}
+        totals = self._counts(batches)
+        summed = self.runtime.sum(torch.tensor(list(totals.values()), dtype=torch.float64)).tolist()
+        return {name: count if count > 0 else 1.0 for name, count in zip(totals, summed, strict=True)}
+
+    def _counts(self, batches: Iterable[PairBatch]) -> dict[str, float]:
+        """The count of each term, summed over batches.
 
         Counts depend on the batch alone, so the loss of placeholder statistics gives them before any forward pass.
         """
@@ -228,8 +244,30 @@ class Trainer:
         for batch in batches:
             for term in self.method.loss(_placeholder(batch, self.needs.reference), batch).terms:
                 totals[term.name] = totals.get(term.name, 0.0) + float(term.count.double().sum())
-        summed = self.runtime.sum(torch.tensor(list(totals.values()), dtype=torch.float64)).tolist()
-        return {name: count if count > 0 else 1.0 for name, count in zip(totals, summed, strict=True)}
+        return totals
+
+    def _average_counts(self, pairs: Sequence[EncodedPair]) -> dict[str, float]:
+        """The count of each term per pair, over all of these."""
+        empty = self._collate([])
+
+        def bare(some: Sequence[EncodedPair]) -> PairBatch:
+            """Their lengths and columns without their tokens, which are all that a count can depend on."""
+            chosen = torch.tensor([sum(pair.chosen_mask) for pair in some])
+            rejected = torch.tensor([sum(pair.rejected_mask or ()) for pair in some])
+            return replace(
+                empty,
+                chosen_lengths=chosen,
+                rejected_lengths=None if empty.rejected_lengths is None else rejected,
+                columns={
+                    name: torch.tensor([pair.columns[name] for pair in some], dtype=torch.float64)
+                    for name in empty.columns
+                },
+                where=tuple(pair.where for pair in some),
+            )
+
+        chunks = (pairs[begin : begin + 4096] for begin in range(0, len(pairs), 4096))
+        totals = self._counts(map(bare, chunks))
+        return {name: count / len(pairs) if count > 0 else 1.0 for name, count in totals.items()}
 
     def _loss_scale(self) -> float:
         """What fp16 multiplies the loss by, so that small gradients do not vanish; 1 in any other precision."""
@@ -511,10 +549,6 @@ def make_optimizer(settings: OptimConfig, lm: nn.Module) -> torch.optim.Optimize
     except (TypeError, ValueError) as error:
         key, given = ("optim.args", f" with {settings.args}") if settings.args else ("optim.name", "")
         raise ConfigError(f"{key}: {settings.name} cannot be made{given}: {error}") from error
-
-
-def _length(pair: EncodedPair) -> int:
-    return len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids or ()))
 
 
 def _terms(output: LossOutput) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:

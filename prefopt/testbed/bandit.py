@@ -13,7 +13,7 @@ import hashlib
 import itertools
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -397,10 +397,11 @@ class Stream:
     """
 
     steps_per_epoch: int | None = None
+    grouped: Sequence[EncodedPair] | None = None
 
     def __init__(self, world: Bandit, global_batch: int, seed: int) -> None:
         self.world, self.size, self.seed = world, global_batch, seed
-        self.fingerprint = f"{world.fingerprint}-stream-{global_batch}-{seed}"
+        self.fingerprint = self.order_hash = f"{world.fingerprint}-stream-{global_batch}-{seed}"
 
     def global_batch(self, step: int) -> list[EncodedPair]:
         return self.world._encoded(self.size, [1, self.seed, step], f"{self.world.name}:{step}")

@@ -123,6 +123,17 @@ def test_run_when_killed_and_restarted_then_ends_bit_identical(method, server, c
     assert_same_run(tmp_path / "run", uninterrupted(method))
 
 
+def test_run_when_grouped_by_length_and_killed_then_ends_bit_identical(server, command, tmp_path):
+    settings = {"train__group_by_length": True, "train__max_steps": 12}
+    straight, killed = (command("dpo", tmp_path / name, **settings) for name in ("straight", "killed"))
+    assert server.train(straight).status == 0
+    assert (
+        server.train(killed, fault((ENGINE + "trainer:Trainer._step", "before", 1), count=9)).status == -signal.SIGKILL
+    )
+    assert server.train(killed).status == 0
+    assert_same_run(tmp_path / "killed", tmp_path / "straight")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("at", "when"), [(at, when) for at, when, _ in ANYWHERE] + [(ENGINE + "trainer:Trainer._first_batch", "before")]

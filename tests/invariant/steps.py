@@ -70,9 +70,10 @@ class Bench:
         tiles: of the kernel, (tokens, vocabulary).
         tokenizer: the first batch is checked against it.
         lr: of plain gradient descent; above 0 the steps move the policy after all.
+        grouped: the whole training set, if the steps are to be taken as grouped by length.
     """
 
-    def __init__(self, runtime, method, models, tiles=(1024, 8192), tokenizer=None, lr=0.0):
+    def __init__(self, runtime, method, models, tiles=(1024, 8192), tokenizer=None, lr=0.0, grouped=None):
         policy, reference = map(copy.deepcopy, models)  # one by one: they may be the same model
         config = RunConfig(
             method=method,
@@ -86,7 +87,7 @@ class Bench:
             runtime=runtime,
             policy=PolicyWithReference(policy, reference if method.needs.reference != "none" else None, config.kernel),
             tokenizer=tokenizer or SimpleNamespace(pad_token_id=2),
-            train=SimpleNamespace(steps_per_epoch=None, fingerprint="rows"),
+            train=SimpleNamespace(steps_per_epoch=None, fingerprint="rows", grouped=grouped),
             eval_pairs=[],
             output=Path(),
         )
