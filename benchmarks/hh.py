@@ -71,8 +71,8 @@ def main() -> None:
     print(table)
 
 
-def make_base(file: Path, folder: Path) -> Path:
-    """A tokenizer trained on the text of the training file, and a randomly initialised Llama of 5.5M parameters."""
+def make_base(file: Path, folder: Path, vocabulary: int = VOCABULARY, width: int = 256) -> Path:
+    """A tokenizer trained on the text of the training file, and a randomly initialised Llama, 5.5M parameters here."""
     if (folder / "config.json").exists():
         return folder
     import torch
@@ -88,15 +88,15 @@ def make_base(file: Path, folder: Path) -> Path:
     bpe.train_from_iterator(
         texts,
         trainers.BpeTrainer(
-            vocab_size=VOCABULARY, special_tokens=["<eos>", "<pad>"], initial_alphabet=alphabet, show_progress=False
+            vocab_size=vocabulary, special_tokens=["<eos>", "<pad>"], initial_alphabet=alphabet, show_progress=False
         ),
     )
     torch.manual_seed(0)
     model = LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=256,
-            intermediate_size=512,
+            vocab_size=vocabulary,
+            hidden_size=width,
+            intermediate_size=2 * width,
             num_hidden_layers=2,
             num_attention_heads=4,
             num_key_value_heads=4,

@@ -148,11 +148,12 @@ class Trainer:
         counts = self._global_counts([batch for _, batch in batches], len(pairs_of_step))
         meter, want = Meter(), statistics_for(self.needs.reference)
         broken: list[tuple[torch.Tensor, PairBatch]] = []
-        tokens = torch.zeros(3, dtype=torch.float64)  # pairs, scored tokens, tokens fed
+        tokens = torch.zeros(4, dtype=torch.float64)  # pairs, scored tokens, tokens fed, cells that hold a token or not
         for index, (_, batch) in enumerate(batches):
             self._leave_if_asked()
             fed = int(batch.attention_mask.sum()) if batch.pairs else 0
-            tokens += torch.tensor([batch.pairs, len(batch.labels), fed], dtype=torch.float64)
+            cells = batch.attention_mask.numel()
+            tokens += torch.tensor([batch.pairs, len(batch.labels), fed, cells], dtype=torch.float64)
             last = index == len(batches) - 1
             with contextlib.nullcontext() if last else runtime.accelerator.no_sync(self.model):
                 batch = to_device(batch, runtime.device)
@@ -182,7 +183,7 @@ class Trainer:
             self._stop_on_nonfinite(step, norm, broken)
         self.optimizer.zero_grad(set_to_none=True)
         averages = meter.averages(runtime)
-        pairs, scored_tokens, fed = runtime.sum(tokens).tolist()
+        pairs, scored_tokens, fed, cells = runtime.sum(tokens).tolist()
         seconds = time.perf_counter() - began
         line: dict[str, Any] = {"step": step + 1, "split": "train"}
         if self.train.steps_per_epoch:
@@ -195,6 +196,7 @@ class Trainer:
         line |= {} if skipped else {"grad_norm": norm}
         if runtime.accelerator.scaler is not None:
             line |= {"loss_scale": scale, "skipped_step": int(skipped)}
+        line |= {"padded_share": 1 - fed / cells}
         line |= {"seconds": seconds, "pairs_per_second": pairs / seconds, "tokens_per_second": fed / seconds}
         if torch.cuda.is_available():
             line["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 2**30
