@@ -4,8 +4,8 @@
     python benchmarks/step.py --tables lengths              # rows of fixed lengths alone; no file is needed for them
 
 Contestants run in turn (A B A B), a turn is one pass over the same rows, collation included; times are medians of 5,
-ratios medians of the turns' ratios. Everyone has a live reference, no gradient checkpointing, the same token ids, dtype,
-attention, optimizer, threads and batch. Without --data.train the rows are random ids with lengths like those of HH.
+ratios medians of the turns' ratios. Everyone has a live reference, no gradient checkpointing, the same token ids,
+dtype, attention, optimizer, threads and batch. Without --data.train the rows are random ids, with lengths like HH.
 
 MFU: (6 for the policy + 2 for the reference) multiply-adds of backbone, head and attention over tokens that are neither
 padding nor a prompt laid down twice, over time x the card's dense bf16 peak.
@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -38,11 +38,24 @@ from prefopt.engine.forward import PolicyWithReference
 from prefopt.engine.trainer import Trainer
 from prefopt.types import EncodedPair
 
-SHAPES = {  # hidden, intermediate, layers, heads, key-value heads, vocabulary, tied
-    "6M": (256, 640, 4, 4, 4, 6016, False),
-    "1B": (2048, 8192, 16, 32, 8, 128256, True),
-    "3B": (3072, 8192, 28, 24, 8, 128256, True),
-    "8B": (4096, 14336, 32, 32, 8, 128256, False),
+
+class Shape(NamedTuple):
+    """Of a Llama."""
+
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    vocabulary: int
+    tied: bool
+
+
+SHAPES = {
+    "6M": Shape(256, 640, 4, 4, 4, 6016, False),
+    "1B": Shape(2048, 8192, 16, 32, 8, 128256, True),
+    "3B": Shape(3072, 8192, 28, 24, 8, 128256, True),
+    "8B": Shape(4096, 14336, 32, 32, 8, 128256, False),
 }
 LENGTHS = {  # (prompt, response)
     "cpu": [(128, 128), (256, 128), (512, 128), (512, 512)],
@@ -86,18 +99,17 @@ class Bench:
             rt.Stop(), seed=0, mixed_precision=self.mixed, deterministic=False, trackers=(), output=folder
         )
         self.shape = SHAPES[shape]
-        hidden, intermediate, layers, heads, kv_heads, vocabulary, tied = self.shape
         from transformers import LlamaConfig, LlamaForCausalLM
 
         config = LlamaConfig(
-            vocab_size=vocabulary,
-            hidden_size=hidden,
-            intermediate_size=intermediate,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            num_key_value_heads=kv_heads,
+            vocab_size=self.shape.vocabulary,
+            hidden_size=self.shape.hidden,
+            intermediate_size=self.shape.intermediate,
+            num_hidden_layers=self.shape.layers,
+            num_attention_heads=self.shape.heads,
+            num_key_value_heads=self.shape.kv_heads,
             max_position_embeddings=16384,
-            tie_word_embeddings=tied,
+            tie_word_embeddings=self.shape.tied,
             bos_token_id=None,
             eos_token_id=0,
             pad_token_id=1,
@@ -224,7 +236,7 @@ class Bench:
 
     def rows_table(self, args: Any) -> list[dict]:
         """Ragged rows: layouts, methods and orders."""
-        pairs = self._encoded(args) if args.train else _like_hh(args.rows, args.max_length, self.shape[5])
+        pairs = self._encoded(args) if args.train else _like_hh(args.rows, args.max_length, self.shape.vocabulary)
         runs = {
             "prefopt dpo, auto, grouped": self.ours(pairs, group_by_length=True),
             "prefopt padded dpo, grouped": self.ours(pairs, layout="padded", group_by_length=True),
@@ -239,7 +251,7 @@ class Bench:
         """Rows of one length: what prefix sharing gains."""
         table = []
         for prompt, response in LENGTHS[self.device]:
-            pairs = _fixed(2 * self.batch, prompt, response, self.shape[5])
+            pairs = fixed(2 * self.batch, prompt, response, self.shape.vocabulary)
             layouts = ("padded", "prefix_shared", "auto")
             runs = {f"prefopt {layout}": self.ours(pairs, layout=layout) for layout in layouts}
             if self.device == "cuda":
@@ -251,6 +263,7 @@ class Bench:
         return table
 
     def flops(self, pairs: Sequence[EncodedPair]) -> float:
+        """Operations of one pass, as the definition of MFU above counts them."""
         hidden, intermediate, layers, heads, kv_heads, vocabulary, _ = self.shape
         width = hidden * kv_heads // heads
         weights = layers * (2 * hidden * hidden + 2 * hidden * width + 3 * hidden * intermediate)
@@ -269,7 +282,9 @@ class Bench:
 
         from prefopt.data.encode import encode_file
 
-        base = make_base(args.train, self.folder / "tokenizer", vocabulary=self.shape[5] if self.device == "cpu" else 8192)
+        base = make_base(
+            args.train, self.folder / "tokenizer", vocabulary=self.shape.vocabulary if self.device == "cpu" else 8192
+        )
         tokenizer = AutoTokenizer.from_pretrained(base)
         encoded = encode_file(
             str(args.train),
@@ -279,7 +294,7 @@ class Bench:
             extra=(),
             columns={},
             on_bad_row=args.on_bad_row,
-            vocab_rows=self.shape[5],
+            vocab_rows=self.shape.vocabulary,
             cache_dir=self.folder / "encoded",
         )
         order = torch.randperm(len(encoded.pairs), generator=torch.Generator().manual_seed(0)).tolist()
@@ -312,7 +327,8 @@ def _like_hh(rows: int, max_length: int, vocabulary: int) -> list[EncodedPair]:
     return pairs
 
 
-def _fixed(rows: int, prompt: int, response: int, vocabulary: int) -> list[EncodedPair]:
+def fixed(rows: int, prompt: int, response: int, vocabulary: int) -> list[EncodedPair]:
+    """Random ids, all rows of one length."""
     draw = np.random.default_rng(0)
     return [_pair(draw, prompt, response, response, vocabulary) for _ in range(rows)]
 

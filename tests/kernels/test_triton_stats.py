@@ -41,7 +41,13 @@ def test_the_kernels_compile_for_a_gpu(stat, products, head, tmp_path, monkeypat
 
     full = stat == "fp64"
     settings = head | {f"REF_{name}": value for name, value in head.items()}
-    settings |= {"KL": True, "REVERSE": full, "ENTROPY": full, "STAT": getattr(tl, stat.replace("fp", "float")), "BLOCK": 2048}
+    settings |= {
+        "KL": True,
+        "REVERSE": full,
+        "ENTROPY": full,
+        "STAT": getattr(tl, stat.replace("fp", "float")),
+        "BLOCK": 2048,
+    }
     types = {"tokens": "i32", "columns": "i32", "index_ptr": "*i64", "grad_ptr": "*bf16", "z_ptr": products}
     types["ref_ptr"] = products
     for kernel, more in ((triton_stats._measure, {"HAS_REF": True}), (triton_stats._slope, {"LOGP": True})):
