@@ -69,7 +69,7 @@ def _train(config: RunConfig) -> int:
 
 
 def _prepared(config: RunConfig, output: Path, stop: rt.Stop) -> int:
-    from prefopt.engine import checkpoint
+    from prefopt.engine import checkpoint, layouts
 
     runtime = rt.start(
         stop,
@@ -82,6 +82,7 @@ def _prepared(config: RunConfig, output: Path, stop: rt.Stop) -> int:
     try:
         say(_first_line(config, runtime))
         _check_optimizer(config)
+        layouts.check_settings(config, runtime.device)
         task = runtime.on_main_first(lambda: _testbed_task(config)) if config.on_testbed else _file_task(config)
         for line in task.report:
             say(line)
@@ -157,13 +158,14 @@ def _file_task(config: RunConfig) -> _Task:
     from prefopt.data.encode import encode_file, pad_token
     from prefopt.data.loader import FileBatches
     from prefopt.data.split import shared_prompts, split_by_prompt
-    from prefopt.engine import adapters, models
+    from prefopt.engine import adapters, layouts, models
 
     assert config.model.path is not None
     assert config.data.train is not None
     start = adapters.find(config.model.path, config.model)
     architecture = models.load_config(start.base, start.base_settings(config.model))
     adapters.check(config, start, architecture)
+    layouts.check_architecture(config, architecture)
     reference = adapters.reference(config, start)
     if isinstance(reference, adapters.Weights) and reference != start:
         other = models.load_config(reference.base, reference.base_settings(config.model), key="reference.path")

@@ -39,7 +39,7 @@ class ModelConfig:
     """Revision of a hub model."""
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     """Precision in which weights are held and updated."""
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    attention: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] = "sdpa"
     """Attention implementation, as transformers names it."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
@@ -123,6 +123,8 @@ class TrainConfig:
     """Pairs per optimizer step over all processes; accumulation is derived from it."""
     micro_batch: int = 8
     """Pairs per forward pass and process: memory only, the result does not depend on it."""
+    layout: Literal["auto", "padded", "packed", "prefix_shared", "packed_prefix_shared"] = "auto"
+    """How sequences stand in rows: memory and speed only. auto: the fastest exact one for each micro-batch."""
     group_by_length: bool = False
     """Put pairs of like length into one step: less padding, the same expected gradient."""
     train_epochs: float = 1.0
@@ -161,12 +163,12 @@ class EvalConfig:
 class KernelConfig:
     """Tiles of the fused head: memory and speed only, never results."""
 
-    cache_mb: int = 1024
-    """MiB of logits per forward pass that may be kept for the backward pass, which then has less to compute."""
     token_tile: int | None = None
     """Scored tokens per tile. None: what suits the device."""
     vocab_tile: int | None = None
     """Vocabulary entries per tile. None: what suits the device."""
+    cache_mb: int = 1024
+    """MiB of logits per forward pass that may be kept for the backward pass, which then has less to compute."""
 
 
 @dataclass(frozen=True)
@@ -250,6 +252,7 @@ _GIVES_WAY = {"optim.warmup_ratio": "optim.warmup_steps", "train.train_epochs": 
 FREE_TO_CHANGE = (
     *("dry_run", "output", "track", "kernel", "eval.batch", "model.gradient_checkpointing"),
     *("train.show_batch", "train.keep_last", "train.save_every", "train.micro_batch", "train.threads"),
+    "train.layout",
 )
 
 
@@ -724,6 +727,18 @@ def _validate(config: RunConfig) -> None:
         need(values[key] is None or 0 < values[key] < float("inf"), key, values[key], "a number > 0, or none")
     for key in seeds:
         need(0 <= values[key] < 2**31, key, values[key], "a whole number from 0 to 2147483647")
+    layout = config.train.layout
+    if "prefix_shared" in layout:
+        if config.method.needs.rows == "chosen_only":
+            raise ConfigError(
+                f"train.layout: found '{layout}', but this method reads no rejected side that could share a prompt; "
+                "expected auto, padded or packed"
+            )
+        if config.model.attention == "flash_attention_2":
+            raise ConfigError(
+                f"train.layout: found '{layout}', but flash_attention_2 cannot share prompts; "
+                "expected auto, padded or packed (or --model.attention sdpa)"
+            )
     need(config.data.max_length >= 2, "data.max_length", config.data.max_length, "at least 2")
     need(
         0 <= config.data.eval_fraction < 1, "data.eval_fraction", config.data.eval_fraction, "a share from 0 to below 1"

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
 
@@ -99,6 +100,7 @@ class PairBatch:
     rejected_lengths: torch.Tensor | None  # (B,) int64, None when rows are chosen_only
     columns: Mapping[str, torch.Tensor]  # each (B,) float64
     where: tuple[str, ...]  # (B,) file:line of each pair
+    units: np.ndarray | None = None  # (U, 4) int64 on the host, see `data.layouts.Grid`; None: each row is one sequence
 
     @property
     def pairs(self) -> int:

@@ -1,8 +1,6 @@
 """From encoded pairs to a `PairBatch`. Masks are carried from the encoder, never guessed from values.
 
-A layout is a function that says in which cell of an (R, T) grid each token of each sequence stands. All else follows:
-a token is scored from the hidden state in the cell of the token before it. Two sequences may share cells (a prompt
-that is laid down once), and a row may hold several sequences; nothing but `_padded` would change.
+In which cell of the (R, T) grid each token stands is said by a layout, see `prefopt.data.layouts`.
 """
 
 from __future__ import annotations
@@ -13,6 +11,7 @@ from itertools import chain
 import numpy as np
 import torch
 
+from prefopt.data.layouts import PADDED, grid, shares_prompts
 from prefopt.types import EncodedPair, PairBatch
 
 
@@ -22,16 +21,20 @@ def collate(
     pad_id: int,
     need_rejected: bool = True,
     columns: tuple[str, ...] = (),
+    layout: str = PADDED,
+    one_row: bool = False,
     pad_to_multiple_of: int = 1,
     extra_padding: int = 0,
 ) -> PairBatch:
-    """The batch of these pairs in the padded layout: 2B rows (B without a rejected side), padded on the right.
+    """The batch of these pairs. Rows are padded on the right.
 
     Args:
         pairs: at least one token of prompt and one of completion each; an empty list gives one row of padding.
         pad_id: the id that fills the padding; no result depends on it.
         need_rejected: whether the rejected sides are laid down.
         columns: names of the numbers to carry.
+        layout: one of `layouts.LAYOUTS`; a batch of no pairs is padded in any case.
+        one_row: whether packing makes one long row.
         pad_to_multiple_of: T is rounded up to a multiple of this.
         extra_padding: columns of padding to add, for tests of equality.
     """
@@ -42,6 +45,8 @@ def collate(
         prompts += prompts
         completions += [_rejected(pair) for pair in pairs]
         masks += [pair.rejected_mask or [] for pair in pairs]
+    elif shares_prompts(layout):
+        raise ValueError(f"layout {layout}: there is no rejected side to share a prompt with")
     sequences, scored = len(prompts), np.fromiter(chain.from_iterable(masks), bool)
 
     # Tokens of all sequences in one line: prompt, completion, prompt, completion, ...
@@ -59,13 +64,20 @@ def collate(
     if len(scored) != int(parts[:, 1].sum()):
         raise ValueError("a mask is not as long as its completion")
 
-    cell, position, rows, width = _padded(lengths, pad_to_multiple_of, extra_padding)
+    cells = grid(
+        parts,
+        layout if sequences else PADDED,
+        one_row=one_row,
+        pad_to_multiple_of=pad_to_multiple_of,
+        extra_padding=extra_padding,
+    )
+    cell, rows, width = cells.cell, cells.rows, cells.width
     input_ids = np.full(rows * width, pad_id, np.int64)
     attention_mask = np.zeros(rows * width, np.int64)
-    position_ids = np.tile(np.arange(width), rows)
+    position_ids = np.tile(np.arange(width), rows) if cells.units is None else np.zeros(rows * width, np.int64)
     input_ids[cell] = tokens
     attention_mask[cell] = 1
-    position_ids[cell] = position
+    position_ids[cell] = cells.position
     if not sequences:
         attention_mask[0] = 1  # a row that attends to nothing is NaN in some attention kernels
 
@@ -76,6 +88,7 @@ def collate(
         input_ids=torch.from_numpy(input_ids).view(rows, width),
         attention_mask=torch.from_numpy(attention_mask).view(rows, width),
         position_ids=torch.from_numpy(position_ids).view(rows, width),
+        units=cells.units,
         score_index=torch.from_numpy(cell[at - 1]),
         labels=torch.from_numpy(tokens[at]),
         sequence_index=torch.from_numpy(sequence),
@@ -90,14 +103,3 @@ def _rejected(pair: EncodedPair) -> list[int]:
     if pair.rejected_ids is None or pair.rejected_mask is None:
         raise ValueError(f"{pair.where}: no rejected side, in a batch for a method that needs pairs")
     return pair.rejected_ids
-
-
-def _padded(
-    lengths: np.ndarray, pad_to_multiple_of: int, extra_padding: int
-) -> tuple[np.ndarray, np.ndarray, int, int]:
-    """One row per sequence. Gives the cell and the position of each token (both (tokens,)), and the grid's R and T."""
-    width = max(int(lengths.max(initial=0)) + extra_padding, 1)
-    width = -(-width // pad_to_multiple_of) * pad_to_multiple_of
-    position = np.arange(int(lengths.sum())) - (np.cumsum(lengths) - lengths).repeat(lengths)
-    cell = (np.arange(len(lengths)) * width).repeat(lengths) + position
-    return cell, position, max(len(lengths), 1), width

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from typing import Any
 
+from prefopt.data.layouts import cells_of
 from prefopt.types import PairBatch
 
 EXAMPLES = 3  # rows named for each reason
@@ -84,35 +86,47 @@ class DataReport:
 
 
 def show_batch(batch: PairBatch, tokenizer: Any, *, pairs: int = 2, color: bool = False) -> str:
-    """The first pairs of a padded batch as text, the scored tokens in brackets (or bold green).
+    """The first pairs of a batch as text, the scored tokens in brackets (or bold green).
 
-    What is shown is read from the batch's own score index and labels: the brackets stand around what the loss sees.
+    What is shown is read from the batch's own score index, labels and units: the brackets stand around what the loss
+    sees.
     """
     lines: list[str] = []
     width = batch.input_ids.shape[1]
+    tokens, real = batch.input_ids.flatten().tolist(), batch.attention_mask.flatten().tolist()
     opened, closed = ("\x1b[1;32m", "\x1b[0m") if color else ("⟦", "⟧")
     sides = ("chosen",) if batch.rejected_lengths is None else ("chosen", "rejected")
     for pair in range(min(pairs, batch.pairs)):
         lines.append(f"pair {pair} of {batch.pairs}, {batch.where[pair]}")
         for offset, side in enumerate(sides):
-            row = offset * batch.pairs + pair
-            mine = batch.sequence_index == row
-            labels = dict(zip((batch.score_index[mine] + 1).tolist(), batch.labels[mine].tolist(), strict=True))
-            real = batch.attention_mask[row].tolist()
+            sequence = offset * batch.pairs + pair
+            if batch.units is None:
+                cells = list(range(sequence * width, (sequence + 1) * width))
+            else:
+                cells = cells_of(batch.units, sequence, len(sides) * batch.pairs).tolist()
+            behind = dict(pairwise(cells))
+            mine = batch.sequence_index == sequence
+            at = [behind.get(cell, cell + 1) for cell in batch.score_index[mine].tolist()]
+            labels = dict(zip(at, batch.labels[mine].tolist(), strict=True))
             runs: list[tuple[bool, list[int]]] = []
-            for column, token in enumerate(batch.input_ids[row].tolist()):
-                cell = row * width + column
-                if not real[column] and cell not in labels:
+            for cell in cells:
+                if not real[cell] and cell not in labels:
                     continue
                 if not runs or runs[-1][0] != (cell in labels):
                     runs.append((cell in labels, []))
-                runs[-1][1].append(labels.get(cell, token))
+                runs[-1][1].append(labels.get(cell, tokens[cell]))
             text = "".join(
                 f"{opened}{_decode(tokenizer, ids)}{closed}" if scored else _decode(tokenizer, ids)
                 for scored, ids in runs
             )
-            padding = len(real) - sum(real)
-            lines.append(f"  {side}: {sum(real)} tokens, {len(labels)} scored, {padding} of padding")
+            known = sum(real[cell] for cell in cells)
+            if batch.units is None:
+                place = f"{width - known} of padding"
+            else:
+                skipped = cells[-1] + 1 - cells[0] - len(cells)
+                place = f"row {cells[0] // width} from column {cells[0] % width}"
+                place += f", prompt shared, {skipped} tokens of the other side unseen" if skipped else ""
+            lines.append(f"  {side}: {known} tokens, {len(labels)} scored, {place}")
             lines += [f"    {line}" for line in text.split("\n")]
         lines += [f"  {name} = {values[pair].item():g}" for name, values in batch.columns.items()]
     return "\n".join(lines) if lines else "an empty batch"

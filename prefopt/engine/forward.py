@@ -11,11 +11,13 @@ from torch import nn
 
 from prefopt.config import KernelConfig
 from prefopt.engine import adapters
+from prefopt.engine.attention import Kind, Rows, attention_kind
 from prefopt.errors import TrainError
 from prefopt.kernels.head import HeadRequest, StatsLinear, make_head_aware
 from prefopt.types import PairBatch, PairStats, TokenStats
 
 if TYPE_CHECKING:
+    import numpy as np
     from transformers import PreTrainedModel
 
 ALL_STATISTICS = ("ref_logp", "kl", "reverse_kl", "entropy")
@@ -48,9 +50,11 @@ class PolicyWithReference(nn.Module):
         self.reference = None if isinstance(reference, adapters.Frozen) else reference
         self.kernel = kernel
         self._scaling = self._reference_scaling = _head_scaling(lm)
+        self.attention = self.reference_attention = attention_kind(adapters.base_of(lm))
         if self.reference is not None:
             self.reference.requires_grad_(False).eval()
             self._reference_scaling = _head_scaling(self.reference)
+            self.reference_attention = attention_kind(self.reference)
 
     @property
     def backbone(self) -> nn.Module:
@@ -85,14 +89,15 @@ class PolicyWithReference(nn.Module):
         score_index: torch.Tensor,
         labels: torch.Tensor,
         want: tuple[str, ...],
+        units: np.ndarray | None = None,
     ) -> tuple[torch.Tensor | None, ...]:
         """Token statistics of the scored positions, in the order of TokenStats, each (N,) or None.
 
         Args: as in PairBatch; `want` names statistics beside the policy's log-probability.
         """
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
-        ref = self._reference_request(inputs, score_index) if set(want) & {"ref_logp", "kl", "reverse_kl"} else {}
-        hidden = _scored_states(self.lm, inputs, score_index)
+        rows = Rows(input_ids, attention_mask, position_ids, units)
+        ref = self._reference_request(rows, score_index) if set(want) & {"ref_logp", "kl", "reverse_kl"} else {}
+        hidden = _scored_states(self.lm, self.attention, rows, score_index)
         scale, softcap = self._scaling
         request = HeadRequest(
             labels=labels,
@@ -107,7 +112,7 @@ class PolicyWithReference(nn.Module):
         head = cast(StatsLinear, self.lm.get_output_embeddings())
         return head(hidden, request=request)
 
-    def _reference_request(self, inputs: dict[str, torch.Tensor], score_index: torch.Tensor) -> dict[str, Any]:
+    def _reference_request(self, rows: Rows, score_index: torch.Tensor) -> dict[str, Any]:
         """The reference's part of a request to the head; nothing where there is no reference.
 
         Its head is read while it is the reference: a policy that trains its head whole has two.
@@ -118,7 +123,7 @@ class PolicyWithReference(nn.Module):
             head = reference.get_output_embeddings()
             scale, softcap = self._reference_scaling
             return {
-                "ref_hidden": _scored_states(reference, inputs, score_index),
+                "ref_hidden": _scored_states(reference, self.reference_attention, rows, score_index),
                 "ref_weight": head.weight,
                 "ref_bias": head.bias,
                 "ref_scale": scale,
@@ -131,10 +136,16 @@ def _backbone(lm: PreTrainedModel) -> nn.Module:
     return adapters.base_of(lm).base_model
 
 
-def _scored_states(lm: PreTrainedModel, inputs: dict[str, torch.Tensor], score_index: torch.Tensor) -> torch.Tensor:
+def _scored_states(lm: PreTrainedModel, kind: Kind, rows: Rows, score_index: torch.Tensor) -> torch.Tensor:
     """Final hidden states of the scored positions only, (N, H): no other position reaches the head."""
-    hidden = _backbone(lm)(**inputs, use_cache=False).last_hidden_state
+    hidden = _backbone(lm)(**rows.arguments(kind, lm.dtype), use_cache=False).last_hidden_state
     return hidden.flatten(0, 1).index_select(0, score_index)
+
+
+def scored_states(lm: PreTrainedModel, kind: Kind, batch: PairBatch) -> torch.Tensor:
+    """The same of a batch, without head and reference. Args: kind: how this model's attention is told of units."""
+    rows = Rows(batch.input_ids, batch.attention_mask, batch.position_ids, batch.units)
+    return _scored_states(lm, kind, rows, batch.score_index)
 
 
 def _head_scaling(lm: PreTrainedModel) -> tuple[float, float | None]:
@@ -171,6 +182,7 @@ def token_stats_of(model: nn.Module, batch: PairBatch, want: tuple[str, ...]) ->
             score_index=batch.score_index,
             labels=batch.labels,
             want=want,
+            units=batch.units,
         )
     )
 

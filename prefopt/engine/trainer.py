@@ -23,6 +23,7 @@ from prefopt.data.loader import Batches, padded_length
 from prefopt.data.report import show_batch
 from prefopt.engine import adapters, check, checkpoint, models
 from prefopt.engine.forward import ALL_STATISTICS, PolicyWithReference, pair_stats, statistics_for, to_device
+from prefopt.engine.layouts import choose_layouts
 from prefopt.engine.metrics import Meter, MetricsFile, shared_metrics, write_atomically
 from prefopt.engine.runtime import EXIT_UNFINISHED, Runtime, random_state, say, set_random_state
 from prefopt.errors import ConfigError, TrainError
@@ -94,6 +95,9 @@ class Trainer:
         whole = self.train.grouped
         self._counts_per_pair = None if whole is None else self._average_counts(whole)
         self.model, self.optimizer = runtime.accelerator.prepare(self.policy, optimizer)
+        self.layouts, note = choose_layouts(config, self.policy, runtime.device)
+        if note is not None:
+            say(note)
         self.metrics = MetricsFile(self.output / "metrics.jsonl")
 
     # The loop ---------------------------------------------------------------------------------------------------------
@@ -216,12 +220,15 @@ class Trainer:
             mine = ordered[edges[i] : edges[i + 1]]
             yield mine, self._collate(mine)
 
-    def _collate(self, pairs: Sequence[EncodedPair]) -> PairBatch:
+    def _collate(self, pairs: Sequence[EncodedPair], layout: str | None = None) -> PairBatch:
+        """The batch in the layout that these pairs call for, or in the one that is named."""
+        need_rejected = self.needs.rows == "pairs"
         return collate(
             pairs,
             pad_id=int(self.tokenizer.pad_token_id),
-            need_rejected=self.needs.rows == "pairs",
+            need_rejected=need_rejected,
             columns=tuple(column.name for column in self.needs.columns),
+            **self.layouts.settings(layout or self.layouts.of(pairs, need_rejected)),
         )
 
     def _global_counts(self, batches: Sequence[PairBatch], pairs: int) -> dict[str, float]:
@@ -363,7 +370,8 @@ class Trainer:
             return
         self.model.eval()
         few = chunk[: check.ROWS]
-        batch = to_device(self._collate(few), runtime.device)
+        layout = self.layouts.of(chunk, self.needs.rows == "pairs")
+        batch = to_device(self._collate(few, layout), runtime.device)
         tol = check.tolerance(self.policy.lm, config.train.mixed_precision)
         with runtime.accelerator.autocast():
             # every process runs every check, whatever it has found: a wrapped model's forward may wait for the others

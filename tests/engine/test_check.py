@@ -93,8 +93,8 @@ def _check_on_two(runtime, tokenizer, faults):
         if fault == "rank 1":
             honest = bench.trainer._collate
 
-            def shifted(self, pairs, honest=honest):
-                batch = honest(pairs)
+            def shifted(self, *args, honest=honest):
+                batch = honest(*args)
                 if runtime.rank == 1:
                     batch.labels[0] += 1
                 return batch

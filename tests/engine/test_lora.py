@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from prefopt.config import KernelConfig, LoraConfig, ModelConfig, ReferenceConfig, RunConfig
 from prefopt.engine import adapters, models
 from prefopt.engine.adapters import Frozen
+from prefopt.engine.attention import Rows
 from prefopt.engine.forward import PolicyWithReference
 from prefopt.engine.metrics import read_lines
 from prefopt.errors import ConfigError, TrainError
@@ -260,8 +261,8 @@ def test_step_when_two_processes_then_loss_and_gradients_are_those_of_two_plain_
 def test_reference_when_it_is_under_the_disabled_adapter_then_both_share_one_head(places):
     policy, reference = both(config(METHODS[TOKEN], places / "base", **LORA))
     model = PolicyWithReference(policy, reference, KernelConfig())
-    ids = {"input_ids": torch.tensor([[0, 7, 8]]), "attention_mask": torch.ones(1, 3), "position_ids": None}
-    request = model._reference_request(ids, torch.tensor([0, 1]))
+    rows = Rows(torch.tensor([[0, 7, 8]]), torch.ones(1, 3), torch.arange(3)[None], None)
+    request = model._reference_request(rows, torch.tensor([0, 1]))
     assert request["ref_weight"] is model.get_output_embeddings().weight
     names = [name for name, _ in model.named_parameters() if "lora" not in name]
     assert len(names) == len(list(plain(places / "base").parameters())), "a second copy of the base is held"

@@ -71,15 +71,18 @@ class Bench:
         tokenizer: the first batch is checked against it.
         lr: of plain gradient descent; above 0 the steps move the policy after all.
         grouped: the whole training set, if the steps are to be taken as grouped by length.
+        layout: of every batch.
     """
 
-    def __init__(self, runtime, method, models, tiles=(1024, 8192), tokenizer=None, lr=0.0, grouped=None):
+    def __init__(
+        self, runtime, method, models, tiles=(1024, 8192), tokenizer=None, lr=0.0, grouped=None, layout="padded"
+    ):
         policy, reference = map(copy.deepcopy, models)  # one by one: they may be the same model
         config = RunConfig(
             method=method,
             method_name="under_test",
             optim=OptimConfig(name="sgd", lr=lr, schedule="constant", warmup_steps=0, clip=0),
-            train=TrainConfig(max_steps=1),
+            train=TrainConfig(max_steps=1, layout=layout),
             kernel=KernelConfig(*tiles),
         )
         self.trainer = Trainer(
@@ -104,7 +107,7 @@ class Bench:
 
     def step(self, pairs, micro):
         """(loss, gradient by parameter name) of one optimizer step on `pairs`, `micro` at a time on each process."""
-        train = TrainConfig(global_batch=len(pairs), micro_batch=micro, max_steps=1)
+        train = replace(self.trainer.config.train, global_batch=len(pairs), micro_batch=micro)
         self.trainer.config = replace(self.trainer.config, train=train)
         self.trainer.train.global_batch = lambda step: list(pairs)
         known = self.trainer.runtime.accelerator._optimizers
