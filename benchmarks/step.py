@@ -35,6 +35,7 @@ from prefopt.data.loader import FileBatches
 from prefopt.engine import adapters
 from prefopt.engine import runtime as rt
 from prefopt.engine.forward import PolicyWithReference
+from prefopt.engine.models import quiet
 from prefopt.engine.trainer import Trainer
 from prefopt.types import EncodedPair
 
@@ -116,7 +117,7 @@ class Bench:
         )
         torch.manual_seed(0)
         dtype = torch.bfloat16 if lora else torch.float32
-        with torch.device(device):
+        with torch.device(device), quiet():
             LlamaForCausalLM(config).to(dtype).save_pretrained(folder / "model")
         self.dtype = "bfloat16" if lora else "float32"
 

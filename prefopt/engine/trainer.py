@@ -92,12 +92,12 @@ class Trainer:
         if config.model.gradient_checkpointing:
             models.recompute_activations(self.policy.lm)
         optimizer = make_optimizer(config.optim, self.policy.lm)
-        whole = self.train.grouped
-        self._counts_per_pair = None if whole is None else self._average_counts(whole)
         self.model, self.optimizer = runtime.accelerator.prepare(self.policy, optimizer)
         self.layouts, note = choose_layouts(config, self.policy, runtime.device)
         if note is not None:
             say(note)
+        whole = self.train.grouped
+        self._counts_per_pair = None if whole is None else self._average_counts(whole)
         self.metrics = MetricsFile(self.output / "metrics.jsonl")
 
     # The loop ---------------------------------------------------------------------------------------------------------
