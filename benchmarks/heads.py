@@ -130,6 +130,7 @@ def main() -> None:
     parser.add_argument("--repeats", default=5, type=int)
     parser.add_argument("--compile", action="store_true", help="torch.compile of the formula as one more contestant")
     parser.add_argument("--no_memory", action="store_true", help="time only")
+    parser.add_argument("--no_time", action="store_true", help="memory only")
     parser.add_argument("--token_tile", type=int)
     parser.add_argument("--vocab_tile", type=int)
     parser.add_argument("--output", default=None, type=Path, help="folder; benchmarks/results by default")
@@ -164,19 +165,24 @@ def main() -> None:
             same = {k: f for k, f in contestants.items() if not k.endswith("(DPO)")}
             check_agreement(case, same, 0.02 if dtype is torch.bfloat16 else 1e-4)
             runs = {k: case.step(f) for k, f in contestants.items()}
-            times = seconds(runs, device, args.repeats)
+            times = {} if args.no_time else seconds(runs, device, args.repeats)
             for k, run in runs.items():
                 row: dict[str, Any] = {"statistics": name, "N": n, "H": h, "V": v, "contestant": k}
-                row |= {"ms": 1e3 * statistics.median(times[k])}
-                row |= {
-                    "prefopt is faster by": ratio(times, k, "prefopt"),
-                    "cache 0 by": ratio(times, k, "prefopt, cache 0"),
-                }
+                if times:
+                    row["ms"] = 1e3 * statistics.median(times[k])
+                    row["prefopt is faster by"] = ratio(times, k, "prefopt")
+                    row["cache 0 is faster by"] = ratio(times, k, "prefopt, cache 0")
                 if not args.no_memory:
-                    row |= {"peak MB": peak_bytes(run, device) / 2**20}
+                    row["peak MB"] = peak_bytes(run, device) / 2**20
                 rows.append(row)
                 print(row, flush=True)
-    write("heads", device, rows, [], **({"folder": args.output} if args.output else {}))
+    write(
+        "heads-memory" if args.no_time else "heads",
+        device,
+        rows,
+        [],
+        **({"folder": args.output} if args.output else {}),
+    )
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import statistics
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -166,6 +167,7 @@ class Bench:
         from trl import DPOConfig, DPOTrainer
 
         disable_progress_bars()
+        warnings.simplefilter("ignore", FutureWarning)  # TRL's and transformers' of each other
         if grouped:
             pairs = sorted(pairs, key=lambda p: len(p.prompt_ids) + max(len(p.chosen_ids), len(p.rejected_ids or ())))
         args = DPOConfig(
@@ -188,10 +190,14 @@ class Bench:
             from peft import LoraConfig as PeftLora
 
             peft = PeftLora(r=self.lora, lora_alpha=2 * self.lora, target_modules="all-linear")
-        model = AutoModelForCausalLM.from_pretrained(self.folder / "model", dtype=getattr(torch, self.dtype))
+        with quiet():
+            model, reference = (
+                AutoModelForCausalLM.from_pretrained(self.folder / "model", dtype=getattr(torch, self.dtype))
+                for _ in range(2)
+            )
         trainer = DPOTrainer(
             model,
-            None if self.lora else AutoModelForCausalLM.from_pretrained(self.folder / "model"),
+            None if self.lora else reference,
             args,
             train_dataset=Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}]),
             processing_class=_tokenizer(PreTrainedTokenizerFast),
