@@ -6,6 +6,7 @@ import torch
 from datasets import Dataset, disable_progress_bars
 from trl import DPOConfig, DPOTrainer
 
+from tests.helpers import tiny_llama
 from tests.parity.trajectory import BATCH, Trajectory, row
 
 disable_progress_bars()
@@ -64,3 +65,22 @@ def trajectory(models, steps, lr, tokenizer, folder, **settings):
 def _rows(inputs):
     ids, real = inputs["input_ids"], inputs["attention_mask"].bool()
     return [row(i[r].tolist(), (s[r] != -100).tolist()) for i, r, s in zip(ids, real, inputs["labels"], strict=True)]
+
+
+def encoded(rows, tokenizer, folder, **settings):
+    """Per row: {side: (ids, which are scored)} as TRL's collator hands them to the model; None for a row it drops."""
+    out = [None] * len(rows)
+    for group in (
+        [i for i, r in enumerate(rows) if "prompt" in r],
+        [i for i, r in enumerate(rows) if "prompt" not in r],
+    ):
+        if not group:
+            continue
+        models = [tiny_llama(len(tokenizer), hidden=16, layers=1) for _ in range(2)]
+        trainer = make(*models, tokenizer, folder, [{**rows[i], "place": i} for i in group], **settings)
+        for example in trainer.train_dataset:
+            batch = trainer.data_collator([example])
+            sides = zip(batch["input_ids"], batch["attention_mask"].bool(), batch["completion_mask"], strict=True)
+            chosen, rejected = (row(ids[real].tolist(), mask[real].bool().tolist()) for ids, real, mask in sides)
+            out[example["place"]] = {"chosen": chosen, "rejected": rejected}
+    return out

@@ -1,10 +1,11 @@
-"""The losses that TRL has too: three steps of our trainer are three steps of its DPOTrainer.
+"""Against TRL: three steps of our trainer are three steps of its DPOTrainer, and how the ids that lead there differ.
 
-The policy is not the reference, rows are ragged, both sides take the same token ids in two micro-batches, without
-clipping. What differs on the way from text to ids is in test_trl_tokens.
+All that imports TRL is in this file, since the import takes seconds. docs/against_trl.md quotes what is found here.
 """
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,9 +17,16 @@ from prefopt.methods import sppo as sppo_module
 from tests.helpers import byte_bpe_tokenizer
 from tests.invariant.faults import mask_shifted, states_shifted
 from tests.invariant.steps import random_pairs, two_models
+from tests.parity import differences
+from tests.parity.rows import CHAT_TOKENIZERS, PLAIN_TOKENIZERS, chat, plain, tokenizer
 from tests.parity.trajectory import BATCH, BOUNDS, beyond, ours
 
+ROOT = Path(__file__).parents[2]
+HARMLESS = ROOT.parent / "shared" / "data" / "hh-harmless" / "train.jsonl"
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing` is deprecated:FutureWarning")
+
+# Steps. The policy is not the reference, rows are ragged, both sides take the same token ids in two micro-batches of
+# four, without clipping.
 
 # ours: (method, its settings, TRL's, learning rate)
 LOSSES = {
@@ -44,6 +52,7 @@ def rows(seed):
     ]
 
 
+MAX_LENGTH = 48  # at which about half of the plain rows are cut
 BATCHES = [rows(0)] * 3  # the same pairs in each step: that the loss moves is the steps' doing
 
 
@@ -58,12 +67,12 @@ def theirs(models, tmp_path_factory):
     from tests.parity import trl_side
 
     torch.set_num_threads(1)
-    tokenizer, folder, made = byte_bpe_tokenizer(["a b c"]), tmp_path_factory.mktemp("trl"), {}
+    any_tokenizer, folder, made = byte_bpe_tokenizer(["a b c"]), tmp_path_factory.mktemp("trl"), {}
 
     def ask(name):
         if name not in made:
             _, _, settings, lr = LOSSES[name]
-            made[name] = trl_side.trajectory(models, BATCHES, lr, tokenizer, folder, beta=0.1, **settings)
+            made[name] = trl_side.trajectory(models, BATCHES, lr, any_tokenizer, folder, beta=0.1, **settings)
         return made[name]
 
     return ask
@@ -125,3 +134,67 @@ def test_comparison_when_label_smoothing_is_dropped_then_it_fails(theirs, our, m
     loss = dpo_module.dpo
     monkeypatch.setattr(dpo_module, "dpo", lambda *args, **kw: loss(*args, **{**kw, "label_smoothing": 0.0}))
     assert beyond(theirs("robust"), our("robust")).keys() == BOUNDS.keys()
+
+
+# Ids and masks.
+
+
+@pytest.fixture(scope="module")
+def page():
+    return (ROOT / "docs" / "against_trl.md").read_text()
+
+
+@pytest.fixture
+def both(tmp_path):
+    """(our rows, TRL's rows) of the same file."""
+    from tests.parity import trl_side
+
+    def both(rows, tokenizer, max_length=512):
+        theirs = trl_side.encoded(rows, tokenizer, tmp_path, max_length=max_length)
+        return differences.ours(rows, tokenizer, tmp_path, max_length), theirs
+
+    return both
+
+
+@pytest.mark.parametrize(("rows", "tokenizers"), [(plain, PLAIN_TOKENIZERS), (chat, CHAT_TOKENIZERS)])
+def test_rows_when_encoded_by_both_then_differ_as_the_page_says(rows, tokenizers, both, page):
+    counts = {}
+    for name, settings in tokenizers.items():
+        made = tokenizer(**settings)
+        counts[name] = differences.count(*both(rows(), made), made)
+    assert len(rows()) == 50
+    assert not any("other ids" in column for column in counts.values())
+    assert differences.table(counts) in page
+
+
+def test_dialogues_when_encoded_by_both_then_differ_as_the_page_says(both, page):
+    if not HARMLESS.exists():
+        pytest.skip("the dialogues are not part of the repository")
+    rows, made = [json.loads(line) for line in HARMLESS.read_text().splitlines()[:50]], tokenizer()
+    counts = differences.count(*both(rows, made, 4096), made)
+    assert differences.table({"HH dialogues": counts}) in page
+
+
+def test_boundary_when_a_token_spans_it_then_trl_scores_a_piece_of_the_prompt(both):
+    rows, made = plain(), tokenizer()
+    ours, theirs = both(rows, made)
+    spanning = [i for i, row in enumerate(ours) if getattr(row, "reason", "") == "token over the boundary"]
+    assert spanning
+    for i in spanning:
+        scored = [
+            made.decode([token for token, keep in zip(*theirs[i][side], strict=True) if keep]) for side in theirs[i]
+        ]
+        assert any(text != rows[i][side] + made.eos_token for text, side in zip(scored, theirs[i], strict=True))
+
+
+def test_rows_when_too_long_then_are_cut_as_the_page_says(both, page):
+    made = tokenizer()
+    whole, _ = both(plain(), made)
+    ours, theirs = both(plain(), made, MAX_LENGTH)
+    good = [i for i, row in enumerate(whole) if isinstance(row, dict)]
+    whole, ours, theirs = ([rows[i] for i in good] for rows in (whole, ours, theirs))
+    counts = {
+        "TRL": differences.cuts(theirs, whole, made.eos_token_id),
+        "prefopt": differences.cuts(ours, whole, made.eos_token_id),
+    }
+    assert differences.table(counts) in page
