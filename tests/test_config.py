@@ -124,6 +124,13 @@ def test_differences_when_a_setting_may_change_then_it_is_not_among_them():
     assert settings.differences(old, new) == ["optim.lr: 1e-06 -> 2.0"]
 
 
+@pytest.mark.parametrize("dropout", ["0", "0.1"])
+def test_differences_when_an_adapter_has_dropout_then_the_cut_of_a_step_is_among_them(dropout):
+    lora = [*REAL, "--lora.r", "4", "--lora.dropout", dropout]
+    old, new = parse(lora).to_dict(), parse([*lora, "--train.micro_batch", "2"]).to_dict()
+    assert bool(settings.differences(old, new)) == (dropout != "0")
+
+
 # What is refused ------------------------------------------------------------------------------------------------------
 
 
@@ -295,6 +302,17 @@ def test_testbed_departures_when_the_user_names_the_alternative_then_give_way():
         (
             ["--train.group_by_length"],
             "train.group_by_length: the testbed's stream of pairs has no lengths to group by",
+        ),
+        (["--lora.r", "0"], "lora.r: found 0, expected a number > 0, or none"),
+        (["--lora.r", "4", "--lora.dropout", "1"], "lora.dropout: found 1.0, expected a share from 0 to below 1"),
+        (
+            ["--lora.r", "4", "--lora.target_modules", "q_proj,up_proj", "--lora.modules_to_save", "up_proj"],
+            "lora.modules_to_save: 'up_proj' is in lora.target_modules too, expected it in one of them",
+        ),
+        (
+            ["--train.mixed_precision", "fp16", "--model.dtype", "bfloat16"],
+            "train.mixed_precision: found 'fp16' with model.dtype 'bfloat16', which it would not autocast, expected "
+            "float32 weights",
         ),
         (["--train.schedule_epochs", "inf"], "train.schedule_epochs: found inf, expected a number > 0, or none"),
         (["--testbed.seed", "-1"], "testbed.seed: found -1, expected a whole number from 0 to 2147483647"),

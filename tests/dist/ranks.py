@@ -25,7 +25,9 @@ def run_ranks(work, *args, world=2, timeout=300, mixed_precision="no"):
     port, pipes, processes = free_port(), [], []
     for rank in range(world):
         mine, theirs = context.Pipe(duplex=False)
-        process = context.Process(target=_rank, args=(theirs, rank, world, port, mixed_precision, work, args), daemon=True)
+        process = context.Process(
+            target=_rank, args=(theirs, rank, world, port, mixed_precision, work, args), daemon=True
+        )
         process.start()
         theirs.close()
         pipes.append(mine)

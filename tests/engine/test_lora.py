@@ -295,6 +295,21 @@ def test_new_adapter_when_made_again_then_it_depends_on_the_seed_alone(places):
     assert not any(torch.equal(first[name], other[name]) for name in first)
 
 
+def test_policy_when_it_is_resumed_then_it_is_the_checkpoint_and_its_reference_is_not(places, tmp_path):
+    settings = config(METHODS[TOKEN], places / "headed")
+    lm, _ = both(settings)
+    adapters.save(lm, tmp_path)
+    start = adapters.find(settings.model.path, settings.model)
+    resumed = adapters.load_policy(settings, start, Frozen.SNAPSHOT, resume_from=tmp_path)
+    ids = torch.tensor([[0, 7, 8]])
+    assert torch.equal(resumed(input_ids=ids).logits, lm(input_ids=ids).logits)
+    order = [name for name, p in lm.named_parameters() if p.requires_grad]  # the optimizer's state is kept by number
+    assert [name for name, p in resumed.named_parameters() if p.requires_grad] == order
+    with torch.no_grad(), PolicyWithReference(resumed, Frozen.SNAPSHOT, KernelConfig()).as_reference() as reference:
+        expected = read(places / "headed", places / "base")(ids).logits
+        assert (reference(input_ids=ids).logits - expected).abs().max() < 1e-12
+
+
 def test_dropout_when_trained_then_it_is_the_policys_alone(places):
     settings = config(METHODS[TOKEN], places / "adapter", dropout=0.5)
     policy, reference = both(settings)
