@@ -102,6 +102,10 @@ def find(path: str, settings: ModelConfig, key: str = "model.path") -> Weights:
             f"was started by '{start}', which changes the base weights below it, expected an adapter of unchanged ones "
             "(peft converts it when it saves)",
         ),
+        (
+            base and (Path(base) / _CONFIG).is_file(),
+            f"names '{base}' as its base model, which holds an adapter itself, expected a model (merge that one first)",
+        ),
         (not base, f"names no base model, expected base_model_name_or_path in {_CONFIG}"),
     ):
         if wrong:
@@ -308,9 +312,13 @@ def _attach(
     """
     import peft
 
-    _check_modules(LoraConfig(modules_to_save=tuple(settings.modules_to_save or ())), lm)
-    if isinstance(settings.target_modules, (list, set)):
-        _check_modules(LoraConfig(target_modules=tuple(sorted(settings.target_modules))), lm)
+    named = tuple(sorted(settings.target_modules)) if isinstance(settings.target_modules, (list, set)) else ()
+    try:
+        _check_modules(LoraConfig(target_modules=named, modules_to_save=tuple(settings.modules_to_save or ())), lm)
+    except ConfigError as error:
+        if weights is None:
+            raise
+        raise TrainError(f"{key}: the adapter '{weights}' cannot be used: {error}") from error
     make_head_aware(lm)
     base = lm.name_or_path
     lm.name_or_path = str(Path(base).resolve()) if Path(base).is_dir() else base  # opens from any folder

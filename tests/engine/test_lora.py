@@ -530,6 +530,13 @@ def test_adapter_when_it_is_of_another_kind_then_it_is_refused(places, tmp_path)
         adapters.find(str(tmp_path), ModelConfig())
 
 
+def test_adapter_when_its_base_holds_an_adapter_too_then_it_is_refused(places, tmp_path):
+    below = str(places / "second")
+    folder = edited(places / "adapter", tmp_path / "above", base_model_name_or_path=below)
+    with pytest.raises(TrainError, match=f"names '{below}' as its base model, which holds an adapter itself"):
+        adapters.find(str(folder), ModelConfig())
+
+
 def test_adapter_when_it_does_not_fit_its_base_then_it_is_refused(places, tmp_path):
     settings = config(METHODS[NO_REFERENCE], edited(places / "adapter", tmp_path / "less"))
     path = tmp_path / "less" / "adapter_model.safetensors"
@@ -552,7 +559,7 @@ def test_adapter_when_a_part_of_it_is_on_the_head_then_it_is_refused(key, places
         folder = tmp_path / str(len(what))
         write_adapter(folder, places / "base", 4, target_modules=what)
         weights = adapters.find(str(folder), ModelConfig())
-        with pytest.raises((ConfigError, TrainError), match="the output head"):
+        with pytest.raises(TrainError, match=f"^{key}: the adapter .*the output head"):
             adapters.load_frozen(weights, ModelConfig(dtype="float64"), key)
 
 

@@ -42,8 +42,8 @@ def test_statistics_when_the_forward_pass_is_autocast_then_they_are_float32_and_
 
 @pytest.mark.parametrize("tiles", [{}, {"token_tile": 3, "vocab_tile": 7}], ids=["whole", "tiled"])
 @each_half
-def test_head_when_autocast_then_a_scaled_gradient_is_near_and_an_overflow_is_seen(half, tiles):
-    """What comes in is multiplied by the scaler's factor: it goes out multiplied too, or is not finite at all."""
+def test_head_when_autocast_then_a_scaled_gradient_is_near_or_seen_to_overflow(half, tiles):
+    """What comes in is multiplied by the scaler's factor: it goes out multiplied too, or the scaler sees an overflow."""
     dtype, rounding = HALF[half]
     generator = torch.Generator().manual_seed(0)
     hidden, weight = (torch.randn(n, 16, generator=generator).requires_grad_() for n in (8, 40))
@@ -59,15 +59,11 @@ def test_head_when_autocast_then_a_scaled_gradient_is_near_and_an_overflow_is_se
         return torch.autograd.grad(loss, (hidden, weight))
 
     exact = gradients(1.0, False)
-    for scale in (1.0, 2.0**10):
+    for scale in (1.0, 2.0**10, 2.0**20, 2.0**40):
         for expected, found in zip(exact, gradients(scale, True), strict=True):
             assert found.dtype == torch.float32
-            assert (found / scale - expected).norm() <= 8 * rounding * expected.norm()
-    if half == "fp16":
-        assert not any(found.isfinite().all() for found in gradients(2.0**20, True))
-        tiny = 2.0**-20  # far below the smallest number of fp16, which is why there is a scaler
-        lost, kept = gradients(tiny, True)[0] / tiny, gradients(tiny * 2**16, True)[0] / (tiny * 2**16)
-        assert (lost - exact[0]).norm() > 0.02 * exact[0].norm() > (kept - exact[0]).norm()
+            right = (found / scale - expected).norm() <= 8 * rounding * expected.norm()
+            assert right or (scale > 2**10 and not found.isfinite().all()), f"finite and wrong at a scale of {scale:g}"
 
 
 # The scaler, on two processes -----------------------------------------------------------------------------------------
