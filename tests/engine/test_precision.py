@@ -43,7 +43,7 @@ def test_statistics_when_the_forward_pass_is_autocast_then_they_are_float32_and_
 @pytest.mark.parametrize("tiles", [{}, {"token_tile": 3, "vocab_tile": 7}], ids=["whole", "tiled"])
 @each_half
 def test_head_when_autocast_then_a_scaled_gradient_is_near_or_seen_to_overflow(half, tiles):
-    """What comes in is multiplied by the scaler's factor: it goes out multiplied too, or the scaler sees an overflow."""
+    """What comes in is multiplied by the scaler's factor: it goes out multiplied, or the scaler sees an overflow."""
     dtype, rounding = HALF[half]
     generator = torch.Generator().manual_seed(0)
     hidden, weight = (torch.randn(n, 16, generator=generator).requires_grad_() for n in (8, 40))
