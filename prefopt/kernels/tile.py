@@ -90,12 +90,12 @@ def measure(
     shape = policy.product.shape
     z = policy.head.logits(policy.product, policy.bias, scratch("logits", *shape))
     logp = torch.log_softmax(z, -1, out=scratch("logp", *shape))
-    out = {"mass": _mass(z, logp), "logp": _at(logp, index)}
+    out = {"mass": _mass(z, logp, index), "logp": _at(logp, index)}
     ref_logp = None
     if reference is not None:
         r = reference.head.logits(reference.product, reference.bias, scratch("logits", *shape))
         ref_logp = torch.log_softmax(r, -1, out=scratch("ref_logp", *shape))
-        out |= {"ref_mass": _mass(r, ref_logp), "ref_logp": _at(ref_logp, index)}
+        out |= {"ref_mass": _mass(r, ref_logp, index), "ref_logp": _at(ref_logp, index)}
     if "entropy" in want:
         p = torch.exp(logp, out=scratch("work", *shape))
         out["entropy"] = -_expectation(p, logp, scratch("term", *shape))
@@ -173,10 +173,13 @@ def of_p(grads: Mapping[str, Tensor], means: Mapping[str, Tensor], like: Tensor)
     return total
 
 
-def _mass(z: Tensor, logp: Tensor) -> Tensor:
-    """log-sum-exp of each row, from its log-softmax: any entry gives it, the largest one without cancellation."""
-    top = z.amax(-1)
-    return torch.where(top == float("-inf"), top, top - logp.amax(-1))
+def _mass(z: Tensor, logp: Tensor, index: Tensor) -> Tensor:
+    """log-sum-exp of each row, from its log-softmax: any finite entry gives it."""
+    mass = _at(z, index) - _at(logp, index)
+    if not bool(mass.isfinite().all()):  # an entry without probability does not
+        top = z.amax(-1)
+        mass = torch.where(top == float("-inf"), top, top - logp.amax(-1))
+    return mass
 
 
 def _at(logp: Tensor, index: Tensor) -> Tensor:
