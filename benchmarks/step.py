@@ -88,7 +88,8 @@ def main() -> None:
             rows = bench.rows_table(args) if table == "rows" else bench.lengths_table(args)
             name = f"step-{table}-{shape}" + (f"-lora{args.lora}" if args.lora else "")
             notes = [f"{shape} Llama, {args.batch} pairs per step, medians of {args.repeats} turns."]
-            write(name, args.device, rows, notes, **({"folder": args.output} if args.output else {}))
+            stem = write(name, args.device, rows, notes, **({"folder": args.output} if args.output else {}))
+            plot(rows, stem.with_suffix(".png"))
 
 
 class Bench:
@@ -306,6 +307,26 @@ class Bench:
         )
         order = torch.randperm(len(encoded.pairs), generator=torch.Generator().manual_seed(0)).tolist()
         return [encoded.pairs[i] for i in order[: args.rows]]
+
+
+def plot(rows: list[dict], path: Path) -> None:
+    """Pairs per second and peak memory of each contestant; rows of several lengths stand in groups."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    labels = [f"{r['prompt']}/{r['response']} {r['contestant']}" if "prompt" in r else r["contestant"] for r in rows]
+    colours = {name: f"C{i}" for i, name in enumerate(dict.fromkeys(row["contestant"] for row in rows))}
+    figure, planes = plt.subplots(1, 2, figsize=(10, 0.6 + 0.35 * len(rows)), sharey=True, layout="constrained")
+    for plane, quantity in zip(planes, ("pairs/s", "peak MB"), strict=True):
+        values = [row[quantity] for row in rows]
+        bars = plane.barh(labels, values, color=[colours[row["contestant"]] for row in rows])
+        plane.bar_label(bars, [f"{value:.3g}" for value in values], padding=3, fontsize=8)
+        plane.set(xlabel=quantity, xlim=(0, 1.15 * max(values)))
+    planes[0].invert_yaxis()
+    figure.savefig(path, dpi=130)
+    print(f"written: {path}")
 
 
 def _tokenizer(cls: Any) -> Any:
