@@ -78,10 +78,11 @@ class Shape:
 def shape_of(lm: PreTrainedModel) -> Shape:
     """The shape of a model."""
     config: Any = lm.config.get_text_config()
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    heads, head = getattr(config, "num_attention_heads", 1), getattr(config, "head_dim", None)
+    width = heads * head if head else config.hidden_size
     embedding = lm.get_input_embeddings().weight
     weights = sum(p.numel() for p in lm.base_model.parameters() if p.ndim >= 2 and p is not embedding)
-    return Shape(config.num_hidden_layers, width * config.num_attention_heads, weights)
+    return Shape(config.num_hidden_layers, width, weights)
 
 
 def seconds(parts: np.ndarray, layout: str, kind: Kind, shape: Shape, speeds: Speeds) -> float:

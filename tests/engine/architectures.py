@@ -28,6 +28,7 @@ ARCHITECTURES = {
     "gpt-neox": (("gpt_neox", _COMMON), False),
     "phi, head with a bias": (("phi", _COMMON), False),
     "gemma2, soft cap": (("gemma2", {**_GROUPED, "head_dim": 8, "final_logit_softcapping": 2.0}), True),
+    "gemma3, soft cap": (("gemma3_text", {**_GROUPED, "head_dim": 8, "final_logit_softcapping": 2.0}), True),
     "cohere, scale": (("cohere", {**_GROUPED, "logit_scale": 0.25}), True),
     "granite, scaling": (("granite", {**_GROUPED, "logits_scaling": 4.0}), True),
 }

@@ -57,8 +57,9 @@ def mask(pair, side):
 def oracle_row(policy, reference, prompt, completion, scored):
     """Statistics of the scored tokens of one completion, each (tokens,)."""
     ids = torch.tensor([[*prompt, *completion]])
-    at = torch.tensor([len(prompt) + i - 1 for i, keep in enumerate(scored) if keep])
-    labels = torch.tensor([token for token, keep in zip(completion, scored, strict=True) if keep])[:, None]
+    at = torch.tensor([len(prompt) + i - 1 for i, keep in enumerate(scored) if keep], dtype=torch.long)
+    tokens = [token for token, keep in zip(completion, scored, strict=True) if keep]
+    labels = torch.tensor(tokens, dtype=torch.long)[:, None]
     log_p = policy(input_ids=ids).logits[0, at].log_softmax(-1)  # (tokens, V)
     row = {"logp": log_p.gather(1, labels)[:, 0], "entropy": -(log_p.exp() * log_p).sum(-1)}
     if reference is not None:
