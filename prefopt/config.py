@@ -325,8 +325,8 @@ def from_dict(settings: Mapping[str, Any]) -> RunConfig:
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """`key: old -> new` for each setting in which two runs' dictionaries differ and that may not change in a run."""
     before, after = _leaves(old), _leaves(new)
-    # what dropout drops depends on how a step is cut
-    held = ("train.micro_batch",) if before.get("lora.dropout") else ()
+    # what dropout drops depends on how a step is cut and laid out
+    held = ("train.micro_batch", "train.layout") if before.get("lora.dropout") else ()
     return [
         f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
         for key in sorted(before.keys() | after.keys())

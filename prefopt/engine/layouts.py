@@ -198,7 +198,10 @@ def choose_layouts(config: RunConfig, policy: PolicyWithReference, device: torch
         for who, (lm, how) in models.items():
             if layout == PADDED or layout in refused:
                 continue
-            reason = _inexact(lm, how, layout, device, config.train.mixed_precision)
+            if config.lora.dropout and shares_prompts(layout):
+                reason: str | None = "lora.dropout would drop the same of a shared prompt for both sides of a pair"
+            else:
+                reason = _inexact(lm, how, layout, device, config.train.mixed_precision)
             if reason is not None:
                 refused[layout] = f"{who} ({type(lm).__name__}): {reason}"
     if asked in refused:
@@ -223,7 +226,7 @@ def possible_layouts(needs: Needs, kind: Kind) -> tuple[str, ...]:
 def _line(refused: dict[str, str], layouts: Layouts, max_length: int) -> str | None:
     if refused:
         reasons = list(refused.values())
-        what = "padded rows only" if layouts.allowed == (PADDED,) else f"without {' and '.join(refused)}"
+        what = "padded rows only" if layouts.allowed == (PADDED,) else f"not {' or '.join(refused)}"
         return f"layout: {what}, for {reasons[0]}"
     if layouts.longest is not None and layouts.longest < max_length and layouts.allowed != (PADDED,):
         return (

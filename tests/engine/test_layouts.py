@@ -136,6 +136,15 @@ def test_auto_when_all_layers_of_a_windowed_model_see_everything_then_there_is_n
     assert (layouts.longest, line) == (None, None)
 
 
+def test_auto_when_an_adapter_has_dropout_then_prompts_are_not_shared_and_one_line_says_why():
+    layouts, line = choose(build("llama", _LLAMA), "--lora.r", "4", "--lora.dropout", "0.1")
+    assert layouts.allowed == ("padded", "packed")
+    assert line == (
+        "layout: not prefix_shared or packed_prefix_shared, for the policy (LlamaForCausalLM): lora.dropout would drop "
+        "the same of a shared prompt for both sides of a pair"
+    )
+
+
 def test_probe_when_it_has_run_then_nothing_random_has_moved_and_the_mode_is_as_it_was():
     lm = build("llama", _LLAMA).train()
     before = torch.random.get_rng_state()

@@ -7,8 +7,10 @@ from itertools import pairwise
 import pytest
 import torch
 
+from prefopt.config import LoraConfig, ModelConfig, RunConfig
 from prefopt.data.collate import collate
 from prefopt.data.layouts import LAYOUTS, shares_prompts
+from prefopt.engine import adapters
 from prefopt.engine import trainer as trainer_module
 from prefopt.engine.layouts import Speeds
 from prefopt.errors import TrainError
@@ -16,7 +18,7 @@ from tests.dist.ranks import run_ranks
 from tests.helpers import byte_bpe_tokenizer
 from tests.invariant.methods import methods
 from tests.invariant.oracle import oracle_step
-from tests.invariant.precise import models_of
+from tests.invariant.precise import models_of, precise
 from tests.invariant.steps import BOUNDS, Bench, difference, random_pairs, two_models
 
 METHODS = methods()
@@ -107,6 +109,38 @@ def test_step_when_bfloat16_autocast_then_layouts_agree_to_its_precision(runtime
     for what, found in others:
         gap, where = difference(padded, found)
         assert 0 < gap < 0.05, f"{what}: {where} differs by {gap:.2e}"
+
+
+@each_method
+def test_step_when_the_policy_has_an_adapter_then_layouts_agree(name, runtime, adapted):
+    # that the padded step is right: tests/engine/test_lora.py
+    method = METHODS[name]
+    (_, padded), *others = steps_of(
+        Bench(runtime, method, adapted), random_pairs(method.needs.columns, pairs=5), layouts_for(method), cuts=(3,)
+    )
+    assert_all_equal(padded, others, 1e-9)
+
+
+@pytest.fixture(scope="module")
+def adapted(tmp_path_factory):
+    """(policy with an adapter that is far from nothing, the same weights without it as the reference)."""
+    path = tmp_path_factory.mktemp("adapted")
+    two_models(torch.float64)[0].save_pretrained(path)
+    settings = RunConfig(
+        method=TOKEN_LEVEL,
+        method_name="under_test",
+        model=ModelConfig(path=str(path), dtype="float64"),
+        lora=LoraConfig(r=4, alpha=6),
+    )
+    start = adapters.find(str(path), settings.model)
+    reference = adapters.reference(settings, start)
+    policy = precise(adapters.load_policy(settings, start, reference))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            if parameter.requires_grad:
+                parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return policy, reference
 
 
 # Several processes.
