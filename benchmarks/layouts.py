@@ -3,9 +3,9 @@
     python benchmarks/layouts.py                    # CPU, one thread: CPU seconds, which other programs hardly move
     python benchmarks/layouts.py --device cuda
 
-The first table is what `prefopt.engine.layouts.SPEEDS` holds: forward and backward, in the units of `Speeds`. The
-second has a forward and backward pass of backbone and head (no reference) in each layout, collation included: how many
-times faster than padded rows, in the median of the turns, and the one that `auto` takes.
+The first table has a forward and backward pass of backbone and head (no reference) in each layout, collation included:
+how many times faster than padded rows, in the median of the turns, and the one that `auto` takes. The second has what
+`prefopt.engine.layouts.SPEEDS` holds, fitted to these times, the head's share among the unknowns.
 """
 
 from __future__ import annotations
@@ -14,14 +14,13 @@ import argparse
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from measure import ratio, seconds, synchronize, write
@@ -29,9 +28,8 @@ from measure import ratio, seconds, synchronize, write
 from prefopt.config import KernelConfig
 from prefopt.data.collate import collate
 from prefopt.data.layouts import LAYOUTS, PADDED
-from prefopt.engine.attention import Rows
 from prefopt.engine.forward import PolicyWithReference, to_device, token_stats_of
-from prefopt.engine.layouts import SPEEDS, Layouts, shape_of
+from prefopt.engine.layouts import SPEEDS, Layouts, Work, shape_of, work
 from prefopt.types import EncodedPair
 
 GRID = {
@@ -47,18 +45,18 @@ MODELS = {  # hidden, intermediate, layers, heads, vocabulary
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--pairs", default=4, type=int, help="pairs per pass")
+    parser.add_argument("--pairs", default=2, type=int, help="pairs per pass")
     parser.add_argument("--repeats", default=5, type=int)
     parser.add_argument("--output", default=None, type=Path, help="folder; benchmarks/results by default")
     args = parser.parse_args()
     torch.set_num_threads(1)
     folder = {"folder": args.output} if args.output else {}
     bench = Bench(args.device, args.repeats)
-    constants = bench.constants()
-    write("layouts-constants", args.device, constants, ["Forward and backward, one thread, CPU seconds."], **folder)
     rows = bench.grid(args.pairs)
-    note = f"{args.pairs} pairs per pass unless said otherwise; x: times as fast as padded rows, medians of {args.repeats}."
+    note = f"{args.pairs} pairs per pass unless said otherwise; x: times as fast as padded rows, {args.repeats} turns."
     write("layouts", args.device, rows, [note], **folder)
+    note = "Fitted to the passes of the other table, in the units of `prefopt.engine.layouts.Work` per second."
+    write("layouts-constants", args.device, bench.constants(), [note], **folder)
 
 
 class Bench:
@@ -84,7 +82,7 @@ class Bench:
         self.device, self.repeats, self.vocabulary = torch.device(device), repeats, vocabulary
         self.policy = PolicyWithReference(LlamaForCausalLM(config).to(self.device, dtype), None, KernelConfig())
         self.shape = shape_of(self.policy.lm)
-        self.heads, self.head, self.dtype = heads, hidden // heads, dtype
+        self.seen: list[tuple[np.ndarray, float]] = []
 
     def clock(self, run: Callable[[], Any]) -> Callable[[], float]:
         """`run`, timed: on the CPU by the processor's clock."""
@@ -110,64 +108,7 @@ class Bench:
         return self.clock(run)
 
     def layouts(self, *allowed: str) -> Layouts:
-        return Layouts(allowed, self.policy.attention, self.shape, SPEEDS[self.device.type])
-
-    # Constants
-
-    def constants(self) -> list[dict[str, Any]]:
-        """Each member of Speeds by itself: attention bare, the rest from passes in which little else happens."""
-        heads, head, length, rows = self.heads, self.head, 512, 4
-        width = heads * head
-
-        def attention(queries: int, keys: int, **how: Any) -> Callable[[], float]:
-            q, k, v = (
-                torch.randn(rows, heads, n, head, device=self.device, dtype=self.dtype, requires_grad=True)
-                for n in (queries, keys, keys)
-            )
-
-            def run() -> None:
-                sdpa(q, k, v, **how).sum().backward()
-                q.grad = k.grad = v.grad = None
-
-            return self.clock(run)
-
-        second = torch.ones(1, 1, length // 2, length, dtype=torch.bool, device=self.device).tril(length // 2)
-        short, many = [self.pair(16, 16, 16)] * 32, [self.pair(1, 1, 1)] * 128
-        dense = collate([self.pair(256, 128, 128)] * 4, pad_id=1, layout="prefix_shared")
-        rows_of = Rows(
-            dense.input_ids.to(self.device), dense.attention_mask, dense.position_ids.to(self.device), dense.units
-        )
-
-        def mask() -> None:
-            rows_of._made.clear()
-            rows_of.arguments("dense", self.dtype)
-
-        times = seconds(
-            {
-                "linear": self.step(short, self.layouts(PADDED)),
-                "causal": attention(length, length, is_causal=True),
-                "masked": attention(length // 2, length, attn_mask=second),
-                "mask": self.clock(mask),
-                "call": self.step(many, self.layouts("packed_prefix_shared")),
-                "no call": self.step(many, self.layouts(PADDED)),
-            },
-            self.device.type,
-            self.repeats,
-        )
-        median = {name: statistics.median(taken) for name, taken in times.items()}
-        cells, masked = 64 * 32, rows * length // 2 * length
-        extra = median["call"] - median["no call"] * (128 * 3) / (256 * 2)
-        found = {
-            "linear": cells * self.shape.weights / median["linear"],
-            "causal": rows * length**2 / 2 * width / median["causal"],
-            "masked": masked * width / median["masked"],
-            "mask": 4 * 512**2 / median["mask"],
-            "call": extra / (256 * self.shape.layers),
-        }
-        held = SPEEDS[self.device.type]
-        return [{"constant": name, "measured": found[name], "in the code": getattr(held, name)} for name in found]
-
-    # Grid
+        return Layouts(allowed, self.policy.attention, self.shape, self.device.type)
 
     def pair(self, prompt: int, chosen: int, rejected: int) -> EncodedPair:
         draw = np.random.default_rng(prompt)
@@ -194,11 +135,37 @@ class Bench:
             if self.policy.attention == "by_unit":
                 runs |= {"prefix_shared, dense mask": self.dense(batch)}
             times = seconds(runs, self.device.type, self.repeats)
+            self.observe(batch, times)
             row: dict[str, Any] = {"prompt/response": name, "padded, ms": 1e3 * statistics.median(times[PADDED])}
             row |= {f"{run}, x": ratio(times, PADDED, run) for run in runs if run != PADDED}
             table.append(row | {"auto takes": auto.of(batch, need_rejected=True)})
             print(table[-1], flush=True)
         return table
+
+    def observe(self, pairs: list[EncodedPair], times: Mapping[str, Sequence[float]]) -> None:
+        """Keep what each pass did and how long it took."""
+        sides = [(len(p.prompt_ids), len(p.chosen_ids)) for p in pairs]
+        sides += [(len(p.prompt_ids), len(p.rejected_ids or ())) for p in pairs]
+        parts = np.array(sides, np.int64)
+        head = parts[:, 1].sum() * self.policy.lm.get_output_embeddings().weight.numel()
+        for run, taken in times.items():
+            if run != "auto":
+                layout, _, dense = run.partition(", ")
+                kind = "dense" if dense else self.policy.attention
+                did = work(parts, layout, kind, self.shape, self.device.type)
+                self.seen.append((np.array([*did, head]), statistics.median(taken)))
+
+    def constants(self) -> list[dict[str, Any]]:
+        """Speeds under which the relative errors of the predicted times are least in the square."""
+        rows, taken = (np.array(column) for column in zip(*self.seen, strict=True))
+        scale = rows.max(0)
+        costs, *_ = np.linalg.lstsq(rows / scale / taken[:, None], np.ones(len(taken)), rcond=None)
+        held = (*SPEEDS[self.device.type], "")
+        names = (*Work._fields, "head")
+        return [
+            {"constant": name, "fitted": float(top / cost), "in the code": value}
+            for name, top, cost, value in zip(names, scale, costs, held, strict=True)
+        ]
 
     def dense(self, pairs: list[EncodedPair]) -> Callable[[], float]:
         """The pass with a mask of T x T in place of SDPA unit by unit."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from prefopt.config import RunConfig
 from prefopt.data.collate import collate
 from prefopt.data.layouts import LAYOUTS, PADDED, rows_of, shares_prompts, units_of, width_of
 from prefopt.engine import adapters
-from prefopt.engine.attention import Kind
+from prefopt.engine.attention import MASKED, Kind, ends_a_square
 from prefopt.engine.forward import PolicyWithReference, scored_states, to_device
 from prefopt.engine.models import vocabulary
 from prefopt.errors import ConfigError
@@ -32,30 +32,29 @@ MARGIN = 0.95  # of the padded layout's predicted time: what another one must st
 # What it costs ------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Speeds:
-    """What a device does, forward and backward together. Measured by benchmarks/layouts.py.
+class Work(NamedTuple):
+    """What a forward and backward pass does, or what a device does of it in a second.
 
     Args:
-        linear: multiply-adds of matrices per second.
-        causal: products of a query and a key, times width, per second, in SDPA that is told it is causal.
+        linear: multiply-adds of the backbone's matrices, counted forward.
+        causal: products of a query and a key, times width, in SDPA that is told it is causal.
         masked: the same in SDPA under a mask.
-        mask: cells of a (R, T, T) mask made per second.
-        call: seconds for a call of SDPA and for taking its piece out of the row and putting it back.
+        mask: cells of a (R, T, T) mask that is made.
+        calls: of SDPA, each with taking its piece out of the row and putting it back.
     """
 
     linear: float
     causal: float
     masked: float
     mask: float
-    call: float
+    calls: float
 
 
-# One thread each of a 2-core x86 server for the CPU. Those for CUDA are not measured but set against the layouts that
-# they could choose wrongly: calls and masks dear, attention cheap.
+# The CPU's, of one thread of a server, are fitted by benchmarks/layouts.py to passes of a small Llama. CUDA's are
+# guesses, set against the layouts that they could choose wrongly: calls and masks dear, cells cheap.
 SPEEDS = {
-    "cpu": Speeds(linear=1.3e10, causal=6e9, masked=4e9, mask=2e8, call=2.5e-4),
-    "cuda": Speeds(linear=1e14, causal=1e14, masked=3e13, mask=1e10, call=4e-4),
+    "cpu": Work(linear=8e9, causal=7e9, masked=6.5e9, mask=1.6e8, calls=4000),
+    "cuda": Work(linear=1e14, causal=1e14, masked=1e14 / MASKED["cuda"], mask=1e10, calls=3000),
 }
 _BLOCK = 128  # cells of a side of FlexAttention's blocks
 
@@ -85,8 +84,8 @@ def shape_of(lm: PreTrainedModel) -> Shape:
     return Shape(config.num_hidden_layers, width, weights)
 
 
-def seconds(parts: np.ndarray, layout: str, kind: Kind, shape: Shape, speeds: Speeds) -> float:
-    """Predicted time of a forward and backward pass of the backbone over these sequences.
+def work(parts: np.ndarray, layout: str, kind: Kind, shape: Shape, device: str) -> Work:
+    """What a forward and backward pass of the backbone over these sequences does.
 
     The head is left out: it sees scored positions, which are the same in every layout.
 
@@ -98,21 +97,27 @@ def seconds(parts: np.ndarray, layout: str, kind: Kind, shape: Shape, speeds: Sp
     rows = rows_of(units.sum(1), layout, one_row=kind in ONE_ROW)
     width = width_of(units.sum(1), rows)
     cells = len(rows) * width
-    calls, mask = 1, 0.0
+    causal, masked, mask, calls = 0.0, 0.0, 0.0, 1
     if layout == PADDED:
-        causal, masked = cells * width / 2, 0.0
+        causal = cells * width / 2
     elif kind in ("dense", "additive"):
-        causal, masked, mask = 0.0, float(cells * width), float(cells * width)
+        masked = mask = float(cells * width)
     else:
         trunk, one, other = units.astype(np.float64).T
-        causal, masked = float(((trunk + one) ** 2).sum() / 2), float((other * (trunk + other)).sum())
+        square = ends_a_square(trunk, other, device)
+        causal = float(((trunk + one) ** 2).sum() + ((trunk + other) ** 2)[square].sum()) / 2
+        masked = float((other * (trunk + other))[~square].sum())
         if kind == "by_unit":
             calls = len(units) + int((other > 0).sum())
         elif kind == "blocks":
             causal, mask = causal + cells * _BLOCK, (cells / _BLOCK) ** 2
-    attention = causal / speeds.causal + masked / speeds.masked
-    per_layer = attention * shape.width + calls * speeds.call
-    return cells * shape.weights / speeds.linear + shape.layers * per_layer + mask / speeds.mask
+    wide = shape.layers * shape.width
+    return Work(cells * shape.weights, causal * wide, masked * wide, mask, calls * shape.layers)
+
+
+def seconds(amounts: Work, speeds: Work) -> float:
+    """How long that takes."""
+    return sum(amount / speed for amount, speed in zip(amounts, speeds, strict=True))
 
 
 ONE_ROW: tuple[Kind, ...] = ("by_unit", "blocks", "varlen")  # a longer row costs these nothing
@@ -125,13 +130,14 @@ class Layouts:
     Args:
         allowed: layouts to choose from, the simplest first; one alone is taken as it is.
         kind: of the policy's attention.
+        device: `cpu` or `cuda`.
         longest: sequences longer than this stay padded: a window of the model's attention is left out of other layouts.
     """
 
     allowed: tuple[str, ...]
     kind: Kind
     shape: Shape
-    speeds: Speeds
+    device: str
     longest: int | None = None
 
     def of(self, pairs: Sequence[EncodedPair], need_rejected: bool) -> str:
@@ -146,7 +152,10 @@ class Layouts:
             return PADDED
         if len(self.allowed) == 1:
             return self.allowed[0]
-        times = {layout: seconds(table, layout, self.kind, self.shape, self.speeds) for layout in self.allowed}
+        speeds = SPEEDS.get(self.device, SPEEDS["cuda"])
+        times = {
+            layout: seconds(work(table, layout, self.kind, self.shape, self.device), speeds) for layout in self.allowed
+        }
         best = min(times, key=times.__getitem__)
         return best if PADDED not in times or times[best] < MARGIN * times[PADDED] else PADDED
 
@@ -211,7 +220,7 @@ def choose_layouts(config: RunConfig, policy: PolicyWithReference, device: torch
         allowed=tuple(layout for layout in wanted if layout not in refused),
         kind=kind,
         shape=shape_of(adapters.base_of(policy.lm)),
-        speeds=SPEEDS.get(device.type, SPEEDS["cuda"]),
+        device=device.type,
         longest=min(windows, default=None),
     )
     return layouts, _line(refused, layouts, config.data.max_length)

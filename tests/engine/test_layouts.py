@@ -277,7 +277,7 @@ def pairs_of(*sizes):
 
 
 def of(pairs, kind="by_unit", shape=SHAPE, device="cpu", allowed=LAYOUTS):
-    return subject.Layouts(allowed, kind, shape, subject.SPEEDS[device]).of(pairs, need_rejected=True)
+    return subject.Layouts(allowed, kind, shape, device).of(pairs, need_rejected=True)
 
 
 @pytest.mark.parametrize("prompt", [64, 128, 256, 512])
@@ -310,20 +310,21 @@ def test_prediction_when_rows_grow_then_each_part_of_it_is_as_by_hand():
     parts = np.array([[4, 2], [1, 1], [4, 3], [1, 2]])
     shape = subject.Shape(layers=2, width=10, weights=100)
 
-    def seconds(layout, kind, **speeds):
-        free = dict.fromkeys(("linear", "causal", "masked", "mask"), float("inf")) | {"call": 0.0}
-        return subject.seconds(parts, layout, kind, shape, subject.Speeds(**(free | speeds)))
+    def work(layout, kind, device="cpu"):
+        return subject.work(parts, layout, kind, shape, device)
 
     cells = {"padded": 28, "packed": 3 * 7, "prefix_shared": 18, "packed_prefix_shared": 18}
     for layout, count in cells.items():
-        assert seconds(layout, "dense", linear=1.0) == count * 100
-    assert seconds("packed_prefix_shared", "by_unit", linear=1.0) == (9 + 4) * 100
-    assert seconds("padded", "by_unit", causal=1.0) == 2 * 10 * 28 * 7 / 2
-    assert seconds("prefix_shared", "by_unit", causal=1.0) == 2 * 10 * (6**2 + 2**2) / 2
-    assert seconds("prefix_shared", "by_unit", masked=1.0) == 2 * 10 * (3 * 7 + 2 * 3)
-    assert seconds("prefix_shared", "by_unit", call=1.0) == 2 * 4
-    assert seconds("prefix_shared", "dense", masked=1.0) == 2 * 10 * 18 * 9
-    assert seconds("prefix_shared", "dense", mask=1.0) == 18 * 9
+        assert work(layout, "dense").linear == count * 100
+    assert work("packed_prefix_shared", "by_unit").linear == (9 + 4) * 100
+    assert work("padded", "by_unit") == (2800, 2 * 10 * 28 * 7 / 2, 0, 0, 2)
+    assert work("prefix_shared", "dense") == (1800, 0, 2 * 10 * 18 * 9, 18 * 9, 2)
+    first, second = 6**2 / 2 + 2**2 / 2, 3 * 7 + 2 * 3
+    assert work("prefix_shared", "by_unit") == (1800, 2 * 10 * first, 2 * 10 * second, 0, 2 * 4)
+    # where a mask is dear, the second branches are the ends of causal calls
+    second = 7**2 / 2 + 3**2 / 2
+    assert work("prefix_shared", "by_unit", "cuda") == (1800, 2 * 10 * (first + second), 0, 0, 2 * 4)
+    assert subject.seconds(subject.Work(1, 2, 3, 4, 5), subject.Work(2, 2, 2, 2, 2)) == 7.5
 
 
 def test_shape_when_read_from_a_model_then_embeddings_and_head_are_left_out():

@@ -168,6 +168,29 @@ def test_run_when_killed_at_each_place_once_then_ends_bit_identical(at, when, se
     assert_same_run(tmp_path / "run", uninterrupted("dpo"))
 
 
+def test_run_when_rows_are_packed_and_prompts_shared_then_it_ends_bit_identical_and_may_change_its_layout(
+    server, command, uninterrupted, tmp_path
+):
+    layout = {"train__layout": "packed_prefix_shared"}
+    straight, killed = (command("tdpo", tmp_path / name, **layout) for name in ("straight", "killed"))
+    assert server.train(straight).status == 0
+    place = (ENGINE + "trainer:Trainer._step", "before", 8)
+    assert server.train(killed, fault(place, count=8)).status == -signal.SIGKILL
+    finish(server, killed)
+    assert_same_run(tmp_path / "killed", tmp_path / "straight")
+    changed = command("tdpo", tmp_path / "changed", **layout)
+    assert server.train(changed, fault(place, count=8)).status == -signal.SIGKILL
+    finish(server, command("tdpo", tmp_path / "changed", train__layout="padded"))
+    weights = [load_file(tmp_path / name / "model/model.safetensors") for name in ("straight", "changed")]
+    for name, weight in weights[0].items():
+        assert (weight - weights[1][name]).norm() <= 1e-4 * weight.norm(), name
+    fed = [
+        sum(line["tokens_fed"] for line in read_lines(path / "metrics.jsonl") if line["split"] == "train")
+        for path in (tmp_path / "straight", uninterrupted("tdpo"))
+    ]
+    assert fed[0] < 0.8 * fed[1], "prompts were fed once"
+
+
 def test_run_when_killed_in_the_middle_of_a_metrics_line_then_ends_bit_identical(
     server, command, uninterrupted, tmp_path
 ):

@@ -10,9 +10,8 @@ import torch
 from prefopt.config import LoraConfig, ModelConfig, RunConfig
 from prefopt.data.collate import collate
 from prefopt.data.layouts import LAYOUTS, shares_prompts
-from prefopt.engine import adapters
+from prefopt.engine import adapters, attention, layouts
 from prefopt.engine import trainer as trainer_module
-from prefopt.engine.layouts import Speeds
 from prefopt.errors import TrainError
 from tests.dist.ranks import run_ranks
 from tests.helpers import byte_bpe_tokenizer
@@ -79,17 +78,26 @@ def test_step_when_a_micro_batch_scores_nothing_then_loss_and_gradients_are_the_
     assert_all_equal(expected, steps_of(bench, rows, layouts_for(method), cuts=(1,)), 1e-9)
 
 
-@pytest.mark.parametrize(("attention", "kind"), [("sdpa", "dense"), ("eager", "additive")])
-def test_step_when_attention_takes_a_dense_mask_then_loss_and_gradients_are_the_oracles(attention, kind, runtime):
+@pytest.mark.parametrize(("stock", "kind"), [("sdpa", "dense"), ("eager", "additive")])
+def test_step_when_attention_takes_a_dense_mask_then_loss_and_gradients_are_the_oracles(stock, kind, runtime):
     models = two_models(torch.float32)
     rows = random_pairs(TOKEN_LEVEL.needs.columns)
     bench = Bench(runtime, TOKEN_LEVEL, models, SMALL_TILES)
     policy = bench.trainer.policy
     for lm in (policy.lm, policy.reference):
-        lm.set_attn_implementation(attention)
+        lm.set_attn_implementation(stock)
     policy.attention = policy.reference_attention = kind
     bench.trainer.layouts = replace(bench.trainer.layouts, kind=kind)
     assert_all_equal(oracle_step(*models, TOKEN_LEVEL, rows), steps_of(bench, rows, LAYOUTS), 1e-5)
+
+
+@pytest.mark.parametrize("cost", [0.0, 100.0])
+def test_step_when_masks_are_cheap_or_dear_then_loss_and_gradients_are_the_oracles(cost, runtime, monkeypatch):
+    monkeypatch.setitem(attention.MASKED, "cpu", cost)
+    models = models_of("bias", torch.float64)
+    rows = random_pairs(TOKEN_LEVEL.needs.columns, pairs=5)
+    steps = steps_of(Bench(runtime, TOKEN_LEVEL, models), rows, ["prefix_shared", "packed_prefix_shared"], cuts=(3,))
+    assert_all_equal(oracle_step(*models, TOKEN_LEVEL, rows), steps, 1e-9)
 
 
 @pytest.mark.parametrize("layout", ["packed_prefix_shared", "prefix_shared"])
@@ -165,7 +173,9 @@ def test_step_when_two_processes_and_any_layout_then_loss_and_gradients_are_the_
 # Chosen by itself.
 
 
-def test_step_when_auto_mixes_layouts_then_the_oracles_and_the_same_bits_again(runtime):
+def test_step_when_auto_mixes_layouts_then_the_oracles_and_the_same_bits_again(runtime, monkeypatch):
+    # the model is so small that sharing never pays; were calls cheaper, it would for some
+    monkeypatch.setitem(layouts.SPEEDS, "cpu", layouts.Work(linear=1e9, causal=1e9, masked=1e9, mask=1e9, calls=3e4))
     models, method = models_of("llama", torch.float64), TOKEN_LEVEL
     rows = random_pairs(method.needs.columns, pairs=12)
     # two pairs with long prompts, which sharing is for
@@ -175,8 +185,6 @@ def test_step_when_auto_mixes_layouts_then_the_oracles_and_the_same_bits_again(r
     def run():
         bench = Bench(runtime, method, models, layout="auto")
         assert bench.trainer.layouts.allowed == LAYOUTS
-        speeds = Speeds(linear=1e9, causal=1e9, masked=1e9, mask=1e9, call=3e-5)  # calls as dear as 30 cells
-        bench.trainer.layouts = replace(bench.trainer.layouts, speeds=speeds)
         chosen = []
         honest = bench.trainer._collate
         bench.trainer._collate = lambda pairs: chosen.append(honest(pairs)) or chosen[-1]
