@@ -28,9 +28,9 @@ GRID = {
     "cpu": {
         "width": 256,
         "N": ([256, 512, 1024, 2048], 16384),  # tokens, at this vocabulary
-        "V": ([8192, 32768, 131072], 512),  # vocabulary, at this many tokens
-        "T": ([128, 256, 512, 1024], 4),  # prompt and response together (3 to 1), at this batch
-        "B": ([1, 2, 4, 8, 16], 256),  # pairs, at this length
+        "V": ([4096, 16384, 65536], 512),  # vocabulary, at this many tokens
+        "T": ([128, 256, 512, 1024], 2),  # prompt and response together (3 to 1), at this batch
+        "B": ([1, 2, 4, 8], 256),  # pairs, at this length
     },
     "cuda": {
         "width": 4096,
