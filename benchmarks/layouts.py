@@ -163,7 +163,7 @@ class Bench:
         held = (*SPEEDS[self.device.type], "")
         names = (*Work._fields, "head")
         return [
-            {"constant": name, "fitted": float(top / cost), "in the code": value}
+            {"constant": name, "fitted": float(top / cost) if cost > 0 else "too small to see", "in the code": value}
             for name, top, cost, value in zip(names, scale, costs, held, strict=True)
         ]
 

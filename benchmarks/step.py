@@ -7,13 +7,14 @@ Contestants run in turn (A B A B), a turn is one pass over the same rows, collat
 ratios medians of the turns' ratios. Everyone has a live reference, no gradient checkpointing, the same token ids,
 dtype, attention, optimizer, threads and batch. Without --data.train the rows are random ids, with lengths like HH.
 
-MFU: (6 for the policy + 2 for the reference) multiply-adds of backbone, head and attention over tokens that are neither
-padding nor a prompt laid down twice, over time x the card's dense bf16 peak.
+MFU: (6 for the policy, 4 with an adapter, + 2 for the reference) operations per weight of backbone and head, and those
+of attention, over tokens that are neither padding nor a prompt laid down twice, over time x the card's dense bf16 peak.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import statistics
 import sys
 import tempfile
@@ -87,7 +88,10 @@ def main() -> None:
         for table in args.tables:
             rows = bench.rows_table(args) if table == "rows" else bench.lengths_table(args)
             name = f"step-{table}-{shape}" + (f"-lora{args.lora}" if args.lora else "")
-            notes = [f"{shape} Llama, {args.batch} pairs per step, medians of {args.repeats} turns."]
+            notes = [
+                f"{shape} Llama, {args.batch} pairs per step, medians of {args.repeats} turns. Peak memory is what a pass"
+            ]
+            notes += ["takes beyond the weights, references and optimizer states that are there before it."]
             stem = write(name, args.device, rows, notes, **({"folder": args.output} if args.output else {}))
             plot(rows, stem.with_suffix(".png"))
 
@@ -155,9 +159,11 @@ class Bench:
 
         def run() -> float:
             began = time.perf_counter()
-            for _ in range(batches.steps_per_epoch):
-                run.padded = trainer._step(next(steps))["padded_share"]
-            return time.perf_counter() - began
+            lines = [trainer._step(next(steps)) for _ in range(batches.steps_per_epoch)]
+            taken = time.perf_counter() - began
+            fed = sum(line["tokens_fed"] for line in lines)
+            run.padded = 1 - fed / sum(line["tokens_fed"] / (1 - line["padded_share"]) for line in lines)
+            return taken
 
         return run
 
@@ -268,7 +274,16 @@ class Bench:
             table += [{"prompt": prompt, "response": response, **row} for row in rows]
             for row in table[-len(rows) :]:
                 print(row, flush=True)
+            del runs
+            self.forget()
         return table
+
+    def forget(self) -> None:
+        """Let go of all models so far, of which accelerate keeps a list."""
+        self.runtime.accelerator.free_memory()
+        gc.collect()
+        if self.device == "cuda":
+            torch.cuda.empty_cache()
 
     def flops(self, pairs: Sequence[EncodedPair]) -> float:
         """Operations of one pass, as the definition of MFU above counts them."""
@@ -281,7 +296,7 @@ class Bench:
             seen = (prompt + chosen) ** 2 / 2 + rejected * prompt + rejected**2 / 2
             total += weights * (prompt + chosen + rejected) + hidden * vocabulary * (chosen + rejected)
             total += 2 * layers * hidden * seen
-        return 8 * total
+        return (6 if self.lora else 8) * total  # frozen weights have no gradient of their own
 
     def _encoded(self, args: Any) -> list[EncodedPair]:
         """Rows of a file, through a byte-level BPE that is trained on it."""

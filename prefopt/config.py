@@ -729,6 +729,11 @@ def _validate(config: RunConfig) -> None:
         need(0 <= values[key] < 2**31, key, values[key], "a whole number from 0 to 2147483647")
     layout = config.train.layout
     if "prefix_shared" in layout:
+        if config.lora.dropout:
+            raise ConfigError(
+                f"train.layout: found '{layout}' with lora.dropout, which would drop the same of a shared prompt for "
+                "both sides of a pair; expected auto, padded or packed"
+            )
         if config.method.needs.rows == "chosen_only":
             raise ConfigError(
                 f"train.layout: found '{layout}', but this method reads no rejected side that could share a prompt; "
@@ -764,6 +769,11 @@ def _validate(config: RunConfig) -> None:
         raise ConfigError(
             f"train.mixed_precision: found '{mixed}' with model.dtype '{dtype}', which it would not autocast, expected "
             "float32 weights"
+        )
+    if config.model.attention == "flash_attention_2" and mixed == "no" and dtype != "bfloat16":
+        raise ConfigError(
+            f"model.attention: 'flash_attention_2' computes in 16 bits, found {dtype} weights and "
+            "train.mixed_precision 'no'; expected train.mixed_precision bf16 or fp16 (or --model.attention sdpa)"
         )
     schedule = config.train.schedule_epochs
     need(

@@ -178,7 +178,7 @@ def _check_with_adapter(lora: LoraConfig, start: Weights) -> None:
     adapter = start.adapter
     for name in ("r", "alpha", "use_rslora", "dropout", "target_modules", "modules_to_save"):
         given = getattr(lora, name)
-        if given in (None, (), 0.0):
+        if given is None or given == () or (name == "dropout" and not given):
             continue
         if adapter is None and lora.r is None:
             raise ConfigError(
@@ -395,7 +395,8 @@ def describe_policy(lm: Any) -> str:
         return ""
     trained = sum(p.numel() for p in lm.parameters() if p.requires_grad)
     settings = lm.peft_config[_POLICY]
-    names = ", ".join(sorted(settings.target_modules))
+    targets = settings.target_modules
+    names = targets if isinstance(targets, str) else ", ".join(sorted(targets))
     saved = f", and {', '.join(sorted(settings.modules_to_save))} whole" if settings.modules_to_save else ""
     return f"{trained:,} of them trained (LoRA r {settings.r}, alpha {settings.lora_alpha} on {names}{saved})"
 

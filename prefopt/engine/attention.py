@@ -6,6 +6,9 @@ varlen flash attention, which knows no shared prompts.
 
 from __future__ import annotations
 
+import inspect
+import re
+import sys
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -29,10 +32,12 @@ MASKED = {"cpu": 0.5, "cuda": 3.0}
 def attention_kind(lm: PreTrainedModel) -> Kind:
     """How this model's attention is told of units; its SDPA is replaced by one that goes unit by unit if it can be.
 
-    The replacement is that of the stock SDPA in all calls without units: evaluation and generation are untouched.
+    The replacement is that of the stock SDPA in all calls without units: evaluation and generation are untouched. A
+    model that does something else under any name but "sdpa" keeps that name.
     """
     name = str(lm.config._attn_implementation)
-    if name == "sdpa" and lm._supports_attention_backend and lm._can_set_attn_implementation():
+    replaceable = lm._supports_attention_backend and lm._can_set_attn_implementation() and not _asks_for_sdpa(lm)
+    if name == "sdpa" and replaceable:
         _register()
         lm.set_attn_implementation(BY_UNIT)
         name = BY_UNIT
@@ -43,6 +48,18 @@ def attention_kind(lm: PreTrainedModel) -> Kind:
     if "flash" in name:
         return "varlen"
     return "dense" if name == "sdpa" else "additive"
+
+
+def _asks_for_sdpa(lm: PreTrainedModel) -> bool:
+    """Whether the code of a model compares the name of its attention with "sdpa", as sparse attention does."""
+    for name in {type(module).__module__ for module in lm.modules()} - {"torch.nn"}:
+        try:
+            source = inspect.getsource(sys.modules[name])
+        except (KeyError, OSError, TypeError):
+            continue
+        if re.search(r"_attn_implementation\b.*[\"']sdpa[\"']", source):
+            return True
+    return False
 
 
 def _register() -> None:

@@ -43,6 +43,8 @@ class PolicyWithReference(nn.Module):
         self, lm: PreTrainedModel, reference: PreTrainedModel | adapters.Frozen | None, kernel: KernelConfig
     ) -> None:
         super().__init__()
+        for model in (lm, reference):
+            _check_backbone(model)
         if not adapters.has_adapter(lm):  # one with an adapter was made head-aware before the adapter came
             make_head_aware(lm)
         self.lm = lm
@@ -129,6 +131,18 @@ class PolicyWithReference(nn.Module):
                 "ref_scale": scale,
                 "ref_softcap": softcap,
             }
+
+
+def _check_backbone(lm: Any) -> None:
+    """Raises: TrainError for a model whose head cannot be reached apart from what is below it."""
+    if lm is None or isinstance(lm, adapters.Frozen):
+        return
+    base = adapters.base_of(lm)
+    if base.base_model is base:
+        raise TrainError(
+            f"model.path: {type(base).__name__} has no part below its head that could be called by itself "
+            f"(its base_model_prefix names none), expected a causal language model such as Llama or Qwen"
+        )
 
 
 def _backbone(lm: PreTrainedModel) -> nn.Module:

@@ -129,7 +129,7 @@ class Layouts:
 
     Args:
         allowed: layouts to choose from, the simplest first; one alone is taken as it is.
-        kind: of the policy's attention.
+        kind: of the policy's attention, or of the reference's where that one alone needs a mask.
         device: `cpu` or `cuda`.
         longest: sequences longer than this stay padded: a window of the model's attention is left out of other layouts.
     """
@@ -161,10 +161,15 @@ class Layouts:
 
     def settings(self, layout: str) -> dict[str, Any]:
         """What `collate` is to be told beside the pairs."""
-        if layout == PADDED:
-            return {"layout": layout}
-        rounded = {"pad_to_multiple_of": _BLOCK} if self.kind == "blocks" else {}
-        return {"layout": layout, "one_row": self.kind in ONE_ROW, **rounded}
+        return collate_settings(self.kind, layout)
+
+
+def collate_settings(kind: Kind, layout: str) -> dict[str, Any]:
+    """What `collate` is to be told of a layout for this attention."""
+    if layout == PADDED:
+        return {"layout": layout}
+    rounded = {"pad_to_multiple_of": _BLOCK} if kind == "blocks" else {}
+    return {"layout": layout, "one_row": kind in ONE_ROW, **rounded}
 
 
 # What is exact ------------------------------------------------------------------------------------------------------
@@ -207,7 +212,7 @@ def choose_layouts(config: RunConfig, policy: PolicyWithReference, device: torch
         for who, (lm, how) in models.items():
             if layout == PADDED or layout in refused:
                 continue
-            if config.lora.dropout and shares_prompts(layout):
+            if config.lora.dropout and shares_prompts(layout):  # by name: refused with the settings
                 reason: str | None = "lora.dropout would drop the same of a shared prompt for both sides of a pair"
             else:
                 reason = _inexact(lm, how, layout, device, config.train.mixed_precision)
@@ -218,7 +223,8 @@ def choose_layouts(config: RunConfig, policy: PolicyWithReference, device: torch
     windows = [w for lm, _ in models.values() if (w := _window(lm.config)) is not None]
     layouts = Layouts(
         allowed=tuple(layout for layout in wanted if layout not in refused),
-        kind=kind,
+        # one row of all tokens would be a mask of all by all for a reference that needs one
+        kind=next((how for _, how in models.values() if how not in ONE_ROW), kind),
         shape=shape_of(adapters.base_of(policy.lm)),
         device=device.type,
         longest=min(windows, default=None),
@@ -249,12 +255,16 @@ def _never_exact(config: PretrainedConfig) -> str | None:
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     text: Any = config.get_text_config()
+    if getattr(text, "index_topk", None) or getattr(text, "index_topk_blocks", None):
+        return "its sparse attention ranks the keys of the whole row"
     attention = {"full_attention", "sliding_attention", "chunked_attention"}
     others = sorted(set(getattr(text, "layer_types", None) or ()) - attention)
     cls: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     if others or getattr(cls, "_is_stateful", False):
         kind = f"layers of type {', '.join(others)}" if others else "state-space or recurrent layers"
         return f"{kind} carry what they have seen along the whole row"
+    if getattr(text, "attn_temperature_tuning", False):
+        return "it scales attention by places in the row"
     if text.model_type in ("bloom", "mpt") or getattr(text, "alibi", False):
         return "ALiBi measures distances along the row"
     if _window(config) is not None and not getattr(cls, "_supports_attention_backend", True):
@@ -278,23 +288,31 @@ def _inexact(lm: PreTrainedModel, kind: Kind, layout: str, device: torch.device,
     if reason is not None:
         return reason
     # only flash attention needs to be tried in the run's own precision, which blurs what is to be seen
-    precision = lm.dtype if kind != "varlen" else {"no": lm.dtype}.get(mixed, torch.bfloat16)
+    own = {"no": lm.dtype, "bf16": torch.bfloat16, "fp16": torch.float16}[mixed]
+    precision = own if kind == "varlen" else lm.dtype
+    _probe_states(lm, kind, PADDED, device, precision)  # what fails here is not the layout's fault
     try:
         gap = probe(lm, kind, layout, device, precision)
     except Exception as error:
         return f"its forward does not take the layout ({type(error).__name__}: {' '.join(str(error).split())[:100]})"
-    if gap <= _TOLERANCE[precision]:
-        return None
-    return f"hidden states differ from those of padded rows by {gap:.1g}"
+    return None if gap <= _TOLERANCE[precision] else f"hidden states differ from those of padded rows by {gap:.1g}"
 
 
 # Largest relative difference of a scored hidden state; transformers computes norms in float32 for any dtype.
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 
-@torch.no_grad()
-def probe(lm: PreTrainedModel, kind: Kind, layout: str, device: torch.device, precision: torch.dtype) -> float:
+def probe(lm: PreTrainedModel, kind: Kind, layout: str, device: torch.device, dtype: torch.dtype) -> float:
     """Relative difference of scored hidden states, the layout against padded rows, on a few short random pairs."""
+    plain, other = (_probe_states(lm, kind, name, device, dtype) for name in (PADDED, layout))
+    return float((plain - other).norm(dim=-1).div(plain.norm(dim=-1).clamp(min=1e-12)).nan_to_num(nan=1.0).max())
+
+
+@torch.no_grad()
+def _probe_states(
+    lm: PreTrainedModel, kind: Kind, layout: str, device: torch.device, dtype: torch.dtype
+) -> torch.Tensor:
+    """Scored hidden states of a few short random pairs, in float64."""
     draw = np.random.default_rng(0)
     top = vocabulary(lm.config)
 
@@ -303,12 +321,11 @@ def probe(lm: PreTrainedModel, kind: Kind, layout: str, device: torch.device, pr
 
     sizes = ((1, 3, 2), (4, 2, 3), (2, 1, 1))
     pairs = [EncodedPair(ids(p), ids(c), ids(r), [True] * c, [True] * r) for p, c, r in sizes]
+    batch = to_device(collate(pairs, pad_id=0, **collate_settings(kind, layout)), device)
     training = lm.training
     lm.eval()
     try:
-        with torch.autocast(device.type, precision, enabled=precision != lm.dtype):
-            batches = (collate(pairs, pad_id=0, layout=name, one_row=kind in ONE_ROW) for name in (PADDED, layout))
-            plain, other = (scored_states(lm, kind, to_device(batch, device)).double() for batch in batches)
+        with torch.autocast(device.type, dtype, enabled=dtype != lm.dtype):
+            return scored_states(lm, kind, batch).double()
     finally:
         lm.train(training)
-    return float((plain - other).norm(dim=-1).div(plain.norm(dim=-1).clamp(min=1e-12)).nan_to_num(nan=1.0).max())

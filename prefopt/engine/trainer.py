@@ -422,7 +422,6 @@ class Trainer:
 
     def _save(self, step: int) -> None:
         """Write a checkpoint after `step` optimizer steps; on every process, because they wait for rank 0."""
-
         bad = models.not_finite(self.policy.lm)
         if bad is not None:
             rows = self.train.global_batch(step - 1)
@@ -477,7 +476,8 @@ class Trainer:
                 )
             checkpoint.load_optimizer(self.optimizer, self.resume_from / "optimizer.safetensors")
             by_rank = state["random"]
-            set_random_state(by_rank[self.runtime.rank if self.runtime.world == len(by_rank) else 0])
+            if self.runtime.world == len(by_rank):  # else the run's seed and this process's rank have set it
+                set_random_state(by_rank[self.runtime.rank])
             if self.runtime.accelerator.scaler is not None:
                 self.runtime.accelerator.scaler.load_state_dict(state["loss_scale"])
             start = int(state["step"])

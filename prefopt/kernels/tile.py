@@ -18,14 +18,9 @@ class Head:
     """How a model turns its hidden states into logits, and in which precision that is computed."""
 
     dtype: torch.dtype  # to which hidden states and weights are rounded
+    gemm: torch.dtype  # of the operands of the matrix products, which are summed and returned in float32 or better
     scale: float
     softcap: float | None
-    device: torch.device
-
-    @property
-    def gemm(self) -> torch.dtype:
-        """Operands of the matrix products: 16-bit ones only where the device sums and returns them in float32."""
-        return self.dtype if self.device.type == "cuda" else torch.promote_types(self.dtype, torch.float32)
 
     def operand(self, x: Tensor) -> Tensor:
         return x.to(self.dtype).to(self.gemm)
@@ -174,9 +169,9 @@ def of_p(grads: Mapping[str, Tensor], means: Mapping[str, Tensor], like: Tensor)
 
 
 def _mass(z: Tensor, logp: Tensor, index: Tensor) -> Tensor:
-    """log-sum-exp of each row, from its log-softmax: any finite entry gives it."""
+    """log-sum-exp of each row, from its log-softmax: any entry gives it that has a probability worth the name."""
     mass = _at(z, index) - _at(logp, index)
-    if not bool(mass.isfinite().all()):  # an entry without probability does not
+    if not bool((_at(logp, index) > -100).all()):  # a smaller one is large beside the mass, and would swallow it
         top = z.amax(-1)
         mass = torch.where(top == float("-inf"), top, top - logp.amax(-1))
     return mass

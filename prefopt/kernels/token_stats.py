@@ -151,14 +151,15 @@ class _TokenStats(torch.autograd.Function):
         result = tuple(out.get(name) if name == "logp" or name in plan.want else None for name in ORDER)
         if any(ctx.needs_input_grad[:3]):
             pairwise = plan.pairwise
-            ctx.kept = products.kept, {} if ref_products is None else ref_products.kept
+            kept, ref_kept = products.kept, {} if ref_products is None else ref_products.kept
+            ctx.kept = tuple(kept), tuple(ref_kept)
             ctx.save_for_backward(
                 hidden, weight, bias, labels, lse,
                 ref_hidden if pairwise else None,
                 ref_weight if pairwise else None,
                 ref_bias if pairwise else None,
                 ref_lse if pairwise else None,
-                result[3], result[4],
+                result[3], result[4], *kept.values(), *ref_kept.values(),
             )  # fmt: skip
         if result[1] is not None:
             ctx.mark_non_differentiable(result[1])
@@ -169,7 +170,8 @@ class _TokenStats(torch.autograd.Function):
     def backward(ctx: Any, *incoming: Tensor | None) -> tuple[Tensor | None, ...]:
         plan: _Plan = ctx.plan
         saved = ctx.saved_tensors
-        hidden, weight, bias, labels, lse, ref_hidden, ref_weight, ref_bias, ref_lse, reverse_kl, entropy = saved
+        hidden, weight, bias, labels, lse, ref_hidden, ref_weight, ref_bias, ref_lse, reverse_kl, entropy = saved[:11]
+        kept, ref_kept = ctx.kept
         grads = {name: g for name, g in zip(ORDER, incoming, strict=True) if g is not None and name != "ref_logp"}
         means = {"reverse_kl": reverse_kl, "entropy": entropy}
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
@@ -183,11 +185,11 @@ class _TokenStats(torch.autograd.Function):
         scratch = Scratch(wide, hidden.device)
         with torch.autocast(hidden.device.type, enabled=False):
             products = _Products("product", plan.policy, hidden, scratch)
-            products.kept, ref_kept = ctx.kept
+            products.kept = dict(zip(kept, saved[11:], strict=False))
             ref_products = None
             if plan.reference is not None and grads.keys() & {"kl", "reverse_kl"}:
                 ref_products = _Products("ref_product", plan.reference, ref_hidden, scratch)
-                ref_products.kept = ref_kept
+                ref_products.kept = dict(zip(ref_kept, saved[11 + len(kept) :], strict=True))
             for j, columns in plan.vocab_slices(vocab):
                 w, b = plan.policy.operand(weight[columns]), _part(bias, columns)
                 ref_w, ref_b = None, None
@@ -341,18 +343,18 @@ def token_stats(
         raise ValueError(f"cache_mb must be at least 0, found {cache_mb}")
     if any(cap is not None and cap <= 0 for cap in (softcap, ref_softcap)):
         raise ValueError(f"a soft-cap must be > 0 or None, found {softcap} and {ref_softcap}")
-    policy = Head(_compute_dtype(weight), float(scale), softcap, weight.device)
-    stat_dtype = torch.promote_types(policy.dtype, torch.float32)
+    stat_dtype = torch.promote_types(_compute_dtype(weight), torch.float32)
     reference = None
     if wanted - {"entropy"}:
         if ref_hidden is None or ref_weight is None:
             raise ValueError(f"{sorted(wanted - {'entropy'})} need ref_hidden and ref_weight")
         if ref_weight.shape[0] != weight.shape[0]:
             raise ValueError(f"the heads have {weight.shape[0]} and {ref_weight.shape[0]} rows, expected the same")
-        reference = Head(_compute_dtype(ref_weight), float(ref_scale), ref_softcap, weight.device)
-        stat_dtype = torch.promote_types(stat_dtype, reference.dtype)
+        stat_dtype = torch.promote_types(stat_dtype, _compute_dtype(ref_weight))
+        reference = _head(ref_weight, ref_scale, ref_softcap, stat_dtype)
     else:
         ref_hidden = ref_weight = ref_bias = None
+    policy = _head(weight, scale, softcap, stat_dtype)
     cache_bytes = cache_mb * 2**20 if torch.is_grad_enabled() else 0
     plan = _Plan(
         _arithmetic(hidden.device),
@@ -367,6 +369,13 @@ def token_stats(
     )
     result = _TokenStats.apply(hidden, weight, bias, labels, ref_hidden, ref_weight, ref_bias, plan)
     return TokenStats(**dict(zip(ORDER, result, strict=True)))
+
+
+def _head(weight: Tensor, scale: float, softcap: float | None, stat_dtype: torch.dtype) -> Head:
+    dtype = _compute_dtype(weight)
+    # a GPU multiplies 16-bit operands into float32; elsewhere the operands are widened after they were rounded
+    narrow = weight.is_cuda and dtype.itemsize == 2 and stat_dtype == torch.float32
+    return Head(dtype, dtype if narrow else stat_dtype, float(scale), softcap)
 
 
 @functools.cache

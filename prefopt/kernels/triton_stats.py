@@ -155,12 +155,14 @@ def measure(
     out = policy.product.new_empty((len(_ROWS), tokens), dtype=scratch.dtype)
     if tokens:
         other = reference or policy
-        _measure[(tokens,)](
-            policy.product, _or(policy.bias, index), other.product, _or(other.bias, index), index, out, tokens, columns,
-            **_head(policy, ""), HAS_REF=reference is not None, **_head(other, "REF_"),
-            KL="kl" in want, REVERSE="reverse_kl" in want, ENTROPY="entropy" in want,
-            STAT=_TYPES[scratch.dtype], BLOCK=_block(columns), num_warps=8,
-        )  # fmt: skip
+        with torch.cuda.device_of(policy.product):
+            _measure[(tokens,)](
+                policy.product, _or(policy.bias, index), other.product, _or(other.bias, index), index, out,
+                tokens, columns,
+                **_head(policy, ""), HAS_REF=reference is not None, **_head(other, "REF_"),
+                KL="kl" in want, REVERSE="reverse_kl" in want, ENTROPY="entropy" in want,
+                STAT=_TYPES[scratch.dtype], BLOCK=_block(columns), num_warps=8,
+            )  # fmt: skip
     return {name: out[_ROWS.index(name)] for name in names}
 
 
@@ -183,14 +185,15 @@ def slope(
     other = reference or policy
     lent = {name: g.contiguous() for name, g in grads.items()}
     block = _block(columns)
-    _slope[(tokens, triton.cdiv(columns, block))](
-        policy.product, _or(policy.bias, index), other.product, _or(other.bias, index), grad,
-        lse, _or(ref_lse, lse), torch.where(inside, index, -1), of_p(grads, means, lse),
-        *(lent.get(name, lse) for name in ("logp", "kl", "reverse_kl", "entropy")), columns,
-        **_head(policy, ""), **_head(other, "REF_"),
-        LOGP="logp" in grads, KL="kl" in grads, REVERSE="reverse_kl" in grads, ENTROPY="entropy" in grads,
-        STAT=_TYPES[scratch.dtype], BLOCK=block, num_warps=8,
-    )  # fmt: skip
+    with torch.cuda.device_of(policy.product):
+        _slope[(tokens, triton.cdiv(columns, block))](
+            policy.product, _or(policy.bias, index), other.product, _or(other.bias, index), grad,
+            lse, _or(ref_lse, lse), torch.where(inside, index, -1), of_p(grads, means, lse),
+            *(lent.get(name, lse) for name in ("logp", "kl", "reverse_kl", "entropy")), columns,
+            **_head(policy, ""), **_head(other, "REF_"),
+            LOGP="logp" in grads, KL="kl" in grads, REVERSE="reverse_kl" in grads, ENTROPY="entropy" in grads,
+            STAT=_TYPES[scratch.dtype], BLOCK=block, num_warps=8,
+        )  # fmt: skip
     return grad
 
 

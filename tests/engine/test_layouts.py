@@ -267,6 +267,23 @@ def test_policy_when_made_then_its_checkpoint_and_its_plain_calls_know_nothing_o
     assert "prefopt" not in (tmp_path / "config.json").read_text()
 
 
+def test_policy_when_its_code_asks_for_the_name_of_its_attention_then_the_name_stays():
+    """Sparse attention of this kind masks nothing under a name that it does not know."""
+    from transformers import DeepseekV32Config, DeepseekV32ForCausalLM
+
+    torch.manual_seed(0)
+    small = {"hidden_size": 32, "intermediate_size": 32, "moe_intermediate_size": 16, "num_hidden_layers": 2}
+    small |= {"num_attention_heads": 4, "num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "n_group": 1}
+    small |= {"qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8, "n_routed_experts": 4, "topk_group": 1}
+    small |= {"index_topk": 8, "index_n_heads": 2, "index_head_dim": 16, "first_k_dense_replace": 2, "vocab_size": 50}
+    lm = DeepseekV32ForCausalLM(DeepseekV32Config(**small)).eval()
+    ids = torch.arange(5, 45)[None]
+    before = lm(input_ids=ids).logits
+    PolicyWithReference(lm, None, KernelConfig())
+    assert torch.equal(lm(input_ids=ids).logits, before)
+    assert "sparse" in (subject._never_exact(lm.config) or "")
+
+
 # What is chosen -------------------------------------------------------------------------------------------------------
 
 SHAPE = subject.Shape(layers=6, width=256, weights=5_000_000)

@@ -505,6 +505,12 @@ def edited(folder, to, **changes):
     return to
 
 
+def test_settings_when_they_deny_what_the_adapter_has_then_one_line_says_so(places, tmp_path):
+    stable = edited(places / "adapter", tmp_path / "stable", use_rslora=True)
+    with pytest.raises(ConfigError, match=r"lora.use_rslora: found False, but model.path .* an adapter with True"):
+        check(config(METHODS[TOKEN], stable, use_rslora=False))
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [

@@ -73,7 +73,8 @@ def test_step_when_a_micro_batch_scores_nothing_then_loss_and_gradients_are_the_
     rows = [replace(first, **blank), *rest]
     expected = oracle_step(*models, method, rows)
     if not math.isfinite(expected[0]):
-        pytest.skip("this method divides by the number of scored tokens of a completion")
+        assert "ipo_mean" in name, "only a method that divides by the length of a completion has no loss here"
+        return
     bench = Bench(runtime, method, models, SMALL_TILES)
     assert_all_equal(expected, steps_of(bench, rows, layouts_for(method), cuts=(1,)), 1e-9)
 

@@ -289,13 +289,14 @@ def test_no_tokens_keep_the_graph_and_give_zero_gradients(tiles):
         assert not found.any()
 
 
+@pytest.mark.parametrize("low", [float("-inf"), torch.finfo(torch.float32).min, -1e4])
 @pytest.mark.parametrize("tiles", TILES.values(), ids=TILES)
-def test_masked_entries_count_nothing_and_give_no_nan(tiles):
-    """Entries that both heads mask with -inf: the statistics are those of the vocabulary without them."""
+def test_masked_entries_count_nothing_and_give_no_nan(tiles, low):
+    """Entries that both heads mask: the statistics are those of the vocabulary without them."""
     c = case()
     masked = torch.tensor([0, 1, 2, 3, 4, 5, 6, 13, 28])  # one tile of seven is all masked
     kept = torch.tensor([v for v in range(V) if v not in masked])
-    inf = torch.zeros(V, dtype=torch.float64).index_fill(0, masked, float("-inf"))
+    inf = torch.zeros(V, dtype=torch.float64).index_fill(0, masked, low)
     c["labels"] = kept[torch.randint(len(kept), (N,))]
     part = dict(c)
     for name in ("weight", "bias", "ref_weight", "ref_bias"):
@@ -397,6 +398,27 @@ def test_wrong_requests_are_refused():
     ]:
         with pytest.raises(ValueError, match=message):
             token_stats(**(c | {"want": ()} | change))
+
+
+def test_backward_frees_what_was_kept():
+    """A loop that holds the statistics of one micro-batch while it computes the next holds one cache, not two."""
+    stats = kernel(case(), ("ref_logp", "kl"))
+    node = stats["logp"].grad_fn
+    assert sum(saved.shape == (N, V) for saved in node.saved_tensors if saved is not None) == 2
+    scalar(stats).backward()
+    with pytest.raises(RuntimeError, match="freed"):
+        _ = node.saved_tensors
+    assert not any(isinstance(value, (torch.Tensor, dict)) for value in vars(node).values())
+
+
+@pytest.mark.parametrize(("mine", "other"), [(torch.float64, torch.float32), (torch.bfloat16, torch.float64)])
+def test_policy_and_reference_may_differ_in_precision(mine, other):
+    c = case(torch.float64)
+    narrow = {k: v.detach().to(other if k.startswith("ref") else mine) for k, v in c.items() if k != "labels"}
+    found = kernel({**narrow, "labels": c["labels"]}, token_tile=5, vocab_tile=7)
+    expected = oracle({k: v.double() for k, v in narrow.items()} | {"labels": c["labels"]})
+    for name in found:
+        assert_close([found[name]], [expected[name]])
 
 
 def test_without_gradients_nothing_is_saved():

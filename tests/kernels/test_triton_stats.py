@@ -22,14 +22,15 @@ def test_the_kernels_give_the_written_formulas():
 
 
 @pytest.mark.parametrize(
-    ("stat", "products", "head"),
+    ("stat", "bias", "head", "full"),
     [
-        ("fp32", "*fp32", {"HAS_BIAS": False, "SCALE": 1.0, "CAP": 0.0}),
-        ("fp64", "*fp64", {"HAS_BIAS": True, "SCALE": 0.5, "CAP": 30.0}),
+        ("fp32", "*fp32", {"HAS_BIAS": False, "SCALE": 1.0, "CAP": 0.0}, False),
+        ("fp32", "*bf16", {"HAS_BIAS": True, "SCALE": 0.5, "CAP": 30.0}, True),
+        ("fp64", "*fp64", {"HAS_BIAS": True, "SCALE": 0.5, "CAP": 30.0}, True),
     ],
-    ids=["plain_float32", "everything_float64"],
+    ids=["plain_float32", "everything_bfloat16_bias", "everything_float64"],
 )
-def test_the_kernels_compile_for_a_gpu(stat, products, head, tmp_path, monkeypatch):
+def test_the_kernels_compile_for_a_gpu(stat, bias, head, full, tmp_path, monkeypatch):
     """Down to machine code for sm_90; the compiler comes with Triton and needs no GPU."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")
@@ -39,7 +40,6 @@ def test_the_kernels_compile_for_a_gpu(stat, products, head, tmp_path, monkeypat
 
     from prefopt.kernels import triton_stats
 
-    full = stat == "fp64"
     settings = head | {f"REF_{name}": value for name, value in head.items()}
     settings |= {
         "KL": True,
@@ -48,8 +48,8 @@ def test_the_kernels_compile_for_a_gpu(stat, products, head, tmp_path, monkeypat
         "STAT": getattr(tl, stat.replace("fp", "float")),
         "BLOCK": 2048,
     }
-    types = {"tokens": "i32", "columns": "i32", "index_ptr": "*i64", "grad_ptr": "*bf16", "z_ptr": products}
-    types["ref_ptr"] = products
+    types = {"tokens": "i32", "columns": "i32", "index_ptr": "*i64", "grad_ptr": "*bf16"}
+    types |= {"bias_ptr": bias, "ref_bias_ptr": bias}
     for kernel, more in ((triton_stats._measure, {"HAS_REF": True}), (triton_stats._slope, {"LOGP": True})):
         constants = settings | more
         signature = {
