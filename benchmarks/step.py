@@ -88,10 +88,8 @@ def main() -> None:
         for table in args.tables:
             rows = bench.rows_table(args) if table == "rows" else bench.lengths_table(args)
             name = f"step-{table}-{shape}" + (f"-lora{args.lora}" if args.lora else "")
-            notes = [
-                f"{shape} Llama, {args.batch} pairs per step, medians of {args.repeats} turns. Peak memory is what a pass"
-            ]
-            notes += ["takes beyond the weights, references and optimizer states that are there before it."]
+            notes = [f"{shape} Llama, {args.batch} pairs per step, medians of {args.repeats} turns."]
+            notes += ["Peak memory is what a pass takes beyond weights, references and optimizer states."]
             stem = write(name, args.device, rows, notes, **({"folder": args.output} if args.output else {}))
             plot(rows, stem.with_suffix(".png"))
 
