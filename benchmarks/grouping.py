@@ -3,7 +3,7 @@
     python benchmarks/grouping.py --data.train train.jsonl --data.eval test.jsonl --output runs/grouping
 
 A small Llama (vocabulary 2,048, width 64) is trained by `--method sft`, then by DPO from there: one run for each seed
-and each order. Writes result.json (padded share, seconds per step, held-out figures and their differences, paired by
+and each order, with padded rows (packed ones leave grouping nothing to save). Writes result.json (padded share, seconds per step, held-out figures and their differences, paired by
 seed), result.csv (every loss) and result.png (the curves). A killed study continues. Takes one core, about ten minutes.
 """
 
@@ -48,7 +48,15 @@ def main() -> None:
     start = ["--method", "dpo", "--model.path", str(args.output / "sft" / "model"), *common, "--optim.lr", "5e-4"]
     start += ["--eval.every", str(max(1, args.steps // 4))]
     runs = {
-        run_name(order, seed): [*start, "--train.group_by_length", flag, "--seed", str(seed)]
+        run_name(order, seed): [
+            *start,
+            "--train.layout",
+            "padded",
+            "--train.group_by_length",
+            flag,
+            "--seed",
+            str(seed),
+        ]
         for seed in range(args.seeds)
         for order, flag in ORDERS.items()
     }
