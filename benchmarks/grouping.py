@@ -3,8 +3,9 @@
     python benchmarks/grouping.py --data.train train.jsonl --data.eval test.jsonl --output runs/grouping
 
 A small Llama (vocabulary 2,048, width 64) is trained by `--method sft`, then by DPO from there: one run for each seed
-and each order, with padded rows (packed ones leave grouping nothing to save). Writes result.json (padded share, seconds per step, held-out figures and their differences, paired by
-seed), result.csv (every loss) and result.png (the curves). A killed study continues. Takes one core, about ten minutes.
+and each order, with padded rows, since packed ones leave grouping little to save. Writes result.json (padded share,
+seconds per step, held-out figures and their differences, paired by seed), result.csv (every loss) and result.png (the
+curves). A killed study continues. Takes one core, about ten minutes.
 """
 
 from __future__ import annotations
