@@ -39,8 +39,7 @@ def ratio(times: Mapping[str, Sequence[float]], slow: str, fast: str) -> float:
 
 
 def peak_bytes(run: Callable[[], Any], device: str) -> int:
-    """Largest number of tensor bytes that `run` holds at once, beyond what was there before."""
-    run()
+    """Largest number of tensor bytes that `run`, which is warm, holds at once, beyond what was there before."""
     gc.collect()
     if device == "cuda":
         torch.cuda.synchronize()

@@ -188,7 +188,7 @@ class Bench:
             per_device_train_batch_size=self.batch,
             max_length=max(len(p.prompt_ids) + max(len(p.chosen_ids), len(p.rejected_ids or ())) for p in pairs),
             num_train_epochs=1,
-            optim="adamw_torch",
+            optim="adamw_torch_fused",
         )
         peft: Any = None
         if self.lora:

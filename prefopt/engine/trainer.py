@@ -91,7 +91,8 @@ class Trainer:
         self.total = total_steps(config, self.train.steps_per_epoch)
         if config.model.gradient_checkpointing:
             models.recompute_activations(self.policy.lm)
-        optimizer = make_optimizer(config.optim, self.policy.lm)
+        # a fused step would hide from the loop that the gradient scaler skipped it
+        optimizer = make_optimizer(config.optim, self.policy.lm, fused=runtime.accelerator.scaler is None)
         self.model, self.optimizer = runtime.accelerator.prepare(self.policy, optimizer)
         self.layouts, note = choose_layouts(config, self.policy, runtime.device)
         if note is not None:
@@ -530,9 +531,10 @@ def learning_rate(config: RunConfig, steps_per_epoch: int | None, step: int) -> 
     return optim.lr * (1 - done if optim.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done)))
 
 
-def make_optimizer(settings: OptimConfig, lm: nn.Module) -> torch.optim.Optimizer:
+def make_optimizer(settings: OptimConfig, lm: nn.Module, fused: bool = True) -> torch.optim.Optimizer:
     """The optimizer by name over the trainable weights; vectors (norms, biases) are not decayed.
 
+    Args: fused: whether adamw goes over the weights once, which is faster, unless `settings.args` say how.
     Raises: ConfigError for a class that does not exist or arguments it does not take.
     """
     import importlib
@@ -549,13 +551,16 @@ def make_optimizer(settings: OptimConfig, lm: nn.Module) -> torch.optim.Optimize
             raise ConfigError(
                 f"optim.name: '{settings.name}' is no optimizer, expected a subclass of torch.optim.Optimizer"
             )
+    args = dict(settings.args)
+    if settings.name == "adamw" and not args.keys() & {"fused", "foreach", "differentiable"}:
+        args["fused"] = fused
     trainable = [p for p in lm.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": settings.weight_decay},
         {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
     ]
     try:
-        return kind([g for g in groups if g["params"]], lr=settings.lr, **settings.args)
+        return kind([g for g in groups if g["params"]], lr=settings.lr, **args)
     except (TypeError, ValueError) as error:
         key, given = ("optim.args", f" with {settings.args}") if settings.args else ("optim.name", "")
         raise ConfigError(f"{key}: {settings.name} cannot be made{given}: {error}") from error
