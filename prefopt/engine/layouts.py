@@ -290,9 +290,9 @@ def _inexact(lm: PreTrainedModel, kind: Kind, layout: str, device: torch.device,
     # only flash attention needs to be tried in the run's own precision, which blurs what is to be seen
     own = {"no": lm.dtype, "bf16": torch.bfloat16, "fp16": torch.float16}[mixed]
     precision = own if kind == "varlen" else lm.dtype
-    _probe_states(lm, kind, PADDED, device, precision)  # what fails here is not the layout's fault
+    plain = probe_states(lm, kind, PADDED, device, precision)  # what fails here is not the layout's fault
     try:
-        gap = probe(lm, kind, layout, device, precision)
+        gap = relative_gap(plain, probe_states(lm, kind, layout, device, precision))
     except Exception as error:
         return f"its forward does not take the layout ({type(error).__name__}: {' '.join(str(error).split())[:100]})"
     return None if gap <= _TOLERANCE[precision] else f"hidden states differ from those of padded rows by {gap:.1g}"
@@ -302,14 +302,13 @@ def _inexact(lm: PreTrainedModel, kind: Kind, layout: str, device: torch.device,
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 
-def probe(lm: PreTrainedModel, kind: Kind, layout: str, device: torch.device, dtype: torch.dtype) -> float:
-    """Relative difference of scored hidden states, the layout against padded rows, on a few short random pairs."""
-    plain, other = (_probe_states(lm, kind, name, device, dtype) for name in (PADDED, layout))
+def relative_gap(plain: torch.Tensor, other: torch.Tensor) -> float:
+    """The largest difference of a hidden state, relative to `plain`; 1 where one is not a number."""
     return float((plain - other).norm(dim=-1).div(plain.norm(dim=-1).clamp(min=1e-12)).nan_to_num(nan=1.0).max())
 
 
 @torch.no_grad()
-def _probe_states(
+def probe_states(
     lm: PreTrainedModel, kind: Kind, layout: str, device: torch.device, dtype: torch.dtype
 ) -> torch.Tensor:
     """Scored hidden states of a few short random pairs, in float64."""

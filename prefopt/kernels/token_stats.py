@@ -178,9 +178,7 @@ class _TokenStats(torch.autograd.Function):
         tokens, vocab = hidden.shape[0], weight.shape[0]
         rows, wide = plan.token_slices(tokens, vocab), plan.stat_dtype
         d_hidden = torch.zeros_like(hidden, dtype=wide) if need_hidden else None
-        d_weight = torch.zeros_like(weight) if need_weight and not tokens else None
-        if need_weight and d_weight is None:
-            d_weight = torch.empty_like(weight)
+        d_weight = (torch.empty_like if tokens else torch.zeros_like)(weight) if need_weight else None
         d_bias = torch.zeros_like(bias, dtype=wide) if need_bias else None
         scratch = Scratch(wide, hidden.device)
         with torch.autocast(hidden.device.type, enabled=False):

@@ -55,6 +55,15 @@ def _finite(top):
 
 
 @triton.jit
+def _grow(top, total, z):
+    """A log-sum-exp with the block `z` taken in; also what sums kept along with it shrink by, and exp(z - top)."""
+    new_top = tl.maximum(top, tl.max(z, axis=0))
+    shrink = tl.exp(top - _finite(new_top))
+    e = tl.exp(z - _finite(new_top))
+    return new_top, total * shrink + tl.sum(e, axis=0), shrink, e
+
+
+@triton.jit
 def _measure(
     z_ptr, bias_ptr, ref_ptr, ref_bias_ptr, index_ptr, out_ptr, tokens, columns,
     HAS_BIAS: tl.constexpr, SCALE: tl.constexpr, CAP: tl.constexpr,
@@ -72,11 +81,7 @@ def _measure(
         product = tl.load(z_ptr + token * columns + at, mask=mask, other=0.0)
         z = tl.where(mask, _logits(product, bias_ptr, at, mask, HAS_BIAS, SCALE, CAP, STAT), -float("inf"))
         picked += tl.sum(tl.where(at == label, z, 0.0), axis=0)
-        new_top = tl.maximum(top, tl.max(z, axis=0))
-        shrink = tl.exp(top - _finite(new_top))
-        e = tl.exp(z - _finite(new_top))
-        top = new_top
-        total = total * shrink + tl.sum(e, axis=0)
+        top, total, shrink, e = _grow(top, total, z)
         if ENTROPY:
             z_sum = z_sum * shrink + tl.sum(tl.where(e > 0.0, e * z, 0.0), axis=0)
         if HAS_REF:
@@ -84,11 +89,7 @@ def _measure(
             r = _logits(ref_product, ref_bias_ptr, at, mask, REF_HAS_BIAS, REF_SCALE, REF_CAP, STAT)
             r = tl.where(mask, r, -float("inf"))
             ref_picked += tl.sum(tl.where(at == label, r, 0.0), axis=0)
-            new_ref_top = tl.maximum(ref_top, tl.max(r, axis=0))
-            ref_shrink = tl.exp(ref_top - _finite(new_ref_top))
-            ref_e = tl.exp(r - _finite(new_ref_top))
-            ref_top = new_ref_top
-            ref_total = ref_total * ref_shrink + tl.sum(ref_e, axis=0)
+            ref_top, ref_total, ref_shrink, ref_e = _grow(ref_top, ref_total, r)
             if KL:
                 ref_gap_sum = ref_gap_sum * ref_shrink + tl.sum(tl.where(ref_e > 0.0, ref_e * (r - z), 0.0), axis=0)
             if REVERSE:

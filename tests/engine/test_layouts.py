@@ -153,15 +153,21 @@ def test_probe_when_it_has_run_then_nothing_random_has_moved_and_the_mode_is_as_
     assert lm.training
 
 
+def probe(lm, kind, layout, dtype):
+    """How far the probe finds a layout from padded rows."""
+    plain, other = (subject.probe_states(lm, kind, name, CPU, dtype) for name in ("padded", layout))
+    return subject.relative_gap(plain, other)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS[1:])
 def test_probe_when_positions_are_not_heard_then_it_is_far_beyond_its_tolerance(layout, dtype):
     lm, _ = two_models(dtype)
     policy = PolicyWithReference(lm, None, KernelConfig())
-    assert subject.probe(lm, policy.attention, layout, CPU, dtype) <= subject._TOLERANCE[dtype]
+    assert probe(lm, policy.attention, layout, dtype) <= subject._TOLERANCE[dtype]
     deaf = lm.model.forward
     lm.model.forward = lambda position_ids, **rest: deaf(**rest)
-    gap = subject.probe(lm, policy.attention, layout, CPU, dtype)
+    gap = probe(lm, policy.attention, layout, dtype)
     # rotary positions are relative: packed sequences are told apart by what they see
     assert gap > 2 * subject._TOLERANCE[dtype] or layout == "packed"
 
