@@ -172,6 +172,111 @@ class KernelConfig:
 
 
 @dataclass(frozen=True)
+class RoundsConfig:
+    """Rounds of generate, judge, pair and train. The policy at a round's start samples, and is the round's reference."""
+
+    count: int = 0
+    """Rounds. 0: train once, on the pairs of data.train. Else its rows' prompts are what the policy is asked."""
+    prompts: int | None = None
+    """Prompts of a round; no prompt is used twice. None: an equal share of all."""
+    eval_prompts: int = 64
+    """Held-out prompts on which the policies are compared after each round; 0: none. They come from data.eval if given."""
+    shard: int = 32
+    """Prompts per shard: the most that a killed stage does again."""
+    chosen: Literal["best", "data"] = "best"
+    """The chosen side of a pair: the completion that the judge ranks first, or the data's own."""
+    rejected: Literal["worst", "random"] = "worst"
+    """The rejected side: the completion that the judge ranks last, or the first one sampled."""
+    max_similarity: float | None = None
+    """Drop pairs whose sides share more than this of their tokens (0 to 1). None: only those that are equal."""
+    launcher: str = ""
+    """What scripts/rounds.py puts before each train stage, e.g. "accelerate launch --num_processes 8". None: python."""
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """How completions are sampled in rounds."""
+
+    engine: Literal["transformers", "vllm", "openai"] = "transformers"
+    """In process; vLLM in a process and an environment of its own; or a server with OpenAI's interface."""
+    n: int = 5
+    """Completions per prompt."""
+    temperature: float = 1.0
+    """Of the softmax; 0 takes the most likely token."""
+    top_p: float = 1.0
+    """Share of the probability that is kept, from the most likely token down."""
+    top_k: int = 0
+    """Tokens that are kept, from the most likely down; 0: all."""
+    max_tokens: int = 512
+    """Most tokens of a completion."""
+    stop: tuple[str, ...] = ()
+    """Texts that end a completion beside the model's own terminators."""
+    logprobs: bool = False
+    """Keep the log-probability of each token."""
+    batch: int = 64
+    """transformers: completions per forward pass."""
+    continuous: bool = False
+    """transformers: continuous batching, for completions of very different length."""
+    python: str | None = None
+    """vllm: Python of the environment that holds it. None: this one."""
+    tensor_parallel: int = 1
+    """vllm: GPUs that share one copy of the model."""
+    replicas: int = 1
+    """vllm: copies of the model, each in a process of its own."""
+    args: dict[str, Any] = field(default_factory=dict)
+    """vllm: further arguments of its LLM class, e.g. `--generate.args.gpu_memory_utilization 0.8`."""
+    url: str | None = None
+    """openai: the server, e.g. http://localhost:8000/v1."""
+    served_model: str | None = None
+    """openai: name of the policy on the server. None: its folder, which the server must then list as a model."""
+    api_key_env: str = "OPENAI_API_KEY"
+    """openai: environment variable that holds the key, if the server wants one."""
+    concurrency: int = 16
+    """openai: requests at the same time."""
+    retries: int = 5
+    """openai: attempts after the first one, with growing pauses."""
+    timeout: float = 300.0
+    """openai: seconds until a request counts as lost."""
+
+
+@dataclass(frozen=True)
+class JudgeConfig:
+    """Who ranks the completions of rounds. It sees prompt and response, never a thought."""
+
+    kind: Literal["none", "reward_model", "pairwise", "llm", "function", "length", "world"] | None = None
+    """A classifier with one logit; one that reads two responses; a language model that is asked; a Python function; the
+    shorter response; or the testbed's own. None: `world` on the testbed, else it must be named."""
+    path: str | None = None
+    """reward_model, pairwise: folder or hub id. function: module:callable. llm: `policy` asks the round's own policy."""
+    mode: Literal["pairwise", "score"] = "pairwise"
+    """llm: a verdict on two responses, asked in both orders, or a score of each."""
+    template: str | None = None
+    """llm: file with the question that is asked. None: the one that comes with prefopt for this mode."""
+    batch: int = 16
+    """reward_model, pairwise: texts per forward pass."""
+    max_length: int | None = None
+    """reward_model, pairwise: most tokens of a text. None: what the model takes."""
+    trust_remote_code: bool = False
+    """reward_model, pairwise: run model code that comes with the weights."""
+    url: str | None = None
+    """llm: a server with OpenAI's interface, e.g. http://localhost:8000/v1."""
+    model: str | None = None
+    """llm: name of the model on the server. None: the only one it serves."""
+    api_key_env: str = "OPENAI_API_KEY"
+    """llm: environment variable that holds the key, if the server wants one."""
+    temperature: float = 0.0
+    """llm: of the judge's own answers."""
+    max_tokens: int = 512
+    """llm: most tokens of an answer of the judge."""
+    concurrency: int = 16
+    """llm: requests at the same time."""
+    retries: int = 3
+    """llm: attempts after the first one, with growing pauses."""
+    timeout: float = 120.0
+    """llm, function: seconds until an answer counts as lost."""
+
+
+@dataclass(frozen=True)
 class TrackConfig:
     """Trackers beside metrics.jsonl, which is always written."""
 
@@ -189,7 +294,7 @@ class TestbedConfig:
 
     __test__ = False  # not a test class, whatever pytest thinks of its name
 
-    world: Literal["bandit"] = "bandit"
+    world: Literal["bandit", "cyclic"] = "bandit"
     """Which world."""
     pairs: int | None = None
     """Size of a fixed training set. None: a fresh stream, no pair seen twice."""
@@ -213,6 +318,9 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     kernel: KernelConfig = field(default_factory=KernelConfig)
+    rounds: RoundsConfig = field(default_factory=RoundsConfig)
+    generate: GenerateConfig = field(default_factory=GenerateConfig)
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
     track: TrackConfig = field(default_factory=TrackConfig)
     testbed: TestbedConfig = field(default_factory=TestbedConfig)
     seed: int = 0
@@ -252,7 +360,9 @@ _GIVES_WAY = {"optim.warmup_ratio": "optim.warmup_steps", "train.train_epochs": 
 FREE_TO_CHANGE = (
     *("dry_run", "output", "track", "kernel", "eval.batch", "model.gradient_checkpointing"),
     *("train.show_batch", "train.keep_last", "train.save_every", "train.micro_batch", "train.threads"),
-    "train.layout",
+    *("train.layout", "rounds.launcher", "generate.python", "generate.url", "generate.api_key_env"),
+    *("generate.concurrency", "generate.retries", "generate.timeout", "judge.url", "judge.api_key_env"),
+    *("judge.concurrency", "judge.retries", "judge.timeout"),
 )
 
 
@@ -562,7 +672,7 @@ def _known_keys(method_class: type[Method]) -> list[str]:
 
 def _check_keys(layer: Mapping[str, Any], name: str, method_class: type[Method], where: str) -> None:
     known = [key for key in _known_keys(method_class) if not (where and key in ("config", "help"))]
-    mappings = ("data.columns.", "optim.args.")
+    mappings = ("data.columns.", "optim.args.", "generate.args.")
     for key in _leaves(layer):
         if key in known or key.startswith(mappings):
             continue

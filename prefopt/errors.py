@@ -22,6 +22,10 @@ class TrainError(PrefoptError):
     """A run cannot start, continue or be saved."""
 
 
+class RoundError(PrefoptError):
+    """A stage of a round cannot start, continue or be trusted."""
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """A suggestion to append to an error, `; did you mean 'x'?`, or nothing when no known word is near."""
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)

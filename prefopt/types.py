@@ -172,3 +172,100 @@ class LossOutput:
 
     terms: tuple[Term, ...]
     metrics: Mapping[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+
+
+# Rounds: what a policy is asked, what it answers, what a judge says of it ------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt of a round.
+
+    Args:
+        prompt: as it was read, text or chat messages; this is what a judge sees.
+        ids: the tokens that the policy reads: the prompt as the method renders it, through the chat template, BOS once.
+        key: 16 hexadecimal digits, the same for the same prompt.
+        where: `file:line`.
+        answer: the data's own completion where the file has one, for verifiable rewards and for pairs against the data.
+        answer_ids: the same as tokens, with its terminator.
+    """
+
+    prompt: str | list[dict[str, str]]
+    ids: tuple[int, ...]
+    key: str
+    where: str
+    answer: str | None = None
+    answer_ids: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What an engine has generated for a prompt.
+
+    Args:
+        token_ids: all that was generated, with the terminator where one was.
+        text: without the terminator, special tokens and the stop string.
+        finish_reason: `stop` for a terminator or a stop string, `length` for the limit.
+        logps: of each token under the policy as it is (temperature 1, nothing cut off), nats, where they were asked for.
+    """
+
+    token_ids: tuple[int, ...]
+    text: str
+    finish_reason: Literal["stop", "length"]
+    logps: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Response:
+    """What a judge may see of a completion. Only `Method.judge_view` makes one, so a thought cannot reach a judge."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt and the responses to it, as a judge gets them. `answer` is the data's own, for verifiable rewards."""
+
+    prompt: str | list[dict[str, str]]
+    responses: tuple[Response, ...]
+    key: str = ""
+    answer: str | None = None
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What a judge says of K responses; one of `scores`, `logits` and `probs` is given. NaN is where it failed.
+
+    Args:
+        scores: of each response by itself, (K,).
+        logits: of row against column with the row's response first, (K, K), 0 on the diagonal: they may depend on order.
+        probs: that row beats column, (K, K), one half on the diagonal.
+        problems: how often what went wrong, by name: nan, timeout, unparsed, contradiction, truncated.
+    """
+
+    scores: tuple[float, ...] | None = None
+    logits: tuple[tuple[float, ...], ...] | None = None
+    probs: tuple[tuple[float, ...], ...] | None = None
+    problems: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ScoredGroup:
+    """The completions of one prompt and the judgement of them, from which a method makes pairs.
+
+    `judged` are the indices of the completions that the judge saw: the members of `judgement` stand in this order.
+    """
+
+    prompt: Prompt
+    completions: tuple[Completion, ...]
+    judgement: Judgement
+    judged: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ChosenPair:
+    """A pair of completions of a group by their indices, and the numbers that a loss reads of it."""
+
+    chosen: int
+    rejected: int
+    columns: Mapping[str, float] = field(default_factory=dict)

@@ -14,11 +14,13 @@ PACKAGE = ROOT / "prefopt"
 FLOORS = [
     ["__init__", "types", "errors"],
     ["kernels"],
-    ["method", "methods", "registry", "losses"],
+    ["method", "methods", "ranking", "registry", "losses"],
     ["config"],
     ["data"],
     ["engine"],
-    ["testbed"],
+    ["testbed", "generation", "judges"],
+    ["evaluate"],
+    ["rounds"],
     ["cli", "__main__"],
 ]
 FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}

@@ -1,0 +1,1 @@
+"""What is measured of policies by their own samples: win rates, lengths, diversity, KL; with intervals."""

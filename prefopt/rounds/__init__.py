@@ -1,0 +1,1 @@
+"""Rounds of generate, judge, pair and train, each stage a program with files on both sides."""
