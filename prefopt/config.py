@@ -173,14 +173,14 @@ class KernelConfig:
 
 @dataclass(frozen=True)
 class RoundsConfig:
-    """Rounds of generate, judge, pair and train. The policy at a round's start samples, and is the round's reference."""
+    """Rounds of generate, judge, pair, train. The policy at a round's start samples, and is the round's reference."""
 
     count: int = 0
     """Rounds. 0: train once, on the pairs of data.train. Else its rows' prompts are what the policy is asked."""
     prompts: int | None = None
     """Prompts of a round; no prompt is used twice. None: an equal share of all."""
     eval_prompts: int = 64
-    """Held-out prompts on which the policies are compared after each round; 0: none. They come from data.eval if given."""
+    """Held-out prompts on which policies are compared after each round; 0: none. From data.eval if that is given."""
     shard: int = 32
     """Prompts per shard: the most that a killed stage does again."""
     chosen: Literal["best", "data"] = "best"
@@ -247,7 +247,7 @@ class JudgeConfig:
     """A classifier with one logit; one that reads two responses; a language model that is asked; a Python function; the
     shorter response; or the testbed's own. None: `world` on the testbed, else it must be named."""
     path: str | None = None
-    """reward_model, pairwise: folder or hub id. function: module:callable. llm: `policy` asks the round's own policy."""
+    """reward_model, pairwise: folder or hub id. function: module:callable. llm: `policy` asks the round's policy."""
     mode: Literal["pairwise", "score"] = "pairwise"
     """llm: a verdict on two responses, asked in both orders, or a score of each."""
     template: str | None = None

@@ -7,10 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, get_args
 
-import numpy as np
-
 from prefopt.errors import ConfigError, did_you_mean
-from prefopt.ranking import order_scores
 from prefopt.types import ChosenPair, LossOutput, Needs, PairBatch, PairStats, Response, ScoredGroup, Term
 
 if TYPE_CHECKING:
@@ -50,16 +47,15 @@ class Method:
         return prompt
 
     def judge_view(self, text: str) -> Response | None:
-        """What a judge may see of a completion, or None if there is nothing to see: it is then no candidate to choose."""
+        """What a judge may see of a completion, or None where there is nothing: then it can only be rejected."""
         return Response(text)
 
     def make_pairs(self, group: ScoredGroup) -> Sequence[ChosenPair] | str:
         """The pairs to train on, or in a few words why there is none. The best judged completion against the worst."""
-        order = order_scores(group.judgement)
-        ends = best_and_worst(order)
-        if ends is None:
-            return "all scores equal" if np.isfinite(order).sum() > 1 else "fewer than two judged"
-        return [ChosenPair(group.judged[ends[0]], group.judged[ends[1]])]
+        from prefopt.ranking import best_and_worst, order_scores
+
+        ends = best_and_worst(order_scores(group.judgement))
+        return ends if isinstance(ends, str) else [ChosenPair(group.judged[ends[0]], group.judged[ends[1]])]
 
     def describe(self) -> str:
         """What a run prints of this method in its first line: the name of the variant where there are several."""
@@ -79,17 +75,6 @@ class Method:
         choices = get_args(literal)
         near = did_you_mean(str(getattr(self, key)), choices)
         self._require(getattr(self, key) in choices, key, f"one of {', '.join(choices)}{near}")
-
-
-def best_and_worst(order: np.ndarray) -> tuple[int, int] | None:
-    """Where the highest and the lowest of these numbers stand, the first of equals; None where all known are equal.
-
-    Args: order: NaN for what is unknown. Shape `(K,)`.
-    """
-    known = np.flatnonzero(np.isfinite(order))
-    if len(known) < 2 or order[known].max() == order[known].min():
-        return None
-    return int(known[order[known].argmax()]), int(known[order[known].argmin()])
 
 
 def pair_term(losses: torch.Tensor, name: str = "loss", weight: float = 1.0) -> Term:

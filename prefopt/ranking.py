@@ -1,4 +1,4 @@
-"""From a judge's numbers to win probabilities and an order of the candidates. Tables are `(K, K)`, row against column."""
+"""From a judge's numbers to win probabilities and an order of candidates. Tables are `(K, K)`, row against column."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def win_probabilities(judgement: Judgement, mode: WinProb = "pairwise_sigmoid") 
     Args: judgement: with scores, logits or probabilities; the latter are taken as they are by `pairwise_sigmoid`.
     Returns: shape `(K, K)`, float64.
     Raises: ValueError for an unknown mode, or probabilities under `blender_score`, which reads logits.
-    Reference: Wu et al., arXiv 2405.00675, section 4: the first is the paper's text, the second the authors' code, which
-        for consistent logits is a sigmoid of twice the difference of scores.
+    Reference: Wu et al., arXiv 2405.00675, section 4: the first is the paper's text, the second the authors' code,
+        which for consistent logits is a sigmoid of twice the difference of scores.
     """
     if mode not in get_args(WinProb):
         raise ValueError(f"unknown way to a win probability {mode!r}")
@@ -56,6 +56,19 @@ def order_scores(judgement: Judgement, mode: WinProb = "pairwise_sigmoid") -> np
     if judgement.scores is not None:
         return np.array(judgement.scores, dtype=np.float64)
     return _row_means(win_probabilities(judgement) if judgement.probs is not None else _preferences(judgement))
+
+
+def best_and_worst(order: np.ndarray) -> tuple[int, int] | str:
+    """Where the highest and the lowest of these numbers stand, the first of equals; or why there are none, in words.
+
+    Args: order: NaN for what is unknown. Shape `(K,)`.
+    """
+    known = np.flatnonzero(np.isfinite(order))
+    if len(known) < 2:
+        return "fewer than two judged"
+    if order[known].max() == order[known].min():
+        return "all scores equal"
+    return int(known[order[known].argmax()]), int(known[order[known].argmin()])
 
 
 def _preferences(judgement: Judgement) -> np.ndarray:

@@ -174,7 +174,7 @@ class LossOutput:
     metrics: Mapping[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
 
-# Rounds: what a policy is asked, what it answers, what a judge says of it ------------------------------------------------
+# Rounds: what a policy is asked, what it answers, what a judge says of it ------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -206,7 +206,7 @@ class Completion:
         token_ids: all that was generated, with the terminator where one was.
         text: without the terminator, special tokens and the stop string.
         finish_reason: `stop` for a terminator or a stop string, `length` for the limit.
-        logps: of each token under the policy as it is (temperature 1, nothing cut off), nats, where they were asked for.
+        logps: of each token under the policy as it is (temperature 1, nothing cut off), nats, where asked for.
     """
 
     token_ids: tuple[int, ...]
@@ -238,7 +238,7 @@ class Judgement:
 
     Args:
         scores: of each response by itself, (K,).
-        logits: of row against column with the row's response first, (K, K), 0 on the diagonal: they may depend on order.
+        logits: of row against column with the row's response first, (K, K), 0 on the diagonal; order may matter.
         probs: that row beats column, (K, K), one half on the diagonal.
         problems: how often what went wrong, by name: nan, timeout, unparsed, contradiction, truncated.
     """
