@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from prefopt.method import Method, pair_term, reward_metrics
-from prefopt.types import Column, LossOutput, Needs, PairBatch, PairStats
+from prefopt.types import ChosenPair, Column, LossOutput, Needs, PairBatch, PairStats, ScoredGroup
 
 if TYPE_CHECKING:
     import torch
 
 Variant = Literal["soft", "single", "hard"]
+WinProb = Literal["pairwise_sigmoid", "blender_score"]
 _CHOSEN = Column("chosen_win_prob", aliases=("chosen_probs_win",), low=0.0, high=1.0)
 _REJECTED = Column("rejected_win_prob", aliases=("chosen_probs_lose",), low=0.0, high=1.0)
 # a column of its own: the authors' files hold both numbers, and P(chosen beats rejected) is not P(chosen beats policy)
@@ -26,10 +29,11 @@ def sppo(
     *,
     beta: float,
     variant: Variant = "soft",
+    target_clamp: float | None = None,
 ) -> torch.Tensor:
     """The SPPO loss of each pair.
 
-    a = chosen_logratios,  b = rejected_logratios,  eta = 1 / beta
+    a = chosen_logratios,  b = rejected_logratios,  eta = 1 / beta; each target eta (.) is cut to +-target_clamp
     soft    1/2 [(a - eta (P_w - 1/2))^2 + (b - eta (P_l - 1/2))^2]
     single  1/2 [(a - eta (p - 1/2))^2 + (b + eta (p - 1/2))^2]
     hard    (a - eta/2)^2 + (b + eta/2)^2, a sum without the factor 1/2, as TRL scales it
@@ -41,6 +45,7 @@ def sppo(
         rejected_win_prob: soft: P_l, the probability that the rejected completion beats one of the policy; else None.
         beta: 1 / eta of the paper.
         variant: where the targets come from.
+        target_clamp: largest distance of a target from 0, in nats; None: none. Not in the paper.
     Returns: unreduced loss, shape `(pairs,)`, in the log-ratios' dtype.
     Raises: ValueError for an unknown variant, or probabilities that are missing or not read.
     Reference: Wu et al., Self-Play Preference Optimization for Language Model Alignment, arXiv 2405.00675,
@@ -55,13 +60,15 @@ def sppo(
         reads = "chosen_win_prob and rejected_win_prob" if all(expected) else "chosen_win_prob" if any(expected) else ""
         raise ValueError(f"variant {variant!r} reads {reads or 'no probabilities'}, and nothing else")
 
+    limit = math.inf if target_clamp is None else target_clamp
     if variant == "hard":
-        return (chosen_logratios - 0.5 / beta) ** 2 + (rejected_logratios + 0.5 / beta) ** 2
+        target = min(0.5 / beta, limit)
+        return (chosen_logratios - target) ** 2 + (rejected_logratios + target) ** 2
     assert chosen_win_prob is not None
     chosen_win_prob = chosen_win_prob.to(chosen_logratios.dtype)
     lose_prob = 1 - chosen_win_prob if rejected_win_prob is None else rejected_win_prob.to(rejected_logratios.dtype)
-    chosen_error = chosen_logratios - (chosen_win_prob - 0.5) / beta
-    rejected_error = rejected_logratios - (lose_prob - 0.5) / beta
+    chosen_error = chosen_logratios - ((chosen_win_prob - 0.5) / beta).clamp(-limit, limit)
+    rejected_error = rejected_logratios - ((lose_prob - 0.5) / beta).clamp(-limit, limit)
     return (chosen_error**2 + rejected_error**2) / 2
 
 
@@ -78,9 +85,21 @@ class SPPO(Method):
     pair_win_prob, P(chosen beats rejected); hard: probabilities 1 and 0, and twice the scale."""
     # arXiv 2405.00675, algorithm 1
 
+    win_prob: WinProb = "pairwise_sigmoid"
+    """In rounds, win probability and order of the candidates from the judge: pairwise_sigmoid: the paper's;
+    blender_score: the authors' code, about twice as sharp, which ranks by one score per candidate."""
+    # arXiv 2405.00675, section 4; rank.py and compute_prob of the authors' code
+
+    target_clamp: float | None = None
+    """Largest distance of a target from 0, in nats; none: no limit. Against judges that are too sure of themselves."""
+    # not in the paper; over-confidence on near-identical responses is reported in arXiv 2606.01561
+
     def __post_init__(self) -> None:
         self._require_positive("beta")
         self._require_choice("variant", Variant)
+        self._require_choice("win_prob", WinProb)
+        if self.target_clamp is not None:
+            self._require_positive("target_clamp")
 
     @property
     def needs(self) -> Needs:
@@ -89,12 +108,36 @@ class SPPO(Method):
 
     def loss(self, stats: PairStats, batch: PairBatch) -> LossOutput:
         probs = [batch.columns[column.name] for column in self.needs.columns]
-        losses = sppo(stats.chosen_logratios, stats.rejected_logratios, *probs, beta=self.beta, variant=self.variant)
+        settings = {"beta": self.beta, "variant": self.variant, "target_clamp": self.target_clamp}
+        losses = sppo(stats.chosen_logratios, stats.rejected_logratios, *probs, **settings)
         # no accuracy/logit: the two sides are separate regressions, and there is no logit that compares them
         return LossOutput(terms=(pair_term(losses),), metrics=reward_metrics(stats, self.beta))
 
     def loss_at_reference(self) -> float | None:
-        return 0.5 / self.beta**2 if self.variant == "hard" else None
+        target = 0.5 / self.beta if self.target_clamp is None else min(0.5 / self.beta, self.target_clamp)
+        return 2 * target**2 if self.variant == "hard" else None
+
+    def make_pairs(self, group: ScoredGroup) -> Sequence[ChosenPair] | str:
+        """Best against worst by aggregate score, with their win probabilities against the K candidates, self-tie included.
+
+        P_i = 1/K sum_k P(i beats k), of the K that were judged (arXiv 2405.00675, algorithm 1, line 5).
+        """
+        import numpy as np
+
+        from prefopt.ranking import best_and_worst, order_scores, win_probabilities
+
+        ends = best_and_worst(order_scores(group.judgement, self.win_prob))
+        if isinstance(ends, str):
+            return ends
+        chosen, rejected = ends
+        probs = win_probabilities(group.judgement, self.win_prob)
+        against_policy = np.nanmean(probs, axis=1)
+        columns = {
+            _CHOSEN.name: float(against_policy[chosen]),
+            _REJECTED.name: float(against_policy[rejected]),
+            _PAIR.name: float(probs[chosen, rejected]),
+        }
+        return [ChosenPair(group.judged[chosen], group.judged[rejected], columns)]
 
     def describe(self) -> str:
         return f"{self.variant}, beta {self.beta:g} (eta {1 / self.beta:g})"

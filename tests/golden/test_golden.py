@@ -7,7 +7,10 @@ import pytest
 import torch
 
 from prefopt.kernels.token_stats import token_stats
+from prefopt import registry
 from prefopt.losses import dpo, sppo, tdpo
+from prefopt.ranking import order_scores, win_probabilities
+from prefopt.types import Completion, Judgement, Prompt, ScoredGroup
 
 HERE = Path(__file__).parent
 WANT = ("ref_logp", "kl", "reverse_kl", "entropy")
@@ -217,3 +220,30 @@ def test_tdpo_reward_accuracy_and_training_logit_disagree_as_recorded():
     assert out.metrics["rewards_tdpo/accuracies"][0].tolist() == [float(x) for x in case["logged_accuracy"]]
     assert out.metrics["accuracy/logit"][0].tolist() == [float(x > 0) for x in case["training_logit"]]
     assert out.metrics["accuracy/logit"][0].tolist() != out.metrics["rewards_tdpo/accuracies"][0].tolist()
+
+
+@pytest.mark.parametrize("name", SPPO["pair_ranking"])
+def test_sppo_ranks_and_estimates_as_the_authors_code_and_as_the_paper(name):
+    case = SPPO["pair_ranking"][name]
+    logits = tuple(map(tuple, case["pair_logits"]))
+    completions = tuple(Completion((i,), str(i), "stop") for i in range(5))
+    group = ScoredGroup(Prompt("p", (0,), "k", "w"), completions, Judgement(logits=logits), tuple(range(5)))
+
+    code = Judgement(logits=logits)
+    assert order_scores(code, "blender_score") == pytest.approx(case["official_scores"], abs=1e-6)
+    assert win_probabilities(code, "blender_score").tolist() == [
+        pytest.approx(row, abs=1e-6) for row in case["official_prob"]
+    ]
+    assert win_probabilities(code).tolist() == [pytest.approx(row, abs=1e-6) for row in case["paper_prob"]]
+    method = registry.get("sppo")
+    (pair,) = method(win_prob="blender_score").make_pairs(group)
+    assert (pair.chosen, pair.rejected) == (case["best"], case["worst"])
+    assert pair.columns == {
+        "chosen_win_prob": pytest.approx(case["chosen_probs_win"], abs=1e-6),
+        "rejected_win_prob": pytest.approx(case["chosen_probs_lose"], abs=1e-6),
+        "pair_win_prob": pytest.approx(case["chosen_probs"], abs=1e-6),
+    }
+    (pair,) = method().make_pairs(group)
+    assert (pair.chosen, pair.rejected) == (case["best"], case["worst"])
+    assert pair.columns["chosen_win_prob"] == pytest.approx(case["paper_win"], abs=1e-6)
+    assert pair.columns["rejected_win_prob"] == pytest.approx(case["paper_lose"], abs=1e-6)

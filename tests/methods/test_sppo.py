@@ -24,6 +24,14 @@ def test_single_with_certainty_is_half_of_hard():
     assert torch.allclose(2 * single, sppo(a, b, beta=0.1, variant="hard"), rtol=1e-14)
 
 
+def test_targets_are_cut_to_the_clamp():
+    """beta = 1/4: targets 1 and -1 become 1/2 and -1/2; errors 5/2 and 5/2."""
+    losses = sppo(f64([3.0]), f64([2.0]), f64([0.75]), f64([0.25]), beta=0.25, target_clamp=0.5)
+    assert losses.item() == (2.5**2 + 2.5**2) / 2
+    assert sppo(f64([0.5]), f64([-0.5]), beta=0.25, variant="hard", target_clamp=0.5).item() == 0
+    assert SPPO(beta=0.25, variant="hard", target_clamp=0.5).loss_at_reference() == 0.5
+
+
 def test_the_two_sides_are_separate_regressions():
     a, b = f64([3.0], grad=True), f64([2.0], grad=True)
     loss = sppo(a, b, f64([0.75]), f64([0.25]), beta=0.25)
