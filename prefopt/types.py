@@ -53,14 +53,17 @@ class Needs:
 class PairRow:
     """One row as it was read, before any tokenizer. Prompt and completions are text, or lists of chat messages.
 
-    `rejected` is None in data for methods that need the chosen side only. `where` is `file:line`.
+    `rejected` is None in data for methods that need the chosen side only; `chosen` is None where only prompts are read
+    and the row has no more. `where` is `file:line`. `ids` are prompt, chosen and maybe rejected as tokens, where the
+    row has them and they are this tokenizer's: what a policy has sampled is trained on as it was sampled.
     """
 
     prompt: str | list[dict[str, str]]
-    chosen: str | list[dict[str, str]]
+    chosen: str | list[dict[str, str]] | None
     rejected: str | list[dict[str, str]] | None
     columns: Mapping[str, float]
     where: str
+    ids: tuple[list[int], ...] | None = None
 
 
 @dataclass(frozen=True)

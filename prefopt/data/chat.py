@@ -80,6 +80,16 @@ def render(
     return Rendered(whole[: spans[-1][1]], tuple(spans), terminated)
 
 
+def render_prompt(prompt: Messages, tokenizer: Any) -> str:
+    """Chat messages as the text that an assistant's turn follows, by the tokenizer's chat template.
+
+    Raises: RowProblem when the template refuses them; DataError when there is no template.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise DataError(NO_TEMPLATE)
+    return _apply(tokenizer, prompt, "prompt", add_generation_prompt=True)
+
+
 NO_TEMPLATE = (
     "the rows are chat messages and the tokenizer has no chat template, expected one (--data.chat_template FILE)"
 )

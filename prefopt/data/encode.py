@@ -22,13 +22,13 @@ from typing import Any, overload
 
 import numpy as np
 
-from prefopt.data.chat import Rendered, end_tokens, render
+from prefopt.data.chat import Rendered, end_tokens, render, render_prompt
 from prefopt.data.report import EXAMPLES, DataReport
 from prefopt.data.rows import MAX_ROW_BYTES, BadRow, Messages, OnBadRow, RowProblem, RowReader, first_bad_row
 from prefopt.errors import DataError
 from prefopt.types import Column, EncodedPair, PairRow
 
-FORMAT_VERSION = 1  # raise it whenever the same file and settings would give other ids, masks or counts
+FORMAT_VERSION = 2  # raise it whenever the same file and settings would give other ids, masks or counts
 _BATCH = 512  # rows tokenised at a time
 
 
@@ -71,7 +71,8 @@ class Encoder:
             rendered: list[list[Rendered] | BadRow] = []
             for row in batch:
                 try:
-                    rendered.append([self._render(row, key, side) for key, side in _sides(row)])
+                    texts_of = [] if row.ids else _sides(row)  # a row that carries its ids needs no text
+                    rendered.append([self._render(row, key, side) for key, side in texts_of])
                 except RowProblem as problem:
                     rendered.append(problem.at(row.where))
             texts = [text for sides in rendered if isinstance(sides, list) for side in sides for text in _texts(side)]
@@ -80,11 +81,31 @@ class Encoder:
                 if isinstance(sides, BadRow):
                     yield sides
                     continue
+                if row.ids is not None:
+                    yield self._sampled(row, row.ids)
+                    continue
                 parts = [[next(ids) for _ in _texts(side)] for side in sides]
                 try:
                     yield self._pair(row, sides, parts)
                 except RowProblem as problem:
                     yield problem.at(row.where)
+
+    def prompt(self, prompt: str | Messages) -> list[int]:
+        """The tokens of a prompt alone, as a policy reads them before it answers.
+
+        Raises: RowProblem when the chat template refuses it, or nothing is left of it.
+        """
+        text = prompt if isinstance(prompt, str) else render_prompt(prompt, self.tokenizer)
+        return self._with_bos(self._tokenize([text])[0])
+
+    def _with_bos(self, prompt: list[int]) -> list[int]:
+        """BOS exactly once, where this tokenizer adds one."""
+        if self.bos is not None:
+            begin = next((i for i, token in enumerate(prompt) if token != self.bos), len(prompt))
+            prompt = [self.bos, *prompt[begin:]]
+        if not prompt:
+            raise RowProblem("empty prompt", "prompt", "no token", "at least one (this tokenizer adds no BOS)")
+        return prompt
 
     def pair(self, row: PairRow) -> EncodedPair:
         """One row encoded. Raises: DataError with the complaint when it is a bad row."""
@@ -105,14 +126,30 @@ class Encoder:
         encoded = [self._side(*args) for args in zip(keys, sides, parts, strict=True)]
         prompt = encoded[0][0]
         assert all(other == prompt for other, _, _ in encoded), "one prompt text has given two lists of ids"
-        if self.bos is not None:
-            begin = next((i for i, token in enumerate(prompt) if token != self.bos), len(prompt))
-            prompt = [self.bos, *prompt[begin:]]
-        if not prompt:
-            raise RowProblem("empty prompt", "prompt", "no token", "at least one (this tokenizer adds no BOS)")
+        prompt = self._with_bos(prompt)
         completions, masks = [ids for _, ids, _ in encoded], [mask for _, _, mask in encoded]
-        lengths = (len(prompt), *(len(ids) for ids in completions))
         whole = [self._ends(ids, side) for ids, side in zip(completions, sides, strict=True)]
+        key = hashlib.sha256(sides[0].prompt.encode()).hexdigest()[:16]
+        return self._cut(row, key, prompt, completions, masks, whole)
+
+    def _sampled(self, row: PairRow, ids: tuple[list[int], ...]) -> CutPair:
+        """A row that carries its ids. A completion that was not ended stays so: nothing is added to it."""
+        prompt, *completions = ids
+        masks = [[True] * len(side) for side in completions]
+        whole = [side[-1] == self.eos for side in completions]
+        return self._cut(row, hashlib.sha256(str(prompt).encode()).hexdigest()[:16], prompt, completions, masks, whole)
+
+    def _cut(
+        self,
+        row: PairRow,
+        key: str,
+        prompt: list[int],
+        completions: list[list[int]],
+        masks: list[list[bool]],
+        whole: list[bool],
+    ) -> CutPair:
+        """At most `max_length` tokens of it. Args: key: of the prompt; whole: whether each completion is terminated."""
+        lengths = (len(prompt), *(len(ids) for ids in completions))
         # The prompt's head goes first, cut by the longer side so that both sides keep one prompt; then the tails.
         room = max(self.max_length - max(lengths[1:]), 1)
         cut_prompt = len(prompt) > room
@@ -124,15 +161,15 @@ class Encoder:
         pair = EncodedPair(
             prompt_ids=prompt,
             chosen_ids=completions[0],
-            rejected_ids=completions[1] if len(sides) > 1 else None,
+            rejected_ids=completions[1] if len(completions) > 1 else None,
             chosen_mask=masks[0],
-            rejected_mask=masks[1] if len(sides) > 1 else None,
+            rejected_mask=masks[1] if len(completions) > 1 else None,
             columns=row.columns,
             where=row.where,
-            prompt_key=hashlib.sha256(sides[0].prompt.encode()).hexdigest()[:16],
+            prompt_key=key,
         )
         ended = sum(end and not short for end, short in zip(whole, cut, strict=True))
-        return CutPair(pair, lengths, cut_prompt, any(cut), len(sides) - ended)
+        return CutPair(pair, lengths, cut_prompt, any(cut), len(completions) - ended)
 
     def _ends(self, ids: list[int], side: Rendered) -> bool:
         return side.terminated or (self.eos is not None and ids[-1] == self.eos)
@@ -168,6 +205,7 @@ class Encoder:
 
 
 def _sides(row: PairRow) -> list[tuple[str, str | Messages]]:
+    assert row.chosen is not None, "a row without any completion has nothing to score"
     return [("chosen", row.chosen)] + ([("rejected", row.rejected)] if row.rejected is not None else [])
 
 
@@ -347,7 +385,14 @@ def encode_file(
     """
     name = str(path)
     encoder = Encoder(tokenizer, max_length)
-    reader = RowReader(name, columns=columns, need_rejected=need_rejected, extra=extra, max_row_bytes=max_row_bytes)
+    reader = RowReader(
+        name,
+        columns=columns,
+        need_rejected=need_rejected,
+        extra=extra,
+        max_row_bytes=max_row_bytes,
+        tokenizer=tokenizer_content(tokenizer),
+    )
     settings = [max_length, need_rejected, repr(extra), sorted(reader.columns.items()), on_bad_row, max_row_bytes]
     key = _cache_key(reader, tokenizer, settings)
     folder = Path(cache_dir).expanduser() / key

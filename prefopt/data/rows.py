@@ -115,6 +115,8 @@ class RowReader:
             pair and its rejected side left out, so that one file gives the same rows to every method.
         extra: numbers that the method reads.
         max_row_bytes: longer lines are bad rows; they are never held in memory.
+        prompts_only: whether a row may be a prompt without any completion; its chosen side is then None.
+        tokenizer: a hash; rows that carry it in `tokenizer` carry this tokenizer's ids too, which are then read.
 
     Raises: DataError when there is nothing to read.
     """
@@ -127,7 +129,10 @@ class RowReader:
         need_rejected: bool = True,
         extra: tuple[Column, ...] = (),
         max_row_bytes: int = MAX_ROW_BYTES,
+        prompts_only: bool = False,
+        tokenizer: str | None = None,
     ) -> None:
+        self.prompts_only, self.tokenizer = prompts_only, tokenizer
         self.columns, self.need_rejected, self.extra = dict(columns or {}), need_rejected, extra
         self.formats: Counter[str] = Counter()  # of the rows given so far
         known = [*KEYS, *(column.name for column in extra)]
@@ -154,6 +159,12 @@ class RowReader:
             raise RowProblem(
                 "not an object", "", f"found {_kind(record)}", "a JSON object, one per line", "write the file as JSONL"
             )
+        if self.tokenizer is not None and record.get("tokenizer") == self.tokenizer:
+            return self._sampled(record, where), "token ids"
+        if self.prompts_only and all(self._get(record, key) is None for key in ("chosen", "completion", "messages")):
+            question = self._side(record, "prompt")
+            self._check_question(question)
+            return PairRow(question, None, None, {}, where), "prompt alone"
         chosen_key = next(
             (
                 key
@@ -190,13 +201,7 @@ class RowReader:
         self, prompt: str | Messages | None, chosen: str | Messages, rejected: str | Messages | None, chosen_key: str
     ) -> tuple[str | Messages, str | Messages, str | Messages | None, str]:
         if isinstance(prompt, list):
-            if not prompt or prompt[-1]["role"] == "assistant":
-                raise RowProblem(
-                    "prompt without a question",
-                    self._key("prompt"),
-                    "ends with an assistant turn" if prompt else "an empty list",
-                    "messages that end with a turn to answer",
-                )
+            self._check_question(prompt)
             chosen = _as_turn(chosen) if isinstance(chosen, str) else chosen
             rejected = _as_turn(rejected) if isinstance(rejected, str) else rejected
             return prompt, chosen, rejected, "messages, explicit prompt"
@@ -284,6 +289,27 @@ class RowReader:
         if not isinstance(value, list):
             raise RowProblem("not a string", name, f"found {_kind(value)}", "a string or a list of messages")
         return [_message(message, f"{name}[{i}]") for i, message in enumerate(value)]
+
+    def _check_question(self, prompt: str | Messages) -> None:
+        if isinstance(prompt, list) and (not prompt or prompt[-1]["role"] == "assistant"):
+            raise RowProblem(
+                "prompt without a question",
+                self._key("prompt"),
+                "ends with an assistant turn" if prompt else "an empty list",
+                "messages that end with a turn to answer",
+            )
+
+    def _sampled(self, record: Mapping[str, Any], where: str) -> PairRow:
+        """A row of what a policy was asked and has answered, by its token ids; its texts are for people."""
+        keys = ["prompt_ids", "chosen_ids", *(["rejected_ids"] if self.need_rejected else [])]
+        for key in keys:
+            ids = record.get(key)
+            if not (isinstance(ids, list) and ids and all(isinstance(i, int) and i >= 0 for i in ids)):
+                raise RowProblem("bad token ids", key, "no list of token ids", "what a round has written")
+        numbers = {column.name: self._number(record, column) for column in self.extra}
+        texts = [record.get(key) for key in ("prompt", "chosen", "rejected")]
+        sides = (texts[0] or "", texts[1] or "", (texts[2] or "") if self.need_rejected else None)
+        return PairRow(*sides, numbers, where, tuple(record[key] for key in keys))
 
     def _check_different(self, chosen: object, rejected: object, chosen_key: str) -> None:
         if chosen == rejected:

@@ -108,8 +108,14 @@ class SPPO(Method):
 
     def loss(self, stats: PairStats, batch: PairBatch) -> LossOutput:
         probs = [batch.columns[column.name] for column in self.needs.columns]
-        settings = {"beta": self.beta, "variant": self.variant, "target_clamp": self.target_clamp}
-        losses = sppo(stats.chosen_logratios, stats.rejected_logratios, *probs, **settings)
+        losses = sppo(
+            stats.chosen_logratios,
+            stats.rejected_logratios,
+            *probs,
+            beta=self.beta,
+            variant=self.variant,
+            target_clamp=self.target_clamp,
+        )
         # no accuracy/logit: the two sides are separate regressions, and there is no logit that compares them
         return LossOutput(terms=(pair_term(losses),), metrics=reward_metrics(stats, self.beta))
 
@@ -118,7 +124,7 @@ class SPPO(Method):
         return 2 * target**2 if self.variant == "hard" else None
 
     def make_pairs(self, group: ScoredGroup) -> Sequence[ChosenPair] | str:
-        """Best against worst by aggregate score, with their win probabilities against the K candidates, self-tie included.
+        """Best against worst by aggregate score, with their probabilities of beating one of the K, self-tie included.
 
         P_i = 1/K sum_k P(i beats k), of the K that were judged (arXiv 2405.00675, algorithm 1, line 5).
         """

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from prefopt.kernels.token_stats import token_stats
 from prefopt import registry
+from prefopt.kernels.token_stats import token_stats
 from prefopt.losses import dpo, sppo, tdpo
 from prefopt.ranking import order_scores, win_probabilities
 from prefopt.types import Completion, Judgement, Prompt, ScoredGroup

@@ -1,0 +1,133 @@
+"""From a data file to the prompts of rounds: each once, as tokens, and short enough to be answered."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from prefopt.data.chat import Messages
+from prefopt.data.encode import EXAMPLES, Encoder
+from prefopt.data.rows import BadRow, OnBadRow, RowProblem, RowReader, first_bad_row
+from prefopt.errors import DataError
+from prefopt.types import PairRow, Prompt
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The prompts of a file in its order, and what to say of it."""
+
+    prompts: list[Prompt]
+    report: list[str]
+
+
+def read_prompts(
+    path: str,
+    tokenizer: Any,
+    *,
+    render: Callable[[str | Messages], str | Messages],
+    max_prompt: int,
+    max_length: int,
+    columns: Mapping[str, str] | None = None,
+    on_bad_row: OnBadRow = "error",
+    with_answers: bool = False,
+) -> Prompts:
+    """The prompts of a file of pairs, of prompt and completion, or of prompts alone; one that stands twice is read once.
+
+    Args:
+        path, columns, on_bad_row: as in `encode_file`.
+        render: the prompt as the policy reads it, from the one in the file.
+        max_prompt: most tokens of a prompt: it must leave room for an answer.
+        max_length: most tokens of a prompt and the file's answer together; a longer answer loses its tail.
+        with_answers: whether every row must have a completion, the chosen one.
+    Raises: DataError at a bad row, under `error`, or when no row can be used.
+    """
+    encoder = Encoder(tokenizer, max_length)
+    reader = RowReader(path, columns=columns, need_rejected=False, prompts_only=not with_answers)
+    items = iter(reader)
+    prompts: dict[str, Prompt] = {}
+    dropped: Counter[str] = Counter()
+    examples: dict[str, list[str]] = {}
+    read = twice = 0
+    for row in items:
+        read += 1
+        found = row if isinstance(row, BadRow) else _prompt(row, encoder, render, max_prompt)
+        if isinstance(found, BadRow):
+            if on_bad_row == "error":
+                raise first_bad_row(found, items)
+            dropped[found.reason] += 1
+            places = examples.setdefault(found.reason, [])
+            places += [found.where] if len(places) < EXAMPLES else []
+        elif found.key in prompts:
+            twice += 1
+        else:
+            prompts[found.key] = found
+    if not prompts:
+        reasons = ", ".join(f"{number:,} {reason}" for reason, number in dropped.most_common())
+        raise DataError(f"{path}: none of the {read:,} rows holds a prompt that can be used: {reasons}")
+    lengths = sorted(len(prompt.ids) for prompt in prompts.values())
+    report = [
+        f"{path}: {read:,} rows, {len(prompts):,} prompts"
+        + (f" ({twice:,} rows repeat one)" if twice else "")
+        + f", {lengths[0]} to {lengths[-1]} tokens, median {lengths[len(lengths) // 2]}"
+    ]
+    report += [
+        f"  dropped: {number:,} {reason} ({', '.join(examples[reason])})" for reason, number in dropped.most_common()
+    ]
+    return Prompts([*prompts.values()], report)
+
+
+def _prompt(
+    row: PairRow, encoder: Encoder, render: Callable[[str | Messages], str | Messages], most: int
+) -> Prompt | BadRow:
+    try:
+        ids = encoder.prompt(render(row.prompt))
+        if len(ids) > most:
+            raise RowProblem(
+                "prompt too long",
+                "prompt",
+                f"{len(ids)} tokens",
+                f"at most {most}: generate.max_tokens must fit in data.max_length beside it",
+                "raise data.max_length, lower generate.max_tokens, or --data.on_bad_row skip",
+            )
+    except RowProblem as problem:
+        return problem.at(row.where)
+    key = hashlib.sha256(json.dumps(row.prompt, sort_keys=True).encode()).hexdigest()[:16]
+    if row.chosen is None:
+        return Prompt(row.prompt, tuple(ids), key, row.where)
+    (encoded,) = encoder.rows([row])
+    if isinstance(encoded, BadRow):
+        return encoded
+    return Prompt(row.prompt, tuple(ids), key, row.where, _text(row.chosen), tuple(encoded.pair.chosen_ids))
+
+
+def _text(completion: str | Messages) -> str:
+    """What a judge may compare a response with: the text, or that of the assistant's turns."""
+    if isinstance(completion, str):
+        return completion.strip()
+    return "\n".join(turn["content"] for turn in completion if turn["role"] == "assistant").strip()
+
+
+def hold_out(prompts: Sequence[Prompt], number: int) -> tuple[list[Prompt], list[Prompt]]:
+    """(all others, `number` prompts to compare policies on): by the hash of the prompt, whatever else is in the file."""
+    order = sorted(prompts, key=lambda prompt: hashlib.sha256(prompt.key.encode()).digest())
+    held = {prompt.key for prompt in order[:number]}
+    return [p for p in prompts if p.key not in held], [p for p in prompts if p.key in held]
+
+
+def slices(prompts: Sequence[Prompt], rounds: int, each: int | None, seed: int) -> list[list[Prompt]]:
+    """The prompts of each round, drawn without putting back. Args: each: prompts per round; None: an equal share.
+
+    Raises: DataError when there are too few.
+    """
+    each = len(prompts) // rounds if each is None else each
+    if each < 1 or each * rounds > len(prompts):
+        raise DataError(
+            f"rounds.prompts: {rounds} rounds of {max(each, 1):,} prompts need {rounds * max(each, 1):,}, and there are "
+            f"{len(prompts):,}; a prompt is used once (lower rounds.prompts or rounds.count, or name more data)"
+        )
+    order = sorted(prompts, key=lambda prompt: hashlib.sha256(f"{seed}:{prompt.key}".encode()).digest())
+    return [order[i * each : (i + 1) * each] for i in range(rounds)]
