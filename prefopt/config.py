@@ -183,14 +183,13 @@ class RoundsConfig:
     """Held-out prompts on which policies are compared after each round; 0: none. From data.eval if that is given."""
     shard: int = 32
     """Prompts per shard: the most that a killed stage does again."""
-    chosen: Literal["best", "data"] = "best"
-    """The chosen side of a pair: the completion that the judge ranks first, or the data's own."""
-    rejected: Literal["worst", "random"] = "worst"
-    """The rejected side: the completion that the judge ranks last, or the first one sampled."""
+    pairs: Literal["best_worst", "data_worst", "data_sampled"] = "best_worst"
+    """Chosen against rejected: the judge's first against its last; the data's own completion against the judge's last;
+    or the data's own against a sampled one, which needs no judge."""
     max_similarity: float | None = None
     """Drop pairs whose sides share more than this of their tokens (0 to 1). None: only those that are equal."""
     launcher: str = ""
-    """What scripts/rounds.py puts before each train stage, e.g. "accelerate launch --num_processes 8". None: python."""
+    """What scripts/rounds.py starts each train stage with, e.g. "accelerate launch --num_processes 8". None: python."""
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ def read_prompts(
     on_bad_row: OnBadRow = "error",
     with_answers: bool = False,
 ) -> Prompts:
-    """The prompts of a file of pairs, of prompt and completion, or of prompts alone; one that stands twice is read once.
+    """The prompts of a file of pairs, of prompts and completions, or of prompts alone; each is read once.
 
     Args:
         path, columns, on_bad_row: as in `encode_file`.
@@ -112,7 +112,7 @@ def _text(completion: str | Messages) -> str:
 
 
 def hold_out(prompts: Sequence[Prompt], number: int) -> tuple[list[Prompt], list[Prompt]]:
-    """(all others, `number` prompts to compare policies on): by the hash of the prompt, whatever else is in the file."""
+    """(all others, `number` prompts to compare policies on), by the hash of the prompt, whatever else there is."""
     order = sorted(prompts, key=lambda prompt: hashlib.sha256(prompt.key.encode()).digest())
     held = {prompt.key for prompt in order[:number]}
     return [p for p in prompts if p.key not in held], [p for p in prompts if p.key in held]
@@ -126,7 +126,7 @@ def slices(prompts: Sequence[Prompt], rounds: int, each: int | None, seed: int) 
     each = len(prompts) // rounds if each is None else each
     if each < 1 or each * rounds > len(prompts):
         raise DataError(
-            f"rounds.prompts: {rounds} rounds of {max(each, 1):,} prompts need {rounds * max(each, 1):,}, and there are "
+            f"rounds.prompts: {rounds} rounds of {max(each, 1):,} need {rounds * max(each, 1):,} prompts, there are "
             f"{len(prompts):,}; a prompt is used once (lower rounds.prompts or rounds.count, or name more data)"
         )
     order = sorted(prompts, key=lambda prompt: hashlib.sha256(f"{seed}:{prompt.key}".encode()).digest())
