@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, get_args
 
 from prefopt.errors import ConfigError, did_you_mean
-from prefopt.types import ChosenPair, LossOutput, Needs, PairBatch, PairStats, Response, ScoredGroup, Term
+from prefopt.types import ChosenPair, LossOutput, Needs, PairBatch, PairStats, Response, ScoredGroup, Term, WinProb
 
 if TYPE_CHECKING:
     import torch
@@ -42,6 +42,11 @@ class Method:
 
     # How it works in rounds -------------------------------------------------------------------------------------------
 
+    @property
+    def ranks_by(self) -> WinProb:
+        """How a judge's numbers become an order and win probabilities, see `prefopt.ranking`."""
+        return "pairwise_sigmoid"
+
     def render_prompt(self, prompt: str | list[dict[str, str]]) -> str | list[dict[str, str]]:
         """The prompt as the policy is to read it, from the one that a judge sees."""
         return prompt
@@ -54,7 +59,7 @@ class Method:
         """The pairs to train on, or in a few words why there is none. The best judged completion against the worst."""
         from prefopt.ranking import best_and_worst, order_scores
 
-        ends = best_and_worst(order_scores(group.judgement))
+        ends = best_and_worst(order_scores(group.judgement, self.ranks_by))
         return ends if isinstance(ends, str) else [ChosenPair(group.judged[ends[0]], group.judged[ends[1]])]
 
     def describe(self) -> str:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import get_args
 
 import numpy as np
 
-from prefopt.types import Judgement
-
-WinProb = Literal["pairwise_sigmoid", "blender_score"]
+from prefopt.types import Judgement, WinProb
 
 
 def pairwise_scores(logits: np.ndarray) -> np.ndarray:

@@ -235,6 +235,9 @@ class Question:
     answer: str | None = None
 
 
+WinProb = Literal["pairwise_sigmoid", "blender_score"]  # ways from a judge's numbers to probabilities, see `ranking`
+
+
 @dataclass(frozen=True)
 class Judgement:
     """What a judge says of K responses; one of `scores`, `logits` and `probs` is given. NaN is where it failed.

@@ -48,6 +48,7 @@ class Stop:
         self.requested: str | None = None
         self.in_loop = False
         self._alone = True
+        self._saved = "nothing to save yet"
 
     def install(self, processes: int) -> None:
         self._alone = processes == 1
@@ -55,11 +56,21 @@ class Stop:
             signal.signal(number, self._handle)
         _follow_launcher()
 
+    def enter_files(self) -> None:
+        """From here on all that counts is in files that are whole or absent: a signal ends each process where it is."""
+        self.in_loop, self._alone, self._saved = False, True, "all that is finished is saved"
+        if self.requested is not None:
+            raise SystemExit(EXIT_UNFINISHED)
+
+    def leave_files(self) -> None:
+        """From here on processes depend on each other again."""
+        self._alone = promised_processes() == 1
+
     def _handle(self, number: int, _frame: Any) -> None:
         self.requested = signal.Signals(number).name
         signal.signal(number, signal.SIG_DFL)
         if self._alone and not self.in_loop:
-            _say_at_once(f"nothing to save yet, leaving with exit status {EXIT_UNFINISHED}", self.requested)
+            _say_at_once(f"{self._saved}, leaving with exit status {EXIT_UNFINISHED}", self.requested)
             raise SystemExit(EXIT_UNFINISHED)
         _say_at_once(f"saving, then leaving with exit status {EXIT_UNFINISHED}; again to leave at once", self.requested)
 
@@ -199,6 +210,19 @@ class Runtime:
     def wait(self) -> None:
         self.accelerator.wait_for_everyone()
 
+    def on_main(self, work: Callable[[], Any]) -> Any:
+        """Run `work` on rank 0 alone; its result, which must be small, on every process, or its PrefoptError."""
+        result, failure = None, None
+        if self.is_main:
+            try:
+                result = work()
+            except PrefoptError as error:
+                failure = error
+        result, failure = self.from_main((result, failure))
+        if failure is not None:
+            raise failure
+        return result
+
     def on_main_first(self, work: Callable[[], Any]) -> Any:
         """Run `work` on rank 0, then on the others, which find what it left on disk.
 
@@ -206,16 +230,9 @@ class Runtime:
         """
         if self.world == 1:
             return work()
-        result, failure = None, None
-        if self.is_main:
-            try:
-                result = work()
-            except PrefoptError as error:
-                failure = error
-        failure = self.from_main(failure)
-        if failure is not None:
-            raise failure
-        return result if self.is_main else work()
+        mine: list[Any] = []
+        self.on_main(lambda: mine.append(work()))
+        return mine[0] if self.is_main else work()
 
 
 def promised_processes() -> int:

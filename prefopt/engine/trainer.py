@@ -444,19 +444,7 @@ class Trainer:
                 self._checkpoints, step, self._write_weights_and_optimizer, state, self.config.train.keep_last
             )
 
-        self._on_main(write)
-
-    def _on_main(self, work: Callable[[], None]) -> None:
-        """Do it on rank 0; if that fails, fail everywhere with the same line."""
-        failure = None
-        if self.runtime.is_main:
-            try:
-                work()
-            except TrainError as error:
-                failure = error
-        failure = self.runtime.from_main(failure)
-        if failure is not None:
-            raise failure
+        self.runtime.on_main(write)
 
     def _write_weights_and_optimizer(self, folder: Path) -> None:
         self._write_model(folder)
@@ -494,9 +482,10 @@ class Trainer:
         def write() -> None:
             checkpoint.export(self.output / "model", self._write_model)
 
-        self._on_main(write)
-        if self.config.track.to:
-            self.runtime.accelerator.end_training()
+        self.runtime.on_main(write)
+        for tracker in self.runtime.accelerator.trackers:  # its end_training would part the processes, which may go on
+            tracker.finish()
+        self.runtime.accelerator.trackers = []
 
 
 # Pure pieces ----------------------------------------------------------------------------------------------------------

@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from prefopt.method import Method, pair_term, reward_metrics
-from prefopt.types import ChosenPair, Column, LossOutput, Needs, PairBatch, PairStats, ScoredGroup
+from prefopt.types import ChosenPair, Column, LossOutput, Needs, PairBatch, PairStats, ScoredGroup, WinProb
 
 if TYPE_CHECKING:
     import torch
 
 Variant = Literal["soft", "single", "hard"]
-WinProb = Literal["pairwise_sigmoid", "blender_score"]
 _CHOSEN = Column("chosen_win_prob", aliases=("chosen_probs_win",), low=0.0, high=1.0)
 _REJECTED = Column("rejected_win_prob", aliases=("chosen_probs_lose",), low=0.0, high=1.0)
 # a column of its own: the authors' files hold both numbers, and P(chosen beats rejected) is not P(chosen beats policy)
@@ -123,6 +122,10 @@ class SPPO(Method):
         target = 0.5 / self.beta if self.target_clamp is None else min(0.5 / self.beta, self.target_clamp)
         return 2 * target**2 if self.variant == "hard" else None
 
+    @property
+    def ranks_by(self) -> WinProb:
+        return self.win_prob
+
     def make_pairs(self, group: ScoredGroup) -> Sequence[ChosenPair] | str:
         """Best against worst by aggregate score, with their probabilities of beating one of the K, self-tie included.
 
@@ -132,11 +135,11 @@ class SPPO(Method):
 
         from prefopt.ranking import best_and_worst, order_scores, win_probabilities
 
-        ends = best_and_worst(order_scores(group.judgement, self.win_prob))
+        ends = best_and_worst(order_scores(group.judgement, self.ranks_by))
         if isinstance(ends, str):
             return ends
         chosen, rejected = ends
-        probs = win_probabilities(group.judgement, self.win_prob)
+        probs = win_probabilities(group.judgement, self.ranks_by)
         against_policy = np.nanmean(probs, axis=1)
         columns = {
             _CHOSEN.name: float(against_policy[chosen]),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -39,7 +38,7 @@ class Workers:
         """Do it once where processes know of each other. An error of the first process is raised on all of them."""
         if self.runtime is None:
             return work()
-        return self.runtime.from_first(work)
+        return self.runtime.on_main(work)
 
 
 def do_shards(
@@ -108,9 +107,3 @@ class Progress:
                 bar.update(samples - bar.n)
 
             yield tell
-
-
-def clock() -> Callable[[], float]:
-    """Seconds since the call."""
-    began = time.monotonic()
-    return lambda: time.monotonic() - began

@@ -1,0 +1,301 @@
+"""What each stage of a round makes from the files of the one before. Knows engines and judges by their promises.
+
+A row of `generate` is a prompt with its candidates, a row of `judge` what was said of them; `pair` reads both.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from prefopt.config import RunConfig
+from prefopt.errors import RoundError
+from prefopt.generation.base import Engine, Sampling
+from prefopt.judges.base import Judge
+from prefopt.method import Method
+from prefopt.rounds.store import Row
+from prefopt.types import ChosenPair, Completion, Judgement, Prompt, Question, Response, ScoredGroup
+
+
+def shards_of(prompts: Sequence[Prompt], size: int) -> list[list[Prompt]]:
+    """The prompts in fixed portions."""
+    return [list(prompts[begin : begin + size]) for begin in range(0, len(prompts), size)]
+
+
+def seeds_of(seed: int, round_: int, shard: int, prompts: int, n: int) -> list[int]:
+    """The seed of each prompt of a shard, `n` apart: a function of (run, round, shard) and nothing else."""
+    base = int.from_bytes(hashlib.sha256(f"{seed}:{round_}:{shard}".encode()).digest()[:8], "big")
+    return [base % (2**31 - prompts * n) + i * n for i in range(prompts)]
+
+
+# generate -------------------------------------------------------------------------------------------------------------
+
+
+def generate_rows(engine: Engine, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int]) -> list[Row]:
+    """A row per prompt: its candidates with text, tokens, why they ended, and log-probabilities where asked for."""
+    answers = engine.generate([prompt.ids for prompt in prompts], sampling, seeds)
+    rows = []
+    for prompt, seed, completions in zip(prompts, seeds, answers, strict=True):
+        if len(completions) != sampling.n:
+            raise RoundError(
+                f"{prompt.where}: the engine gave {len(completions)} completions, expected {sampling.n} (generate.n)"
+            )
+        candidates = [
+            {"text": c.text, "ids": list(c.token_ids), "finish_reason": c.finish_reason}
+            | ({"logps": list(c.logps)} if c.logps is not None else {})
+            for c in completions
+        ]
+        rows.append({"key": prompt.key, "where": prompt.where, "seed": seed, "candidates": candidates})
+    return rows
+
+
+def completions_of(row: Row) -> tuple[Completion, ...]:
+    return tuple(
+        Completion(tuple(c["ids"]), c["text"], c["finish_reason"], tuple(c["logps"]) if "logps" in c else None)
+        for c in row["candidates"]
+    )
+
+
+# judge ----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class View:
+    """What of completions can be judged, and trained on.
+
+    Args: method: says what a judge may see. special: token ids that may stand in no completion but at its end.
+    """
+
+    method: Method
+    special: frozenset[int]
+
+    def of(self, completions: Sequence[Completion]) -> tuple[tuple[int, ...], tuple[Response, ...], Counter[str]]:
+        """(indices that a judge sees, what it sees of them, why it does not see the others)."""
+        seen: list[tuple[int, Response]] = []
+        unseen: Counter[str] = Counter()
+        for index, completion in enumerate(completions):
+            response = self.method.judge_view(completion.text)
+            if self.special & {*completion.token_ids[:-1]}:
+                unseen["special token inside"] += 1
+            elif response is None:
+                unseen["no response in it"] += 1
+            else:
+                seen.append((index, response))
+        return tuple(i for i, _ in seen), tuple(r for _, r in seen), unseen
+
+
+def judge_rows(judge: Judge, view: View, prompts: Sequence[Prompt], rows: Sequence[Row]) -> list[Row]:
+    """A row per prompt: which candidates were judged, and what the judge said."""
+    judged, questions = [], []
+    for prompt, row in zip(prompts, rows, strict=True):
+        indices, responses, unseen = view.of(completions_of(row))
+        judged.append((prompt, indices, unseen))
+        questions.append(Question(prompt.prompt, responses, prompt.key, prompt.answer))
+    asked = [question for question in questions if question.responses]
+    said = iter(answers_of(judge, asked))
+    out = []
+    for (prompt, indices, unseen), question in zip(judged, questions, strict=True):
+        judgement = next(said) if question.responses else Judgement(scores=())
+        row = {"key": prompt.key, "judged": list(indices), "unseen": dict(unseen), "problems": dict(judgement.problems)}
+        out.append(row | {name: getattr(judgement, name) for name in ("scores", "logits", "probs")})
+    return out
+
+
+def answers_of(judge: Judge, questions: Sequence[Question]) -> list[Judgement]:
+    """What the judge says, held to its promise. Raises: RoundError when it answers too few or too much."""
+    answers = judge.judge(questions) if questions else []
+    kind = type(judge).__name__
+    if len(answers) != len(questions):
+        raise RoundError(f"judge {kind}: {len(answers)} judgements of {len(questions)} prompts")
+    for question, answer in zip(questions, answers, strict=True):
+        k = len(question.responses)
+        tables = (answer.logits, answer.probs)
+        wrong = [len(answer.scores)] if answer.scores is not None and len(answer.scores) != k else []
+        wrong += [len(t) for t in tables if t is not None and (len(t) != k or any(len(row) != k for row in t))]
+        if wrong or all(part is None for part in (answer.scores, *tables)):
+            raise RoundError(f"judge {kind}: {wrong[0] if wrong else 'no'} scores for {k} responses of one prompt")
+    return answers
+
+
+def judgement_of(row: Row) -> Judgement:
+    """The judgement that a row holds; null is what a judge could not say."""
+
+    def known(value: Any) -> Any:
+        if isinstance(value, list):
+            return tuple(known(item) for item in value)
+        return math.nan if value is None else float(value)
+
+    parts = {name: known(row[name]) for name in ("scores", "logits", "probs") if row[name] is not None}
+    return Judgement(**parts, problems=row["problems"])
+
+
+def row_scores(row: Row) -> Sequence[float]:
+    """The scores of a judge's row, for a progress bar; nothing where it compares."""
+    return [score for score in row.get("scores") or () if score is not None]
+
+
+# pair -----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Paired:
+    """What a round's candidates have become.
+
+    Args: pairs: rows to train on. table: a row per candidate. counts: kept and dropped, by reason.
+    """
+
+    pairs: list[Row]
+    table: list[Row]
+    counts: dict[str, Any]
+
+
+def pair_rows(
+    config: RunConfig,
+    prompts: Sequence[Prompt],
+    generated: Sequence[Row],
+    judged: Sequence[Row] | None,
+    *,
+    view: View,
+    tokenizer_hash: str,
+    about: Mapping[str, Any],
+) -> Paired:
+    """Pairs from candidates and judgements.
+
+    Args: judged: None where no judge was asked. about: columns that are the same for every candidate of the table.
+    """
+    pairs: list[Row] = []
+    table: list[Row] = []
+    dropped: Counter[str] = Counter()
+    unseen: Counter[str] = Counter()
+    problems: Counter[str] = Counter()
+    answers: Sequence[Row | None] = [None] * len(generated) if judged is None else judged
+    for prompt, row, said in zip(prompts, generated, answers, strict=True):
+        completions = completions_of(row)
+        if said is None:
+            indices, _, why = view.of(completions)
+            judgement = Judgement(scores=(math.nan,) * len(indices))
+        else:
+            indices, why, judgement = tuple(said["judged"]), said["unseen"], judgement_of(said)
+        unseen.update(why)
+        problems.update(judgement.problems)
+        group = ScoredGroup(prompt, completions, judgement, indices)
+        found = _pairs_of(config, group)
+        kept = found if isinstance(found, str) else [_side_by_side(config, group, pair) for pair in found]
+        reasons = [kept] if isinstance(kept, str) else [pair for pair in kept if isinstance(pair, str)]
+        dropped.update(reasons)
+        rows = [] if isinstance(kept, str) else [pair for pair in kept if not isinstance(pair, str)]
+        pairs += [{"key": prompt.key, "tokenizer": tokenizer_hash} | pair for pair in rows]
+        roles = {} if isinstance(found, str) or not rows else _roles(found)
+        table += _table_rows(config.method, group, row["seed"], roles, about)
+    counts = {
+        "prompts": len(generated),
+        "candidates": len(table),
+        "pairs": len(pairs),
+        "dropped": dict(dropped.most_common()),
+        "not_judged": dict(unseen.most_common()),
+        "judge_problems": dict(problems.most_common()),
+    }
+    return Paired(pairs, table, counts)
+
+
+DATA = -1  # the index of the data's own completion, which is no candidate
+
+
+def _pairs_of(config: RunConfig, group: ScoredGroup) -> Sequence[ChosenPair] | str:
+    how = config.rounds.pairs
+    if how == "best_worst":
+        try:
+            return config.method.make_pairs(group)
+        except ValueError as error:
+            raise RoundError(f"method '{config.method_name}': {error}") from error
+    if how == "data_sampled":
+        return [ChosenPair(DATA, group.judged[0])] if group.judged else "no candidate can be used"
+    from prefopt.ranking import order_scores
+
+    order = order_scores(group.judgement)
+    known = [i for i in range(len(order)) if order[i] == order[i]]
+    return [ChosenPair(DATA, group.judged[min(known, key=lambda i: order[i])])] if known else "none judged"
+
+
+def _side_by_side(config: RunConfig, group: ScoredGroup, pair: ChosenPair) -> Row | str:
+    """The row to train on, or why there is none."""
+    chosen_ids, chosen = _completion(group, pair.chosen)
+    rejected_ids, rejected = _completion(group, pair.rejected)
+    if chosen_ids == rejected_ids or chosen == rejected:
+        return "chosen equals rejected"
+    if not chosen.strip():
+        return "chosen is empty"
+    most = config.rounds.max_similarity
+    if most is not None and similarity(chosen_ids, rejected_ids) > most:
+        return "near-duplicates"
+    return {
+        "prompt": config.method.render_prompt(group.prompt.prompt),
+        "chosen": chosen,
+        "rejected": rejected,
+        "prompt_ids": list(group.prompt.ids),
+        "chosen_ids": list(chosen_ids),
+        "rejected_ids": list(rejected_ids),
+        **pair.columns,
+    }
+
+
+def _completion(group: ScoredGroup, index: int) -> tuple[tuple[int, ...], str]:
+    if index == DATA:
+        assert group.prompt.answer_ids is not None
+        assert group.prompt.answer is not None
+        return group.prompt.answer_ids, group.prompt.answer
+    return group.completions[index].token_ids, group.completions[index].text
+
+
+def similarity(a: Sequence[int], b: Sequence[int]) -> float:
+    """Share of tokens that two completions have in common in the same order: 1 for equal ones, 0 for none.
+
+    Twice the matching tokens over all tokens of both (Ratcliff and Obershelp, as in Python's difflib).
+    """
+    return difflib.SequenceMatcher(None, list(a), list(b), autojunk=False).ratio()
+
+
+def _roles(pairs: Sequence[ChosenPair]) -> dict[int, str]:
+    return {pair.chosen: "chosen" for pair in pairs} | {pair.rejected: "rejected" for pair in pairs}
+
+
+def _table_rows(
+    method: Method, group: ScoredGroup, seed: int, roles: Mapping[int, str], about: Mapping[str, Any]
+) -> list[Row]:
+    """All candidates of a prompt, one row each, with everything that is known of them."""
+    import numpy as np
+
+    from prefopt.ranking import order_scores, win_probabilities
+
+    judgement, place = group.judgement, {index: i for i, index in enumerate(group.judged)}
+    unknown = np.full(len(group.judged), np.nan)
+    if group.judged:
+        order, probs = order_scores(judgement, method.ranks_by), win_probabilities(judgement, method.ranks_by)
+        wins = np.array([np.nanmean(row) if np.isfinite(row).any() else np.nan for row in probs])
+    else:
+        order = wins = unknown
+    rows = []
+    for index, completion in enumerate(group.completions):
+        at = place.get(index)
+        rows.append(
+            {
+                "key": group.prompt.key,
+                "prompt": group.prompt.prompt,
+                "candidate": index,
+                "text": completion.text,
+                "tokens": len(completion.token_ids),
+                "finish_reason": completion.finish_reason,
+                "logp": None if completion.logps is None else math.fsum(completion.logps),
+                "score": None if at is None else float(order[at]),
+                "win_prob": None if at is None else float(wins[at]),
+                "role": roles.get(index, ""),
+                "seed": seed + index,
+                **about,
+            }
+        )
+    return rows
