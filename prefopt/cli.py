@@ -8,6 +8,8 @@ import errno
 import functools
 import importlib.util
 import json
+import os
+import shlex
 import subprocess
 import sys
 import time
@@ -19,12 +21,14 @@ from prefopt import config as settings
 from prefopt.config import RunConfig
 from prefopt.engine import runtime as rt
 from prefopt.engine.runtime import say
-from prefopt.errors import ConfigError, PrefoptError, TrainError
+from prefopt.errors import ConfigError, PrefoptError, TrainError, did_you_mean
 from prefopt.testbed.cache import cache_root
 
 if TYPE_CHECKING:
     from prefopt.data.loader import Batches
     from prefopt.engine.adapters import Frozen, Weights
+    from prefopt.engine.trainer import Evaluator
+    from prefopt.rounds.run import Rounds
     from prefopt.testbed.bandit import Bandit
     from prefopt.types import EncodedPair
 
@@ -45,12 +49,12 @@ def train(argv: Sequence[str]) -> int:
         return rt.fail(error)
 
 
-def _train(config: RunConfig) -> int:
+def _train(config: RunConfig, only: Stage | None = None) -> int:
     stop = rt.Stop()
     stop.install(rt.promised_processes())
     _check_paths(config)
     output = Path(config.output)
-    lock = rt.OutputLock(output)
+    lock = rt.OutputLock(output, "" if only is None or only.part is None else f"-{only}")
     if not config.dry_run:
         rt.prepare_output(output)
         if rt.rank() == 0:
@@ -58,7 +62,7 @@ def _train(config: RunConfig) -> int:
     try:
         if not config.dry_run:
             _refuse_another_run(config, output)
-        return _prepared(config, output, stop)
+        return _prepared(config, output, stop, only)
     except OSError as error:
         if error.errno not in _NO_ROOM:
             raise
@@ -68,8 +72,8 @@ def _train(config: RunConfig) -> int:
         lock.release()
 
 
-def _prepared(config: RunConfig, output: Path, stop: rt.Stop) -> int:
-    from prefopt.engine import checkpoint, layouts
+def _prepared(config: RunConfig, output: Path, stop: rt.Stop, only: Stage | None) -> int:
+    from prefopt.engine import layouts
 
     runtime = rt.start(
         stop,
@@ -83,24 +87,9 @@ def _prepared(config: RunConfig, output: Path, stop: rt.Stop) -> int:
         say(_first_line(config, runtime))
         _check_optimizer(config)
         layouts.check_settings(config, runtime.device)
-        task = runtime.on_main_first(lambda: _testbed_task(config)) if config.on_testbed else _file_task(config)
-        for line in task.report:
-            say(line)
-        if config.dry_run:
-            say("\nresolved config:\n" + config.to_yaml())
-            return 0
-        resume_from = runtime.from_main(_last_checkpoint(output) if runtime.is_main else None)
-        # hashing weights reads all of them: once, on one process
-        runtime.on_main_first(lambda: _keep_card(_run_card(config, runtime, task), output) if runtime.is_main else None)
-        if runtime.from_main(runtime.is_main and checkpoint.damage(output / "model") is None):
-            say(f"{output}: this run is finished; the model is in {output / 'model'}")
-            _report_testbed(config, runtime, task, output)
-            return 0
-        status = _fit(config, runtime, task, output, resume_from)
-        if status == 0:
-            say(f"finished: model in {output / 'model'}, metrics in {output / 'metrics.jsonl'}")
-            _report_testbed(config, runtime, task, output)
-        return status
+        if config.rounds.count:
+            return _run_rounds(config, runtime, output, only)
+        return _run_once(config, runtime, output)
     finally:
         if runtime.world > 1:
             import torch.distributed as dist
@@ -108,6 +97,170 @@ def _prepared(config: RunConfig, output: Path, stop: rt.Stop) -> int:
             if dist.is_initialized() and sys.exc_info()[0] is None:
                 runtime.wait()
                 dist.destroy_process_group()
+
+
+def _run_once(config: RunConfig, runtime: rt.Runtime, output: Path, evaluators: Sequence[Evaluator] = ()) -> int:
+    """One training, from its data to its model."""
+    from prefopt.engine import checkpoint
+
+    task = runtime.on_main_first(lambda: _testbed_task(config)) if config.on_testbed else _file_task(config)
+    for line in task.report:
+        say(line)
+    if config.dry_run:
+        say("\nresolved config:\n" + config.to_yaml())
+        return 0
+    resume_from = runtime.from_main(_last_checkpoint(output) if runtime.is_main else None)
+    # hashing weights reads all of them: once, on one process
+    runtime.on_main(lambda: _keep_card(_run_card(config, runtime, task), output))
+    if runtime.from_main(runtime.is_main and checkpoint.damage(output / "model") is None):
+        say(f"{output}: this run is finished; the model is in {output / 'model'}")
+        _report_testbed(config, runtime, task, output)
+        return 0
+    status = _fit(config, runtime, task, output, resume_from, evaluators)
+    if status == 0:
+        say(f"finished: model in {output / 'model'}, metrics in {output / 'metrics.jsonl'}")
+        _report_testbed(config, runtime, task, output)
+    return status
+
+
+# Rounds ---------------------------------------------------------------------------------------------------------------
+
+
+def _run_rounds(config: RunConfig, runtime: rt.Runtime, output: Path, only: Stage | None = None) -> int:
+    """All rounds in the processes of this run, or one stage of one of them."""
+    from prefopt.rounds.setup import set_up
+    from prefopt.rounds.work import Workers
+
+    part = only.part if only is not None else None
+    workers = Workers(*part) if part is not None else Workers(runtime.rank, runtime.world, runtime)
+
+    def train(settings: RunConfig, evaluators: Sequence[Evaluator]) -> int:
+        folder = Path(settings.output)
+        rt.prepare_output(folder)
+        _refuse_another_run(settings, folder)
+        try:
+            return _run_once(settings, runtime, folder, evaluators)
+        finally:
+            runtime.accelerator.free_memory()
+
+    rounds, report = set_up(
+        config,
+        output,
+        workers=workers,
+        device=runtime.device,
+        train=train,
+        stop=runtime.stop,
+        say=say,
+        cache=cache_root(),
+    )
+    for line in report if only is None else ():
+        say(line)
+    if config.dry_run:
+        say("\nresolved config:\n" + config.to_yaml())
+        return 0
+    card = _rounds_card(config, runtime, rounds, report)
+    runtime.on_main(lambda: _keep_card(card, output, write=part is None or workers.first))
+    if only is not None:
+        status = rounds.stage(only.name, only.round)
+        if status == 0 and only.name == "evaluate" and only.round == config.rounds.count:
+            rounds.finish()
+        return status
+    status = rounds.run()
+    if status == 0:
+        say(f"finished: model in {output / 'model'}, rounds in {output / 'rounds.md'} and {output / 'rounds.png'}")
+    return status
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One stage of one round, as `rounds --stage` names it. `part`: (which, of how many) processes share its shards."""
+
+    name: str
+    round: int
+    part: tuple[int, int] | None = None
+
+    def __str__(self) -> str:
+        return f"{self.name}-{self.round}" + ("" if self.part is None else f"-{self.part[0]}of{self.part[1]}")
+
+
+def rounds(argv: Sequence[str]) -> int:
+    """The `rounds` command: each stage in a process of its own, or the one that `--stage` names. Status as `train`."""
+    try:
+        if "--help" in argv or "-h" in argv:
+            with contextlib.suppress(BrokenPipeError):
+                print(ROUNDS_USAGE + "\n" + settings.help_text([*argv, "--rounds.count", "1"]))
+            return 0
+        flags, stage = _stage_of(argv)
+        config = settings.parse(flags)
+        if config.rounds.count == 0:
+            raise ConfigError("--rounds.count: not given, expected how many rounds")
+        return _conduct(config, flags) if stage is None else _train(config, stage)
+    except PrefoptError as error:
+        return rt.fail(error)
+
+
+ROUNDS_USAGE = """usage: rounds.py --method NAME --rounds.count N [--GROUP.SETTING VALUE ...]
+       rounds.py --stage generate|judge|pair|train|evaluate --round K [--part I/N] (the same flags)
+
+Without --stage: every stage of every round that is not done yet, each in a process of its own; the train stage is
+started by --rounds.launcher. With --stage: that one; --part 0/4 to 3/4 share its shards among four processes.
+"""
+_STAGES = ("generate", "judge", "pair", "train", "evaluate")
+
+
+def _stage_of(argv: Sequence[str]) -> tuple[list[str], Stage | None]:
+    """(all other flags, the stage that these name)."""
+    flags, own = [], {}
+    words = [part for word in argv for part in (word.split("=", 1) if word.startswith("--") else [word])]
+    while words:
+        word = words.pop(0)
+        if word in ("--stage", "--round", "--part"):
+            if not words:
+                raise ConfigError(f"{word}: found no value")
+            own[word] = words.pop(0)
+        else:
+            flags.append(word)
+    if not own:
+        return flags, None
+    name, number, part = own.get("--stage"), own.get("--round"), own.get("--part")
+    if name not in _STAGES:
+        near = did_you_mean(str(name), _STAGES)
+        raise ConfigError(f"--stage: found {name!r}, expected one of {', '.join(_STAGES)}{near}")
+    if number is None or not number.isdigit() or (int(number) == 0 and name != "evaluate"):
+        raise ConfigError(f"--round: found {number!r}, expected the number of a round, from 1 (evaluate: from 0)")
+    if part is None:
+        return flags, Stage(name, int(number))
+    which, _, of = part.partition("/")
+    if not (which.isdigit() and of.isdigit() and int(which) < int(of)):
+        raise ConfigError(f"--part: found {part!r}, expected such as 0/4, 1/4, 2/4, 3/4")
+    if name in ("pair", "train"):
+        raise ConfigError(f"--part: the {name} stage is not cut in shards; leave it out")
+    return flags, Stage(name, int(number), (int(which), int(of)))
+
+
+def _conduct(config: RunConfig, flags: Sequence[str]) -> int:
+    """Start the stages that are not done, one after the other. A killed conductor is started again as it was."""
+    from prefopt.rounds.store import done
+
+    _check_paths(config)
+    output = Path(config.output)
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH")]))
+    }
+    for number in range(config.rounds.count + 1):
+        for name in _STAGES if number else ("evaluate",):
+            last = number == config.rounds.count and name == "evaluate"
+            if done(config, output / f"round_{number:02d}", name) and not (last and not (output / "model").exists()):
+                continue
+            launcher = shlex.split(config.rounds.launcher) if name == "train" else []
+            command = [*(launcher or [sys.executable]), "-m", "prefopt", "rounds"]
+            say(f"round {number}: {name}")
+            stage = ["--stage", name, "--round", str(number)]
+            status = subprocess.run([*command, *stage, *flags], env=environment).returncode
+            if status != 0:
+                return status if status in (2, rt.EXIT_UNFINISHED) else 1
+    say(f"finished: model in {output / 'model'}, rounds in {output / 'rounds.md'} and {output / 'rounds.png'}")
+    return 0
 
 
 @dataclasses.dataclass
@@ -213,7 +366,14 @@ def _file_task(config: RunConfig) -> _Task:
     return _Task(start, reference, tokenizer, batches, eval_pairs, eval_fingerprint, report)
 
 
-def _fit(config: RunConfig, runtime: rt.Runtime, task: _Task, output: Path, resume_from: Path | None) -> int:
+def _fit(
+    config: RunConfig,
+    runtime: rt.Runtime,
+    task: _Task,
+    output: Path,
+    resume_from: Path | None,
+    evaluators: Sequence[Evaluator] = (),
+) -> int:
     from prefopt.engine import adapters
     from prefopt.engine.forward import PolicyWithReference
     from prefopt.engine.trainer import Trainer
@@ -239,7 +399,7 @@ def _fit(config: RunConfig, runtime: rt.Runtime, task: _Task, output: Path, resu
             "warning: weights in bfloat16 lose updates smaller than 1/256 of a weight; "
             "float32 weights with train.mixed_precision bf16 do not"
         )
-    evaluators = []
+    evaluators = [*evaluators]
     if task.world is not None:
         world, beta = task.world, _beta(config)
         evaluators.append(lambda policy: world.evaluate(policy, beta))
@@ -326,7 +486,7 @@ def _refuse_another_run(config: RunConfig, output: Path) -> None:
 
 def _read_card(output: Path) -> dict[str, Any] | None:
     """The card of the run that the output holds; None where nothing has come of one: a mistake may be mended."""
-    if not any((output / name).exists() for name in ("metrics.jsonl", "checkpoints", "model")):
+    if not any((output / name).exists() for name in ("metrics.jsonl", "checkpoints", "model", "round_00", "round_01")):
         return None
     try:
         card: dict[str, Any] = json.loads((output / CARD).read_text())
@@ -393,6 +553,24 @@ def _run_card(config: RunConfig, runtime: rt.Runtime, task: _Task) -> dict[str, 
         },
         "model": card(task.start),
         "reference": reference_card(),
+        **_circumstances(runtime),
+    }
+
+
+def _rounds_card(config: RunConfig, runtime: rt.Runtime, rounds: Rounds, report: list[str]) -> dict[str, Any]:
+    """The same of a run of rounds; each round's training has a card of its own beside it."""
+    return {
+        "method": _described(config),
+        "config": config.to_dict(),
+        "data": {**rounds.data_hashes(), "report": report},
+        "model": {"path": rounds.start.path, "sha256": rounds.start_hash},
+        "reference": None,
+        **_circumstances(runtime),
+    }
+
+
+def _circumstances(runtime: rt.Runtime) -> dict[str, Any]:
+    return {
         "versions": rt.versions(),
         "git_commit": _git_commit(),
         "engine": runtime.engine,
@@ -401,12 +579,14 @@ def _run_card(config: RunConfig, runtime: rt.Runtime, task: _Task) -> dict[str, 
     }
 
 
-def _keep_card(card: dict[str, Any], output: Path) -> None:
+def _keep_card(card: dict[str, Any], output: Path, write: bool = True) -> None:
     """Write the card of a new run; hold a continued run to the data and weights of its card."""
     from prefopt.engine.metrics import write_atomically
 
     old = _read_card(output)
     if old is None:
+        if not write:
+            return
         write_atomically(output / "config.yaml", [settings.from_dict(card["config"]).to_yaml()])
         write_atomically(output / CARD, [json.dumps(card, indent=1, default=str)])
         return

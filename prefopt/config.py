@@ -352,6 +352,17 @@ TESTBED_DEPARTURES: dict[str, Any] = {
     "eval": {"every": 50, "batch": 512},
 }
 
+# What rounds on the testbed depart in beside these.
+ROUNDS_ON_TESTBED: dict[str, Any] = {
+    "method": {"beta": 0.2},
+    "optim": {"lr": 2e-3, "schedule": "linear", "warmup_steps": 4},
+    "train": {"global_batch": 256, "micro_batch": 256, "max_steps": None, "train_epochs": 2},
+    "eval": {"every": 1000},
+    "rounds": {"prompts": 2048, "eval_prompts": 256, "shard": 1024},
+    "generate": {"max_tokens": 4, "batch": 5120},
+    "testbed": {"world": "cyclic"},
+}
+
 # A departure gives way when the user names the setting that it would silently overrule.
 _GIVES_WAY = {"optim.warmup_ratio": "optim.warmup_steps", "train.train_epochs": "train.max_steps"}
 
@@ -394,9 +405,12 @@ def parse(argv: Sequence[str]) -> RunConfig:
     if _at(merged, "model.path") is None and _at(merged, "data.train") is None:
         known = {f.name for f in dataclasses.fields(method_class)}
         hidden = {over for named_key, over in _GIVES_WAY.items() if _at(merged, named_key) is not None}
+        departures = TESTBED_DEPARTURES
+        if _at(merged, "rounds.count") not in (None, 0, "0"):
+            departures = _merge(departures, ROUNDS_ON_TESTBED)
         departures = {
             group: {k: v for k, v in settings.items() if f"{group}.{k}" not in hidden}
-            for group, settings in TESTBED_DEPARTURES.items()
+            for group, settings in departures.items()
         }
         departures["method"] = {k: v for k, v in departures["method"].items() if k in known}
         merged = _merge(departures, merged)
@@ -411,7 +425,9 @@ def parse(argv: Sequence[str]) -> RunConfig:
             "method_name": name,
         },
     )
+    config = dataclasses.replace(config, judge=_named_judge(config))
     _validate(config)
+    _validate_rounds(config, [key for key in sources if key.startswith(("rounds.", "generate.", "judge."))])
     config = dataclasses.replace(
         config,
         model=_normal(config.model, "path"),
@@ -929,6 +945,80 @@ def _validate(config: RunConfig) -> None:
         )
     if config.on_testbed and config.data.eval is not None:
         raise ConfigError("data.eval is given without data.train; the testbed makes its own held-out pairs")
+
+
+def _named_judge(config: RunConfig) -> JudgeConfig:
+    """The judge's settings with its kind named, where rounds leave no choice."""
+    if config.judge.kind is not None or config.rounds.count == 0:
+        return config.judge
+    if config.rounds.pairs == "data_sampled":
+        return dataclasses.replace(config.judge, kind="none")
+    if config.on_testbed:
+        return dataclasses.replace(config.judge, kind="world")
+    raise ConfigError(
+        "judge.kind: not given, expected who ranks the completions: reward_model, pairwise, llm, function or length"
+    )
+
+
+def _validate_rounds(config: RunConfig, given: Sequence[str]) -> None:
+    """Args: given: the keys of these groups that the user has named."""
+    rounds, generate, judge = config.rounds, config.generate, config.judge
+
+    def need(holds: bool, key: str, expected: str) -> None:
+        if not holds:
+            found = _at(config.to_dict(), key)
+            raise ConfigError(f"{key}: found {found!r}, expected {expected}")
+
+    need(0 <= rounds.count <= 99, "rounds.count", "0 to 99 rounds")
+    if rounds.count == 0:
+        idle = next((key for key in given if key != "rounds.count"), None)
+        if idle is not None:
+            raise ConfigError(f"{idle}: given without rounds; name how many (--rounds.count 3), or leave it out")
+        return
+    for key in ("rounds.shard", "generate.n", "generate.max_tokens", "generate.batch", "generate.concurrency"):
+        need(_at(config.to_dict(), key) >= 1, key, "a number >= 1")
+    for key in (
+        "generate.tensor_parallel",
+        "generate.replicas",
+        "judge.batch",
+        "judge.max_tokens",
+        "judge.concurrency",
+    ):
+        need(_at(config.to_dict(), key) >= 1, key, "a number >= 1")
+    for key in ("generate.retries", "judge.retries", "generate.top_k", "rounds.eval_prompts"):
+        need(_at(config.to_dict(), key) >= 0, key, "a number >= 0")
+    for key in ("generate.timeout", "judge.timeout"):
+        need(0 < _at(config.to_dict(), key) < float("inf"), key, "seconds > 0")
+    for key in ("generate.temperature", "judge.temperature"):
+        need(0 <= _at(config.to_dict(), key) < float("inf"), key, "a number >= 0")
+    need(0 < generate.top_p <= 1, "generate.top_p", "a share above 0, up to 1")
+    need(rounds.prompts is None or rounds.prompts >= 1, "rounds.prompts", "a number >= 1, or none")
+    need(rounds.max_similarity is None or 0 < rounds.max_similarity <= 1, "rounds.max_similarity", "above 0, up to 1")
+    needs = config.method.needs
+    if rounds.pairs == "best_worst":
+        need(generate.n >= 2, "generate.n", "at least 2: a pair is the best of them against the worst")
+        need(judge.kind != "none", "judge.kind", "a judge: rounds.pairs best_worst ranks the completions")
+    else:
+        need(rounds.pairs != "data_worst" or judge.kind != "none", "judge.kind", "a judge: it ranks the completions")
+        if config.on_testbed:
+            raise ConfigError(f"rounds.pairs: '{rounds.pairs}' needs completions in data.train; the testbed has none")
+        if needs.columns:
+            raise ConfigError(
+                f"rounds.pairs: '{rounds.pairs}', but method '{config.method_name}' reads {needs.columns[0].name}, "
+                "which nobody knows of the data's own completion; expected best_worst"
+            )
+    need(judge.kind != "world" or config.on_testbed, "judge.kind", "another judge: `world` is the testbed's own")
+    compares = judge.kind == "world" or (judge.kind == "llm" and judge.mode == "pairwise")
+    if config.method.ranks_by == "blender_score" and compares:
+        raise ConfigError(
+            f"method.win_prob: 'blender_score' reads a judge's logits or scores, and judge '{judge.kind}' gives "
+            "probabilities; expected pairwise_sigmoid"
+        )
+    need(
+        config.data.max_length > generate.max_tokens,
+        "generate.max_tokens",
+        f"less than data.max_length ({config.data.max_length}), which holds the prompt too",
+    )
 
 
 def _normal(group: Any, *names: str) -> Any:

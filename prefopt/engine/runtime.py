@@ -100,10 +100,13 @@ def _follow_launcher() -> None:
 
 
 class OutputLock:
-    """One writer per output folder. The kernel frees the lock when its owner dies, however it dies."""
+    """One writer per output folder. The kernel frees the lock when its owner dies, however it dies.
 
-    def __init__(self, folder: Path) -> None:
-        self._path = folder / ".lock"
+    Args: part: of the work, where several processes write to different files of the folder.
+    """
+
+    def __init__(self, folder: Path, part: str = "") -> None:
+        self._path = folder / f".lock{part}"
         self._file: IO[str] | None = None
 
     def acquire(self) -> None:

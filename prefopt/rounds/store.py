@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from prefopt.config import RunConfig
 from prefopt.errors import RoundError
 
 Row = dict[str, Any]
@@ -141,6 +142,24 @@ def finished(folder: Path, name: str) -> bool:
         (path := folder / name / shard).is_file() and sha256(path) == entry["sha256"]
         for shard, entry in manifest.get("shards", {}).items()
     )
+
+
+def done(config: RunConfig, folder: Path, stage: str) -> bool:
+    """Whether a stage of the round in `folder` has left all that it should. A trained round is not looked into."""
+    trained = (folder / "train" / "model" / "manifest.json").is_file()
+    if stage == "evaluate":
+        nothing = config.rounds.eval_prompts == 0 and not config.on_testbed
+        return nothing or (folder / "evaluate.json").is_file()
+    if trained or stage == "train":
+        return trained
+    if stage == "pair":
+        manifest = read_manifest(folder / "pairs.json")
+        return manifest is not None and all(
+            (folder / name).is_file() and sha256(folder / name) == digest for name, digest in manifest["files"].items()
+        )
+    if stage == "judge" and config.judge.kind == "none":
+        return True
+    return finished(folder, {"generate": "candidates", "judge": "scores"}[stage])
 
 
 def write_manifest(path: Path, manifest: Mapping[str, Any]) -> None:

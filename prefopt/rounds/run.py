@@ -1,0 +1,485 @@
+"""Rounds: generate, judge, pair, train, evaluate, each from files to files. A killed run continues where it was.
+
+A round trains by calling the same entry as any other run, on its own `pairs.jsonl`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from prefopt import generation, judges
+from prefopt.config import RoundsConfig, RunConfig
+from prefopt.data.encode import tokenizer_content
+from prefopt.data.prompts import hold_out, slices
+from prefopt.engine import adapters, checkpoint
+from prefopt.engine.runtime import Stop, set_threads
+from prefopt.errors import RoundError
+from prefopt.evaluate.report import RoundFigures, evaluate_round, write_report
+from prefopt.evaluate.samples import SampleFigures, score_samples
+from prefopt.generation.base import Engine, Sampling
+from prefopt.judges.base import Judge
+from prefopt.rounds import stages, store
+from prefopt.rounds.stages import View
+from prefopt.rounds.store import Stage
+from prefopt.rounds.work import Progress, Workers, do_shards
+from prefopt.types import Completion, Prompt
+
+STAGES = ("generate", "judge", "pair", "train", "evaluate")
+HELD_OUT = 0  # in the place of a round's number in seeds: held-out prompts are answered with the same ones every time
+
+
+@dataclass
+class Rounds:
+    """All rounds of a run.
+
+    Args:
+        config: of the whole run.
+        output: its folder.
+        tokenizer: of the policy.
+        start: the first policy.
+        start_hash: of its weights.
+        prompts: all, held-out ones too where `held_out` is None.
+        held_out: prompts to compare policies on; None: taken from `prompts`.
+        workers: the processes that share the work.
+        device: where models run.
+        train: trains one round: (its config, its evaluators) -> exit status.
+        stop: told when there is nothing to save but files.
+        world_judge: of the testbed.
+        evaluators: functions of a policy, such as a testbed's exact figures.
+        say: prints a line on the first process.
+    """
+
+    config: RunConfig
+    output: Path
+    tokenizer: Any
+    start: adapters.Weights
+    start_hash: str
+    prompts: Sequence[Prompt]
+    held_out: Sequence[Prompt] | None
+    workers: Workers
+    device: torch.device
+    train: Callable[[RunConfig], int]
+    stop: Stop
+    say: Callable[[str], None]
+    world_judge: Judge | None = None
+    evaluators: Sequence[Callable[[Any], Mapping[str, float]]] = field(default_factory=tuple)
+
+    def __post_init__(self) -> None:
+        rounds = self.config.rounds
+        rest: Sequence[Prompt] = self.prompts
+        if self.held_out is None:
+            rest, self.held_out = hold_out(self.prompts, rounds.eval_prompts)
+        else:
+            self.held_out = hold_out(self.held_out, rounds.eval_prompts)[1]
+        self._slices = slices(rest, rounds.count, rounds.prompts, self.config.seed)
+        self._tokenizer_hash = tokenizer_content(self.tokenizer)
+        bad = {self.tokenizer.bos_token_id, self.tokenizer.pad_token_id} - {self.tokenizer.eos_token_id, None}
+        self._view = View(self.config.method, frozenset(bad))
+
+    # The conductor ----------------------------------------------------------------------------------------------------
+
+    def run(self) -> int:
+        """Every stage of every round that is not done yet. Returns 0, or 75 when a signal asked to leave."""
+        if self.workers.first:
+            store.sweep(self.output)
+        for number in range(self.config.rounds.count + 1):
+            for name in STAGES if number else ("evaluate",):
+                if name in ("generate", "judge", "pair") and self.policy_is_there(number):
+                    continue
+                status = self.stage(name, number)
+                if status != 0:
+                    return status
+        self.finish()
+        return 0
+
+    def data_hashes(self) -> dict[str, str]:
+        """What the prompts are, in which rounds they are used, and which are held out."""
+        assert self.held_out is not None
+        order = [[p.key for p in part] for part in self._slices]
+        return {
+            "train": store.digest(sorted([p.key, list(p.ids)] for part in self._slices for p in part)),
+            "order": store.digest(order),
+            "eval": store.digest([[p.key, list(p.ids)] for p in self.held_out]),
+        }
+
+    def stage(self, name: str, number: int) -> int:
+        """One stage of one round. Returns 0 when it is done, 75 when other processes or a signal left it unfinished."""
+        if number and number > 1 and not self.policy_is_there(number - 1):
+            raise RoundError(
+                f"round {number}: round {number - 1} has not trained its policy yet ({self.model(number - 1)})"
+            )
+        if name == "train":
+            return self._train(number)
+        self.stop.enter_files()
+        try:
+            return 0 if getattr(self, f"_{name}")(number) else 75
+        finally:
+            self.stop.leave_files()
+
+    def finish(self) -> None:
+        """Export the last policy."""
+        self.workers.first_alone(self._export)
+
+    # Places -----------------------------------------------------------------------------------------------------------
+
+    def folder(self, number: int) -> Path:
+        return self.output / f"round_{number:02d}"
+
+    def model(self, number: int) -> Path:
+        """The policy after a round; after round 0 the one that the run began with."""
+        return self.folder(number) / "train" / "model" if number else Path(self.start.path)
+
+    def policy_is_there(self, number: int) -> bool:
+        return number == 0 or (self.model(number) / "manifest.json").is_file()
+
+    def _policy_hash(self, number: int) -> str:
+        return self.start_hash if number == 0 else store.sha256(self.model(number) / "manifest.json")
+
+    def _weights(self, number: int) -> adapters.Weights:
+        return self.start if number == 0 else adapters.find(str(self.model(number)), self.config.model)
+
+    # Stages -----------------------------------------------------------------------------------------------------------
+
+    def _generate(self, number: int) -> bool:
+        return self._candidates(number, self._generate_stage(number), self._slices[number - 1], number, number - 1)
+
+    def _generate_stage(self, number: int) -> Stage:
+        return self._stage(number, "candidates", self._slices[number - 1], self._sampling, number, number - 1)
+
+    def _stage(
+        self, number: int, name: str, prompts: Sequence[Prompt], sampling: Sampling, seed: int, policy: int
+    ) -> Stage:
+        settings, shards = self.config.generate, stages.shards_of(prompts, self.config.rounds.shard)
+        inputs = {
+            "policy": self._policy_hash(policy),
+            "prompts": store.digest([[p.key, list(p.ids)] for p in prompts]),
+            "sampling": dataclasses.asdict(sampling),
+            "seed": [self.config.seed, seed],
+            "engine": settings.engine,
+            "batch": [settings.batch, settings.continuous] if settings.engine == "transformers" else None,
+        }
+        keys = [[p.key for p in shard] for shard in shards]
+        return Stage(self.folder(number), name, inputs, keys, self.say if self.workers.first else lambda line: None)
+
+    @property
+    def _sampling(self) -> Sampling:
+        return Sampling.of(self.config.generate)
+
+    def _candidates(self, number: int, stage: Stage, prompts: Sequence[Prompt], seed: int, policy: int) -> bool:
+        """Sample the candidates of a stage's prompts. Returns whether all are there."""
+        if self._begin(stage):
+            return True
+        sampling = Sampling(**stage.inputs["sampling"])
+        shards = stages.shards_of(prompts, self.config.rounds.shard)
+        about: dict[str, Any] = {}
+
+        def make() -> Callable[[int], list[store.Row]]:
+            engine = opened.append(self._engine(policy)) or opened[-1]
+            about.update(engine.describe())
+
+            def rows_of(shard: int) -> list[store.Row]:
+                seeds = stages.seeds_of(self.config.seed, seed, shard, len(shards[shard]), sampling.n)
+                return stages.generate_rows(engine, shards[shard], sampling, seeds)
+
+            return rows_of
+
+        opened: list[Engine] = []
+        title = f"round {number}/{self.config.rounds.count} {'generate' if seed else 'held-out'}"
+        samples = [len(shard) * sampling.n for shard in shards]
+        try:
+            there = do_shards(stage, self.workers, make, Progress(title, samples, self.workers.first))
+        finally:
+            for engine in opened:
+                engine.close()
+            _free()
+        if there:
+            self.workers.first_alone(lambda: stage.finish({"prompts": len(prompts), "samples": sum(samples)}, about))
+        return there
+
+    def _judge(self, number: int) -> bool:
+        if self.config.judge.kind == "none":
+            return True
+        generated, prompts = self._generate_stage(number), self._slices[number - 1]
+        self._require(generated, "generate", number)
+        stage = self._judge_stage(number, generated)
+        if self._begin(stage):
+            return True
+        shards = stages.shards_of(prompts, self.config.rounds.shard)
+        about: dict[str, Any] = {}
+
+        def make() -> Callable[[int], list[store.Row]]:
+            judge = opened.append(self._judge_of(number - 1)) or opened[-1]
+            about.update(judge.describe())
+            return lambda shard: stages.judge_rows(judge, self._view, shards[shard], generated.read(shard))
+
+        opened: list[Judge] = []
+        samples = [len(shard) * self.config.generate.n for shard in shards]
+        progress = Progress(
+            f"round {number}/{self.config.rounds.count} judge", samples, self.workers.first, stages.row_scores
+        )
+        try:
+            there = do_shards(stage, self.workers, make, progress)
+        finally:
+            for judge in opened:
+                judge.close()
+            _free()
+        if there:
+            self.workers.first_alone(lambda: stage.finish(_problems(stage.rows()), about))
+        return there
+
+    def _judge_stage(self, number: int, generated: Stage) -> Stage:
+        free = ("url", "api_key_env", "concurrency", "retries", "timeout")
+        judge = {k: v for k, v in dataclasses.asdict(self.config.judge).items() if k not in free}
+        inputs = {"candidates": generated.hash(), "judge": judge}
+        return Stage(self.folder(number), "scores", inputs, generated.keys, generated.say)
+
+    def _pair(self, number: int) -> bool:
+        generated, prompts = self._generate_stage(number), self._slices[number - 1]
+        self._require(generated, "generate", number)
+        judged = None if self.config.judge.kind == "none" else self._judge_stage(number, generated)
+        if judged is not None:
+            self._require(judged, "judge", number)
+        self.workers.first_alone(lambda: self._write_pairs(number, generated, judged, prompts))
+        return True
+
+    def _write_pairs(self, number: int, generated: Stage, judged: Stage | None, prompts: Sequence[Prompt]) -> None:
+        config, folder = self.config, self.folder(number)
+        inputs = {
+            "candidates": generated.hash(),
+            "scores": None if judged is None else judged.hash(),
+            "method": config.to_dict()["method"],
+            "rounds": {"pairs": config.rounds.pairs, "max_similarity": config.rounds.max_similarity},
+        }
+        path, manifest = folder / "pairs.json", store.read_manifest(folder / "pairs.json")
+        files = [folder / "pairs.jsonl", folder / "candidates.jsonl", folder / "prompts.jsonl"]
+        if manifest is not None and manifest["inputs"] == json.loads(json.dumps(inputs)):
+            if all(file.is_file() and store.sha256(file) == manifest["files"][file.name] for file in files):
+                return
+            self.say(f"{folder}: pairs.jsonl or candidates.jsonl is not as it was written; they are made again")
+        paired = stages.pair_rows(
+            config,
+            prompts,
+            generated.rows(),
+            None if judged is None else judged.rows(),
+            view=self._view,
+            tokenizer_hash=self._tokenizer_hash,
+            about=self._about(number),
+        )
+        counts = paired.counts
+        self.say(f"round {number}: {counts['pairs']:,} pairs of {counts['prompts']:,} prompts{_reasons(counts)}")
+        if not paired.pairs:
+            raise RoundError(
+                f"{folder}: none of {counts['prompts']:,} prompts gave a pair{_reasons(counts)}; "
+                f"the candidates and what the judge said are in {generated.folder}"
+            )
+        for file, rows in zip(files, (paired.pairs, paired.table, map(_prompt_row, prompts)), strict=True):
+            store.write_rows(file, rows)
+        entries = {file.name: store.sha256(file) for file in files}
+        store.write_manifest(path, {"stage": "pair", "inputs": inputs, "files": entries, "counts": counts})
+
+    def _about(self, number: int) -> dict[str, Any]:
+        """What is the same for every candidate of a round, for its table."""
+        settings, judge = self.config.generate, self.config.judge
+        sampling = {name: getattr(settings, name) for name in ("temperature", "top_p", "top_k", "max_tokens")}
+        return {
+            "round": number,
+            "policy": str(self.model(number - 1)),
+            "engine": settings.engine,
+            **sampling,
+            "judge": judge.kind if judge.path is None else f"{judge.kind} {judge.path}",
+        }
+
+    def _train(self, number: int) -> int:
+        """Train the round's policy on its pairs, against the policy that the round began with."""
+        folder = self.folder(number)
+        if not self.policy_is_there(number) and not (folder / "pairs.json").is_file():
+            raise RoundError(
+                f"round {number}: its pairs are not made yet ({folder / 'pairs.jsonl'}); run the pair stage"
+            )
+        status = self.train(self.config_of(number))
+        if status == 0 and self.workers.first:
+            shutil.rmtree(folder / "train" / "checkpoints", ignore_errors=True)  # the model is exported
+        _free()
+        return status
+
+    def config_of(self, number: int) -> RunConfig:
+        """The settings of a round's training."""
+        config, folder = self.config, self.folder(number)
+        digest = hashlib.sha256(f"train:{config.seed}:{number}".encode()).digest()
+        return dataclasses.replace(
+            config,
+            model=dataclasses.replace(config.model, path=str(self.model(number - 1))),
+            data=dataclasses.replace(
+                config.data, train=str(folder / "pairs.jsonl"), eval=None, eval_fraction=0.0, columns={}
+            ),
+            rounds=RoundsConfig(),
+            seed=int.from_bytes(digest[:4], "big") % 2**31,
+            output=str(folder / "train"),
+        )
+
+    def _require(self, stage: Stage, name: str, number: int) -> None:
+        manifest = store.read_manifest(stage.manifest_path)
+        if manifest is None or not manifest["finished"] or stage.missing():
+            raise RoundError(f"round {number}: its {name} stage is not finished ({stage.manifest_path}); run it first")
+
+    def _begin(self, stage: Stage) -> bool:
+        """Whether a stage is done already; all processes hear the same."""
+        return bool(self.workers.first_alone(stage.begin))
+
+    # Evaluation -------------------------------------------------------------------------------------------------------
+
+    def _evaluate(self, number: int) -> bool:
+        """Compare the policy after a round with the first one and the one before, on held-out prompts."""
+        assert self.held_out is not None
+        if not self.held_out and not self.evaluators:
+            return True
+        if not self.policy_is_there(number):
+            raise RoundError(f"round {number}: it has not trained its policy yet ({self.model(number)})")
+        stage = self._held_out_stage(number)
+        if not self._candidates(number, stage, self.held_out, HELD_OUT, number):
+            return False
+        self.workers.first_alone(lambda: self._write_figures(number))
+        return True
+
+    def _held_out_stage(self, number: int) -> Stage:
+        assert self.held_out is not None
+        sampling = dataclasses.replace(self._sampling, n=1, logprobs=False)
+        return self._stage(number, "held_out", self.held_out, sampling, HELD_OUT, number)
+
+    def _write_figures(self, number: int) -> None:
+        path = self.folder(number) / "evaluate.json"
+        inputs = {name: self._held_out_stage(k).hash() for name, k in self._compared(number).items()}
+        inputs["judge"] = store.digest(dataclasses.asdict(self.config.judge))
+        manifest = store.read_manifest(path)
+        if manifest is None or manifest["inputs"] != inputs:
+            figures = self._figures(number)
+            store.write_manifest(path, {"stage": "evaluate", "inputs": inputs, "figures": figures.to_dict()})
+        self._report(number)
+
+    def _compared(self, number: int) -> dict[str, int]:
+        return {"now": number} | ({"previous": number - 1, "first": 0} if number else {})
+
+    def _figures(self, number: int) -> RoundFigures:
+        assert self.held_out is not None
+        said: dict[int, list[list[Completion]]] = {}
+        for k in {*self._compared(number).values()}:
+            said[k] = [list(stages.completions_of(row)) for row in self._held_out_stage(k).rows()]
+        completions = {name: said[k] for name, k in self._compared(number).items()}
+        samples = [(p, c) for p, group in zip(self.held_out, completions["now"], strict=True) for c in group]
+        kl: dict[str, SampleFigures] = {}
+        more: dict[str, float] = {}
+        lm = self._load(number)
+        for evaluator in self.evaluators:
+            more |= dict(evaluator(lm))
+        if number and samples:
+            settings = {"batch": self.config.eval.batch, "kernel": self.config.kernel}
+            for name, k in {"to_round_start": number - 1, "to_first": 0}.items():
+                if name == "to_first" and number == 1:
+                    kl[name] = kl["to_round_start"]
+                    continue
+                kl[name] = score_samples(lm, self._load(k), samples, **settings)
+        del lm
+        _free()
+        judge = None if self.config.judge.kind == "none" else self._judge_of(number)
+        try:
+            return evaluate_round(number, self.held_out, completions, judge, self.config.method, kl, more)
+        finally:
+            if judge is not None:
+                judge.close()
+            _free()
+
+    def figures(self) -> list[RoundFigures]:
+        """Of the rounds that are evaluated, in order."""
+        found = []
+        for number in range(self.config.rounds.count + 1):
+            manifest = store.read_manifest(self.folder(number) / "evaluate.json")
+            if manifest is None:
+                break
+            found.append(RoundFigures.from_dict(manifest["figures"]))
+        return found
+
+    def _report(self, number: int) -> None:
+        """rounds.jsonl, rounds.md and rounds.png of all rounds so far."""
+        figures = self.figures()
+        store.write_rows(self.output / "rounds.jsonl", ({"round": f.round} | f.metrics() for f in figures))
+        write_report(self.output, figures, f"{self.config.method_name}, {self.config.rounds.count} rounds")
+
+    # Models -----------------------------------------------------------------------------------------------------------
+
+    def _load(self, number: int) -> Any:
+        """The policy after a round, on its device."""
+        key = "model.path"
+        lm: Any = adapters.load_frozen(self._weights(number), self.config.model, key)
+        lm.to(self.device)
+        set_threads(self.config.train.threads, sum(p.numel() for p in lm.parameters()))
+        return lm.eval()
+
+    def _engine(self, number: int) -> Engine:
+        return generation.make(
+            self.config.generate,
+            path=str(self.model(number)),
+            load=lambda: self._load(number),
+            tokenizer=self.tokenizer,
+            model=self.config.model,
+        )
+
+    def _judge_of(self, number: int) -> Judge:
+        """The judge; where it is the policy itself, the one after round `number`."""
+        return judges.make(
+            self.config.judge,
+            device=self.device,
+            policy=lambda: (self._engine(number), self.tokenizer),
+            world=self.world_judge,
+        )
+
+    def _export(self) -> None:
+        last = self.model(self.config.rounds.count)
+
+        def write(folder: Path) -> None:
+            for file in last.iterdir():
+                if file.name != "manifest.json":
+                    shutil.copy2(file, folder / file.name)
+
+        if checkpoint.damage(self.output / "model") is not None:
+            checkpoint.export(self.output / "model", write)
+
+
+def _prompt_row(prompt: Prompt) -> store.Row:
+    return {"key": prompt.key, "where": prompt.where, "prompt": prompt.prompt, "tokens": len(prompt.ids)}
+
+
+def _problems(rows: Sequence[store.Row]) -> dict[str, Any]:
+    """What the judge could not say, summed over a stage."""
+    out: dict[str, Any] = {"prompts": len(rows), "judged": sum(len(row["judged"]) for row in rows)}
+    for group in ("unseen", "problems"):
+        totals: dict[str, int] = {}
+        for row in rows:
+            for name, count in row[group].items():
+                totals[name] = totals.get(name, 0) + count
+        out[group] = totals
+    return out
+
+
+def _reasons(counts: Mapping[str, Any]) -> str:
+    """What was left out and why, as the end of a line."""
+    parts = [f"{count:,} {reason}" for reason, count in counts["dropped"].items()]
+    parts += [f"{count:,} candidates not judged: {reason}" for reason, count in counts["not_judged"].items()]
+    parts += [f"judge: {count:,} {reason}" for reason, count in counts["judge_problems"].items()]
+    return f" ({', '.join(parts)})" if parts else ""
+
+
+def _free() -> None:
+    """Give memory back before the next model is loaded."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,141 @@
+"""Puts the rounds of a run together from its settings: cheap checks, then prompts; models wait for their stage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from prefopt import generation, judges
+from prefopt.config import RunConfig
+from prefopt.data.encode import pad_token
+from prefopt.data.prompts import read_prompts
+from prefopt.engine import adapters, layouts, models
+from prefopt.engine.runtime import Stop
+from prefopt.errors import ConfigError, TrainError
+from prefopt.judges.base import Judge
+from prefopt.rounds.run import Rounds
+from prefopt.rounds.work import Workers
+from prefopt.types import Prompt
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What the policy is asked, and whose policy it is."""
+
+    start: adapters.Weights
+    tokenizer: Any
+    prompts: Sequence[Prompt]
+    held_out: Sequence[Prompt] | None
+    report: list[str]
+    judge: Judge | None = None
+    evaluators: Sequence[Callable[[Any], Mapping[str, float]]] = ()
+
+
+def set_up(
+    config: RunConfig,
+    output: Path,
+    *,
+    workers: Workers,
+    device: torch.device,
+    train: Callable[[RunConfig, Sequence[Callable[[Any], Mapping[str, float]]]], int],
+    stop: Stop,
+    say: Callable[[str], None],
+    cache: Path,
+) -> tuple[Rounds, list[str]]:
+    """The rounds, and what to say of the prompts.
+
+    Raises: ConfigError, DataError or TrainError for whatever can be seen before any model is loaded.
+    """
+    judges.check(config.judge)
+    generation.check(config.generate)
+    if workers.count > 1 and not generation.capabilities(config.generate).in_ranks:
+        raise ConfigError(
+            f"generate.engine: '{config.generate.engine}' needs the machine to itself and does not run inside "
+            f"{workers.count} processes of one training run; use scripts/rounds.py with the same flags"
+        )
+    asked = _from_testbed(config, cache) if config.on_testbed else _from_files(config)
+    start_hash = workers.first_alone(lambda: _weights_hash(asked.start, config))
+    rounds = Rounds(
+        config=config,
+        output=output,
+        tokenizer=asked.tokenizer,
+        start=asked.start,
+        start_hash=start_hash,
+        prompts=asked.prompts,
+        held_out=asked.held_out,
+        workers=workers,
+        device=device,
+        train=lambda settings: train(settings, asked.evaluators),
+        stop=stop,
+        say=say,
+        world_judge=asked.judge,
+        evaluators=asked.evaluators,
+    )
+    return rounds, asked.report
+
+
+def _from_testbed(config: RunConfig, cache: Path) -> _Asked:
+    from prefopt.testbed import build_world
+
+    world = build_world(config.testbed.world, seed=config.testbed.seed, cache_dir=cache)
+    start = adapters.Weights(str(world.base_model_path), str(world.base_model_path))
+    each, beta = config.rounds.prompts, float(getattr(config.method, "beta", 1.0))
+    assert each is not None, "the testbed's departures name it"
+    prompts = world.prompts(config.rounds.count * each, config.seed)
+    held_out = world.prompts(config.rounds.eval_prompts, config.seed + 2**31)
+    what = f"testbed world '{config.testbed.world}': {len(prompts):,} prompts drawn for {config.rounds.count} rounds"
+    return _Asked(
+        start, world.tokenizer, prompts, held_out, [what], world.judge(), [lambda lm: world.evaluate(lm, beta)]
+    )
+
+
+def _from_files(config: RunConfig) -> _Asked:
+    assert config.model.path is not None
+    assert config.data.train is not None
+    start = adapters.find(config.model.path, config.model)
+    architecture = models.load_config(start.base, start.base_settings(config.model))
+    adapters.check(config, start, architecture)
+    layouts.check_architecture(config, architecture)
+    limit = getattr(architecture.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and config.data.max_length > limit:
+        raise TrainError(
+            f"data.max_length: found {config.data.max_length}, but the model has {limit} positions; "
+            f"use --data.max_length {limit}"
+        )
+    tokenizer = models.load_tokenizer(*adapters.tokenizer_path(start, config.model), config.data.chat_template)
+    tokenizer.pad_token_id, note = pad_token(tokenizer)
+
+    def read(path: str, with_answers: bool) -> tuple[list[Prompt], list[str]]:
+        found = read_prompts(
+            path,
+            tokenizer,
+            render=config.method.render_prompt,
+            max_prompt=config.data.max_length - config.generate.max_tokens,
+            max_length=config.data.max_length,
+            columns=config.data.columns,
+            on_bad_row=config.data.on_bad_row,
+            with_answers=with_answers,
+        )
+        return found.prompts, found.report
+
+    prompts, report = read(config.data.train, config.rounds.pairs != "best_worst")
+    held_out = None
+    if config.data.eval is not None:
+        held_out, more = read(config.data.eval, False)
+        seen = {prompt.key for prompt in prompts}
+        both = sum(prompt.key in seen for prompt in held_out)
+        report += more + ([f"warning: {both:,} held-out prompts are in the training data"] if both else [])
+    return _Asked(start, tokenizer, prompts, held_out, ([note] if note else []) + report)
+
+
+def _weights_hash(start: adapters.Weights, config: RunConfig) -> str:
+    """A hash of the first policy's weights, base and adapter."""
+    parts = [start.base] + ([start.path] if start.adapter is not None else [])
+    settings = start.base_settings(config.model)
+    return "-".join(
+        models.fingerprint(path, None if Path(path).is_dir() else models.load_config(path, settings)) for path in parts
+    )
