@@ -6,11 +6,12 @@ import sys
 
 from prefopt import __version__, cli
 
-COMMANDS = {"train": cli.train}
+COMMANDS = {"train": cli.train, "rounds": cli.rounds}
 USAGE = f"""prefopt {__version__}: train language models on preferences, and find out which loss is better
 
 usage: prefopt train --method NAME [--config FILE] [--GROUP.SETTING VALUE ...]
-       prefopt train --help"""
+       prefopt rounds --method NAME --rounds.count N [--GROUP.SETTING VALUE ...]
+       prefopt train --help, prefopt rounds --help"""
 
 
 def main(argv: list[str] | None = None) -> int:

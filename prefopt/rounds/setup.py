@@ -52,10 +52,10 @@ def set_up(
     """
     judges.check(config.judge)
     generation.check(config.generate)
-    if workers.count > 1 and not generation.capabilities(config.generate).in_ranks:
+    if workers.runtime is not None and workers.count > 1 and config.generate.engine == "vllm":
         raise ConfigError(
-            f"generate.engine: '{config.generate.engine}' needs the machine to itself and does not run inside "
-            f"{workers.count} processes of one training run; use scripts/rounds.py with the same flags"
+            f"generate.engine: 'vllm' needs the machine to itself and does not run beside {workers.count} processes of "
+            "one training run; use scripts/rounds.py with the same flags"
         )
     asked = _from_testbed(config, cache) if config.on_testbed else _from_files(config)
     start_hash = workers.first_alone(lambda: _weights_hash(asked.start, config))
