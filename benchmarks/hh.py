@@ -24,6 +24,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from study import lines, machine, train_all
 
+from prefopt.evaluate.intervals import bootstrap
+
 METHODS = {
     "dpo": ["--method", "dpo"],
     "tdpo1": ["--method", "tdpo", "--method.variant", "tdpo1"],
@@ -183,12 +185,10 @@ def summarise(folder: Path, seeds: int) -> dict[str, Any]:
     return {"methods": methods, "differences": differences}
 
 
-def interval(values: np.ndarray, draws: int = 10_000) -> list[float]:
+def interval(values: np.ndarray) -> list[float]:
     """Mean and 95% bootstrap interval of a (seeds, pairs) table, both resampled."""
-    rng = np.random.default_rng(0)
-    seeds, pairs = values.shape
-    means = [values[rng.integers(seeds, size=seeds)][:, rng.integers(pairs, size=pairs)].mean() for _ in range(draws)]
-    return [float(values.mean()), *map(float, np.percentile(means, [2.5, 97.5]))]
+    found = bootstrap(values)
+    return [found.mean, found.low, found.high]
 
 
 def render(result: dict[str, Any]) -> str:

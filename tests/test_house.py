@@ -131,11 +131,23 @@ def test_links_between_the_pages_lead_somewhere():
 def test_every_config_parses_with_its_method():
     from prefopt.config import parse
 
-    folder = ROOT / "configs"
+    folder, model = ROOT / "configs", ["--model.path", "m", "--data.train", "pairs.jsonl"]
     for path in [*folder.glob("*.yaml"), *(folder / "papers").glob("*.yaml")]:
         if path.name == "testbed.yaml":
             for name in registry.names():
                 assert parse(["--method", name, "--config", str(path)]).testbed.pairs == 40_000
-        else:
-            model = ["--model.path", "m", "--data.train", "pairs.jsonl"]
-            assert parse(["--config", str(path), *model]).method_name == path.stem
+        else:  # a method's papers may have several, such as sppo.yaml and sppo_code.yaml
+            name = parse(["--config", str(path), *model]).method_name
+            assert path.stem == name or (path.parent.name == "papers" and path.stem.startswith(f"{name}_"))
+
+
+def test_every_recipe_is_rounds_of_the_method_that_it_names_and_says_where_its_numbers_come_from():
+    from prefopt.config import parse
+
+    for path in (ROOT / "configs" / "recipes").glob("*.yaml"):
+        config = parse(["--config", str(path), "--model.path", "m", "--data.train", "pairs.jsonl"])
+        assert config.rounds.count >= 1, path.name
+        assert path.stem not in registry.names(), f"{path.name}: a recipe is no method"
+        comment = [line for line in path.read_text().splitlines() if line.startswith("#")]
+        assert len(comment) >= 2, path.name
+        assert max(map(len, path.read_text().splitlines())) <= 120, path.name

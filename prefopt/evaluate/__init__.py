@@ -1,1 +1,1 @@
-"""What is measured of policies by their own samples: win rates, lengths, diversity, KL; with intervals."""
+"""Figures of policies: win rates, texts, divergences on samples, each with its interval. Knows no run and no files."""

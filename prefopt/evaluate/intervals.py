@@ -1,0 +1,65 @@
+"""Means with bootstrap intervals. Numbers in, numbers out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+DRAWS = 10_000
+_CHUNK = 2_000_000  # numbers looked up at a time
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean and the interval that it would lie in if the units had been drawn again.
+
+    Args: mean, low, high: in the unit of the values; NaN where there were none. count: units that the mean is over.
+    """
+
+    mean: float
+    low: float
+    high: float
+    count: int
+
+    def excludes(self, value: float) -> bool:
+        """Whether the interval lies on one side of `value`."""
+        return self.low > value or self.high < value
+
+    def __str__(self) -> str:
+        return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+def bootstrap(values: np.ndarray | Sequence[float], *, level: float = 0.95, seed: int = 0) -> Interval:
+    """The mean, and the percentile interval of its 10,000 bootstrap resamples.
+
+    Units are drawn with replacement along every axis by itself: of a table (runs, pairs) both the runs and the pairs.
+    A difference of two policies is paired when `values` holds the differences. One unit gives an interval of no width,
+    which is not certainty.
+
+    Args: values: one per unit, all finite. Shape `(N,)`, or a table with more axes. level: share of the resamples
+        inside. seed: the same one gives the same interval.
+    Returns: the interval; its count is the length of the last axis.
+    Raises: ValueError for a value that is not finite.
+    Reference: Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapter 13: the percentile interval.
+    """
+    table = np.asarray(values, dtype=np.float64)
+    if not np.isfinite(table).all():
+        raise ValueError("a bootstrap of values that are not finite; leave them out and count them")
+    if table.size == 0:
+        return Interval(float("nan"), float("nan"), float("nan"), 0)
+    rng = np.random.default_rng(seed)
+    chunk = max(1, _CHUNK // table.size)
+    means = np.concatenate([_resampled(table, min(chunk, DRAWS - done), rng) for done in range(0, DRAWS, chunk)])
+    low, high = np.percentile(means, [50 * (1 - level), 50 * (1 + level)])
+    return Interval(float(table.mean()), float(low), float(high), table.shape[-1])
+
+
+def _resampled(table: np.ndarray, draws: int, rng: np.random.Generator) -> np.ndarray:
+    """Means of `draws` resamples, (draws,)."""
+    index = []
+    for axis, size in enumerate(table.shape):
+        shape = [draws] + [size if other == axis else 1 for other in range(table.ndim)]
+        index.append(rng.integers(size, size=(draws, size)).reshape(shape))
+    return table[tuple(index)].reshape(draws, -1).mean(-1)
