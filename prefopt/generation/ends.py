@@ -1,0 +1,70 @@
+"""Where a completion ends, and its text: the same for every engine that gives tokens. Knows tokenizers, no model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from prefopt.types import Completion
+
+
+def terminators(generation_config: Any, tokenizer: Any) -> frozenset[int]:
+    """The tokens that end an answer of a model: those that its generation config names, and the tokenizer's EOS."""
+    named = getattr(generation_config, "eos_token_id", None)
+    named = named if isinstance(named, (list, tuple)) else [named]
+    return frozenset(int(token) for token in (*named, tokenizer.eos_token_id) if token is not None)
+
+
+class Ends:
+    """Ends of completions.
+
+    Args:
+        tokenizer: one of transformers'.
+        terminators: token ids that end a completion.
+        stop: texts that end one. A text that is one of the tokenizer's special tokens ends it by its id, because
+            special tokens have no text.
+    """
+
+    def __init__(self, tokenizer: Any, terminators: Iterable[int], stop: Sequence[str] = ()) -> None:
+        special = {str(token): id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self.tokenizer = tokenizer
+        self.stop_tokens = tuple(sorted({special[text] for text in stop if text in special}))
+        self.tokens = frozenset(terminators) | {*self.stop_tokens}
+        self.texts = tuple(text for text in stop if text not in special)
+        # A token has at least one byte, so a stop text just completed lies within so many tokens; a few more, since
+        # the first of them may decode to less alone than after its neighbours.
+        self._window = max((len(text.encode()) for text in self.texts), default=0) + 4
+
+    def reached(self, ids: Sequence[int]) -> bool:
+        """Whether the last of these tokens completes a terminator or a stop text."""
+        if ids[-1] in self.tokens:
+            return True
+        if not self.texts or self._stopped(self.text(ids[-self._window :])) is None:
+            return False
+        return self._stopped(self.text(ids)) is not None
+
+    def completion(
+        self, ids: Sequence[int], logps: Sequence[float] | None = None, *, stopped: bool | None = None
+    ) -> Completion:
+        """What was generated, with its text and the reason for its end.
+
+        Args: stopped: whether another engine says that it ended by itself, where these ends do not show it.
+        """
+        ended = bool(ids) and ids[-1] in self.tokens
+        text = self.text(ids[:-1] if ended else ids)
+        at = self._stopped(text)
+        return Completion(
+            token_ids=tuple(ids),
+            text=text if at is None else text[:at],
+            finish_reason="stop" if ended or at is not None or stopped else "length",
+            logps=None if logps is None else tuple(logps),
+        )
+
+    def text(self, ids: Sequence[int]) -> str:
+        """The text of tokens, special ones left out."""
+        return self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def _stopped(self, text: str) -> int | None:
+        """Where the first stop text begins, or None."""
+        found = [at for at in (text.find(stop) for stop in self.texts) if at >= 0]
+        return min(found, default=None)

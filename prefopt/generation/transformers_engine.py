@@ -1,0 +1,258 @@
+"""Completions from a model of transformers in this process: batched by length, each row with a generator of its own.
+
+A loop of our own rather than `generate`: a prompt is read once for all its completions, rows that have ended leave the
+batch, and the token of a row depends on its own seed alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import math
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from prefopt.engine import adapters
+from prefopt.engine.runtime import versions
+from prefopt.errors import RoundError
+from prefopt.generation.base import Capabilities, Sampling
+from prefopt.generation.ends import Ends, terminators
+from prefopt.generation.sampling import choose, uniforms
+from prefopt.types import Completion
+
+
+@dataclass
+class _Row:
+    """A completion under way."""
+
+    prompt: int
+    number: int  # which of its prompt's completions
+    limit: int
+    points: np.ndarray  # (limit,) one for each token
+    ids: list[int] = field(default_factory=list)
+    logps: list[float] = field(default_factory=list)
+    ended: bool = False
+
+
+@dataclass
+class _Batch:
+    """Rows and what the model remembers of them. Columns are positions, the last one the newest token."""
+
+    rows: list[_Row]
+    cache: Any
+    mask: torch.Tensor  # (B, T) int64, 0 on the padding at the left
+    padded: bool
+    logits: torch.Tensor  # (B, V) of the next token
+
+    def take(self, index: list[int], rows: list[_Row]) -> None:
+        """What is remembered of the rows at `index`, once for each time that it stands there, now belongs to `rows`."""
+        if index != [*range(len(self.mask))]:
+            chosen = torch.tensor(index, device=self.mask.device)
+            self.cache.reorder_cache(chosen)
+            self.mask, self.logits = self.mask[chosen], self.logits[chosen]
+        self.rows = rows
+
+
+class TransformersEngine:
+    """A policy in this process.
+
+    The same prompt and seed give the same completion whatever else is generated, up to ties within rounding: matrix
+    products of another shape differ in their last digits.
+
+    Args:
+        lm: a causal language model, with an adapter or without; its mode is left as it was found.
+        tokenizer: the one of its vocabulary.
+        batch: completions per forward pass.
+        continuous: new completions take the places of those that have ended, instead of waiting for all of a batch.
+
+    Raises: RoundError for a model without a key-value cache, or one whose cache cannot take in new rows when
+        `continuous` is asked for.
+    """
+
+    capabilities = Capabilities(seeded=True, logprobs=True, token_ids=True, in_ranks=True)
+
+    def __init__(self, lm: nn.Module, tokenizer: Any, *, batch: int = 64, continuous: bool = False) -> None:
+        from transformers import DynamicCache
+        from transformers.cache_utils import DynamicLayer
+
+        self.lm, self.tokenizer, self.batch, self.continuous = lm, tokenizer, batch, continuous
+        self._base = adapters.base_of(lm)
+        self._takes = inspect.signature(self._base.forward).parameters
+        self._ends = terminators(self._base.generation_config, tokenizer)
+        self._context = getattr(self._base.config.get_text_config(), "max_position_embeddings", None)
+        name = type(self._base).__name__
+        if "past_key_values" not in self._takes:
+            raise RoundError(
+                f"generate.engine: {name} has no key-value cache, which this engine needs, expected a model with one "
+                "(or --generate.engine vllm)"
+            )
+        growing = all(isinstance(layer, DynamicLayer) for layer in DynamicCache(config=self._base.config).layers)
+        if continuous and not growing:
+            raise RoundError(
+                f"generate.continuous: {name} keeps states that new completions cannot join, expected a model whose "
+                "layers all attend (leave it out)"
+            )
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int]
+    ) -> list[list[Completion]]:
+        """`sampling.n` completions of each prompt, in order; completion i of a prompt draws with its seed + i.
+
+        A completion ends where the model's positions do, if that is before `max_tokens`.
+
+        Raises: RoundError for a prompt that leaves no position, or logits that are not finite.
+        """
+        self._check(prompts)
+        ends = Ends(self.tokenizer, self._ends, sampling.stop)
+        # the longest first: neighbours have like lengths, and a batch too large for memory is the first one
+        order = sorted(range(len(prompts)), key=lambda p: -len(prompts[p]))
+        waiting = deque((p, i) for p in order for i in range(sampling.n))
+        done: list[list[Completion | None]] = [[None] * sampling.n for _ in prompts]
+        with self._sampling_mode():
+            batch: _Batch | None = None
+            while waiting or batch is not None:
+                if waiting and (batch is None or (self.continuous and len(batch.rows) < self.batch)):
+                    free = self.batch - (len(batch.rows) if batch else 0)
+                    taken = [waiting.popleft() for _ in range(min(free, len(waiting)))]
+                    batch = self._admit(batch, [self._row(p, i, prompts, sampling, seeds) for p, i in taken], prompts)
+                assert batch is not None
+                self._draw(batch, sampling, ends)
+                ended = [row for row in batch.rows if row.ended]
+                # rows leave many at a time, since the cache is copied whenever some do
+                share = 4 if self.continuous and waiting else 2
+                if share * len(ended) >= len(batch.rows):
+                    for row in ended:
+                        logps = row.logps if sampling.logprobs else None
+                        done[row.prompt][row.number] = ends.completion(row.ids, logps)
+                    going_on = [n for n, row in enumerate(batch.rows) if not row.ended]
+                    if not going_on:
+                        batch = None
+                        continue
+                    batch.take(going_on, [batch.rows[n] for n in going_on])
+                newest = torch.tensor([[row.ids[-1]] for row in batch.rows], device=batch.mask.device)
+                batch.mask = torch.cat([batch.mask, torch.ones_like(newest)], -1)
+                batch.logits = self._forward(batch, newest)
+        return [[completion for completion in group if completion is not None] for group in done]
+
+    def describe(self) -> dict[str, Any]:
+        """Name, versions, precision, and what decides how products are rounded."""
+        found = versions()
+        return {
+            "engine": "transformers",
+            "dtype": str(self._base.dtype).removeprefix("torch."),
+            "attention": self._base.config._attn_implementation,
+            "device": self._base.device.type,
+            "batch": self.batch,
+            "continuous": self.continuous,
+            "versions": {name: found[name] for name in ("torch", "transformers", "peft")},
+        }
+
+    def close(self) -> None:
+        """Nothing is held but the model, which is the caller's."""
+
+    def _check(self, prompts: Sequence[Sequence[int]]) -> None:
+        longest = max(map(len, prompts), default=0)
+        if self._context is not None and longest >= self._context:
+            number = sum(len(prompt) >= self._context for prompt in prompts)
+            raise RoundError(
+                f"generate: {number} of {len(prompts)} prompts fill the model's {self._context} positions (the longest "
+                f"has {longest} tokens), expected room for an answer (shorten them: --data.max_length)"
+            )
+        if not all(len(prompt) for prompt in prompts):
+            raise RoundError("generate: found a prompt without a token, expected at least one (BOS)")
+
+    def _row(self, p: int, i: int, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int]) -> _Row:
+        room = sampling.max_tokens if self._context is None else self._context - len(prompts[p])
+        limit = min(sampling.max_tokens, room)
+        return _Row(p, i, limit, uniforms(seeds[p] + i, limit if sampling.temperature else 0))
+
+    @contextlib.contextmanager
+    def _sampling_mode(self) -> Iterator[None]:
+        """No gradients, no dropout; training goes on afterwards as if nothing had been."""
+        modes = [(module, module.training) for module in self.lm.modules()]
+        self.lm.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            for module, training in modes:
+                module.training = training
+
+    def _admit(self, batch: _Batch | None, rows: list[_Row], prompts: Sequence[Sequence[int]]) -> _Batch:
+        """The batch with new rows, whose prompts have been read."""
+        from transformers import DynamicCache
+
+        asked = list(dict.fromkeys(row.prompt for row in rows))
+        width = max(len(prompts[p]) for p in asked)
+        ids = torch.zeros(len(asked), width, dtype=torch.int64)
+        mask = torch.zeros_like(ids)
+        for n, p in enumerate(asked):
+            ids[n, width - len(prompts[p]) :] = torch.tensor(prompts[p])
+            mask[n, width - len(prompts[p]) :] = 1
+        padded = bool((mask == 0).any())
+        ids, mask = ids.to(self._base.device), mask.to(self._base.device)
+        # a cache that is joined later keeps every layer whole, sliding windows are then the mask's alone
+        cache = DynamicCache() if self.continuous else DynamicCache(config=self._base.config)
+        new = _Batch([], cache, mask, padded, torch.empty(0))
+        new.logits = self._forward(new, ids)
+        new.take([asked.index(row.prompt) for row in rows], rows)
+        return new if batch is None else _joined(batch, new)
+
+    def _draw(self, batch: _Batch, sampling: Sampling, ends: Ends) -> None:
+        """Give each row that has not ended its next token."""
+        logits = batch.logits.float() if batch.logits.dtype.itemsize < 4 else batch.logits
+        sampled = sampling.temperature > 0
+        points = [row.points[len(row.ids)] if sampled and not row.ended else 0.0 for row in batch.rows]
+        tokens = choose(logits, torch.tensor(points, dtype=torch.float64, device=logits.device), sampling)
+        logps = logits.gather(-1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
+        for row, token, logp in zip(batch.rows, tokens.tolist(), logps.tolist(), strict=True):
+            if row.ended:
+                continue
+            if not math.isfinite(logp):
+                raise RoundError(
+                    f"generate: the policy's logits are not finite after {len(row.ids)} tokens of a completion, "
+                    "expected numbers (a run that diverged, or a precision too small: --model.dtype float32)"
+                )
+            row.ids.append(token)
+            row.logps.append(logp)
+            row.ended = len(row.ids) == row.limit or ends.reached(row.ids)
+
+    def _forward(self, batch: _Batch, ids: torch.Tensor) -> torch.Tensor:
+        """Logits (B, V) after the last of `ids` (B, t), which are the newest columns of the mask; the cache grows."""
+        takes: dict[str, Any] = {}
+        if "position_ids" in self._takes:
+            # a row that has ended is read on until it leaves, maybe beyond the last position there is
+            last = None if self._context is None else self._context - 1
+            takes["position_ids"] = (batch.mask.cumsum(-1)[:, -ids.shape[1] :] - 1).clamp(0, last)
+        if "logits_to_keep" in self._takes:
+            takes["logits_to_keep"] = 1
+        if batch.padded:
+            takes["attention_mask"] = batch.mask
+        out = self.lm(input_ids=ids, past_key_values=batch.cache, use_cache=True, **takes)
+        return out.logits[:, -1]
+
+
+def _joined(old: _Batch, new: _Batch) -> _Batch:
+    """Two batches as one: padding at the left makes them equally wide, and columns of padding alone are cut off."""
+    from transformers import DynamicCache
+
+    width = max(old.mask.shape[1], new.mask.shape[1])
+    masks = [nn.functional.pad(part.mask, (width - part.mask.shape[1], 0)) for part in (old, new)]
+    mask = torch.cat(masks)
+    begin = int(mask.any(0).int().argmax())
+    layers = []
+    for one, two in zip(old.cache.layers, new.cache.layers, strict=True):
+        wide = [
+            [nn.functional.pad(states, (0, 0, width - states.shape[-2], 0)) for states in pair]
+            for pair in ((one.keys, two.keys), (one.values, two.values))
+        ]
+        layers.append(tuple(torch.cat(pair)[..., begin:, :] for pair in wide))
+    mask = mask[:, begin:]
+    logits = torch.cat([old.logits, new.logits])
+    return _Batch([*old.rows, *new.rows], DynamicCache(layers), mask, bool((mask == 0).any()), logits)
