@@ -11,6 +11,7 @@ import importlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -55,11 +56,20 @@ class ForkServer:
         kill_after: float | None = None,
         file_size_limit: int | None = None,
         cwd: Path | None = None,
+        command: str = "train",
+        ranks: int = 1,
     ) -> Ended:
-        """Run `prefopt train ARGV` in a fork of the server and wait for its end."""
+        """Run `prefopt train ARGV` in a fork of the server and wait for its end.
+
+        Args: ranks: processes joined by gloo; a fault happens on the last one, and when one dies the others are killed,
+            as a launcher does. What is written is the first one's.
+        """
         out, err = self.folder / "out.txt", self.folder / "err.txt"
         request = {
             "argv": argv,
+            "command": command,
+            "ranks": ranks,
+            "port": _free_port() if ranks > 1 else None,
             "fault": fault,
             "kill_after": kill_after,
             "file_size_limit": file_size_limit,
@@ -88,26 +98,56 @@ def _serve() -> None:
     import prefopt.data.encode
     import prefopt.data.split
     import prefopt.engine.trainer
+    import prefopt.rounds.setup
     import prefopt.testbed  # noqa: F401
 
     torch.set_num_threads(1)
     for line in sys.stdin:
         request = json.loads(line)
         began = time.monotonic()
-        pid = os.fork()
-        if pid == 0:
-            _child(request)
+        children = []
+        for rank in range(request["ranks"]):
+            pid = os.fork()
+            if pid == 0:
+                _child(request, rank)
+            children.append(pid)
         if request["kill_after"] is not None:
             time.sleep(request["kill_after"])
-            os.kill(pid, signal.SIGKILL)  # of our own child, which nobody has waited for: the number is still its own
-        _, status = os.waitpid(pid, 0)
-        answer = {"status": os.waitstatus_to_exitcode(status), "seconds": time.monotonic() - began}
+            for pid in children:  # nobody has waited for them: the numbers are still their own
+                os.kill(pid, signal.SIGKILL)
+        answer = {"status": _status_of(children), "seconds": time.monotonic() - began}
         print(json.dumps(answer), flush=True)
 
 
-def _child(request: dict[str, Any]) -> None:
+def _status_of(children: list[int]) -> int:
+    """The status of the first one that did not end well, after which the others are killed; else 0."""
+    left, worst = {*children}, 0
+    while left:
+        pid, status = os.wait()
+        left.discard(pid)
+        code = os.waitstatus_to_exitcode(status)
+        if code != 0 and worst == 0:
+            worst = code
+            for other in left:
+                os.kill(other, signal.SIGKILL)
+    return worst
+
+
+def _free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return int(server.getsockname()[1])
+
+
+def _child(request: dict[str, Any], rank: int) -> None:
     status = 1
     try:
+        if request["ranks"] > 1:
+            names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": request["ranks"], "MASTER_PORT": request["port"]}
+            names |= {"LOCAL_WORLD_SIZE": request["ranks"], "MASTER_ADDR": "127.0.0.1"}
+            os.environ.update({name: str(value) for name, value in names.items()})
+        if rank:
+            request |= {"out": request["out"] + str(rank), "err": request["err"] + str(rank)}
         for path, target in ((os.devnull, 0), (request["out"], 1), (request["err"], 2)):
             flags = os.O_RDONLY if target == 0 else os.O_WRONLY | os.O_CREAT | os.O_TRUNC
             os.dup2(os.open(path, flags, 0o644), target)
@@ -116,11 +156,11 @@ def _child(request: dict[str, Any]) -> None:
             import resource
 
             resource.setrlimit(resource.RLIMIT_FSIZE, (request["file_size_limit"],) * 2)
-        if request["fault"] is not None:
+        if request["fault"] is not None and rank == request["ranks"] - 1:
             _arm(**request["fault"])
-        from prefopt.cli import train
+        import prefopt.cli
 
-        status = train(request["argv"])
+        status = getattr(prefopt.cli, request["command"])(request["argv"])
     except SystemExit as leaving:
         status = leaving.code if isinstance(leaving.code, int) else 1
     except BaseException:

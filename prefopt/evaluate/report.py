@@ -198,16 +198,17 @@ def _number(value: float | None) -> float:
 # The report -----------------------------------------------------------------------------------------------------------
 
 
-def write_report(folder: Path | str, figures: Sequence[RoundFigures], title: str = "") -> None:
+def write_report(folder: Path | str, figures: Sequence[RoundFigures], title: str = "", *, plot: bool = True) -> None:
     """Write rounds.md and rounds.png into `folder`, each whole or not at all.
 
-    Args: figures: in the order of rounds, at least one. title: a line above the tables.
+    Args: figures: in the order of rounds, at least one. title: a line above the tables. plot: whether to draw them too.
     Raises: RoundError when a file cannot be written.
     """
     folder = Path(folder)
     text = (f"{title}\n\n" if title else "") + rounds_table(figures)
     _replace(folder / "rounds.md", lambda scratch: scratch.write_text(text))
-    _replace(folder / "rounds.png", lambda scratch: rounds_plot(scratch, figures))
+    if plot:
+        _replace(folder / "rounds.png", lambda scratch: rounds_plot(scratch, figures))
 
 
 def _replace(path: Path, write: Callable[[Path], Any]) -> None:

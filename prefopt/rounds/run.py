@@ -73,6 +73,7 @@ class Rounds:
     say: Callable[[str], None]
     world_judge: Judge | None = None
     evaluators: Sequence[Callable[[Any], Mapping[str, float]]] = field(default_factory=tuple)
+    _loaded: tuple[int, Any] | None = None  # a policy, by the number of its round
 
     def __post_init__(self) -> None:
         rounds = self.config.rounds
@@ -201,7 +202,6 @@ class Rounds:
         finally:
             for engine in opened:
                 engine.close()
-            _free()
         if there:
             self.workers.first_alone(lambda: stage.finish({"prompts": len(prompts), "samples": sum(samples)}, about))
         return there
@@ -293,7 +293,7 @@ class Rounds:
         sampling = {name: getattr(settings, name) for name in ("temperature", "top_p", "top_k", "max_tokens")}
         return {
             "round": number,
-            "policy": str(self.model(number - 1)),
+            "policy": self.start.path if number == 1 else str(self.model(number - 1).relative_to(self.output)),
             "engine": settings.engine,
             **sampling,
             "judge": judge.kind if judge.path is None else f"{judge.kind} {judge.path}",
@@ -306,6 +306,7 @@ class Rounds:
             raise RoundError(
                 f"round {number}: its pairs are not made yet ({folder / 'pairs.jsonl'}); run the pair stage"
             )
+        self._forget()
         status = self.train(self.config_of(number))
         if status == 0 and self.workers.first:
             shutil.rmtree(folder / "train" / "checkpoints", ignore_errors=True)  # the model is exported
@@ -387,9 +388,7 @@ class Rounds:
                 if name == "to_first" and number == 1:
                     kl[name] = kl["to_round_start"]
                     continue
-                kl[name] = score_samples(lm, self._load(k), samples, **settings)
-        del lm
-        _free()
+                kl[name] = score_samples(lm, self._open(k), samples, **settings)
         judge = None if self.config.judge.kind == "none" else self._judge_of(number)
         try:
             return evaluate_round(number, self.held_out, completions, judge, self.config.method, kl, more)
@@ -412,11 +411,23 @@ class Rounds:
         """rounds.jsonl, rounds.md and rounds.png of all rounds so far."""
         figures = self.figures()
         store.write_rows(self.output / "rounds.jsonl", ({"round": f.round} | f.metrics() for f in figures))
-        write_report(self.output, figures, f"{self.config.method_name}, {self.config.rounds.count} rounds")
+        title = f"{self.config.method_name}, {self.config.rounds.count} rounds"
+        write_report(self.output, figures, title, plot=number == self.config.rounds.count)
 
     # Models -----------------------------------------------------------------------------------------------------------
 
     def _load(self, number: int) -> Any:
+        """The policy after a round, kept until another one is asked for or a round trains."""
+        if self._loaded is None or self._loaded[0] != number:
+            self._forget()
+            self._loaded = (number, self._open(number))
+        return self._loaded[1]
+
+    def _forget(self) -> None:
+        self._loaded = None
+        _free()
+
+    def _open(self, number: int) -> Any:
         """The policy after a round, on its device."""
         key = "model.path"
         lm: Any = adapters.load_frozen(self._weights(number), self.config.model, key)
@@ -480,7 +491,7 @@ def _reasons(counts: Mapping[str, Any]) -> str:
 
 
 def _free() -> None:
-    """Give memory back before the next model is loaded."""
-    gc.collect()
+    """Give a GPU's memory back before the next model is loaded."""
     if torch.cuda.is_available():
+        gc.collect()
         torch.cuda.empty_cache()

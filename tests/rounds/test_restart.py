@@ -1,0 +1,176 @@
+"""Kill rounds at any moment, type the same command again: the same candidates, scores, pairs and weights."""
+
+import json
+import random
+import signal
+
+import pytest
+
+from prefopt.engine.metrics import WALL_CLOCK_KEYS, read_lines
+from prefopt.engine.runtime import EXIT_UNFINISHED
+
+ROUNDS = "prefopt.rounds."
+ENGINE = "prefopt.engine."
+# Where a process may die: (stage, function, before or after, the last of its calls that may be the one).
+PLACES = [
+    ("generate", ROUNDS + "stages:generate_rows", "before", 12),
+    ("generate", "prefopt.generation.transformers_engine:TransformersEngine._draw", "before", 60),
+    ("any", ROUNDS + "store:Stage.write", "after", 14),
+    ("any", ROUNDS + "store:write_manifest", "before", 8),
+    ("any", ROUNDS + "store:write_manifest", "after", 8),
+    ("any", "os:fsync", "before", 20),
+    ("judge", ROUNDS + "stages:judge_rows", "before", 8),
+    ("judge", ROUNDS + "stages:judge_rows", "after", 8),
+    ("pair", ROUNDS + "stages:pair_rows", "after", 2),
+    ("pair", ROUNDS + "run:Rounds._write_pairs", "after", 2),
+    ("train", ENGINE + "trainer:Trainer._step", "before", 8),
+    ("train", ENGINE + "checkpoint:_seal", "before", 6),
+    ("train", ENGINE + "checkpoint:_seal", "after", 6),
+    ("evaluate", ROUNDS + "run:Rounds._figures", "before", 3),
+    ("evaluate", ROUNDS + "run:Rounds._report", "before", 3),
+    ("export", ROUNDS + "run:Rounds._export", "before", 1),
+]
+
+
+def kept(output):
+    """Every file that says what the run has made, by its name in the run."""
+    patterns = ("round_*/candidates/*", "round_*/scores/*", "round_*/held_out/*", "round_*/*.jsonl", "round_*/*.json")
+    paths = [path for pattern in patterns for path in output.glob(pattern)]
+    paths += [output / "rounds.jsonl", output / "rounds.md", *output.rglob("model*.safetensors")]
+    return {str(path.relative_to(output)): path for path in paths if "checkpoints" not in path.parts}
+
+
+def assert_same_rounds(output, straight):
+    mine, theirs = kept(output), kept(straight)
+    assert mine.keys() == theirs.keys()
+    for name, path in theirs.items():
+        if path.suffix == ".json":  # a manifest also tells of its circumstances, where the policy lay
+            here, there = (json.loads(p.read_text()) | {"about": None, "sha256": None} for p in (mine[name], path))
+            assert here == there, name
+        else:
+            assert mine[name].read_bytes() == path.read_bytes(), name
+    for number in (1, 2):
+        lines = [read_lines(run / f"round_{number:02d}/train/metrics.jsonl") for run in (output, straight)]
+        bare = [[{k: v for k, v in line.items() if k not in WALL_CLOCK_KEYS} for line in run] for run in lines]
+        assert bare[0] == bare[1]
+    assert not [path for path in output.rglob("*") if path.name.endswith(".tmp") or path.name.startswith(".writing")]
+
+
+def kill_and_finish(server, argv, kills, seed, ranks=1):
+    rng = random.Random(seed)
+    killed = []
+    for _ in range(kills):
+        stage, at, when, most = rng.choice(PLACES)
+        fault = {"at": at, "when": when, "count": rng.randint(1, most), "do": "SIGKILL"}
+        ended = server.train(argv, fault, ranks=ranks)
+        if ended.status != -signal.SIGKILL:
+            assert ended.status == 0, (fault, ended.err)
+            continue  # the run has ended before that call
+        killed.append((stage, fault))
+    ended = server.train(argv, ranks=ranks)
+    assert ended.status == 0, (killed, ended.err)
+    return killed
+
+
+def test_rounds_when_undisturbed_then_each_policy_is_another_and_all_is_kept(uninterrupted):
+    names = kept(uninterrupted)
+    assert {f"round_{k:02d}/train/model/model.safetensors" for k in (1, 2)} <= names.keys()
+    weights = [names[f"round_{k:02d}/train/model/model.safetensors"].read_bytes() for k in (1, 2)]
+    assert weights[0] != weights[1]
+    assert names["model/model.safetensors"].read_bytes() == weights[1]
+    assert not list(uninterrupted.rglob("checkpoints"))
+
+
+def test_rounds_when_killed_three_times_and_run_again_then_all_is_bit_identical(
+    server, rounds, uninterrupted, tmp_path
+):
+    killed = kill_and_finish(server, rounds(tmp_path / "run"), 3, "three")
+    assert len(killed) == 3
+    assert_same_rounds(tmp_path / "run", uninterrupted)
+
+
+def test_rounds_on_two_ranks_when_one_is_killed_then_they_end_as_two_ranks_do(server, rounds, uninterrupted, tmp_path):
+    straight, argv = tmp_path / "straight", rounds(tmp_path / "run")
+    assert server.train(rounds(straight), ranks=2).status == 0
+    fault = {"at": ROUNDS + "stages:generate_rows", "when": "before", "count": 3, "do": "SIGKILL"}
+    assert server.train(argv, fault, ranks=2).status == -signal.SIGKILL
+    assert server.train(argv, ranks=2).status == 0
+    assert_same_rounds(tmp_path / "run", straight)
+    # what a round samples and says of it does not depend on how many share the work; its sums of gradients round apart
+    for name in ("round_00/held_out", "round_01/candidates", "round_01/scores"):
+        for path in (uninterrupted / name).iterdir():
+            assert (straight / name / path.name).read_bytes() == path.read_bytes()
+    assert (straight / "round_01/pairs.jsonl").read_bytes() == (uninterrupted / "round_01/pairs.jsonl").read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(5))
+def test_rounds_when_killed_at_random_places_then_all_is_bit_identical(seed, server, rounds, uninterrupted, tmp_path):
+    kill_and_finish(server, rounds(tmp_path / "run"), 4, seed)
+    assert_same_rounds(tmp_path / "run", uninterrupted)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(5))
+def test_rounds_on_two_ranks_when_killed_at_random_places_then_all_is_bit_identical(seed, server, rounds, tmp_path):
+    assert server.train(rounds(tmp_path / "straight"), ranks=2).status == 0
+    kill_and_finish(server, rounds(tmp_path / "run"), 4, f"two {seed}", ranks=2)
+    assert_same_rounds(tmp_path / "run", tmp_path / "straight")
+
+
+@pytest.mark.slow
+def test_rounds_when_killed_at_random_moments_then_all_is_bit_identical(server, rounds, uninterrupted, tmp_path):
+    rng, argv = random.Random(0), rounds(tmp_path / "run")
+    for _ in range(10):
+        ended = server.train(argv, kill_after=rng.uniform(0.05, 1.5))
+        assert ended.status in (0, -signal.SIGKILL), ended.err
+    assert server.train(argv).status == 0
+    assert_same_rounds(tmp_path / "run", uninterrupted)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("at", "when"), [(at, when) for _, at, when, _ in PLACES])
+def test_rounds_when_killed_at_each_place_once_then_all_is_bit_identical(
+    at, when, server, rounds, uninterrupted, tmp_path
+):
+    argv = rounds(tmp_path / "run")
+    assert server.train(argv, {"at": at, "when": when, "count": 1, "do": "SIGKILL"}).status == -signal.SIGKILL
+    assert server.train(argv).status == 0
+    assert_same_rounds(tmp_path / "run", uninterrupted)
+
+
+@pytest.mark.parametrize("at", ["generate_rows", "judge_rows"])
+def test_rounds_when_asked_to_stop_in_a_stage_then_leave_at_once_and_continue(
+    at, server, rounds, uninterrupted, tmp_path
+):
+    argv = rounds(tmp_path / "run")
+    ended = server.train(argv, {"at": ROUNDS + f"stages:{at}", "count": 3, "do": "SIGTERM"})
+    assert ended.status == EXIT_UNFINISHED
+    assert "SIGTERM: all that is finished is saved, leaving with exit status 75" in ended.out
+    ended = server.train(argv)
+    assert ended.status == 0, ended.err
+    assert_same_rounds(tmp_path / "run", uninterrupted)
+
+
+def test_rounds_when_asked_to_stop_in_training_then_save_and_continue(server, rounds, uninterrupted, tmp_path):
+    argv = rounds(tmp_path / "run")
+    ended = server.train(argv, {"at": ENGINE + "trainer:Trainer._step", "count": 7, "do": "SIGUSR1"})
+    assert ended.status == EXIT_UNFINISHED
+    assert "left at step 2 of 4" in ended.out  # the third step of the second round was given up
+    assert server.train(argv).status == 0
+    assert_same_rounds(tmp_path / "run", uninterrupted)
+
+
+def test_stages_of_their_own_processes_and_four_parts_make_the_same(server, rounds, uninterrupted, tmp_path):
+    argv = rounds(tmp_path / "run")
+
+    def stage(name, number, *part):
+        return server.train(["--stage", name, "--round", str(number), *part, *argv], command="rounds").status
+
+    assert stage("evaluate", 0) == 0
+    # whichever comes last completes the stage
+    assert [stage("generate", 1, "--part", f"{i}/4") for i in (2, 0, 3, 1)] == [75, 75, 75, 0]
+    for number in (1, 2):
+        for name in ("generate", "judge", "pair", "train", "evaluate"):
+            assert stage(name, number) == 0, (name, number)
+    assert_same_rounds(tmp_path / "run", uninterrupted)
