@@ -81,11 +81,15 @@ def test_rounds_when_undisturbed_then_each_policy_is_another_and_all_is_kept(uni
     assert not list(uninterrupted.rglob("checkpoints"))
 
 
-def test_rounds_when_killed_three_times_and_run_again_then_all_is_bit_identical(
+def test_rounds_when_killed_in_each_stage_and_run_again_then_all_is_bit_identical(
     server, rounds, uninterrupted, tmp_path
 ):
-    killed = kill_and_finish(server, rounds(tmp_path / "run"), 3, "three")
-    assert len(killed) == 3
+    argv, rng = rounds(tmp_path / "run"), random.Random(0)
+    for stage in ("generate", "judge", "pair", "train"):
+        at, when = rng.choice([(at, when) for name, at, when, _ in PLACES if name == stage])
+        ended = server.train(argv, {"at": at, "when": when, "count": 1, "do": "SIGKILL"})
+        assert ended.status == -signal.SIGKILL, (at, ended.err)
+    assert server.train(argv).status == 0
     assert_same_rounds(tmp_path / "run", uninterrupted)
 
 
