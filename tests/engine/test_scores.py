@@ -251,7 +251,7 @@ def test_run_when_it_ends_then_it_has_learned_and_transformers_opens_its_model(n
     assert re.search(r"step 0: \d pairs scored again by an independent path agree to 0.0001\n", ended.out)
     lines = [line for line in read_lines(tmp_path / "run/metrics.jsonl") if line["split"] == "eval"]
     assert lines[-1]["loss"] < lines[0]["loss"] - 0.02
-    assert lines[-1]["rewards/accuracies"] > 0.9
+    assert lines[-1]["rewards/accuracies"] > 0.7
     assert not any(key.startswith(("logps/", "kl/", "entropy")) for key in lines[-1])
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run/model").eval()
     assert model.config.num_labels == 1
