@@ -249,6 +249,8 @@ class JudgeConfig:
     """reward_model, pairwise: folder or hub id. function: module:callable. llm: `policy` asks the round's policy."""
     mode: Literal["pairwise", "score"] = "pairwise"
     """llm: a verdict on two responses, asked in both orders, or a score of each."""
+    scale: tuple[float, ...] = (1.0, 10.0)
+    """llm, mode score: the lowest and the highest score; another one is not counted as an answer."""
     template: str | None = None
     """llm: file with the question that is asked. None: the one that comes with prefopt for this mode."""
     batch: int = 16
