@@ -278,7 +278,8 @@ class _Task:
 
 
 def _testbed_task(config: RunConfig) -> _Task:
-    from prefopt.data.loader import FileBatches
+    from prefopt.data.comparison import BothOrders
+    from prefopt.data.loader import Converted, FileBatches
     from prefopt.engine import adapters, models
     from prefopt.testbed import build_world
 
@@ -287,12 +288,22 @@ def _testbed_task(config: RunConfig) -> _Task:
     start = adapters.Weights(str(world.base_model_path), str(world.base_model_path))
     adapters.check(config, start, models.load_config(start.base, config.model))
     batch, seed = config.train.global_batch, config.seed
+    needs = config.method.needs
+    eval_pairs = world.file_pairs(test.eval_pairs, _HELD_OUT)
+    missing = [column.name for column in needs.columns if column.name not in eval_pairs[0].columns]
+    if missing:
+        raise ConfigError(f"method {_described(config)}: the testbed's pairs have no column '{missing[0]}'")
+    both = BothOrders(world.tokenizer, config.data.max_length) if needs.sequences == "both_orders" else None
+    if both is not None:
+        eval_pairs = [both.reread(pair) for pair in eval_pairs]
     if test.pairs is None:
         train: Batches = world.stream(batch, seed)
+        train = train if both is None else Converted(train, both.reread, needs.sequences)
         what = "a fresh stream of pairs"
     else:
         fingerprint = f"{world.fingerprint}-{test.pairs}-{seed}"
         pairs = world.file_pairs(test.pairs, seed)
+        pairs = pairs if both is None else [both.reread(pair) for pair in pairs]
         train = FileBatches(pairs, batch, seed, fingerprint, config.train.group_by_length)
         what = f"a fixed set of {test.pairs:,} pairs"
     return _Task(
@@ -300,7 +311,7 @@ def _testbed_task(config: RunConfig) -> _Task:
         reference=adapters.reference(config, start),
         tokenizer=world.tokenizer,
         train=train,
-        eval_pairs=world.file_pairs(test.eval_pairs, _HELD_OUT),
+        eval_pairs=eval_pairs,
         eval_fingerprint=f"{world.fingerprint}-{test.eval_pairs}",
         report=[f"no model and no data named: training on the testbed world '{test.world}', {what}"],
         world=world,
@@ -308,6 +319,7 @@ def _testbed_task(config: RunConfig) -> _Task:
 
 
 def _file_task(config: RunConfig) -> _Task:
+    from prefopt.data.comparison import encoder_for
     from prefopt.data.encode import encode_file, pad_token
     from prefopt.data.loader import FileBatches
     from prefopt.data.split import shared_prompts, split_by_prompt
@@ -333,6 +345,7 @@ def _file_task(config: RunConfig) -> _Task:
             path,
             tokenizer,
             max_length=config.data.max_length,
+            kind=encoder_for(needs),
             need_rejected=needs.rows == "pairs",
             extra=needs.columns,
             columns=config.data.columns,
@@ -374,8 +387,8 @@ def _fit(
     resume_from: Path | None,
     evaluators: Sequence[Evaluator] = (),
 ) -> int:
-    from prefopt.engine import adapters
-    from prefopt.engine.forward import PolicyWithReference
+    from prefopt.engine import adapters, models
+    from prefopt.engine.forward import PolicyWithReference, Scorer
     from prefopt.engine.trainer import Trainer
 
     lm = adapters.load_policy(config, task.start, task.reference, resume_from)
@@ -399,14 +412,17 @@ def _fit(
             "warning: weights in bfloat16 lose updates smaller than 1/256 of a weight; "
             "float32 weights with train.mixed_precision bf16 do not"
         )
+    scores = config.method.needs.output == "scores"
+    if scores:
+        models.set_padding(adapters.base_of(lm), task.tokenizer)
     evaluators = [*evaluators]
-    if task.world is not None:
+    if task.world is not None and not scores:  # a world's truth is about what a policy writes
         world, beta = task.world, _beta(config)
         evaluators.append(lambda policy: world.evaluate(policy, beta))
     trainer = Trainer(
         config=config,
         runtime=runtime,
-        policy=PolicyWithReference(lm, reference, config.kernel),
+        policy=Scorer(lm) if scores else PolicyWithReference(lm, reference, config.kernel),
         tokenizer=task.tokenizer,
         train=task.train,
         eval_pairs=task.eval_pairs,
@@ -430,6 +446,14 @@ def _report_testbed(config: RunConfig, runtime: rt.Runtime, task: _Task, output:
     from prefopt.testbed.report import Run, frontier_plot, summary_table
 
     lines = [line for line in read_lines(output / "metrics.jsonl") if line["split"] == "eval"]
+    if config.method.needs.output == "scores":
+        won = [pair.columns["pair_win_prob"] for pair in task.eval_pairs]
+        best = sum(1.0 if p > 0.5 else 0.5 * (p == 0.5) for p in won) / len(won)
+        say(
+            f"held-out accuracy {lines[0]['rewards/accuracies']:.3f} at the start, "
+            f"{lines[-1]['rewards/accuracies']:.3f} at the end; of the true reward on the same pairs {best:.3f}"
+        )
+        return
     beta = _beta(config)
     say("\n" + summary_table(task.world, lines[0], lines[-1], beta))
     frontier_plot(output / "frontier.png", task.world, [Run(_described(config), beta, lines)])

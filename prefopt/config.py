@@ -249,6 +249,8 @@ class JudgeConfig:
     """reward_model, pairwise: folder or hub id. function: module:callable. llm: `policy` asks the round's policy."""
     mode: Literal["pairwise", "score"] = "pairwise"
     """llm: a verdict on two responses, asked in both orders, or a score of each."""
+    scale: tuple[float, ...] = (1.0, 10.0)
+    """llm, mode score: the lowest and the highest score; another one is not counted as an answer."""
     template: str | None = None
     """llm: file with the question that is asked. None: the one that comes with prefopt for this mode."""
     batch: int = 16
@@ -995,6 +997,11 @@ def _validate_rounds(config: RunConfig, given: Sequence[str]) -> None:
     need(rounds.prompts is None or rounds.prompts >= 1, "rounds.prompts", "a number >= 1, or none")
     need(rounds.max_similarity is None or 0 < rounds.max_similarity <= 1, "rounds.max_similarity", "above 0, up to 1")
     needs = config.method.needs
+    if needs.output == "scores":
+        raise ConfigError(
+            f"rounds.count: found {rounds.count}, but method '{config.method_name}' trains a judge, which answers no "
+            "prompts; train it first, and name its folder as judge.path of the rounds of another method"
+        )
     if rounds.pairs == "best_worst":
         need(generate.n >= 2, "generate.n", "at least 2: a pair is the best of them against the worst")
         need(judge.kind != "none", "judge.kind", "a judge: rounds.pairs best_worst ranks the completions")

@@ -38,13 +38,19 @@ class Needs:
     Args:
         reference: `none`: no reference model is loaded. `sequence`: the reference's log-probability of the completions,
             so it may be precomputed. `token`: the reference's whole distribution at each token, so it must be live.
+        output: what the model says of a sequence: `token_stats`, or `scores`, one number per sequence from a head of
+            its own; such a model is a classifier with one logit, and has no reference.
         rows: `pairs`, or `chosen_only` for a method that never reads the rejected side.
+        sequences: `completions`: the two sequences of a pair are the prompt with either completion. `both_orders`: they
+            are the prompt with both, the chosen one first and the rejected one first.
         coupled: whether the loss sorts or averages over the pairs of a batch; then one micro-batch must be the batch.
         columns: extra numbers per pair that the loss reads.
     """
 
     reference: Literal["none", "sequence", "token"]
+    output: Literal["token_stats", "scores"] = "token_stats"
     rows: Literal["pairs", "chosen_only"] = "pairs"
+    sequences: Literal["completions", "both_orders"] = "completions"
     coupled: bool = False
     columns: tuple[Column, ...] = ()
 
@@ -99,6 +105,7 @@ class PairBatch:
     score_index: torch.Tensor  # (N,) int64 into R * T
     labels: torch.Tensor  # (N,) int64
     sequence_index: torch.Tensor  # (N,) int64 into S
+    last_index: torch.Tensor  # (S,) int64 into R * T, where the last token of each sequence stands
     chosen_lengths: torch.Tensor  # (B,) int64, scored tokens
     rejected_lengths: torch.Tensor | None  # (B,) int64, None when rows are chosen_only
     columns: Mapping[str, torch.Tensor]  # each (B,) float64
@@ -123,12 +130,13 @@ class TokenStats:
 
 @dataclass(frozen=True)
 class PairStats:
-    """Sums of token statistics over each completion: what a loss sees. Every member is (B,) or None.
+    """What a loss sees of each sequence: its score, or sums of token statistics. Every member is (B,) or None.
 
-    Members of the rejected side are None when rows are chosen_only; those of the reference when there is none.
+    Log-probabilities are None when the output is scores, and scores when it is not. Members of the rejected side are
+    None when rows are chosen_only; those of the reference when there is none.
     """
 
-    chosen_logps: torch.Tensor
+    chosen_logps: torch.Tensor | None
     rejected_logps: torch.Tensor | None
     chosen_lengths: torch.Tensor  # scored tokens
     rejected_lengths: torch.Tensor | None
@@ -140,10 +148,13 @@ class PairStats:
     rejected_reverse_kl: torch.Tensor | None = None
     chosen_entropy: torch.Tensor | None = None
     rejected_entropy: torch.Tensor | None = None
+    chosen_scores: torch.Tensor | None = None
+    rejected_scores: torch.Tensor | None = None
 
     @property
     def chosen_logratios(self) -> torch.Tensor:
         """log policy minus log reference of the chosen completion, (B,)."""
+        assert self.chosen_logps is not None, "this method declared output='scores' in its needs"
         assert self.chosen_ref_logps is not None, "this method declared no reference in its needs"
         return self.chosen_logps - self.chosen_ref_logps
 

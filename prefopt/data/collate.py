@@ -92,6 +92,7 @@ def collate(
         score_index=torch.from_numpy(cell[at - 1]),
         labels=torch.from_numpy(tokens[at]),
         sequence_index=torch.from_numpy(sequence),
+        last_index=torch.from_numpy(cell[np.cumsum(lengths) - 1]),
         chosen_lengths=torch.from_numpy(counts[: len(pairs)]),
         rejected_lengths=torch.from_numpy(counts[len(pairs) :]) if need_rejected else None,
         columns={name: torch.tensor([pair.columns[name] for pair in pairs], dtype=torch.float64) for name in columns},

@@ -56,6 +56,8 @@ class Encoder:
     Raises: DataError when `max_length` leaves no room for a prompt token and a completion token.
     """
 
+    form = "completions"  # of the sequences that it makes
+
     def __init__(self, tokenizer: Any, max_length: int) -> None:
         if max_length < 2:
             raise DataError(
@@ -68,27 +70,35 @@ class Encoder:
         """Each row encoded, or what is wrong with it, in order. Rows are tokenised a few hundred at a time."""
         rows = iter(rows)
         while batch := list(islice(rows, _BATCH)):
-            rendered: list[list[Rendered] | BadRow] = []
+            prepared: list[tuple[Any, list[str]] | BadRow] = []
             for row in batch:
                 try:
-                    texts_of = [] if row.ids else _sides(row)  # a row that carries its ids needs no text
-                    rendered.append([self._render(row, key, side) for key, side in texts_of])
+                    prepared.append(self._prepare(row))
                 except RowProblem as problem:
-                    rendered.append(problem.at(row.where))
-            texts = [text for sides in rendered if isinstance(sides, list) for side in sides for text in _texts(side)]
-            ids = iter(self._tokenize(texts))
-            for row, sides in zip(batch, rendered, strict=True):
-                if isinstance(sides, BadRow):
-                    yield sides
+                    prepared.append(problem.at(row.where))
+            ids = iter(self._tokenize([text for one in prepared if not isinstance(one, BadRow) for text in one[1]]))
+            for row, one in zip(batch, prepared, strict=True):
+                if isinstance(one, BadRow):
+                    yield one
                     continue
-                if row.ids is not None:
-                    yield self._sampled(row, row.ids)
-                    continue
-                parts = [[next(ids) for _ in _texts(side)] for side in sides]
+                mine = [next(ids) for _ in one[1]]
                 try:
-                    yield self._pair(row, sides, parts)
+                    yield self._finish(row, one[0], mine)
                 except RowProblem as problem:
                     yield problem.at(row.where)
+
+    def _prepare(self, row: PairRow) -> tuple[Any, list[str]]:
+        """(what `_finish` is to be told, the texts whose ids it is to be given)."""
+        if row.ids is not None:  # a row that carries its ids needs no text
+            return None, []
+        sides = [self._render(row, key, side) for key, side in _sides(row)]
+        return sides, [text for side in sides for text in _texts(side)]
+
+    def _finish(self, row: PairRow, prepared: Any, ids: list[list[int]]) -> CutPair:
+        if row.ids is not None:
+            return self._sampled(row, row.ids)
+        following = iter(ids)
+        return self._pair(row, prepared, [[next(following) for _ in _texts(side)] for side in prepared])
 
     def prompt(self, prompt: str | Messages) -> list[int]:
         """The tokens of a prompt alone, as a policy reads them before it answers.
@@ -362,6 +372,7 @@ def encode_file(
     tokenizer: Any,
     *,
     max_length: int,
+    kind: type[Encoder] = Encoder,
     need_rejected: bool = True,
     extra: tuple[Column, ...] = (),
     columns: Mapping[str, str] | None = None,
@@ -377,6 +388,7 @@ def encode_file(
     Args:
         path, columns, need_rejected, extra, max_row_bytes: as `RowReader`.
         tokenizer, max_length: as `Encoder`.
+        kind: which encoder.
         on_bad_row: `error` stops at the first bad row; `skip` drops and counts them.
         vocab_rows: rows of the model's embedding; more rows than tokens is normal, fewer is refused.
         cache_dir: where encoded files are kept.
@@ -384,7 +396,7 @@ def encode_file(
     Raises: DataError.
     """
     name = str(path)
-    encoder = Encoder(tokenizer, max_length)
+    encoder = kind(tokenizer, max_length)
     reader = RowReader(
         name,
         columns=columns,
@@ -393,7 +405,15 @@ def encode_file(
         max_row_bytes=max_row_bytes,
         tokenizer=tokenizer_content(tokenizer),
     )
-    settings = [max_length, need_rejected, repr(extra), sorted(reader.columns.items()), on_bad_row, max_row_bytes]
+    settings = [
+        kind.form,
+        max_length,
+        need_rejected,
+        repr(extra),
+        sorted(reader.columns.items()),
+        on_bad_row,
+        max_row_bytes,
+    ]
     key = _cache_key(reader, tokenizer, settings)
     folder = Path(cache_dir).expanduser() / key
     loaded = _load(folder, name)

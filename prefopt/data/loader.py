@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -40,6 +40,22 @@ class Batches(Protocol):
 
     def global_batch(self, step: int) -> list[EncodedPair]:
         """The pairs of optimizer step `step`, counted from 0 over the whole run."""
+
+
+class Converted:
+    """Batches whose pairs are each turned into another one, such as one that reads the same in another form.
+
+    Args: batches: an endless stream, or of a fixed set. convert: a pair's other form. form: its name.
+    """
+
+    def __init__(self, batches: Batches, convert: Callable[[EncodedPair], EncodedPair], form: str) -> None:
+        self.batches, self.convert = batches, convert
+        self.steps_per_epoch = batches.steps_per_epoch
+        self.fingerprint, self.order_hash = f"{batches.fingerprint}-{form}", batches.order_hash
+        self.grouped = None if batches.grouped is None else [convert(pair) for pair in batches.grouped]
+
+    def global_batch(self, step: int) -> list[EncodedPair]:
+        return [self.convert(pair) for pair in self.batches.global_batch(step)]
 
 
 class FileBatches:

@@ -21,7 +21,7 @@ from torch import nn
 from prefopt.config import LoraConfig, ModelConfig, RunConfig
 from prefopt.engine import models
 from prefopt.errors import ConfigError, TrainError, did_you_mean
-from prefopt.kernels.head import make_head_aware
+from prefopt.kernels.head import make_head_aware, make_score_precise
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 _POLICY = "default"  # peft's own name for an only adapter: it is saved at the top of a folder
 _SNAPSHOT = "reference"
 _CONFIG = "adapter_config.json"
+_CLASSIFIER = "SEQ_CLS"  # peft's name of a classifier's task
 # Ways of starting an adapter that leave the base weights as they are; the others move part of them into the adapter.
 _STARTS = (True, False, "gaussian", "orthogonal", "eva")
 
@@ -164,13 +165,29 @@ def check(config: RunConfig, start: Weights, architecture: PretrainedConfig) -> 
     Raises: ConfigError naming the setting.
     """
     _check_with_adapter(config.lora, start)
-    if config.lora.r is None or start.adapter is not None:
+    scores = config.method.needs.output == "scores"
+    if start.adapter is None and scores:
+        models.check_scorer(architecture, start.base)
+    if start.adapter is not None and (start.adapter.task_type == _CLASSIFIER) != scores:
+        kind, wanted = ("language model", "classifier") if scores else ("classifier", "language model")
+        raise ConfigError(
+            f"model.path: '{start.path}' is an adapter of a {kind}, and method '{config.method_name}' trains a "
+            f"{wanted} (merge the adapter into its base first, or name the base)"
+        )
+    if start.adapter is not None or (config.lora.r is None and not scores):
         return
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    with models.quiet(), torch.device("meta"):
-        hollow = AutoModelForCausalLM.from_config(architecture, trust_remote_code=config.model.trust_remote_code)
-    _check_modules(config.lora, hollow)
+    kind_of_model: Any = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
+    try:
+        with models.quiet(), torch.device("meta"):
+            hollow = kind_of_model.from_config(architecture, trust_remote_code=config.model.trust_remote_code)
+    except ValueError as error:
+        raise models.refuse("model.path", start.base, error) from error
+    if scores:
+        models.check_head(hollow)
+    if config.lora.r is not None:
+        _check_modules(config.lora, hollow)
 
 
 def _check_with_adapter(lora: LoraConfig, start: Weights) -> None:
@@ -200,7 +217,7 @@ def _check_with_adapter(lora: LoraConfig, start: Weights) -> None:
 def _check_modules(lora: LoraConfig, lm: PreTrainedModel) -> None:
     """Every name must be a module of the model that can be trained in the way that is asked for."""
     modules = dict(lm.named_modules())
-    head = lm.get_output_embeddings()
+    head = _head(lm)
     leaves = sorted({name.rpartition(".")[2] for name, module in modules.items() if _linear(module)})
     for target in lora.target_modules:
         hit = [module for name, module in modules.items() if name == target or name.endswith(f".{target}")]
@@ -228,6 +245,11 @@ def _check_modules(lora: LoraConfig, lm: PreTrainedModel) -> None:
             )
 
 
+def _head(lm: PreTrainedModel) -> nn.Module | None:
+    """The output head, of a language model or a classifier."""
+    return getattr(lm, "score", None) or lm.get_output_embeddings()
+
+
 def _linear(module: nn.Module) -> bool:
     from transformers.pytorch_utils import Conv1D
 
@@ -248,12 +270,14 @@ def load_policy(
 ) -> PreTrainedModel:
     """The policy at the start of the run, or as the checkpoint has it; with an adapter if settings or path say so.
 
-    A new adapter's weights depend on the run's seed alone.
+    The weights of a new adapter and of a new head depend on the run's seed alone.
     """
     trained = config.lora.r is not None or start.adapter is not None
+    load = models.load_scorer if config.method.needs.output == "scores" else models.load_model
+    torch.manual_seed(config.seed)
     if not trained:
-        return models.load_model(str(resume_from or start.base), start.base_settings(config.model))
-    lm = models.load_model(start.base, start.base_settings(config.model))
+        return load(str(resume_from or start.base), start.base_settings(config.model))
+    lm = load(start.base, start.base_settings(config.model))
     settings = start.adapter or _settings(config.lora, lm, start.revision)
     settings = dataclasses.replace(settings, lora_dropout=config.lora.dropout)
     begun = str(resume_from) if resume_from else start.path if start.adapter is not None else None
@@ -276,10 +300,10 @@ def _settings(lora: LoraConfig, lm: PreTrainedModel, revision: str | None) -> An
     import peft
 
     assert lora.r is not None
-    head = lm.get_output_embeddings()
+    head = _head(lm)
     all_linear = {name.rpartition(".")[2] for name, m in lm.named_modules() if _linear(m) and m is not head}
     return peft.LoraConfig(
-        task_type="CAUSAL_LM",
+        task_type=_CLASSIFIER if hasattr(lm, "score") else "CAUSAL_LM",
         r=lora.r,
         lora_alpha=2 * lora.r if lora.alpha is None else lora.alpha,
         use_rslora=bool(lora.use_rslora),
@@ -312,6 +336,10 @@ def _attach(
     """
     import peft
 
+    classifies = hasattr(lm, "score")
+    if classifies:  # peft adds the names that a classifier's head may have to those that are trained whole
+        saved = {*(settings.modules_to_save or ())} - {"classifier", "score"}
+        settings = dataclasses.replace(settings, modules_to_save=sorted(saved))
     named = tuple(sorted(settings.target_modules)) if isinstance(settings.target_modules, (list, set)) else ()
     try:
         _check_modules(LoraConfig(target_modules=named, modules_to_save=tuple(settings.modules_to_save or ())), lm)
@@ -319,13 +347,16 @@ def _attach(
         if weights is None:
             raise
         raise TrainError(f"{key}: the adapter '{weights}' cannot be used: {error}") from error
-    make_head_aware(lm)
+    if classifies:
+        make_score_precise(lm)
+    else:
+        make_head_aware(lm)
     base = lm.name_or_path
     lm.name_or_path = str(Path(base).resolve()) if Path(base).is_dir() else base  # opens from any folder
     settings = dataclasses.replace(settings, inference_mode=False, base_model_name_or_path=lm.name_or_path)
     with _quiet():
         adapted: Any = peft.get_peft_model(lm, settings, adapter_name=_POLICY)
-    head = adapted.get_output_embeddings()
+    head = _head(adapted)
     if isinstance(head, peft.tuners.tuners_utils.BaseTunerLayer):
         raise TrainError(
             f"{key}: the adapter has a part on the output head, expected a plain head or one in modules_to_save"
@@ -397,7 +428,8 @@ def describe_policy(lm: Any) -> str:
     settings = lm.peft_config[_POLICY]
     targets = settings.target_modules
     names = targets if isinstance(targets, str) else ", ".join(sorted(targets))
-    saved = f", and {', '.join(sorted(settings.modules_to_save))} whole" if settings.modules_to_save else ""
+    whole = sorted({name for name in settings.modules_to_save or () if any(name in n for n, _ in lm.named_modules())})
+    saved = f", and {', '.join(whole)} whole" if whole else ""
     return f"{trained:,} of them trained (LoRA r {settings.r}, alpha {settings.lora_alpha} on {names}{saved})"
 
 

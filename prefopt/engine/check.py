@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
-from prefopt.engine.forward import PolicyWithReference, pair_stats, statistics_for, token_stats_of
+from prefopt.engine import adapters
+from prefopt.engine.forward import Policy, pair_stats, scores_of, statistics_for, token_stats_of
 from prefopt.errors import TrainError
 from prefopt.method import Method
 from prefopt.types import EncodedPair, PairBatch
@@ -27,7 +29,7 @@ def tolerance(lm: nn.Module, mixed_precision: str) -> float:
 @torch.no_grad()
 def first_difference(
     model: nn.Module,
-    policy: PolicyWithReference,
+    policy: Policy,
     method: Method,
     pairs: Sequence[EncodedPair],
     batch: PairBatch,
@@ -35,15 +37,17 @@ def first_difference(
 ) -> str | None:
     """What is wrong with the scores of a batch, naming the row, or None.
 
-    Each completion is scored again alone, unpadded, by the model's own logits and a plain log-softmax, over the tokens
-    that the encoder marked.
+    Each completion is scored again alone, unpadded, by the model's own logits: a plain log-softmax over the tokens that
+    the encoder marked, or a classifier's answer to the whole sequence.
 
     Args:
         model: the wrapped policy; policy: the same, unwrapped.
         pairs: the encoded rows of `batch`, in its order.
         batch: on the model's device.
     """
-    want = statistics_for(method.needs.reference)
+    if method.needs.output == "scores":
+        return _first_different_score(model, policy, pairs, batch, tol)
+    want = statistics_for(method.needs)
     tokens = token_stats_of(model, batch, want)
     for sequence, (pair, side) in enumerate(_sequences(pairs, batch)):
         completion, mask = getattr(pair, f"{side}_ids"), getattr(pair, f"{side}_mask")
@@ -66,6 +70,28 @@ def first_difference(
                     f"an independent path gives {float(expected[worst]):.6f}"
                 )
     return None
+
+
+def _first_different_score(
+    model: nn.Module, policy: Policy, pairs: Sequence[EncodedPair], batch: PairBatch, tol: float
+) -> str | None:
+    scores = scores_of(model, batch).tolist()
+    for sequence, (pair, side) in enumerate(_sequences(pairs, batch)):
+        expected = _plain_score(policy.lm, [*pair.prompt_ids, *getattr(pair, f"{side}_ids")])
+        if not abs(scores[sequence] - expected) <= tol * max(1.0, abs(expected)):
+            where = f"{pair.where or f'pair {sequence % len(pairs)}'} ({side})"
+            return f"{where}: the score is {scores[sequence]:.6f}, an independent path gives {expected:.6f}"
+    return None
+
+
+def _plain_score(lm: nn.Module, ids: list[int]) -> float:
+    """A classifier's own answer to one sequence, which it reads to the end when it knows of no padding."""
+    config: Any = adapters.base_of(lm).config.get_text_config()
+    known, config.pad_token_id = config.pad_token_id, None
+    try:
+        return float(lm(input_ids=torch.tensor([ids], device=next(lm.parameters()).device), use_cache=False).logits)
+    finally:
+        config.pad_token_id = known
 
 
 def _sequences(pairs: Sequence[EncodedPair], batch: PairBatch) -> list[tuple[EncodedPair, str]]:
@@ -94,7 +120,7 @@ def unexpected_loss(model: nn.Module, method: Method, batch: PairBatch, tol: flo
     expected = method.loss_at_reference()
     if expected is None:
         return None
-    stats = pair_stats(model, batch, statistics_for(method.needs.reference))
+    stats = pair_stats(model, batch, statistics_for(method.needs))
     found = method.loss(stats, batch).terms[0].value.double()
     scale = max(1.0, abs(expected))
     for pair in range(batch.pairs):

@@ -13,21 +13,89 @@ from prefopt.config import KernelConfig
 from prefopt.engine import adapters
 from prefopt.engine.attention import Kind, Rows, attention_kind
 from prefopt.errors import TrainError
-from prefopt.kernels.head import HeadRequest, StatsLinear, make_head_aware
-from prefopt.types import PairBatch, PairStats, TokenStats
+from prefopt.kernels.head import HeadRequest, StatsLinear, make_head_aware, make_score_precise
+from prefopt.types import Needs, PairBatch, PairStats, TokenStats
 
 if TYPE_CHECKING:
     import numpy as np
     from transformers import PreTrainedModel
 
 ALL_STATISTICS = ("ref_logp", "kl", "reverse_kl", "entropy")
+SCORES = ("scores",)
 
 
-class PolicyWithReference(nn.Module):
-    """What accelerate wraps: the policy, and the frozen reference beside it if a method needs one live.
+class Policy(nn.Module):
+    """What accelerate wraps: a model, and the frozen reference beside it if a method needs one live.
 
-    Its forward goes from token ids to token statistics, so that every hook of the wrapper (gradient all-reduce,
+    Its forward goes from token ids to what a loss reads, so that every hook of the wrapper (gradient all-reduce,
     gathering of sharded weights) sees the head too.
+    """
+
+    # These three names tell accelerate's FSDP2 where embedding, backbone and head are.
+    base_model_prefix = "backbone"
+
+    def __init__(self, lm: PreTrainedModel, reference: PreTrainedModel | None) -> None:
+        super().__init__()
+        for model in (lm, reference):
+            _check_backbone(model)
+        self.lm = lm
+        self.reference = reference
+        self.attention = self.reference_attention = attention_kind(adapters.base_of(lm))
+        if reference is not None:
+            reference.requires_grad_(False).eval()
+            self.reference_attention = attention_kind(reference)
+
+    @property
+    def backbone(self) -> nn.Module:
+        return _backbone(self.lm)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.lm.get_input_embeddings()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm.get_output_embeddings()
+
+    @contextlib.contextmanager
+    def as_reference(self) -> Iterator[PreTrainedModel | None]:
+        """The model that scores as the reference while this lasts, or None. For use without gradients."""
+        yield self.reference
+
+    def train(self, mode: bool = True) -> Policy:
+        super().train(mode)
+        if self.reference is not None:
+            self.reference.eval()
+        return self
+
+
+class Scorer(Policy):
+    """A classifier with one logit, which is read at the last token of each sequence.
+
+    Args: lm: its head is a linear layer named `score`; it is made precise in place. Or one with an adapter, made by
+        `adapters`.
+    """
+
+    def __init__(self, lm: PreTrainedModel) -> None:
+        super().__init__(lm, None)
+        if not adapters.has_adapter(lm):  # as in PolicyWithReference
+            make_score_precise(lm)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        position_ids: torch.Tensor,
+        last_index: torch.Tensor,
+        units: np.ndarray | None = None,
+    ) -> torch.Tensor:
+        """The score of each sequence, (S,), in float32 or better. Args: as in PairBatch."""
+        rows = Rows(input_ids, attention_mask, position_ids, units)
+        hidden = _scored_states(self.lm, self.attention, rows, last_index)
+        head: Any = adapters.base_of(self.lm).score
+        return head(hidden, precise=True).squeeze(-1)
+
+
+class PolicyWithReference(Policy):
+    """A language model, and maybe a reference, whose forward gives token statistics.
 
     Args:
         lm: a causal language model whose output head is a plain linear layer; it is made head-aware in place. Or one
@@ -36,52 +104,25 @@ class PolicyWithReference(nn.Module):
         kernel: tile sizes and what may be kept of them.
     """
 
-    # These three names tell accelerate's FSDP2 where embedding, backbone and head are.
-    base_model_prefix = "backbone"
-
     def __init__(
         self, lm: PreTrainedModel, reference: PreTrainedModel | adapters.Frozen | None, kernel: KernelConfig
     ) -> None:
-        super().__init__()
-        for model in (lm, reference):
-            _check_backbone(model)
+        super().__init__(lm, None if isinstance(reference, adapters.Frozen) else reference)
         if not adapters.has_adapter(lm):  # one with an adapter was made head-aware before the adapter came
             make_head_aware(lm)
-        self.lm = lm
         self.frozen = reference if isinstance(reference, adapters.Frozen) else None
-        self.reference = None if isinstance(reference, adapters.Frozen) else reference
         self.kernel = kernel
         self._scaling = self._reference_scaling = _head_scaling(lm)
-        self.attention = self.reference_attention = attention_kind(adapters.base_of(lm))
         if self.reference is not None:
-            self.reference.requires_grad_(False).eval()
             self._reference_scaling = _head_scaling(self.reference)
-            self.reference_attention = attention_kind(self.reference)
-
-    @property
-    def backbone(self) -> nn.Module:
-        return _backbone(self.lm)
 
     @contextlib.contextmanager
     def as_reference(self) -> Iterator[PreTrainedModel | None]:
-        """The model that scores as the reference while this lasts, or None. For use without gradients."""
         if self.frozen is None:
             yield self.reference
         else:
             with adapters.standing_still(self.lm, self.frozen):
                 yield self.lm
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.lm.get_input_embeddings()
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.lm.get_output_embeddings()
-
-    def train(self, mode: bool = True) -> PolicyWithReference:
-        super().train(mode)
-        if self.reference is not None:
-            self.reference.eval()
-        return self
 
     def forward(
         self,
@@ -135,7 +176,7 @@ class PolicyWithReference(nn.Module):
 
 def _check_backbone(lm: Any) -> None:
     """Raises: TrainError for a model whose head cannot be reached apart from what is below it."""
-    if lm is None or isinstance(lm, adapters.Frozen):
+    if lm is None:
         return
     base = adapters.base_of(lm)
     if base.base_model is base:
@@ -201,9 +242,30 @@ def token_stats_of(model: nn.Module, batch: PairBatch, want: tuple[str, ...]) ->
     )
 
 
+def scores_of(model: nn.Module, batch: PairBatch) -> torch.Tensor:
+    """The score of each sequence, (S,). Args: model: a Scorer, wrapped or not; batch: on the model's device."""
+    return model(
+        input_ids=batch.input_ids,
+        attention_mask=batch.attention_mask,
+        position_ids=batch.position_ids,
+        last_index=batch.last_index,
+        units=batch.units,
+    )
+
+
 def pair_stats(model: nn.Module, batch: PairBatch, want: tuple[str, ...]) -> PairStats:
-    """The same, summed per completion."""
-    return sum_by_sequence(token_stats_of(model, batch, want), batch)
+    """What a loss reads of a batch: token statistics summed per completion, or scores, where those are wanted."""
+    if want != SCORES:
+        return sum_by_sequence(token_stats_of(model, batch, want), batch)
+    scores, pairs = scores_of(model, batch), batch.pairs
+    return PairStats(
+        None,
+        None,
+        batch.chosen_lengths,
+        batch.rejected_lengths,
+        chosen_scores=scores[:pairs],
+        rejected_scores=None if batch.rejected_lengths is None else scores[pairs:],
+    )
 
 
 def sum_by_sequence(tokens: TokenStats, batch: PairBatch) -> PairStats:
@@ -224,9 +286,18 @@ def sum_by_sequence(tokens: TokenStats, batch: PairBatch) -> PairStats:
     return PairStats(**members, chosen_lengths=batch.chosen_lengths, rejected_lengths=batch.rejected_lengths)
 
 
-def statistics_for(reference: str) -> tuple[str, ...]:
-    """What a training step computes for a method with this `needs.reference`: what its loss reads, no more."""
-    return {"none": (), "sequence": ("ref_logp",), "token": ("ref_logp", "kl")}[reference]
+def statistics_for(needs: Needs) -> tuple[str, ...]:
+    """What a training step computes for a method with these needs: what its loss reads, no more."""
+    if needs.output == "scores":
+        return SCORES
+    return {"none": (), "sequence": ("ref_logp",), "token": ("ref_logp", "kl")}[needs.reference]
+
+
+def statistics_to_evaluate(needs: Needs) -> tuple[str, ...]:
+    """What an evaluation computes: all that there is to know."""
+    if needs.output == "scores":
+        return SCORES
+    return ("entropy",) if needs.reference == "none" else ALL_STATISTICS
 
 
 def to_device(batch: PairBatch, device: torch.device) -> PairBatch:

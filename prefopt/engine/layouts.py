@@ -18,7 +18,7 @@ from prefopt.data.collate import collate
 from prefopt.data.layouts import LAYOUTS, PADDED, rows_of, shares_prompts, units_of, width_of
 from prefopt.engine import adapters
 from prefopt.engine.attention import MASKED, Kind, ends_a_square
-from prefopt.engine.forward import PolicyWithReference, scored_states, to_device
+from prefopt.engine.forward import Policy, scored_states, to_device
 from prefopt.engine.models import vocabulary
 from prefopt.errors import ConfigError
 from prefopt.types import EncodedPair, Needs
@@ -197,7 +197,7 @@ def check_architecture(config: RunConfig, architecture: PretrainedConfig, key: s
         raise ConfigError(f"train.layout: '{layout}' is not exact for {key}: {reason}; expected auto or padded")
 
 
-def choose_layouts(config: RunConfig, policy: PolicyWithReference, device: torch.device) -> tuple[Layouts, str | None]:
+def choose_layouts(config: RunConfig, policy: Policy, device: torch.device) -> tuple[Layouts, str | None]:
     """The layouts that are exact for policy and reference, and a line on those that are not, if any.
 
     Raises: ConfigError when the one asked for is not exact.

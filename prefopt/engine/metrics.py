@@ -47,7 +47,7 @@ def shared_metrics(stats: PairStats) -> dict[str, tuple[torch.Tensor, torch.Tens
     pairs; `kl/margin` is chosen minus rejected. `entropy` is the policy's, in nats per scored token of both sides.
     """
     out: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-    ones = torch.ones_like(stats.chosen_logps.detach())
+    ones = torch.ones(stats.chosen_lengths.shape, device=stats.chosen_lengths.device)
     for name in ("logps", "kl", "reverse_kl"):
         for side in ("chosen", "rejected"):
             value = getattr(stats, f"{side}_{name}")

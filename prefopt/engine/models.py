@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import logging
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -91,14 +91,69 @@ def load_model(path: str, settings: ModelConfig, key: str = "model.path") -> Pre
     """
     from transformers import AutoModelForCausalLM
 
+    return _load(AutoModelForCausalLM, path, settings, key)[0]
+
+
+def load_scorer(path: str, settings: ModelConfig, key: str = "model.path", new_head: bool = True) -> PreTrainedModel:
+    """The classifier with one logit at `path`, like `load_model`; its head is new where `path` is a language model.
+
+    A new head is drawn from torch's generator. No padding is known to it: it reads each sequence to its last token.
+
+    Args: new_head: whether it may be new.
+    Raises: TrainError naming `key` for what is no such classifier, and cannot become one.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    check_scorer(load_config(path, settings, key), path, key)
+    model, missing = _load(AutoModelForSequenceClassification, path, settings, key, num_labels=1)
+    check_head(model, key)
+    others = [name for name in missing if not name.startswith("score.")]
+    if others or (missing and not new_head):
+        raise TrainError(f"{key}: '{path}' has no weights for {(others or missing)[0]}, expected a trained classifier")
+    text: Any = model.config.get_text_config()
+    text.pad_token_id = None
+    embedding: Any = model.get_input_embeddings()
+    embedding.padding_idx = None  # EOS may pad, and is a token like any other here
+    return model
+
+
+def check_scorer(config: PretrainedConfig, path: str, key: str = "model.path") -> None:
+    """Raises: TrainError for a classifier of other than one logit, before its weights are loaded."""
+    classifies = any("ForSequenceClassification" in name for name in config.architectures or ())
+    if classifies and config.num_labels != 1:
+        raise TrainError(f"{key}: '{path}' is a classifier with {config.num_labels} logits, expected one logit")
+
+
+def check_head(classifier: nn.Module, key: str = "model.path") -> None:
+    """Raises: TrainError for a classifier that does not read its score at the last token."""
+    if not isinstance(getattr(classifier, "score", None), nn.Linear):
+        raise TrainError(
+            f"{key}: {type(classifier).__name__} does not read its score at the last token, expected a causal language "
+            "model, or a classifier made from one"
+        )
+
+
+def set_padding(scorer: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Tell a classifier that is to be saved what pads, so that it reads the same token when transformers pads for it.
+
+    Nothing where EOS pads: transformers would look for the last token that is none, and refuses to guess without.
+    """
+    text: Any = scorer.config.get_text_config()
+    text.pad_token_id = None if tokenizer.pad_token_id == tokenizer.eos_token_id else tokenizer.pad_token_id
+
+
+def _load(kind: Any, path: str, settings: ModelConfig, key: str, **more: Any) -> tuple[PreTrainedModel, Sequence[str]]:
+    """(the model, names of the weights that `path` does not have)."""
     try:
         with quiet():
-            model = AutoModelForCausalLM.from_pretrained(
+            model, loaded = kind.from_pretrained(
                 path,
                 revision=settings.revision,
                 trust_remote_code=settings.trust_remote_code,
                 dtype=getattr(torch, settings.dtype),
                 attn_implementation=settings.attention,
+                output_loading_info=True,
+                **more,
             )
     except Exception as error:
         raise refuse(key, path, error) from error
@@ -110,7 +165,7 @@ def load_model(path: str, settings: ModelConfig, key: str = "model.path") -> Pre
             module.p = 0.0
         if isinstance(getattr(module, "attention_dropout", None), float):  # attention keeps its rate as a number
             setattr(module, "attention_dropout", 0.0)  # noqa: B010 - not declared on nn.Module
-    return model
+    return model, sorted(loaded["missing_keys"])
 
 
 def not_finite(model: nn.Module) -> str | None:

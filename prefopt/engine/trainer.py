@@ -22,12 +22,12 @@ from prefopt.data.encode import check_row_structure
 from prefopt.data.loader import Batches, padded_length
 from prefopt.data.report import show_batch
 from prefopt.engine import adapters, check, checkpoint, models
-from prefopt.engine.forward import ALL_STATISTICS, PolicyWithReference, pair_stats, statistics_for, to_device
+from prefopt.engine.forward import Policy, pair_stats, statistics_for, statistics_to_evaluate, to_device
 from prefopt.engine.layouts import choose_layouts
 from prefopt.engine.metrics import Meter, MetricsFile, shared_metrics, write_atomically
 from prefopt.engine.runtime import EXIT_UNFINISHED, Runtime, random_state, say, set_random_state
 from prefopt.errors import ConfigError, TrainError
-from prefopt.types import EncodedPair, LossOutput, PairBatch, PairStats
+from prefopt.types import EncodedPair, LossOutput, Needs, PairBatch, PairStats
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -57,7 +57,7 @@ class Trainer:
 
     config: RunConfig
     runtime: Runtime
-    policy: PolicyWithReference
+    policy: Policy
     tokenizer: PreTrainedTokenizerBase
     train: Batches
     eval_pairs: Sequence[EncodedPair]
@@ -151,7 +151,7 @@ class Trainer:
         pairs_of_step = self.train.global_batch(step)
         batches = list(self._micro_batches(pairs_of_step, config.train.micro_batch))
         counts = self._global_counts([batch for _, batch in batches], len(pairs_of_step))
-        meter, want = Meter(), statistics_for(self.needs.reference)
+        meter, want = Meter(), statistics_for(self.needs)
         broken: list[tuple[torch.Tensor, PairBatch]] = []
         tokens = torch.zeros(4, dtype=torch.float64)  # pairs, scored tokens, tokens fed, cells that hold a token or not
         for index, (_, batch) in enumerate(batches):
@@ -166,7 +166,7 @@ class Trainer:
                 output = self.method.loss(stats, batch)
                 loss = sum(
                     (term.weight * term.value.sum() / counts[term.name] for term in output.terms),
-                    start=stats.chosen_logps.new_zeros(()),
+                    start=output.terms[0].value.new_zeros(()),
                 )
                 runtime.accelerator.backward(loss * runtime.world)  # DDP averages over processes
             meter.add(_terms(output) | shared_metrics(stats) | dict(output.metrics))
@@ -252,7 +252,7 @@ class Trainer:
         """
         totals: dict[str, float] = {}
         for batch in batches:
-            for term in self.method.loss(_placeholder(batch, self.needs.reference), batch).terms:
+            for term in self.method.loss(_placeholder(batch, self.needs), batch).terms:
                 totals[term.name] = totals.get(term.name, 0.0) + float(term.count.double().sum())
         return totals
 
@@ -315,7 +315,7 @@ class Trainer:
         """Score the held-out pairs and log their averages; the last evaluation's pairs are kept in eval_pairs.jsonl."""
         began = time.perf_counter()
         self.model.eval()
-        want = ("entropy",) if self.needs.reference == "none" else ALL_STATISTICS
+        want = statistics_to_evaluate(self.needs)
         line: dict[str, Any] = {"step": step, "split": "eval"}
         if self.eval_pairs:
             rows = self._eval_rows(want)
@@ -563,13 +563,13 @@ def _total_loss(output: LossOutput, averages: Mapping[str, float]) -> float:
     return sum(term.weight * averages.get(f"loss/{term.name}", 0.0) for term in output.terms)
 
 
-def _placeholder(batch: PairBatch, reference: str) -> PairStats:
-    """Statistics of a model that gives every token probability one, for asking a loss for its counts."""
+def _placeholder(batch: PairBatch, needs: Needs) -> PairStats:
+    """What a model says that knows nothing, for asking a loss for its counts."""
     zeros = torch.zeros(batch.pairs, dtype=torch.float64)
     paired = zeros if batch.rejected_lengths is not None else None
-    names = {"ref_logp": "ref_logps", "kl": "kl"}
-    members: dict[str, Any] = {"chosen_logps": zeros, "rejected_logps": paired}
-    for name in statistics_for(reference):
+    names = {"logp": "logps", "ref_logp": "ref_logps", "kl": "kl", "scores": "scores"}
+    members: dict[str, Any] = {"chosen_logps": None, "rejected_logps": None}
+    for name in statistics_for(needs) + (() if needs.output == "scores" else ("logp",)):
         members[f"chosen_{names[name]}"], members[f"rejected_{names[name]}"] = zeros, paired
     return PairStats(**members, chosen_lengths=batch.chosen_lengths, rejected_lengths=batch.rejected_lengths)
 

@@ -72,6 +72,21 @@ class StatsLinear(nn.Linear):
         return tuple(getattr(stats, name) for name in ORDER)
 
 
+class ScoreLinear(nn.Linear):
+    """An nn.Linear that computes in float32 or better where it is asked to, whatever is autocast around it.
+
+    Two scores are compared by their difference, of which bfloat16 would leave little.
+    """
+
+    def forward(self, x: torch.Tensor, precise: bool = False) -> torch.Tensor:
+        if not precise:
+            return super().forward(x)
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        with torch.autocast(x.device.type, enabled=False):
+            bias = None if self.bias is None else self.bias.to(dtype)
+            return nn.functional.linear(x.to(dtype), self.weight.to(dtype), bias)
+
+
 class HasHead(Protocol):
     """A language model, as far as this floor knows one."""
 
@@ -95,6 +110,13 @@ def make_head_aware(lm: HasHead) -> StatsLinear:
         )
     head.__class__ = StatsLinear
     return cast(StatsLinear, head)
+
+
+def make_score_precise(classifier: nn.Module) -> None:
+    """Turns the linear layer `score` of a classifier into a ScoreLinear in place; call it before adding adapters."""
+    head = classifier.get_submodule("score")
+    if type(head) is nn.Linear:
+        head.__class__ = ScoreLinear
 
 
 def _kind(head: object) -> str:

@@ -117,6 +117,7 @@ class DPO(Method):
         return Needs(reference="sequence")
 
     def loss(self, stats: PairStats, batch: PairBatch) -> LossOutput:
+        assert stats.chosen_logps is not None
         assert stats.rejected_logps is not None
         assert stats.rejected_lengths is not None
         chosen, rejected = stats.chosen_logratios, stats.rejected_logratios

@@ -33,6 +33,7 @@ class SFT(Method):
         return Needs(reference="none", rows="chosen_only")
 
     def loss(self, stats: PairStats, batch: PairBatch) -> LossOutput:
+        assert stats.chosen_logps is not None
         losses = sft(stats.chosen_logps)
         # counted in tokens: the mean over a micro-batch would weigh tokens by how the batch was cut
         return LossOutput(terms=(Term("nll", losses, stats.chosen_lengths),))

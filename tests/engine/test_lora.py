@@ -31,7 +31,9 @@ from tests.invariant.steps import Bench, difference, random_pairs, two_models
 
 METHODS = methods()
 TOKEN = next(name for name, m in METHODS.items() if m.needs.reference == "token")
-NO_REFERENCE = next(name for name, m in METHODS.items() if m.needs.reference == "none")
+NO_REFERENCE = next(
+    name for name, m in METHODS.items() if m.needs.reference == "none" and m.needs.output == "token_stats"
+)
 BOUND = 1e-9
 RANK, ALPHA = 4, 6
 TARGETS = ("q_proj", "v_proj", "down_proj")

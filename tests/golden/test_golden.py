@@ -214,7 +214,7 @@ def test_tdpo_reward_accuracy_and_training_logit_disagree_as_recorded():
         rejected_kl=f64(case["rejected_kl"]),
     )
     empty = ones[:0]
-    batch = PairBatch(empty, empty, empty, empty, empty, empty, ones, ones, {}, ("", ""))
+    batch = PairBatch(empty, empty, empty, empty, empty, empty, empty, ones, ones, {}, ("", ""))
     out = Method(beta=case["beta"], alpha=case["alpha"]).loss(stats, batch)
     close(out.terms[0].value, case["losses"])
     assert out.metrics["rewards_tdpo/accuracies"][0].tolist() == [float(x) for x in case["logged_accuracy"]]

@@ -3,6 +3,7 @@
 Shares no code with prefopt's collate, forward and kernel: it reads encoded pairs and calls `method.loss`.
 """
 
+import copy
 from types import SimpleNamespace
 
 import torch
@@ -13,8 +14,11 @@ from prefopt.types import PairStats
 def oracle_step(policy, reference, method, pairs):
     """(loss, gradient by parameter name, averages that are logged) of one step on `pairs`; models are not changed.
 
-    Args: policy, reference: plain causal language models of transformers.
+    Args: policy, reference: plain causal language models of transformers; a method that reads scores is given the
+        classifier that `scorer_of` makes of the policy.
     """
+    if method.needs.output == "scores":
+        policy = scorer_of(policy)
     policy.zero_grad(set_to_none=True)
     stats = oracle_stats(policy, reference, pairs, method.needs)
     columns = {
@@ -31,15 +35,20 @@ def oracle_step(policy, reference, method, pairs):
     loss = sum(term.weight * term.value.sum() / term.count.sum() for term in output.terms)
     loss.backward()
     gradients = {name: p.grad.clone() for name, p in policy.named_parameters()}
-    averages = {"loss": loss, "logps/chosen": stats.chosen_logps.mean()}
+    averages = {"loss": loss} | ({} if stats.chosen_logps is None else {"logps/chosen": stats.chosen_logps.mean()})
     averages |= {name: value.sum() / count.sum() for name, (value, count) in output.metrics.items()}
     return loss.item(), gradients, {name: float(value.detach()) for name, value in averages.items()}
 
 
 def oracle_stats(policy, reference, pairs, needs):
     sides = ["chosen"] if needs.rows == "chosen_only" else ["chosen", "rejected"]
-    members = {"rejected_logps": None, "rejected_lengths": None}
+    members = {"chosen_logps": None, "rejected_logps": None, "rejected_lengths": None}
     for side in sides:
+        if needs.output == "scores":
+            members[f"{side}_lengths"] = torch.tensor([sum(mask(p, side)) for p in pairs])
+            whole = [[*p.prompt_ids, *getattr(p, f"{side}_ids")] for p in pairs]
+            members[f"{side}_scores"] = torch.stack([oracle_score(policy, ids) for ids in whole])
+            continue
         rows = [oracle_row(policy, reference, p.prompt_ids, getattr(p, f"{side}_ids"), mask(p, side)) for p in pairs]
         members[f"{side}_lengths"] = torch.tensor([sum(mask(p, side)) for p in pairs])
         members[f"{side}_logps"] = torch.stack([row["logp"].sum() for row in rows])
@@ -48,6 +57,31 @@ def oracle_stats(policy, reference, pairs, needs):
         if needs.reference == "token":
             members[f"{side}_kl"] = torch.stack([row["kl"].sum() for row in rows])
     return PairStats(**members)
+
+
+def scorer_of(lm, seed=3):
+    """A classifier with one logit and the weights of a language model, but for its head, which `seed` draws.
+
+    What is one already is given back as it is.
+    """
+    if hasattr(lm, "score"):
+        return lm
+    from transformers import AutoModelForSequenceClassification
+
+    config = copy.deepcopy(lm.config)
+    config.num_labels = 1
+    config.get_text_config().pad_token_id = None
+    classifier = AutoModelForSequenceClassification.from_config(config, dtype=lm.dtype).eval()
+    setattr(classifier, classifier.base_model_prefix, copy.deepcopy(lm.base_model))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        classifier.score.weight.copy_(torch.randn(classifier.score.weight.shape, generator=generator))
+    return classifier
+
+
+def oracle_score(classifier, ids):
+    """The classifier's answer to one sequence, of which it reads the last token."""
+    return classifier(input_ids=torch.tensor([ids])).logits[0, 0]
 
 
 def mask(pair, side):

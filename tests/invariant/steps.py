@@ -9,11 +9,12 @@ from types import SimpleNamespace
 import torch
 
 from prefopt.config import EvalConfig, KernelConfig, OptimConfig, RunConfig, TrainConfig
-from prefopt.engine.forward import PolicyWithReference
+from prefopt.engine.forward import PolicyWithReference, Scorer
 from prefopt.engine.metrics import MetricsFile, read_lines
 from prefopt.engine.trainer import Trainer
 from prefopt.types import EncodedPair
 from tests.helpers import tiny_llama
+from tests.invariant.oracle import scorer_of
 
 VOCAB = 50
 BOS, FIRST = 0, 5  # the tokens below FIRST are special ones, as in tests.helpers
@@ -66,7 +67,8 @@ class Bench:
 
     Args:
         models: (policy, reference); the reference is left out where the method reads none. It may be one that the
-            policy holds itself, as the policy may have an adapter.
+            policy holds itself, as the policy may have an adapter. A method that reads scores is given `scorer_of`
+            the policy.
         tiles: of the kernel, (tokens, vocabulary).
         tokenizer: the first batch is checked against it.
         lr: of plain gradient descent; above 0 the steps move the policy after all.
@@ -78,6 +80,7 @@ class Bench:
         self, runtime, method, models, tiles=(1024, 8192), tokenizer=None, lr=0.0, grouped=None, layout="padded"
     ):
         policy, reference = map(copy.deepcopy, models)  # one by one: they may be the same model
+        needs = method.needs
         config = RunConfig(
             method=method,
             method_name="under_test",
@@ -88,7 +91,9 @@ class Bench:
         self.trainer = Trainer(
             config=config,
             runtime=runtime,
-            policy=PolicyWithReference(policy, reference if method.needs.reference != "none" else None, config.kernel),
+            policy=Scorer(scorer_of(policy))
+            if needs.output == "scores"
+            else PolicyWithReference(policy, reference if needs.reference != "none" else None, config.kernel),
             tokenizer=tokenizer or SimpleNamespace(pad_token_id=2),
             train=SimpleNamespace(steps_per_epoch=None, fingerprint="rows", grouped=grouped),
             eval_pairs=[],
@@ -131,13 +136,24 @@ class Bench:
         return read_lines(self.trainer.metrics.path)[-1] if self.trainer.runtime.is_main else None
 
 
+def gradient_gaps(gradients, others):
+    """The relative difference of each gradient tensor.
+
+    One that is nothing but rounding is held against the whole gradient: what is added to all scores of a reward model
+    is in no difference of two.
+    """
+    least = 1e-6 * float(torch.stack([gradient.norm() for gradient in gradients.values()]).norm())
+    gaps = {}
+    for name, gradient in gradients.items():
+        assert gradient.norm() > 0, f"{name}: no gradient, nothing is compared"
+        gaps[name] = float((gradient - others[name]).norm() / gradient.norm().clamp(min=least))
+    return gaps
+
+
 def difference(expected, found):
     """The largest relative difference of the loss and of each gradient tensor, and where it is."""
     (loss, gradients), (other, others) = expected[:2], found
     assert gradients.keys() == others.keys()
-    gaps = {"loss": abs(loss - other) / abs(loss)}
-    for name, gradient in gradients.items():
-        assert gradient.norm() > 0, f"{name}: no gradient, nothing is compared"
-        gaps[name] = float((gradient - others[name]).norm() / gradient.norm())
+    gaps = {"loss": abs(loss - other) / abs(loss)} | gradient_gaps(gradients, others)
     worst = max(gaps, key=gaps.__getitem__)
     return gaps[worst], worst

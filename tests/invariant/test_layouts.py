@@ -22,6 +22,7 @@ from tests.invariant.steps import BOUNDS, Bench, difference, random_pairs, two_m
 
 METHODS = methods()
 TOKEN_LEVEL = next(m for m in METHODS.values() if m.needs.reference == "token" and m.needs.rows == "pairs")
+SCORES = next(m for m in METHODS.values() if m.needs.output == "scores")
 ARCHITECTURES = ("llama", "tied", "bias", "soft cap", "learned positions")
 SMALL_TILES = (4, 16)  # of which no vocabulary here is a multiple
 
@@ -125,31 +126,37 @@ def test_step_when_the_policy_has_an_adapter_then_layouts_agree(name, runtime, a
     # that the padded step is right: tests/engine/test_lora.py
     method = METHODS[name]
     (_, padded), *others = steps_of(
-        Bench(runtime, method, adapted), random_pairs(method.needs.columns, pairs=5), layouts_for(method), cuts=(3,)
+        Bench(runtime, method, adapted[method.needs.output]),
+        random_pairs(method.needs.columns, pairs=5),
+        layouts_for(method),
+        cuts=(3,),
     )
     assert_all_equal(padded, others, 1e-9)
 
 
 @pytest.fixture(scope="module")
 def adapted(tmp_path_factory):
-    """(policy with an adapter that is far from nothing, the same weights without it as the reference)."""
+    """By output: (policy with an adapter that is far from nothing, the same weights without it as the reference)."""
     path = tmp_path_factory.mktemp("adapted")
     two_models(torch.float64)[0].save_pretrained(path)
-    settings = RunConfig(
-        method=TOKEN_LEVEL,
-        method_name="under_test",
-        model=ModelConfig(path=str(path), dtype="float64"),
-        lora=LoraConfig(r=4, alpha=6),
-    )
-    start = adapters.find(str(path), settings.model)
-    reference = adapters.reference(settings, start)
-    policy = precise(adapters.load_policy(settings, start, reference))
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in policy.parameters():
-            if parameter.requires_grad:
-                parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
-    return policy, reference
+    made = {}
+    for method in (TOKEN_LEVEL, SCORES):
+        settings = RunConfig(
+            method=method,
+            method_name="under_test",
+            model=ModelConfig(path=str(path), dtype="float64"),
+            lora=LoraConfig(r=4, alpha=6),
+        )
+        start = adapters.find(str(path), settings.model)
+        reference = adapters.reference(settings, start)
+        policy = precise(adapters.load_policy(settings, start, reference))
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for parameter in policy.parameters():
+                if parameter.requires_grad:
+                    parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+        made[method.needs.output] = policy, reference
+    return made
 
 
 # Several processes.

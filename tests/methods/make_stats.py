@@ -27,7 +27,7 @@ def batch(pairs, **columns):
     empty = torch.zeros(0, dtype=torch.int64)
     ones = torch.ones(pairs, dtype=torch.int64)
     values = {name: f64(value) for name, value in columns.items()}
-    return PairBatch(empty, empty, empty, empty, empty, empty, ones, ones, values, ("",) * pairs)
+    return PairBatch(empty, empty, empty, empty, empty, empty, empty, ones, ones, values, ("",) * pairs)
 
 
 def means(out):

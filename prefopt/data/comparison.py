@@ -1,0 +1,106 @@
+"""Two completions in one sequence, for a judge that reads both: the prompt, then the first one, then the second one.
+
+The text is `PROMPT` FIRST `completion` SECOND `completion` and the terminator. Its parts are tokenised one by one, so a
+completion has the same tokens in either place. A conversation is written out as text, whatever the chat template.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+from prefopt.data.encode import CutPair, Encoder
+from prefopt.data.rows import Messages, RowProblem
+from prefopt.errors import DataError
+from prefopt.types import EncodedPair, Needs, PairRow
+
+FIRST, SECOND = "\n\n[Response A]\n", "\n\n[Response B]\n"
+PROMPT_SHARE = 1224 / 2048  # of the tokens, where not all has room: PairRM's limits are 1224 and twice 412
+
+
+def encoder_for(needs: Needs) -> type[Encoder]:
+    """The encoder whose sequences a method reads."""
+    return BothOrders if needs.sequences == "both_orders" else Encoder
+
+
+def plain_text(turns: str | Messages) -> str:
+    """A prompt or a completion as text: one turn as it stands, several with their roles before them."""
+    if isinstance(turns, str):
+        return turns
+    if len(turns) == 1:
+        return turns[0]["content"]
+    return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
+
+
+class BothOrders(Encoder):
+    """Turns a pair into two sequences, the prompt with both completions: the chosen one first, the rejected one first.
+
+    What fits is left whole. Else the prompt loses its head until it has `PROMPT_SHARE`, or what the completions leave;
+    the rest is theirs, half each, where a shorter one leaves the other what it does not need; they lose their tails.
+
+    Args: as of Encoder. Raises: DataError when `max_length` leaves no token for each of the three.
+    """
+
+    form = f"both orders, {FIRST!r} and {SECOND!r}"
+
+    def __init__(self, tokenizer: Any, max_length: int) -> None:
+        super().__init__(tokenizer, max_length)
+        self._first, self._second = self._tokenize([FIRST, SECOND])
+        self._end = [] if self.eos is None else [self.eos]
+        least = len(self._first) + len(self._second) + len(self._end) + 4
+        if max_length < least:
+            raise DataError(
+                f"data.max_length: found {max_length}, expected at least {least}: a sequence holds the prompt and both "
+                "completions"
+            )
+
+    def reread(self, pair: EncodedPair) -> EncodedPair:
+        """A pair that was encoded completion by completion, in both orders."""
+        assert pair.rejected_ids is not None
+        row = PairRow("", "", "", pair.columns, pair.where)
+        return self._join(row, pair.prompt_key, pair.prompt_ids, [pair.chosen_ids, pair.rejected_ids]).pair
+
+    def _prepare(self, row: PairRow) -> tuple[Any, list[str]]:
+        assert row.chosen is not None
+        assert row.rejected is not None
+        prompt, *sides = (plain_text(part) for part in (row.prompt, row.chosen, row.rejected))
+        return prompt, [prompt, *(side.strip() for side in sides)]
+
+    def _finish(self, row: PairRow, prepared: Any, ids: list[list[int]]) -> CutPair:
+        key = hashlib.sha256(prepared.encode()).hexdigest()[:16]
+        return self._join(row, key, self._with_bos(ids[0]), ids[1:])
+
+    def _join(self, row: PairRow, key: str, prompt: list[int], sides: list[list[int]]) -> CutPair:
+        one, other = (self._bare(name, ids) for name, ids in zip(("chosen", "rejected"), sides, strict=True))
+        fixed = len(self._first) + len(self._second) + len(self._end)
+        length = len(one) + len(other) + fixed
+        room = self.max_length - fixed
+        limit = max(int(room * PROMPT_SHARE), room - len(one) - len(other), 2)
+        kept = prompt
+        if len(prompt) > limit:
+            kept = prompt[:1] + prompt[len(prompt) - limit + 1 :] if self.bos is not None else prompt[-limit:]
+        left = room - len(kept)
+        cut = [ids[: max(left // 2, left - len(rest))] for ids, rest in ((one, other), (other, one))]
+        orders = [[*self._first, *a, *self._second, *b, *self._end] for a, b in (cut, cut[::-1])]
+        pair = EncodedPair(
+            prompt_ids=kept,
+            chosen_ids=orders[0],
+            rejected_ids=orders[1],
+            chosen_mask=[True] * len(orders[0]),
+            rejected_mask=[True] * len(orders[1]),
+            columns=row.columns,
+            where=row.where,
+            prompt_key=key,
+        )
+        shorter = [len(a) < len(b) for a, b in zip(cut, (one, other), strict=True)]
+        return CutPair(pair, (len(prompt), length, length), kept is not prompt, any(shorter), 0 if self._end else 2)
+
+    def _bare(self, key: str, ids: list[int]) -> list[int]:
+        """A completion without the terminator at its end."""
+        ids = ids[:-1] if ids and ids[-1] == self.eos else ids
+        if not ids:
+            raise RowProblem("empty completion", key, "no token", "a non-empty completion")
+        if self.eos in ids:
+            text = self.tokenizer.convert_ids_to_tokens(self.eos)
+            raise RowProblem("terminator inside", key, f"'{text}' inside a completion", "it at the end only")
+        return ids

@@ -1,0 +1,57 @@
+"""A pairwise judge: one logit for a prompt and two completions, in the order in which they are read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from prefopt.method import Method, pair_term, per_pair
+from prefopt.types import LossOutput, Needs, PairBatch, PairStats
+
+if TYPE_CHECKING:
+    import torch
+
+
+def pairwise_judge(chosen_first: torch.Tensor, rejected_first: torch.Tensor) -> torch.Tensor:
+    """The loss of each pair, read in both orders.
+
+    1/2 [-log s(L(w, l)) - log s(-L(l, w))]
+
+    Args:
+        chosen_first: L(w, l), the logit that the first completion wins, where that is the chosen one. Shape `(pairs,)`.
+        rejected_first: L(l, w), the same where that is the rejected one. Shape `(pairs,)`.
+    Returns: unreduced loss, shape `(pairs,)`.
+    Reference: Jiang et al., LLM-Blender, arXiv 2306.02561, section 4 (PairRanker), the binary loss on one quality
+        measure. Differs from the authors' code: the model gives one logit for the pair, there a score for each of the
+        two, whose difference is the logit.
+    """
+    from torch.nn.functional import softplus
+
+    return (softplus(-chosen_first) + softplus(rejected_first)) / 2
+
+
+@dataclass(frozen=True)
+class PairwiseJudge(Method):
+    """Pairwise judge: a classifier with one logit that reads the prompt and both completions, in both orders."""
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(reference="none", output="scores", sequences="both_orders")
+
+    def loss(self, stats: PairStats, batch: PairBatch) -> LossOutput:
+        assert stats.chosen_scores is not None
+        assert stats.rejected_scores is not None
+        losses = pairwise_judge(stats.chosen_scores, stats.rejected_scores)
+        first, second = stats.chosen_scores.detach(), stats.rejected_scores.detach()
+        # the score of a completion against the other one, from both orders: half of L(w, l) - L(l, w), and its negative
+        chosen = (first - second) / 2
+        metrics = per_pair(
+            rewards__chosen=chosen,
+            rewards__rejected=-chosen,
+            rewards__margins=2 * chosen,
+            rewards__accuracies=(chosen > 0).to(chosen.dtype),
+            # how much the first place is worth, and how often it decides
+            order__bias=(first + second) / 2,
+            order__contradictions=((first > 0) == (second > 0)).to(chosen.dtype),
+        )
+        return LossOutput(terms=(pair_term(losses),), metrics=metrics)
