@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from prefopt.engine.adapters import Frozen, Weights
     from prefopt.engine.trainer import Evaluator
     from prefopt.rounds.run import Rounds
-    from prefopt.testbed.bandit import Bandit
+    from prefopt.testbed.words import WordWorld
     from prefopt.types import EncodedPair
 
 CARD = "run_card.json"
@@ -274,7 +274,7 @@ class _Task:
     eval_pairs: Sequence[EncodedPair]
     eval_fingerprint: str
     report: list[str]
-    world: Bandit | None = None
+    world: WordWorld | None = None
 
 
 def _testbed_task(config: RunConfig) -> _Task:
@@ -439,10 +439,11 @@ def _beta(config: RunConfig) -> float:
 
 
 def _report_testbed(config: RunConfig, runtime: rt.Runtime, task: _Task, output: Path) -> None:
-    """The table and the frontier plot at the end of a run on the testbed."""
+    """The table at the end of a run on the testbed, and the frontier plot where there is a frontier."""
     if task.world is None or not runtime.is_main or not (output / "metrics.jsonl").exists():
         return
     from prefopt.engine.metrics import read_lines
+    from prefopt.testbed.bandit import Bandit
     from prefopt.testbed.report import Run, frontier_plot, summary_table
 
     lines = [line for line in read_lines(output / "metrics.jsonl") if line["split"] == "eval"]
@@ -456,8 +457,9 @@ def _report_testbed(config: RunConfig, runtime: rt.Runtime, task: _Task, output:
         return
     beta = _beta(config)
     say("\n" + summary_table(task.world, lines[0], lines[-1], beta))
-    frontier_plot(output / "frontier.png", task.world, [Run(_described(config), beta, lines)])
-    say(f"\nreward-KL frontier: {output / 'frontier.png'}")
+    if isinstance(task.world, Bandit):
+        frontier_plot(output / "frontier.png", task.world, [Run(_described(config), beta, lines)])
+        say(f"\nreward-KL frontier: {output / 'frontier.png'}")
 
 
 def _check_optimizer(config: RunConfig) -> None:

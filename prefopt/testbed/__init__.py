@@ -1,4 +1,4 @@
-"""Worlds with an exactly known answer. They hand out pairs and measure policies; they do not know the trainer."""
+"""Worlds with an exactly known answer. They hand out prompts and pairs, judge and measure; they know no trainer."""
 
 from __future__ import annotations
 
@@ -8,21 +8,25 @@ from typing import TYPE_CHECKING
 from prefopt.errors import ConfigError, did_you_mean
 
 if TYPE_CHECKING:
-    from prefopt.testbed.bandit import Bandit
+    from prefopt.testbed.words import WordWorld
 
-WORLDS = ("bandit",)
+WORLDS = ("bandit", "cyclic")
 
 
-def build_world(name: str = "bandit", *, seed: int = 0, cache_dir: Path | str | None = None) -> Bandit:
+def build_world(name: str = "bandit", *, seed: int = 0, cache_dir: Path | str | None = None) -> WordWorld:
     """Open a world; its base policy is trained on first use and found in the cache afterwards.
 
-    Args: name: which world. seed: of the world itself; another seed is another reward and another base policy.
+    Args: name: which world. seed: of the world itself; another seed is another world and another base policy.
         cache_dir: where base policies are kept, None for the user's cache directory.
     Returns: the world.
     Raises: ConfigError when there is no world of that name.
     """
     if name not in WORLDS:
         raise ConfigError(f"unknown testbed world '{name}'{did_you_mean(name, WORLDS)}; known: {', '.join(WORLDS)}")
-    from prefopt.testbed.bandit import Bandit, BanditSettings  # here: only who trains on a world waits for torch
+    if name == "cyclic":  # imported here: only who trains on a world waits for torch
+        from prefopt.testbed.cyclic import Cyclic, CyclicSettings
+
+        return Cyclic(CyclicSettings(seed=seed), cache_dir)
+    from prefopt.testbed.bandit import Bandit, BanditSettings
 
     return Bandit(BanditSettings(seed=seed), cache_dir)

@@ -11,6 +11,7 @@ import numpy as np
 
 from prefopt.errors import TrainError
 from prefopt.testbed.bandit import Bandit
+from prefopt.testbed.words import WordWorld
 
 INK, GREY, SHADE = "#222222", "#8a8a8a", "#f1f1ee"
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")  # Okabe and Ito: safe for the colour-blind
@@ -29,31 +30,22 @@ class Run:
     trajectory: Sequence[Mapping[str, float]]
 
 
-def summary_table(world: Bandit, first: Mapping[str, float], last: Mapping[str, float], beta: float) -> str:
-    """Reference, start (where it is not the reference), end and optimum, one under the other.
+def summary_table(world: WordWorld, first: Mapping[str, float], last: Mapping[str, float], beta: float) -> str:
+    """Reference, start (where it is not the reference), end and what was aimed at, one under the other.
 
-    Args: first, last: `world.evaluate` before and after training. beta: of the optimum.
+    Args: first, last: `world.evaluate` before and after training. beta: of the method.
     Returns: lines of text without a final newline. KL and entropy in nats.
     """
     rows = {"reference": world.measures(world.log_ref, beta)}
     if first["exact/kl_policy_ref"] > 1e-6:
         rows["start"] = dict(first)
-    rows |= {"policy at end": dict(last), "optimum pi*": world.measures(world.optimum(beta), beta)}
-    columns = {
-        "reward": ("reward", ".3f"),
-        "KL(.||ref)": ("kl_policy_ref", ".3f"),
-        "KL(pi*||.)": ("kl_star_policy", ".4f"),
-        "of start": ("kl_star_ratio", ".1%"),
-        "entropy": ("entropy", ".3f"),
-        "win rate": ("win_rate", ".3f"),
-        "below curve": ("frontier_gap", ".3f"),
-        "outside": ("outside", ".1e"),
-    }
+    rows |= {"policy at end": dict(last), world.goal: world.measures(world.optimum(beta), beta)}
 
     def cell(value: float, spec: str) -> str:
         text = format(value, spec)
         return text if text.strip("-0.%") else text.lstrip("-")  # rounding makes no -0.000
 
+    columns = world.columns
     body = [[name, *(cell(row[f"exact/{key}"], spec) for key, spec in columns.values())] for name, row in rows.items()]
     table = [[f"exact, beta {beta:g}", *columns], *body]
     widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]

@@ -1,13 +1,16 @@
-"""The algebra of an enumerable world: optimum, divergences and frontier from tables of log-probabilities, float64.
+"""The algebra of an enumerable world: optimum, equilibrium, divergences and frontier from tables of log-probabilities.
 
 A table has a row per prompt and a column per outcome, shape `(P, K)`; each row of a log-probability table sums to one
-in probability. Nothing here knows a model or a tokenizer. Logs are natural: everything called KL or entropy is in nats.
+in probability, all in float64. Nothing here knows a model or a tokenizer. Logs are natural: everything called KL or
+entropy is in nats.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 
@@ -39,15 +42,80 @@ def expected(log_p: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     return (log_p.exp() * value).sum(-1)
 
 
-def win_probability(log_opponent: torch.Tensor, reward: torch.Tensor) -> torch.Tensor:
-    """Bradley-Terry probability that each outcome beats a draw from the opponent.
+def bradley_terry(reward: torch.Tensor) -> torch.Tensor:
+    """`P(y > y' | x) = sigmoid(r(x,y) - r(x,y'))`, row against column, `(P, K, K)`."""
+    return torch.sigmoid(reward[:, :, None] - reward[:, None, :])
 
-    `P(y > mu | x) = sum_y' mu(y'|x) sigmoid(r(x,y) - r(x,y'))`
 
+def win_probability(log_opponent: torch.Tensor, preference: torch.Tensor) -> torch.Tensor:
+    """Probability that each outcome beats a draw from the opponent.
+
+    `P(y > mu | x) = sum_y' mu(y'|x) P(y > y' | x)`
+
+    Args: log_opponent: table `(P, K)`. preference: of row against column, `(P, K, K)`.
     Returns: probabilities, `(P, K)`.
     """
-    beats = torch.sigmoid(reward[:, :, None] - reward[:, None, :])  # (P, K, K)
-    return torch.einsum("pkl,pl->pk", beats, log_opponent.exp())
+    return torch.einsum("pkl,pl->pk", preference, log_opponent.exp())
+
+
+def exploitability(log_policy: torch.Tensor, preference: torch.Tensor) -> torch.Tensor:
+    """How much more than half the time the best single answer to this policy wins, of each prompt, `(P,)`.
+
+    `max_y P(y > pi) - 1/2`: 0 for a Nash equilibrium of the game in which two players answer and the preferred answer
+    wins, above 0 for every other policy.
+    """
+    return win_probability(log_policy, preference).max(-1).values - 0.5
+
+
+def nash(preference: torch.Tensor) -> torch.Tensor:
+    """A policy that no answer beats more than half the time, of each prompt: the equilibrium, by linear programming.
+
+    Minimises v over distributions pi with `P(y > pi) <= 1/2 + v` for all y. The game is symmetric, so its value is 0.
+    Where there are several equilibria, this is one of them.
+
+    Args: preference: of row against column, `P + P^T = 1`. Shape `(P, K, K)`.
+    Returns: log-probabilities, `(P, K)`, -inf where it never answers.
+    Raises: ArithmeticError when the program is not solved.
+    """
+    from scipy.optimize import linprog
+
+    tables = []
+    for table in (preference - 0.5).numpy():
+        outcomes = len(table)
+        # interior points: the simplex method runs in circles on some of these programs, whose vertices are degenerate
+        found = linprog(
+            [0.0] * outcomes + [1.0],
+            A_ub=np.column_stack([table, np.full(outcomes, -1.0)]),
+            b_ub=np.zeros(outcomes),
+            A_eq=[[1.0] * outcomes + [0.0]],
+            b_eq=[1.0],
+            bounds=[(0, None)] * outcomes + [(None, None)],
+            method="highs-ipm",
+        )
+        if not found.success:
+            raise ArithmeticError(f"no equilibrium found: {found.message}")
+        tables.append(found.x[:outcomes].clip(0))
+    policy = torch.tensor(np.stack(tables))
+    return (policy / policy.sum(-1, keepdim=True)).log()
+
+
+def multiplicative_weights(log_policy: torch.Tensor, preference: torch.Tensor, eta: float) -> torch.Tensor:
+    """One exact step of self-play: `pi'(y|x) ∝ pi(y|x) exp(eta P(y > pi | x))`, log-probabilities `(P, K)`.
+
+    Reference: Wu et al., arXiv 2405.00675, equation 3.1; Freund and Schapire, Adaptive game playing using
+        multiplicative weights, 1999.
+    """
+    return (log_policy + eta * win_probability(log_policy, preference)).log_softmax(-1)
+
+
+def total_variation(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
+    """`1/2 sum |p - q|` of each prompt, `(P,)`."""
+    return (log_p.exp() - log_q.exp()).abs().sum(-1) / 2
+
+
+def mixture(log_policies: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The policy that first draws one of these, each as likely, and then answers as it does; all `(P, K)`."""
+    return torch.stack([*log_policies]).logsumexp(0) - math.log(len(log_policies))
 
 
 def frontier(log_ref: torch.Tensor, reward: torch.Tensor, betas: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -35,7 +35,7 @@ def test_kl_and_entropy_by_hand_and_with_a_zero() -> None:
 
 def test_win_probability_by_hand() -> None:
     reward = torch.tensor([[0.0, math.log(3)]], dtype=torch.float64)  # sigmoid(ln 3) = 3/4
-    won = truth.win_probability(torch.tensor([[0.5, 0.5]], dtype=torch.float64).log(), reward)
+    won = truth.win_probability(torch.tensor([[0.5, 0.5]], dtype=torch.float64).log(), truth.bradley_terry(reward))
     torch.testing.assert_close(won, torch.tensor([[0.375, 0.625]], dtype=torch.float64), rtol=0, atol=1e-15)
 
 
