@@ -28,7 +28,8 @@ class Interval:
         return self.low > value or self.high < value
 
     def __str__(self) -> str:
-        return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
+        mean, low, high = (f"{value:.3f}" for value in (self.mean, self.low, self.high))
+        return f"{mean} [{low}, {high}]".replace("-0.000", "0.000")
 
 
 def bootstrap(values: np.ndarray | Sequence[float], *, level: float = 0.95, seed: int = 0) -> Interval:

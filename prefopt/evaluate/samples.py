@@ -31,7 +31,7 @@ class SampleFigures:
         log_ratio: log pi(y|x) - log ref(y|x). Its mean over samples of pi is the Monte Carlo estimate of
             KL(pi || ref), without bias; single ones may be negative.
         kl: sum over positions of KL(pi(.|prefix) || ref(.|prefix)), each over the whole vocabulary. Its mean has the
-            same expectation and less variance, and no sample is below 0.
+            same expectation and less variance, and no sample is below 0 but by rounding.
         entropy: sum over positions of the entropy of pi(.|prefix). Its mean estimates the entropy of whole completions.
     """
 

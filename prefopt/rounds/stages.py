@@ -68,7 +68,7 @@ def completions_of(row: Row) -> tuple[Completion, ...]:
 class View:
     """What of completions can be judged, and trained on.
 
-    Args: method: says what a judge may see. special: token ids that may stand in no completion but at its end.
+    Args: method: says what a judge may see. special: token ids that may stand in no completion, BOS and padding.
     """
 
     method: Method
@@ -80,8 +80,8 @@ class View:
         unseen: Counter[str] = Counter()
         for index, completion in enumerate(completions):
             response = self.method.judge_view(completion.text)
-            if self.special & {*completion.token_ids[:-1]}:
-                unseen["special token inside"] += 1
+            if self.special & {*completion.token_ids}:
+                unseen["BOS or padding in it"] += 1
             elif response is None:
                 unseen["no response in it"] += 1
             else:

@@ -53,3 +53,4 @@ def test_interval_when_it_lies_on_one_side_then_it_excludes():
     assert found.excludes(0.5)
     assert not found.excludes(0.7)
     assert str(found).startswith("0.700 [0.")
+    assert str(bootstrap([-1e-9, -1e-9])) == "0.000 [0.000, 0.000]"
