@@ -185,7 +185,8 @@ class Rounds:
         about: dict[str, Any] = {}
 
         def make() -> Callable[[int], list[store.Row]]:
-            engine = opened.append(self._engine(policy)) or opened[-1]
+            engine = self._engine(policy)
+            opened.append(engine)
             about.update(engine.describe())
 
             def rows_of(shard: int) -> list[store.Row]:
@@ -218,7 +219,8 @@ class Rounds:
         about: dict[str, Any] = {}
 
         def make() -> Callable[[int], list[store.Row]]:
-            judge = opened.append(self._judge_of(number - 1)) or opened[-1]
+            judge = self._judge_of(number - 1)
+            opened.append(judge)
             about.update(judge.describe())
             return lambda shard: stages.judge_rows(judge, self._view, shards[shard], generated.read(shard))
 
@@ -383,12 +385,13 @@ class Rounds:
         for evaluator in self.evaluators:
             more |= dict(evaluator(lm))
         if number and samples:
-            settings = {"batch": self.config.eval.batch, "kernel": self.config.kernel}
             for name, k in {"to_round_start": number - 1, "to_first": 0}.items():
                 if name == "to_first" and number == 1:
                     kl[name] = kl["to_round_start"]
                     continue
-                kl[name] = score_samples(lm, self._open(k), samples, **settings)
+                kl[name] = score_samples(
+                    lm, self._open(k), samples, batch=self.config.eval.batch, kernel=self.config.kernel
+                )
         judge = None if self.config.judge.kind == "none" else self._judge_of(number)
         try:
             return evaluate_round(number, self.held_out, completions, judge, self.config.method, kl, more)
