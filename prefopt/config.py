@@ -925,17 +925,18 @@ def _validate(config: RunConfig) -> None:
             "model.path is given without data.train; name the pairs to train on (--data.train FILE), "
             "or neither for the testbed"
         )
-    if config.on_testbed and config.testbed.pairs is None and config.train.max_steps is None:
+    streamed = config.on_testbed and config.testbed.pairs is None and config.rounds.count == 0
+    if streamed and config.train.max_steps is None:
         raise ConfigError(
             "train.max_steps: found none, expected a number of steps: the testbed's stream of pairs has no end "
             "(or name the size of a fixed set, testbed.pairs)"
         )
-    if config.on_testbed and config.testbed.pairs is None and schedule is not None:
+    if streamed and schedule is not None:
         raise ConfigError(
             "train.schedule_epochs: the testbed's stream of pairs has no epochs (name the size of a fixed set, "
             "testbed.pairs, or leave it out)"
         )
-    if config.train.group_by_length and config.on_testbed and config.testbed.pairs is None:
+    if config.train.group_by_length and streamed:
         raise ConfigError(
             "train.group_by_length: the testbed's stream of pairs has no lengths to group by (name the size of a fixed "
             "set, testbed.pairs, or leave it out)"
