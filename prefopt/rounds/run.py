@@ -441,11 +441,10 @@ class Rounds:
     def _engine(self, number: int) -> Engine:
         return generation.make(
             self.config.generate,
-            weights=self._weights(number),
+            path=str(self.model(number)),
+            load=lambda: self._load(number),
             model=self.config.model,
             tokenizer=self.tokenizer,
-            lm=self._load(number) if self.config.generate.engine == "transformers" else None,
-            device=self.device,
         )
 
     def _judge_of(self, number: int) -> Judge:

@@ -52,10 +52,11 @@ def set_up(
     """
     judges.check(config.judge)
     generation.check(config.generate)
-    if workers.runtime is not None and workers.count > 1 and config.generate.engine == "vllm":
+    in_ranks = generation.capabilities(config.generate).in_ranks
+    if workers.runtime is not None and workers.count > 1 and not in_ranks:
         raise ConfigError(
-            f"generate.engine: 'vllm' needs the machine to itself and does not run beside {workers.count} processes of "
-            "one training run; use scripts/rounds.py with the same flags"
+            f"generate.engine: '{config.generate.engine}' is not for {workers.count} processes of one training run to "
+            "share; use scripts/rounds.py with the same flags"
         )
     asked = _from_testbed(config, cache) if config.on_testbed else _from_files(config)
     start_hash = workers.first_alone(lambda: _weights_hash(asked.start, config))
