@@ -344,6 +344,7 @@ class RunConfig:
         return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
 
 
+ROUND_GROUPS = ("rounds", "generate", "judge")
 _NOT_SETTINGS = ("method", "method_name")
 
 # What a run on the testbed departs in from the defaults: a model of 60k parameters wants other steps than one of 8B.
@@ -429,7 +430,7 @@ def parse(argv: Sequence[str]) -> RunConfig:
     )
     config = dataclasses.replace(config, judge=_named_judge(config))
     _validate(config)
-    _validate_rounds(config, [key for key in sources if key.startswith(("rounds.", "generate.", "judge."))])
+    _validate_rounds(config)
     config = dataclasses.replace(
         config,
         model=_normal(config.model, "path"),
@@ -463,8 +464,12 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 
 def help_text(argv: Sequence[str]) -> str:
-    """The grouped `--help`, with the settings of the method that `argv` names if it names one."""
+    """The grouped `--help`, with the settings of the method that `argv` names if it names one.
+
+    The settings of rounds are listed where `argv` names one of them, and are one line each elsewhere.
+    """
     flags = _split([word for word in argv if word not in ("--help", "-h")])
+    in_rounds = any(key.partition(".")[0] in ROUND_GROUPS for key in flags)
     name = flags.get("method.name")
     if name is None and "config" in flags:
         name = _method_name(_read_yaml(Path(str(flags["config"]))), str(flags["config"]))
@@ -472,7 +477,10 @@ def help_text(argv: Sequence[str]) -> str:
     groups: list[tuple[str, str, list[tuple[str, str, str, str]]]] = []
     for key, hint in _hints(RunConfig).items():
         if key not in _NOT_SETTINGS and dataclasses.is_dataclass(hint):
-            groups.append((key, (hint.__doc__ or "").strip(), _help_rows(hint, f"{key}.")))
+            folded = key in ROUND_GROUPS and not in_rounds
+            rows = [] if folded else _help_rows(hint, f"{key}.")
+            more = " (listed by --rounds.count 1 --help)" if folded else ""
+            groups.append((key, (hint.__doc__ or "").strip() + more, rows))
     general += [row for row in _help_rows(RunConfig, "") if row[0] != "--method_name"]
     if name is not None:
         method_class = registry.get(str(name))
@@ -952,7 +960,7 @@ def _validate(config: RunConfig) -> None:
 
 def _named_judge(config: RunConfig) -> JudgeConfig:
     """The judge's settings with its kind named, where rounds leave no choice."""
-    if config.judge.kind is not None or config.rounds.count == 0:
+    if config.judge.kind is not None or config.rounds.count < 1:
         return config.judge
     if config.rounds.pairs == "data_sampled":
         return dataclasses.replace(config.judge, kind="none")
@@ -963,8 +971,7 @@ def _named_judge(config: RunConfig) -> JudgeConfig:
     )
 
 
-def _validate_rounds(config: RunConfig, given: Sequence[str]) -> None:
-    """Args: given: the keys of these groups that the user has named."""
+def _validate_rounds(config: RunConfig) -> None:
     rounds, generate, judge = config.rounds, config.generate, config.judge
 
     def need(holds: bool, key: str, expected: str) -> None:
@@ -974,9 +981,14 @@ def _validate_rounds(config: RunConfig, given: Sequence[str]) -> None:
 
     need(0 <= rounds.count <= 99, "rounds.count", "0 to 99 rounds")
     if rounds.count == 0:
-        idle = next((key for key in given if key != "rounds.count"), None)
-        if idle is not None:
-            raise ConfigError(f"{idle}: given without rounds; name how many (--rounds.count 3), or leave it out")
+        for name in ROUND_GROUPS:
+            group = getattr(config, name)
+            plain = type(group)()
+            for f in dataclasses.fields(group):
+                if getattr(group, f.name) != getattr(plain, f.name):
+                    raise ConfigError(
+                        f"{name}.{f.name}: given without rounds; name how many (--rounds.count 3), or leave it out"
+                    )
         return
     for key in ("rounds.shard", "generate.n", "generate.max_tokens", "generate.batch", "generate.concurrency"):
         need(_at(config.to_dict(), key) >= 1, key, "a number >= 1")

@@ -251,8 +251,11 @@ def test_method_of_a_user_when_a_setting_has_no_default_then_it_must_be_given(tm
 
 @pytest.mark.parametrize("method", registry.names())
 def test_help_names_every_setting_and_is_short(method):
-    text = help_text(["--method", method, "--help"])
-    assert len(text.splitlines()) < 100
+    short = help_text(["--method", method, "--help"])
+    assert len(short.splitlines()) < 100
+    assert "rounds: Rounds of generate, judge, pair, train." in short
+    assert "--judge.kind" not in short
+    text = help_text(["--method", method, "--rounds.count", "1", "--help"])
     words = {word for line in text.splitlines() for word in line.split()[:1] if word.startswith("--")}
     flags = {word.removesuffix(".KEY") for word in words}  # a mapping takes any key of one's own
     known = set(settings._leaves(parse(["--method", method]).to_dict())) - {"method.name"}

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from prefopt import generation, judges
-from prefopt.config import RoundsConfig, RunConfig
+from prefopt.config import GenerateConfig, JudgeConfig, RoundsConfig, RunConfig
 from prefopt.data.encode import tokenizer_content
 from prefopt.data.prompts import hold_out, slices
 from prefopt.engine import adapters, checkpoint
@@ -326,6 +326,8 @@ class Rounds:
                 config.data, train=str(folder / "pairs.jsonl"), eval=None, eval_fraction=0.0, columns={}
             ),
             rounds=RoundsConfig(),
+            generate=GenerateConfig(),
+            judge=JudgeConfig(),
             seed=int.from_bytes(digest[:4], "big") % 2**31,
             output=str(folder / "train"),
         )

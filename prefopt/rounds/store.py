@@ -174,7 +174,7 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
         seal = manifest.pop("sha256")
     except FileNotFoundError:
         return None
-    except (ValueError, AttributeError, KeyError):
+    except (ValueError, AttributeError, KeyError, TypeError):
         manifest, seal = None, ""
     if manifest is None or digest(manifest) != seal:
         raise RoundError(

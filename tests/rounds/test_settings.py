@@ -1,0 +1,70 @@
+"""What is refused before any prompt is read."""
+
+import pytest
+
+from prefopt.config import parse
+from prefopt.errors import ConfigError
+
+FILES = ["--model.path", "m", "--data.train", "pairs.jsonl"]
+ROUNDS = ["--rounds.count", "2", "--judge.kind", "length"]
+
+
+def refused(*argv):
+    with pytest.raises(ConfigError) as caught:
+        parse(["--method", "dpo", *argv])
+    return str(caught.value)
+
+
+def test_rounds_with_files_are_read():
+    config = parse(["--method", "dpo", *FILES, *ROUNDS, "--rounds.prompts", "100"])
+    assert (config.rounds.count, config.rounds.prompts, config.judge.kind) == (2, 100, "length")
+    assert config.rounds.pairs == "best_worst"
+
+
+def test_rounds_on_the_testbed_have_their_own_defaults():
+    config = parse(["--method", "sppo", "--rounds.count", "2"])
+    assert (config.testbed.world, config.judge.kind, config.train.max_steps) == ("cyclic", "world", None)
+    assert parse(["--method", "sppo"]).testbed.world == "bandit"
+
+
+def test_pairs_against_the_data_need_no_judge():
+    config = parse(["--method", "dpo", *FILES, "--rounds.count", "1", "--rounds.pairs", "data_sampled"])
+    assert config.judge.kind == "none"
+    assert parse(
+        ["--method", "dpo", *FILES, "--rounds.count", "1", "--rounds.pairs", "data_sampled", "--generate.n", "1"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("argv", "line"),
+    [
+        (["--rounds.prompts", "5"], "rounds.prompts: given without rounds; name how many (--rounds.count 3)"),
+        (["--judge.kind", "length"], "judge.kind: given without rounds"),
+        ([*FILES, "--rounds.count", "2"], "judge.kind: not given, expected who ranks the completions: reward_model,"),
+        (
+            [*FILES, *ROUNDS, "--generate.n", "1"],
+            "generate.n: found 1, expected at least 2: a pair is the best of them",
+        ),
+        ([*FILES, "--rounds.count", "2", "--judge.kind", "none"], "judge.kind: not given, expected who ranks"),
+        ([*FILES, "--rounds.count", "2", "--judge.kind", "world"], "`world` is the testbed's own"),
+        ([*FILES, *ROUNDS, "--judge.kid", "x"], "did you mean 'judge.kind'?"),
+        ([*FILES, "--rounds.count", "-1"], "rounds.count: found -1, expected 0 to 99 rounds"),
+        ([*FILES, *ROUNDS, "--rounds.shard", "0"], "rounds.shard: found 0, expected a number >= 1"),
+        ([*FILES, *ROUNDS, "--generate.max_tokens", "1024"], "expected less than data.max_length (1024)"),
+        ([*FILES, *ROUNDS, "--generate.top_p", "0"], "generate.top_p: found 0.0, expected a share above 0, up to 1"),
+        ([*FILES, *ROUNDS, "--rounds.max_similarity", "2"], "rounds.max_similarity: found 2.0, expected above 0"),
+        (
+            ["--rounds.count", "2", "--rounds.pairs", "data_worst"],
+            "needs completions in data.train; the testbed has none",
+        ),
+    ],
+)
+def test_bad_settings_of_rounds_are_one_line(argv, line):
+    assert line in refused(*argv)
+
+
+def test_sppo_cannot_learn_from_the_datas_completion_or_sharpen_probabilities():
+    with pytest.raises(ConfigError, match="reads chosen_win_prob, which nobody knows of the data's own completion"):
+        parse(["--method", "sppo", *FILES, *ROUNDS, "--rounds.pairs", "data_worst"])
+    with pytest.raises(ConfigError, match="'blender_score' reads a judge's logits or scores, and judge 'world' gives"):
+        parse(["--method", "sppo", "--rounds.count", "1", "--method.win_prob", "blender_score"])

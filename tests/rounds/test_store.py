@@ -1,0 +1,131 @@
+"""Stages on disk."""
+
+import json
+
+import datasets
+import pytest
+
+from prefopt.errors import RoundError
+from prefopt.rounds import store
+from prefopt.rounds.store import Stage
+
+KEYS = [["a", "b"], ["c"]]
+
+
+def rows(shard):
+    return [{"key": key, "value": float("nan") if key == "c" else 1.5} for key in KEYS[shard]]
+
+
+@pytest.fixture
+def said():
+    return []
+
+
+@pytest.fixture
+def stage(tmp_path, said):
+    return Stage(tmp_path / "round_01", "candidates", {"seed": 3, "policy": "abc"}, KEYS, said.append)
+
+
+def finish(stage):
+    assert not stage.begin()
+    for number in stage.missing():
+        stage.write(number, rows(number))
+    stage.finish({"kept": 3}, {})
+
+
+def test_stage_is_done_when_its_manifest_and_its_shards_agree(stage):
+    finish(stage)
+    assert stage.begin()
+    assert [row["key"] for row in stage.rows()] == ["a", "b", "c"]
+    assert store.finished(stage.folder, "candidates")
+
+
+def test_shards_are_read_by_datasets_and_hold_no_nan(stage, tmp_path):
+    finish(stage)
+    table = datasets.load_dataset("json", data_dir=str(stage.folder / "candidates"), cache_dir=str(tmp_path / "hf"))
+    assert table["train"]["value"][:] == [1.5, 1.5, None]
+    assert "NaN" not in stage.shard_path(1).read_text()
+
+
+def test_half_finished_stage_goes_on_at_its_first_missing_shard(stage):
+    stage.begin()
+    stage.write(1, rows(1))
+    assert not stage.begin()
+    assert stage.missing() == [0]
+
+
+def test_truncated_shard_of_an_unfinished_stage_is_made_again(stage, said):
+    stage.begin()
+    stage.write(0, rows(0))
+    text = stage.shard_path(0).read_text()
+    for cut, why in (
+        (text[:-5], "its last line is cut off"),
+        (text.splitlines()[0] + "\n", "holds 1 rows, not those of"),
+    ):
+        stage.shard_path(0).write_text(cut)
+        assert not stage.begin()
+        assert why in said.pop()
+        assert stage.missing() == [0, 1]
+
+
+def test_truncated_shard_of_a_finished_stage_is_made_again_and_must_be_what_it_was(stage, said):
+    finish(stage)
+    before = stage.hash()
+    stage.shard_path(0).write_text("")
+    assert not stage.begin()
+    assert "does not match its hash in the manifest; it is made again" in said.pop()
+    finish(stage)
+    assert stage.hash() == before
+    stage.shard_path(0).unlink()
+    stage.begin()
+    assert "is missing" in said.pop()
+    stage.write(0, [{"key": "a", "value": 2}, {"key": "b", "value": 2}])
+    with pytest.raises(RoundError, match="made again, it is not what it was"):
+        stage.finish({}, {})
+
+
+def test_manifest_that_was_edited_by_hand_is_refused(stage):
+    finish(stage)
+    path = stage.manifest_path
+    edited = json.loads(path.read_text())
+    edited["counts"]["kept"] = 4
+    for text in (json.dumps(edited), path.read_text()[:-20], "[]", "{}"):
+        path.write_text(text)
+        with pytest.raises(
+            RoundError, match=r"candidates\.json: does not match its own hash: it was edited or damaged"
+        ):
+            stage.begin()
+    path.unlink()
+    assert not stage.begin()
+    assert stage.missing() == []  # the shards were kept
+
+
+def test_stage_made_from_other_inputs_is_refused(stage):
+    finish(stage)
+    other = Stage(stage.folder, stage.name, {"seed": 3, "policy": "xyz"}, KEYS)
+    with pytest.raises(
+        RoundError, match=r"made from another policy \(abc -> xyz\); choose another --output, or delete"
+    ):
+        other.begin()
+
+
+def test_rows_of_other_prompts_are_refused(stage):
+    stage.begin()
+    with pytest.raises(RoundError, match="1 rows for 2 prompts"):
+        stage.write(0, rows(1))
+
+
+def test_disk_that_is_full_loses_no_finished_shard(stage, monkeypatch):
+    stage.begin()
+    stage.write(0, rows(0))
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(store.os, "fsync", full)
+    with pytest.raises(
+        RoundError, match=r"00001\.jsonl: cannot be written: No space left on device; all shards that were"
+    ):
+        stage.write(1, rows(1))
+    assert stage.missing() == [1]
+    assert not list(stage.folder.rglob("*.tmp"))
