@@ -13,7 +13,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -128,6 +128,7 @@ def _run_once(config: RunConfig, runtime: rt.Runtime, output: Path, evaluators: 
 
 def _run_rounds(config: RunConfig, runtime: rt.Runtime, output: Path, only: Stage | None = None) -> int:
     """All rounds in the processes of this run, or one stage of one of them."""
+    from prefopt.engine.trainer import finish_trackers, start_trackers
     from prefopt.rounds.setup import set_up
     from prefopt.rounds.work import Workers
 
@@ -143,6 +144,12 @@ def _run_rounds(config: RunConfig, runtime: rt.Runtime, output: Path, only: Stag
         finally:
             runtime.accelerator.free_memory()
 
+    def track(figures: Mapping[str, float], number: int) -> None:
+        if config.track.to:
+            start_trackers(runtime, config, output)
+            runtime.accelerator.log({f"rounds/{name}": value for name, value in figures.items()}, step=number)
+            finish_trackers(runtime)
+
     rounds, report = set_up(
         config,
         output,
@@ -151,6 +158,7 @@ def _run_rounds(config: RunConfig, runtime: rt.Runtime, output: Path, only: Stag
         train=train,
         stop=runtime.stop,
         say=say,
+        track=track,
         cache=cache_root(),
     )
     for line in report if only is None else ():

@@ -69,7 +69,7 @@ class Trainer:
         """Train to the end. Returns 0 when finished, 75 when a signal asked to save and leave."""
         self.prepare()
         start = self._restore()
-        self._start_trackers()
+        start_trackers(self.runtime, self.config, self.output)
         try:
             self._loop(start)
         except _Interrupted:
@@ -400,21 +400,6 @@ class Trainer:
         if self.config.track.to:
             self.runtime.accelerator.log(values, step=int(line["step"]))
 
-    def _start_trackers(self) -> None:
-        track = self.config.track
-        if not track.to:
-            return
-        path = str(self.output.resolve())
-        run_id = hashlib.sha256(path.encode()).hexdigest()[:16]  # the same when the run is continued, no other run's
-        wandb = {"name": self.output.name, "id": run_id, "resume": "allow", "dir": path, "mode": track.wandb_mode}
-        kwargs = {"wandb": wandb}
-        flat = json.loads(json.dumps(self.config.to_dict(), default=str))
-        if any(tracker != "wandb" for tracker in track.to):
-            flat = {k: str(v) for k, v in flat.items()}  # tensorboard takes plain values only
-        self.runtime.accelerator.init_trackers(
-            track.project, config=flat, init_kwargs={k: v for k, v in kwargs.items() if k in track.to}
-        )
-
     # Saving -----------------------------------------------------------------------------------------------------------
 
     @property
@@ -483,9 +468,36 @@ class Trainer:
             checkpoint.export(self.output / "model", self._write_model)
 
         self.runtime.on_main(write)
-        for tracker in self.runtime.accelerator.trackers:  # its end_training would part the processes, which may go on
-            tracker.finish()
-        self.runtime.accelerator.trackers = []
+        finish_trackers(self.runtime)
+
+
+# Trackers -------------------------------------------------------------------------------------------------------------
+
+
+def start_trackers(runtime: Runtime, config: RunConfig, output: Path) -> None:
+    """Open the trackers that the settings name for the run of this folder; a continued run goes on in its own."""
+    track = config.track
+    if not track.to:
+        return
+    path = str(output.resolve())
+    run_id = hashlib.sha256(path.encode()).hexdigest()[:16]  # the same when the run is continued, no other run's
+    in_round = output.parent.name.startswith("round_")
+    name = f"{output.parent.parent.name}-{output.parent.name}" if in_round else output.name
+    wandb = {"name": name, "id": run_id, "resume": "allow", "dir": path, "mode": track.wandb_mode}
+    kwargs = {"wandb": wandb}
+    flat = json.loads(json.dumps(config.to_dict(), default=str))
+    if any(tracker != "wandb" for tracker in track.to):
+        flat = {k: str(v) for k, v in flat.items()}  # tensorboard takes plain values only
+    runtime.accelerator.init_trackers(
+        track.project, config=flat, init_kwargs={k: v for k, v in kwargs.items() if k in track.to}
+    )
+
+
+def finish_trackers(runtime: Runtime) -> None:
+    """Close them. accelerate's own way would part the processes, which may go on to another round."""
+    for tracker in runtime.accelerator.trackers:
+        tracker.finish()
+    runtime.accelerator.trackers = []
 
 
 # Pure pieces ----------------------------------------------------------------------------------------------------------

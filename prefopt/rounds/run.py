@@ -54,6 +54,7 @@ class Rounds:
         device: where models run.
         train: trains one round: (its config, its evaluators) -> exit status.
         stop: told when there is nothing to save but files.
+        track: gives the figures of a round to the trackers: (figures, round).
         world_judge: of the testbed.
         evaluators: functions of a policy, such as a testbed's exact figures.
         say: prints a line on the first process.
@@ -71,6 +72,7 @@ class Rounds:
     train: Callable[[RunConfig], int]
     stop: Stop
     say: Callable[[str], None]
+    track: Callable[[Mapping[str, float], int], None]
     world_judge: Judge | None = None
     evaluators: Sequence[Callable[[Any], Mapping[str, float]]] = field(default_factory=tuple)
     _loaded: tuple[int, Any] | None = None  # a policy, by the number of its round
@@ -369,6 +371,7 @@ class Rounds:
         if manifest is None or manifest["inputs"] != inputs:
             figures = self._figures(number)
             store.write_manifest(path, {"stage": "evaluate", "inputs": inputs, "figures": figures.to_dict()})
+            self.track(figures.metrics(), number)
         self._report(number)
 
     def _compared(self, number: int) -> dict[str, int]:

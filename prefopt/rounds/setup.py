@@ -44,6 +44,7 @@ def set_up(
     train: Callable[[RunConfig, Sequence[Callable[[Any], Mapping[str, float]]]], int],
     stop: Stop,
     say: Callable[[str], None],
+    track: Callable[[Mapping[str, float], int], None],
     cache: Path,
 ) -> tuple[Rounds, list[str]]:
     """The rounds, and what to say of the prompts.
@@ -73,6 +74,7 @@ def set_up(
         train=lambda settings: train(settings, asked.evaluators),
         stop=stop,
         say=say,
+        track=track,
         world_judge=asked.judge,
         evaluators=asked.evaluators,
     )
