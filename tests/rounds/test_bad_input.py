@@ -95,7 +95,8 @@ def test_candidates_that_are_all_equal_to_the_judge_leave_no_pairs_and_say_so(ru
 
 def test_candidates_that_are_the_same_text_are_no_pair(run, tmp_path):
     line = line_of(run(**judged_by("short"), generate__temperature=0))
-    assert "none of 16 prompts gave a pair (16 all scores equal" in line
+    assert "none of 16 prompts gave a pair (" in line
+    assert "all scores equal" in line
 
 
 def test_nan_of_a_judge_is_counted_and_never_chosen(run, tmp_path):
@@ -104,8 +105,8 @@ def test_nan_of_a_judge_is_counted_and_never_chosen(run, tmp_path):
     counts = read_manifest(tmp_path / "run/round_01/pairs.json")["counts"]
     table = read_rows(tmp_path / "run/round_01/candidates.jsonl")
     unknown = [row for row in table if row["score"] is None]
-    assert counts["judge_problems"]["nan"] == len([row for row in unknown if len(row["text"]) % 2])
-    assert unknown
+    assert counts["judge_problems"]["nan"] + sum(counts["not_judged"].values()) == len(unknown)
+    assert counts["judge_problems"]["nan"] > 0
     assert {row["role"] for row in unknown} == {""}
     assert f"judge: {counts['judge_problems']['nan']} nan" in ended.out
 
