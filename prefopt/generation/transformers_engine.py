@@ -21,7 +21,7 @@ from torch import nn
 from prefopt.engine import adapters
 from prefopt.engine.runtime import versions
 from prefopt.errors import RoundError
-from prefopt.generation.base import Capabilities, Sampling
+from prefopt.generation.base import Capabilities, Sampling, limits
 from prefopt.generation.ends import Ends, terminators
 from prefopt.generation.sampling import choose, uniforms
 from prefopt.types import Completion
@@ -108,7 +108,7 @@ class TransformersEngine:
 
         Raises: RoundError for a prompt that leaves no position, or logits that are not finite.
         """
-        self._check(prompts)
+        room = limits(prompts, self._context, sampling.max_tokens)
         ends = Ends(self.tokenizer, self._ends, sampling.stop)
         # the longest first: neighbours have like lengths, and a batch too large for memory is the first one
         order = sorted(range(len(prompts)), key=lambda p: -len(prompts[p]))
@@ -120,7 +120,9 @@ class TransformersEngine:
                 if waiting and (batch is None or (self.continuous and len(batch.rows) < self.batch)):
                     free = self.batch - (len(batch.rows) if batch else 0)
                     taken = [waiting.popleft() for _ in range(min(free, len(waiting)))]
-                    batch = self._admit(batch, [self._row(p, i, prompts, sampling, seeds) for p, i in taken], prompts)
+                    points = [uniforms(seeds[p] + i, room[p] if sampling.temperature else 0) for p, i in taken]
+                    rows = [_Row(p, i, room[p], drawn) for (p, i), drawn in zip(taken, points, strict=True)]
+                    batch = self._admit(batch, rows, prompts)
                 assert batch is not None
                 self._draw(batch, sampling, ends)
                 ended = [row for row in batch.rows if row.ended]
@@ -155,22 +157,6 @@ class TransformersEngine:
 
     def close(self) -> None:
         """Nothing is held but the model, which is the caller's."""
-
-    def _check(self, prompts: Sequence[Sequence[int]]) -> None:
-        longest = max(map(len, prompts), default=0)
-        if self._context is not None and longest >= self._context:
-            number = sum(len(prompt) >= self._context for prompt in prompts)
-            raise RoundError(
-                f"generate: {number} of {len(prompts)} prompts fill the model's {self._context} positions (the longest "
-                f"has {longest} tokens), expected room for an answer (shorten them: --data.max_length)"
-            )
-        if not all(len(prompt) for prompt in prompts):
-            raise RoundError("generate: found a prompt without a token, expected at least one (BOS)")
-
-    def _row(self, p: int, i: int, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int]) -> _Row:
-        room = sampling.max_tokens if self._context is None else self._context - len(prompts[p])
-        limit = min(sampling.max_tokens, room)
-        return _Row(p, i, limit, uniforms(seeds[p] + i, limit if sampling.temperature else 0))
 
     @contextlib.contextmanager
     def _sampling_mode(self) -> Iterator[None]:

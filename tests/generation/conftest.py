@@ -11,7 +11,9 @@ def policy(tmp_path_factory):
     """A tiny policy whose answers differ in length, in memory and in a folder, and prompts of one to thirty tokens."""
     lines = [f"the {word} answer to question {i} is yes" for i, word in enumerate(["red", "green", "blue", "amber"])]
     tokenizer = byte_bpe_tokenizer(lines * 3, 300, chat_template=CHATML)
-    lm = tiny_llama(len(tokenizer), hidden=32, layers=2, seed=3, initializer_range=0.3)
+    lm = tiny_llama(
+        len(tokenizer), hidden=64, seed=3, initializer_range=0.2, num_attention_heads=2, num_key_value_heads=1
+    )  # heads of 32, the smallest that vLLM has a kernel for
     lm.lm_head.weight.data[tokenizer.eos_token_id] *= 3  # likely here, unlikely there
     folder = tmp_path_factory.mktemp("policy") / "model"
     lm.save_pretrained(folder)
