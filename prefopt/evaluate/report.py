@@ -313,13 +313,15 @@ def rounds_plot(path: Path | str, figures: Sequence[RoundFigures]) -> None:
             if points:
                 x, mean, low, high = (np.array(column) for column in zip(*points, strict=True))
                 axes.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0, zorder=2)
+                axes.vlines(x, low, high, color=colour, alpha=0.45, linewidth=1.1, zorder=2)
                 axes.plot(x, mean, "o-", color=colour, linewidth=1.4, markersize=4, zorder=3)
                 ends[label] = (colour, mean[-1])
         if title.startswith("win rate"):  # one scale, so that the two compare
             axes.axhline(0.5, color=GREY, linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
             axes.set_ylim(max(0.5 - reach, -0.03), min(0.5 + reach, 1.03))
         if title.startswith(("KL", "tokens", "distinct")):
-            axes.set_ylim(bottom=0)
+            top = max(point[3] for points in lines.values() for point in points)
+            axes.set_ylim(0, 1.08 * top if top > 0 else 1)
         axes.set_xlim(-0.15, last + 0.15)
         axes.set_title(title, size=9.5, color=INK, loc="left")
         axes.tick_params(labelsize=8, colors=INK)
