@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 _POLICY = "default"  # peft's own name for an only adapter: it is saved at the top of a folder
 _SNAPSHOT = "reference"
 _CONFIG = "adapter_config.json"
-_CLASSIFIER = "SEQ_CLS"  # peft's name of a classifier's task
+CLASSIFIER = "SEQ_CLS"  # peft's name of a classifier's task
 # Ways of starting an adapter that leave the base weights as they are; the others move part of them into the adapter.
 _STARTS = (True, False, "gaussian", "orthogonal", "eva")
 
@@ -168,7 +168,7 @@ def check(config: RunConfig, start: Weights, architecture: PretrainedConfig) -> 
     scores = config.method.needs.output == "scores"
     if start.adapter is None and scores:
         models.check_scorer(architecture, start.base)
-    if start.adapter is not None and (start.adapter.task_type == _CLASSIFIER) != scores:
+    if start.adapter is not None and (start.adapter.task_type == CLASSIFIER) != scores:
         kind, wanted = ("language model", "classifier") if scores else ("classifier", "language model")
         raise ConfigError(
             f"model.path: '{start.path}' is an adapter of a {kind}, and method '{config.method_name}' trains a "
@@ -290,9 +290,10 @@ def load_policy(
 
 def load_frozen(weights: Weights, settings: ModelConfig, key: str) -> PreTrainedModel:
     """A model to compare with; its adapter, if it has one, stays beside the base weights, where it is exact."""
-    lm = models.load_model(weights.base, weights.base_settings(settings), key)
     if weights.adapter is None:
-        return lm
+        return models.load_model(weights.base, weights.base_settings(settings), key)
+    load = models.load_scorer if weights.adapter.task_type == CLASSIFIER else models.load_model
+    lm = load(weights.base, weights.base_settings(settings), key)
     return _attach(lm, dataclasses.replace(weights.adapter, lora_dropout=0.0), weights.path, settings, key)
 
 
@@ -303,7 +304,7 @@ def _settings(lora: LoraConfig, lm: PreTrainedModel, revision: str | None) -> An
     head = _head(lm)
     all_linear = {name.rpartition(".")[2] for name, m in lm.named_modules() if _linear(m) and m is not head}
     return peft.LoraConfig(
-        task_type=_CLASSIFIER if hasattr(lm, "score") else "CAUSAL_LM",
+        task_type=CLASSIFIER if hasattr(lm, "score") else "CAUSAL_LM",
         r=lora.r,
         lora_alpha=2 * lora.r if lora.alpha is None else lora.alpha,
         use_rslora=bool(lora.use_rslora),

@@ -66,7 +66,9 @@ def load_config(path: str, settings: ModelConfig, key: str = "model.path") -> Pr
         raise refuse(key, path, error) from error
 
 
-def load_tokenizer(path: str, settings: ModelConfig, chat_template: str | None = None) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    path: str, settings: ModelConfig, chat_template: str | None = None, key: str = "model.path"
+) -> PreTrainedTokenizerBase:
     """The tokenizer beside a model, with another chat template if one is named."""
     from transformers import AutoTokenizer
 
@@ -75,7 +77,7 @@ def load_tokenizer(path: str, settings: ModelConfig, chat_template: str | None =
             path, revision=settings.revision, trust_remote_code=settings.trust_remote_code
         )
     except Exception as error:
-        raise refuse("model.path", path, error, "a tokenizer") from error
+        raise refuse(key, path, error, "a tokenizer") from error
     if chat_template is not None:
         try:
             tokenizer.chat_template = Path(chat_template).read_text()
@@ -91,30 +93,46 @@ def load_model(path: str, settings: ModelConfig, key: str = "model.path") -> Pre
     """
     from transformers import AutoModelForCausalLM
 
-    return _load(AutoModelForCausalLM, path, settings, key)[0]
+    return _load(AutoModelForCausalLM, path, settings, key, attn_implementation=settings.attention)[0]
 
 
-def load_scorer(path: str, settings: ModelConfig, key: str = "model.path", new_head: bool = True) -> PreTrainedModel:
+def load_scorer(path: str, settings: ModelConfig, key: str = "model.path") -> PreTrainedModel:
     """The classifier with one logit at `path`, like `load_model`; its head is new where `path` is a language model.
 
     A new head is drawn from torch's generator. No padding is known to it: it reads each sequence to its last token.
 
-    Args: new_head: whether it may be new.
     Raises: TrainError naming `key` for what is no such classifier, and cannot become one.
     """
     from transformers import AutoModelForSequenceClassification
 
     check_scorer(load_config(path, settings, key), path, key)
-    model, missing = _load(AutoModelForSequenceClassification, path, settings, key, num_labels=1)
+    more = {"attn_implementation": settings.attention, "num_labels": 1}
+    model, missing = _load(AutoModelForSequenceClassification, path, settings, key, **more)
     check_head(model, key)
-    others = [name for name in missing if not name.startswith("score.")]
-    if others or (missing and not new_head):
-        raise TrainError(f"{key}: '{path}' has no weights for {(others or missing)[0]}, expected a trained classifier")
+    _refuse_missing([name for name in missing if not name.startswith("score.")], path, key)
     text: Any = model.config.get_text_config()
     text.pad_token_id = None
     embedding: Any = model.get_input_embeddings()
     embedding.padding_idx = None  # EOS may pad, and is a token like any other here
     return model
+
+
+def load_classifier(path: str, settings: ModelConfig, key: str, kind: Any = None) -> PreTrainedModel:
+    """A trained classifier as it was saved, whatever its architecture: to be asked, not to be trained.
+
+    Args: kind: its class, where transformers has none.
+    Raises: TrainError naming `key` when it cannot be loaded, or a part of it is missing.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    model, missing = _load(kind or AutoModelForSequenceClassification, path, settings, key)
+    _refuse_missing(missing, path, key)
+    return model
+
+
+def _refuse_missing(missing: Sequence[str], path: str, key: str) -> None:
+    if missing:
+        raise TrainError(f"{key}: '{path}' has no weights for {missing[0]}, expected a trained classifier")
 
 
 def check_scorer(config: PretrainedConfig, path: str, key: str = "model.path") -> None:
@@ -151,7 +169,6 @@ def _load(kind: Any, path: str, settings: ModelConfig, key: str, **more: Any) ->
                 revision=settings.revision,
                 trust_remote_code=settings.trust_remote_code,
                 dtype=getattr(torch, settings.dtype),
-                attn_implementation=settings.attention,
                 output_loading_info=True,
                 **more,
             )

@@ -42,6 +42,10 @@ def check_server(url: str | None, group: str) -> None:
         )
 
 
+class TimedOut(RoundError):
+    """A request whose last attempt took too long, where others may not."""
+
+
 class Server:
     """A server and the patience one has with it.
 
@@ -74,12 +78,12 @@ class Server:
     def ask(self, request: Callable[[openai.OpenAI], _Result]) -> _Result:
         """The answer to a request.
 
-        Raises: RoundError when the server refuses it, or has failed on every attempt.
+        Raises: RoundError when the server refuses it, or has failed on every attempt; TimedOut if the last was late.
         """
         import openai
 
         for attempt in range(self._retries + 1):
-            pause = min(_LONGEST_PAUSE, 0.5 * 2**attempt) * self._chance.uniform(0.5, 1)
+            pause, failure = min(_LONGEST_PAUSE, 0.5 * 2**attempt) * self._chance.uniform(0.5, 1), RoundError
             try:
                 return request(self._client)
             except openai.APIStatusError as error:
@@ -93,6 +97,7 @@ class Server:
                     ) from None
                 pause = max(pause, asked)
             except openai.APITimeoutError:
+                failure = TimedOut
                 found = f"no answer within {self._timeout:g} s"
             except openai.APIConnectionError as error:
                 found = _reason(error)
@@ -102,7 +107,7 @@ class Server:
                 break
             if attempt < self._retries:
                 self._given_up.wait(pause)
-        raise RoundError(
+        raise failure(
             f"{self.group}.url: {self.url} does not answer after {attempt + 1} attempts ({found}), expected a running "
             "server; what is done is kept: start it and run the same command again"
         )

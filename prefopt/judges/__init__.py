@@ -1,1 +1,125 @@
 """Judges, behind one interface; `make` opens the one that the settings name. A judge never sees a thought."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prefopt.config import JudgeConfig
+from prefopt.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+    from prefopt.generation.base import Engine
+    from prefopt.judges.base import Judge
+
+# Settings that only some kinds read; for any other they must stand as they are.
+_READ_BY = {
+    "path": ("reward_model", "pairwise", "function", "llm"),
+    "max_length": ("reward_model", "pairwise"),
+    "trust_remote_code": ("reward_model", "pairwise"),
+    "template": ("llm",),
+    "mode": ("llm",),
+    "scale": ("llm",),
+    "url": ("llm",),
+    "model": ("llm",),
+}
+
+
+def check(settings: JudgeConfig) -> None:
+    """Refuse what can be seen to be wrong before any model is loaded.
+
+    Raises: ConfigError or TrainError naming the setting.
+    """
+    kind = settings.kind
+    for name, readers in _READ_BY.items():
+        given = getattr(settings, name)
+        if kind not in readers and given != getattr(JudgeConfig(), name):
+            raise ConfigError(
+                f"judge.{name}: found {given!r}, which judge '{kind}' does not read; it belongs to {', '.join(readers)}"
+            )
+    if kind in ("reward_model", "pairwise"):
+        from prefopt.engine.runtime import check_path
+
+        if settings.path is None:
+            raise ConfigError("judge.path: found none, expected the folder or hub id of a classifier with one logit")
+        if settings.max_length is not None and settings.max_length < 2:
+            raise ConfigError(f"judge.max_length: found {settings.max_length}, expected at least 2")
+        check_path("judge.path", settings.path)
+    elif kind == "function":
+        from prefopt.judges.function import find
+
+        if settings.path is None:
+            raise ConfigError("judge.path: found none, expected module:function")
+        find(settings.path)
+    elif kind == "llm":
+        from prefopt.judges import llm
+
+        llm.check(settings)
+
+
+def make(
+    settings: JudgeConfig,
+    *,
+    device: torch.device,
+    policy: Callable[[], tuple[Engine, Any]] | None = None,
+    world: Judge | None = None,
+    cache: Path | None = None,
+) -> Judge:
+    """The judge that the settings name.
+
+    Args:
+        device: where a classifier is to be.
+        policy: gives the policy as an engine, and its tokenizer, where the judge is the policy itself.
+        world: the testbed's own judge.
+        cache: folder in which a server's answers are kept; None: one in the cache of the user.
+
+    Raises: ConfigError, DataError or TrainError when it cannot be opened; RoundError when a server does not answer.
+    """
+    check(settings)
+    if settings.kind == "length":
+        from prefopt.judges.length import LengthJudge
+
+        return LengthJudge()
+    if settings.kind == "function":
+        from prefopt.judges.function import FunctionJudge
+
+        assert settings.path is not None
+        return FunctionJudge(settings.path, settings.timeout)
+    if settings.kind in ("reward_model", "pairwise"):
+        return _classifier(settings, device)
+    if settings.kind == "llm":
+        from prefopt.judges import llm
+
+        return llm.make(settings, policy, cache)
+    if settings.kind == "world" and world is not None:
+        return world
+    raise ConfigError(f"judge.kind: found {settings.kind!r}, which judges nothing here")
+
+
+def _classifier(settings: JudgeConfig, device: torch.device) -> Judge:
+    from prefopt.judges.reward_model import Classifier, RewardModelJudge
+
+    assert settings.path is not None
+    opening: dict[str, Any] = {
+        "device": device,
+        "max_length": settings.max_length,
+        "batch": settings.batch,
+        "trust_remote_code": settings.trust_remote_code,
+    }
+    if settings.kind == "reward_model":
+        return RewardModelJudge(Classifier(settings.path, **opening))
+    from prefopt.data.comparison import BothOrders
+    from prefopt.judges import pairrm
+    from prefopt.judges.pairwise import PairwiseJudge, encode_both
+
+    classifier = Classifier(
+        settings.path, **opening, kind=lambda config: pairrm.PairRM if pairrm.is_pairrm(config) else None
+    )
+    if pairrm.is_pairrm(classifier.config):
+        encode = pairrm.encode(classifier.tokenizer, classifier.config, classifier.max_length)
+    else:
+        encode = encode_both(BothOrders(classifier.tokenizer, classifier.max_length))
+    return PairwiseJudge(classifier, encode)

@@ -108,11 +108,6 @@ def test_model_when_it_is_no_classifier_with_one_logit_then_it_is_refused_before
         opened(settings(places / place, **lora))
 
 
-def test_classifier_when_a_head_is_needed_and_there_is_none_then_it_is_refused(places):
-    with pytest.raises(TrainError, match=r"^judge.path: '.*lm' has no weights for score.weight, expected a trained"):
-        models.load_scorer(str(places / "lm"), ModelConfig(), "judge.path", new_head=False)
-
-
 def test_adapter_when_it_is_of_the_other_kind_then_it_is_refused(places, tmp_path):
     language = next(m for m in methods().values() if m.needs.output == "token_stats")
     for mine, other in ((METHOD, language), (language, METHOD)):

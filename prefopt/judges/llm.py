@@ -1,0 +1,320 @@
+"""A language model as judge: a server with OpenAI's interface, or the policy itself, which then rewards itself.
+
+It is asked in plain words, from a template, and its answer is read for a verdict (`[[A]]`, `[[B]]` or `[[C]]`) or a
+number (`[[7]]`). What a server has answered is kept on disk, so nothing is asked twice.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from prefopt.config import JudgeConfig
+from prefopt.data.comparison import plain_text
+from prefopt.data.encode import Encoder
+from prefopt.errors import ConfigError, RoundError, did_you_mean
+from prefopt.generation.base import Sampling
+from prefopt.generation.server import Server, TimedOut, check_server
+from prefopt.testbed.cache import cache_root
+from prefopt.types import Judgement, Question
+
+if TYPE_CHECKING:
+    from prefopt.generation.base import Engine
+
+POLICY = "policy"
+_TEMPLATES = Path(__file__).parent / "templates"
+_MARK = re.compile(r"\{([a-z_]+)\}")
+_REQUIRED = {"pairwise": {"prompt", "response_a", "response_b"}, "score": {"prompt", "response"}}
+_ALLOWED = {"pairwise": _REQUIRED["pairwise"], "score": _REQUIRED["score"] | {"low", "high"}}
+_BRACKETS = re.compile(r"\[\[\s*([^\[\]]+?)\s*\]\]")
+_VALUE = {"A": 1.0, "B": 0.0, "C": 0.5}  # of the response that stands first
+_SEEDS = 2**31
+
+
+def check(settings: JudgeConfig) -> None:
+    """Refuse settings that cannot work. Raises: ConfigError."""
+    if len(settings.scale) != 2 or not settings.scale[0] < settings.scale[1] < math.inf:
+        found = ", ".join(f"{number:g}" for number in settings.scale)
+        raise ConfigError(f"judge.scale: found {found or 'nothing'}, expected the lowest and the highest score: 1,10")
+    read_template(settings)
+    if settings.path is None:
+        check_server(settings.url, "judge")
+    elif settings.path != POLICY:
+        raise ConfigError(
+            f"judge.path: found '{settings.path}', expected '{POLICY}' or none: another language model is asked "
+            "through a server (--judge.url)"
+        )
+    elif settings.url is not None or settings.model is not None:
+        raise ConfigError("judge.url: given with judge.path policy, which is asked without a server; name one of them")
+
+
+def read_template(settings: JudgeConfig) -> str:
+    """The text of the question. Raises: ConfigError for a file that cannot be read, or marks that are missing or odd."""
+    path = Path(settings.template) if settings.template else _TEMPLATES / f"{settings.mode}.txt"
+    try:
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "is not text"
+        raise ConfigError(f"judge.template: '{path}': {reason}") from error
+    found, allowed = set(_MARK.findall(text)), _ALLOWED[settings.mode]
+    missing, odd = sorted(_REQUIRED[settings.mode] - found), sorted(found - allowed)
+    names = ", ".join(f"{{{name}}}" for name in sorted(allowed))
+    if missing or odd:
+        what = f"has no {{{missing[0]}}}" if missing else f"has {{{odd[0]}}}{did_you_mean(odd[0], allowed)}"
+        raise ConfigError(f"judge.template: '{path}' {what}, expected {names} in mode {settings.mode}")
+    return text
+
+
+def filled(template: str, **texts: str) -> str:
+    """The template with its marks replaced; what stands in the texts is left as it is."""
+    return _MARK.sub(lambda mark: texts[mark[1]], template)
+
+
+def verdict_of(answer: str) -> float | None:
+    """1 if the first response is better, 0 if the second one is, 1/2 for a tie; None without one and only verdict."""
+    found = {text.upper() for text in _BRACKETS.findall(answer)} & _VALUE.keys()
+    return _VALUE[found.pop()] if len(found) == 1 else None
+
+
+def score_of(answer: str, scale: Sequence[float]) -> float | None:
+    """The number in the answer, if there is exactly one in brackets and it lies on the scale."""
+    found = set()
+    for text in _BRACKETS.findall(answer):
+        try:
+            found.add(float(text))
+        except ValueError:
+            continue
+    score = found.pop() if len(found) == 1 else math.nan
+    return score if scale[0] <= score <= scale[1] else None
+
+
+class Asked(Protocol):
+    """Whom the questions are put to."""
+
+    def answers(self, texts: Sequence[str]) -> list[str | None]:
+        """The answer to each text, None where it was too long in coming. Raises: RoundError when there are none."""
+
+    def describe(self) -> dict[str, Any]:
+        """What decides its answers."""
+
+    def close(self) -> None:
+        """Free what it holds."""
+
+
+class LLMJudge:
+    """Asks a language model for verdicts on two responses, each two in both orders, or for a score of each.
+
+    A verdict for the same place in both orders is a `contradiction`, and a tie. Without a verdict in both orders, or
+    without a score on the scale, nothing is known: that is NaN, and an answer is `unparsed` or a `timeout`.
+
+    Args:
+        settings: mode, template and scale.
+        asked: the model.
+    """
+
+    def __init__(self, settings: JudgeConfig, asked: Asked) -> None:
+        self.mode, self.scale, self.asked = settings.mode, settings.scale, asked
+        self.template = read_template(settings)
+
+    def judge(self, questions: Sequence[Question]) -> list[Judgement]:
+        """See `Judge`."""
+        return self._scores(questions) if self.mode == "score" else self._verdicts(questions)
+
+    def _ask(self, texts: Sequence[str]) -> list[str | None]:
+        """The answer to each, each text asked once."""
+        distinct = list(dict.fromkeys(texts))
+        answers = dict(zip(distinct, self.asked.answers(distinct), strict=True)) if distinct else {}
+        return [answers[text] for text in texts]
+
+    def _scores(self, questions: Sequence[Question]) -> list[Judgement]:
+        low, high = (f"{number:g}" for number in self.scale)
+        texts = [
+            filled(self.template, prompt=plain_text(q.prompt), response=response.text, low=low, high=high)
+            for q in questions
+            for response in q.responses
+        ]
+        said = iter(self._ask(texts))
+        out = []
+        for question in questions:
+            problems: Counter[str] = Counter()
+            scores = []
+            for _ in question.responses:
+                answer = next(said)
+                score = None if answer is None else score_of(answer, self.scale)
+                if score is None:
+                    problems["timeout" if answer is None else "unparsed"] += 1
+                scores.append(math.nan if score is None else score)
+            out.append(Judgement(scores=tuple(scores), problems=dict(problems)))
+        return out
+
+    def _verdicts(self, questions: Sequence[Question]) -> list[Judgement]:
+        def text(question: Question, first: int, second: int) -> str:
+            return filled(
+                self.template,
+                prompt=plain_text(question.prompt),
+                response_a=question.responses[first].text,
+                response_b=question.responses[second].text,
+            )
+
+        places = [
+            (n, i, j)
+            for n, question in enumerate(questions)
+            for i, j in combinations(range(len(question.responses)), 2)
+            if question.responses[i].text != question.responses[j].text  # else neither is better
+        ]
+        said = self._ask([text(questions[n], *order) for n, i, j in places for order in ((i, j), (j, i))])
+        tables = [[[0.5] * len(q.responses) for _ in q.responses] for q in questions]
+        problems: list[Counter[str]] = [Counter() for _ in questions]
+        for (n, i, j), answers in zip(places, zip(said[::2], said[1::2], strict=True), strict=True):
+            first, second = (None if answer is None else verdict_of(answer) for answer in answers)
+            for answer, verdict in zip(answers, (first, second), strict=True):
+                if verdict is None:
+                    problems[n]["timeout" if answer is None else "unparsed"] += 1
+            if first is None or second is None:
+                won = math.nan
+            else:
+                won = (first + 1 - second) / 2
+                problems[n]["contradiction"] += first == second != 0.5
+            tables[n][i][j], tables[n][j][i] = won, 1 - won
+        return [
+            Judgement(probs=tuple(map(tuple, table)), problems={name: n for name, n in counts.items() if n})
+            for table, counts in zip(tables, problems, strict=True)
+        ]
+
+    def describe(self) -> dict[str, Any]:
+        """See `Judge`."""
+        digest = hashlib.sha256(self.template.encode()).hexdigest()[:16]
+        scale = {"scale": list(self.scale)} if self.mode == "score" else {}
+        return {"kind": "llm", "mode": self.mode, "template": digest, **scale, **self.asked.describe()}
+
+    def close(self) -> None:
+        """Free what answers."""
+        self.asked.close()
+
+
+class Chat:
+    """A model on a server, whose answers are kept by model, sampling and messages.
+
+    Args:
+        settings: the server's address, and how it samples.
+        cache: the folder for its answers.
+
+    Raises: RoundError when the server cannot be reached, or serves no such model.
+    """
+
+    def __init__(self, settings: JudgeConfig, cache: Path) -> None:
+        assert settings.url is not None
+        self.server = Server(
+            settings.url,
+            group="judge",
+            api_key_env=settings.api_key_env,
+            concurrency=settings.concurrency,
+            retries=settings.retries,
+            timeout=settings.timeout,
+        )
+        self.model = settings.model or self._only_model()
+        self.sampling = {"temperature": settings.temperature, "max_tokens": settings.max_tokens, "seed": 0}
+        self.cache = cache
+
+    def _only_model(self) -> str:
+        served = [str(model.id) for model in self.server.models()]
+        if len(served) != 1:
+            raise RoundError(
+                f"judge.model: found none, and {self.server.url} serves {', '.join(served) or 'nothing'}; name one"
+            )
+        return served[0]
+
+    def answers(self, texts: Sequence[str]) -> list[str | None]:
+        """See `Asked`. What was answered before an error is kept."""
+        answers = self.server.map(self._answer, texts)
+        if texts and all(answer is None for answer in answers):
+            raise RoundError(
+                f"judge.timeout: {self.server.url} has answered none of {len(texts)} questions in time, expected a "
+                "server that does (or a longer judge.timeout)"
+            )
+        return answers
+
+    def _answer(self, text: str) -> str | None:
+        messages: Any = [{"role": "user", "content": text}]
+        key = json.dumps([self.model, self.sampling, messages], sort_keys=True)
+        name = hashlib.sha256(key.encode()).hexdigest()
+        file = self.cache / name[:2] / f"{name}.json"
+        kept = _kept(file)
+        if kept is not None:
+            return kept
+        settings: Any = self.sampling
+        try:
+            said = self.server.ask(
+                lambda client: client.chat.completions.create(model=self.model, messages=messages, **settings)
+            )
+        except TimedOut:
+            return None
+        choices = getattr(said, "choices", None)
+        if not choices:
+            raise RoundError(f"judge.url: {self.server.url} gave an answer without a choice, expected one")
+        answer = choices[0].message.content or ""
+        file.parent.mkdir(parents=True, exist_ok=True)
+        scratch = file.with_name(f".{name}.{os.getpid()}.tmp")
+        scratch.write_text(json.dumps({"model": self.model, "messages": messages, "answer": answer}))
+        scratch.replace(file)
+        return answer
+
+    def describe(self) -> dict[str, Any]:
+        """Model and sampling; the server may move."""
+        return {"model": self.model, **self.sampling}
+
+    def close(self) -> None:
+        """Let the connections go."""
+        self.server.close()
+
+
+def _kept(file: Path) -> str | None:
+    try:
+        answer = json.loads(file.read_text())["answer"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # not asked before, or damaged
+    return answer if isinstance(answer, str) else None
+
+
+class Policy:
+    """A policy that is asked through its own chat template, or in plain text where it has none.
+
+    Args: engine, tokenizer: of the policy. settings: how it samples.
+    """
+
+    def __init__(self, engine: Engine, tokenizer: Any, settings: JudgeConfig) -> None:
+        self.engine, self.tokenizer = engine, tokenizer
+        self.sampling = Sampling(n=1, temperature=settings.temperature, max_tokens=settings.max_tokens)
+        self.encoder = Encoder(tokenizer, _SEEDS)
+
+    def answers(self, texts: Sequence[str]) -> list[str | None]:
+        """See `Asked`. The seed of an answer depends on its question alone."""
+        chat = getattr(self.tokenizer, "chat_template", None)
+        prompts = [self.encoder.prompt([{"role": "user", "content": text}] if chat else text) for text in texts]
+        seeds = [int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") % _SEEDS for text in texts]
+        return [completions[0].text for completions in self.engine.generate(prompts, self.sampling, seeds)]
+
+    def describe(self) -> dict[str, Any]:
+        """See `Asked`. Which weights the policy has is the round's to say."""
+        sampling = {"temperature": self.sampling.temperature, "max_tokens": self.sampling.max_tokens}
+        return {"model": POLICY, **sampling, "engine": self.engine.describe()}
+
+    def close(self) -> None:
+        """Free the engine."""
+        self.engine.close()
+
+
+def make(settings: JudgeConfig, policy: Callable[[], tuple[Engine, Any]] | None, cache: Path | None = None) -> LLMJudge:
+    """The judge of these settings. Args: as in `prefopt.judges.make`."""
+    if settings.path != POLICY:
+        return LLMJudge(settings, Chat(settings, cache or cache_root() / "judge"))
+    assert policy is not None, "a policy that judges itself must be given"
+    return LLMJudge(settings, Policy(*policy(), settings))

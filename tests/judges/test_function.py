@@ -1,0 +1,90 @@
+"""A Python function as judge: what it is called with, and everything that it can do wrong."""
+
+import math
+
+import pytest
+
+from prefopt import judges
+from prefopt.config import JudgeConfig
+from prefopt.errors import ConfigError, RoundError
+from prefopt.judges.function import FunctionJudge
+from tests.judges import rewards
+from tests.judges.conftest import question
+
+HERE = "tests.judges.rewards:"
+ASKED = [question("6", "7", answer="7", key="one"), question("5", "8", "9", answer="9", key="two")]
+
+
+def judge(name, timeout=10.0):
+    return FunctionJudge(HERE + name, timeout)
+
+
+def test_function_when_asked_then_it_gets_prompt_response_and_answer():
+    found = judge("exact").judge(ASKED)
+    assert [judgement.scores for judgement in found] == [(0.0, 1.0), (0.0, 0.0, 1.0)]
+    assert [judgement.problems for judgement in found] == [{}, {}]
+
+
+def test_function_when_it_takes_any_keyword_then_it_gets_the_answer_only():
+    rewards.calls.clear()
+    assert judge("keywords").judge(ASKED[:1])[0].scores == (1.0, 1.0)
+    assert rewards.calls == [{"answer": "7"}] * 2
+
+
+def test_function_when_it_takes_many_then_it_is_called_once_for_all():
+    found = judge("many").judge([question("a", "bb", answer="x"), question("ccc", answer="y")])
+    assert [judgement.scores for judgement in found] == [(1.0, 2.0), (3.0,)]
+
+
+def test_function_when_a_score_is_not_finite_then_it_is_nan_and_counted():
+    first, second = judge("sometimes_nan").judge(ASKED)
+    assert first.scores[0] == 1.0
+    assert math.isnan(first.scores[1])
+    assert math.isnan(second.scores[1])
+    assert (first.problems, second.problems) == ({"nan": 1}, {"nan": 1})
+
+
+def test_function_when_a_call_takes_too_long_then_it_is_counted_and_the_others_are_judged():
+    first, second = judge("hangs", timeout=0.3).judge(ASKED)
+    assert first.problems == {"timeout": 1}
+    assert math.isnan(first.scores[1])
+    assert second.scores == (1.0, 1.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("dies", r"^judge.path: tests.judges.rewards:dies raised ValueError: seven for prompt one$"),
+        ("leaves", r"^judge.path: tests.judges.rewards:leaves raised SystemExit: 3 for prompt one$"),
+        ("too_few", r"^judge.path: tests.judges.rewards:too_few gave 4 numbers for 5 responses, expected one each$"),
+        (
+            "says_nothing",
+            r"^judge.path: tests.judges.rewards:says_nothing gave None for prompt one, expected a number$",
+        ),
+    ],
+)
+def test_function_when_it_fails_then_one_line_names_it(name, message):
+    with pytest.raises(RoundError, match=message):
+        judge(name).judge(ASKED)
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("rewards", r"^judge.path: found 'rewards', expected module:function, such as my_lab.rewards:exact$"),
+        ("no_such_module:f", r"^judge.path: no module named 'no_such_module' \(looked in "),
+        (HERE + "exakt", r"^judge.path: 'exakt' is not there in module '.*'; did you mean 'exact'\?$"),
+        (HERE + "NUMBER", r"^judge.path: 'NUMBER' is no function in module 'tests.judges.rewards'$"),
+        (None, r"^judge.path: found none, expected module:function$"),
+    ],
+)
+def test_function_when_there_is_none_then_it_is_refused_before_anything_is_loaded(path, message):
+    with pytest.raises(ConfigError, match=message):
+        judges.check(JudgeConfig(kind="function", path=path))
+
+
+def test_function_when_described_then_its_source_is_known_by_its_hash():
+    first, other = judge("exact").describe(), judge("many").describe()
+    assert first["kind"] == "function"
+    assert first["path"] == HERE + "exact"
+    assert first["source"] != other["source"]
