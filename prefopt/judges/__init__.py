@@ -60,6 +60,27 @@ def check(settings: JudgeConfig) -> None:
         llm.check(settings)
 
 
+def identity(settings: JudgeConfig) -> str:
+    """A hash of what the settings name by a path: weights, a function's source, a template. Cheap enough for each run.
+
+    Raises: ConfigError when it cannot be read.
+    """
+    import hashlib
+
+    parts = [settings.kind, settings.path]
+    if settings.kind == "function" and settings.path is not None:
+        from prefopt.judges.function import find, source_of
+
+        parts.append(source_of(find(settings.path)))
+    elif settings.path is not None and Path(settings.path).is_dir():
+        from prefopt.engine.models import fingerprint
+
+        parts.append(fingerprint(settings.path, None))
+    if settings.template is not None:
+        parts.append(Path(settings.template).read_text())
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
 def make(
     settings: JudgeConfig,
     *,

@@ -47,6 +47,14 @@ def find(path: str) -> Callable[..., Any]:
     return found
 
 
+def source_of(function: Callable[..., Any]) -> str | None:
+    """A hash of the function's source, or None where that cannot be read."""
+    try:
+        return hashlib.sha256(inspect.getsource(function).encode()).hexdigest()[:16]
+    except (OSError, TypeError):
+        return None
+
+
 class FunctionJudge:
     """Scores responses by a function.
 
@@ -149,12 +157,7 @@ class FunctionJudge:
 
     def describe(self) -> dict[str, Any]:
         """See `Judge`. The function is known by its name and its source, where that can be read."""
-        try:
-            source: str | None = inspect.getsource(self.function)
-        except (OSError, TypeError):
-            source = None
-        digest = None if source is None else hashlib.sha256(source.encode()).hexdigest()[:16]
-        return {"kind": "function", "path": self.path, "source": digest, "timeout": self.timeout}
+        return {"kind": "function", "path": self.path, "source": source_of(self.function), "timeout": self.timeout}
 
     def close(self) -> None:
         """Let the thread go that calls the function."""

@@ -85,6 +85,7 @@ class Rounds:
         else:
             self.held_out = hold_out(self.held_out, rounds.eval_prompts)[1]
         self._slices = slices(rest, rounds.count, rounds.prompts, self.config.seed)
+        self._judge_hash = judges.identity(self.config.judge)
         self._tokenizer_hash = tokenizer_content(self.tokenizer)
         bad = {self.tokenizer.bos_token_id, self.tokenizer.pad_token_id} - {self.tokenizer.eos_token_id, None}
         self._view = View(self.config.method, frozenset(bad))
@@ -244,7 +245,9 @@ class Rounds:
     def _judge_stage(self, number: int, generated: Stage) -> Stage:
         free = ("url", "api_key_env", "concurrency", "retries", "timeout")
         judge = {k: v for k, v in dataclasses.asdict(self.config.judge).items() if k not in free}
-        inputs = {"candidates": generated.hash(), "judge": judge}
+        inputs = {"candidates": generated.hash(), "judge": judge, "judge_hash": self._judge_hash}
+        if self.config.judge.path == "policy":
+            inputs["policy"] = generated.inputs["policy"]
         return Stage(self.folder(number), "scores", inputs, generated.keys, generated.say)
 
     def _pair(self, number: int) -> bool:

@@ -70,7 +70,8 @@ class Stage:
             if before.get(key) != now.get(key):
                 raise RoundError(
                     f"{self.manifest_path}: this stage was made from another {key} ({_short(before.get(key))} -> "
-                    f"{_short(now.get(key))}); choose another --output, or delete {self.folder} to make the round again"
+                    f"{_short(now.get(key))}); choose another --output, or delete this file and "
+                    f"{self.folder / self.name} to make the stage again"
                 )
 
     def _damage(self, path: Path, number: int, promised: Mapping[str, Any] | None) -> str | None:

@@ -4,9 +4,8 @@ import pytest
 import torch
 
 from prefopt.types import Question, Response
-from tests.helpers import CHATML, byte_bpe_tokenizer
+from tests.helpers import CHATML, byte_bpe_tokenizer, tiny_llama
 from tests.invariant.oracle import scorer_of
-from tests.helpers import tiny_llama
 
 
 def question(*texts, prompt="Name a colour:", key="k", answer=None):

@@ -78,7 +78,14 @@ def test_judge_when_there_is_nothing_to_compare_then_it_says_so(places):
 # PairRM ---------------------------------------------------------------------------------------------------------------
 
 
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *pairrm.MARKS, *"Name a colour number red green blue seven : .".split()]
+WORDS = [
+    "[PAD]",
+    "[UNK]",
+    "[CLS]",
+    "[SEP]",
+    *pairrm.MARKS,
+    *["Name", "a", "colour", "number", "red", "green", "blue", "seven", ":", "."],
+]
 
 
 @pytest.fixture(scope="module")

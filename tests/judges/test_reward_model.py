@@ -130,7 +130,13 @@ def test_score_when_the_model_breaks_then_it_is_nan_and_counted(places, monkeypa
 
 
 def test_scores_when_the_classifier_is_an_encoder_then_it_reads_two_texts_as_its_tokenizer_joins_them(tmp_path):
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *"Name a colour number red green blue violet : seven".split()]
+    words = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        *["Name", "a", "colour", "number", "red", "green", "blue", "violet", ":", "seven"],
+    ]
     core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
     core.pre_tokenizer = pre_tokenizers.Whitespace()
     core.post_processor = processors.TemplateProcessing(
