@@ -359,7 +359,7 @@ TESTBED_DEPARTURES: dict[str, Any] = {
 ROUNDS_ON_TESTBED: dict[str, Any] = {
     "method": {"beta": 0.2},
     "optim": {"lr": 2e-3, "schedule": "linear", "warmup_steps": 4},
-    "train": {"global_batch": 256, "micro_batch": 256, "max_steps": None, "train_epochs": 2},
+    "train": {"global_batch": 256, "micro_batch": 256, "max_steps": None, "train_epochs": 4},
     "eval": {"every": 1000},
     "rounds": {"prompts": 2048, "eval_prompts": 256, "shard": 1024},
     "generate": {"max_tokens": 4, "batch": 5120},

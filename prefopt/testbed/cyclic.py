@@ -30,6 +30,8 @@ LENGTH = 2  # words per response
 class CyclicSettings(WordSettings):
     """What makes one cyclic world; another value of any field is another world with its own base policy."""
 
+    base_steps: int = 200
+    """Optimizer steps of the base policy's maximum-likelihood training."""
     logit_sd: float = 1.5
     """Root mean square of the preference logits of two different responses; 1.5: the better one wins 4 times in 5."""
     transitive: float = 0.0
