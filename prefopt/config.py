@@ -1006,6 +1006,7 @@ def _validate_rounds(config: RunConfig) -> None:
         need(0 < _at(config.to_dict(), key) < float("inf"), key, "seconds > 0")
     for key in ("generate.temperature", "judge.temperature"):
         need(0 <= _at(config.to_dict(), key) < float("inf"), key, "a number >= 0")
+    need(all(generate.stop), "generate.stop", "texts of at least one character")
     need(0 < generate.top_p <= 1, "generate.top_p", "a share above 0, up to 1")
     need(rounds.prompts is None or rounds.prompts >= 1, "rounds.prompts", "a number >= 1, or none")
     need(rounds.max_similarity is None or 0 < rounds.max_similarity <= 1, "rounds.max_similarity", "above 0, up to 1")

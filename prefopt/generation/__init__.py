@@ -27,14 +27,6 @@ def check(settings: GenerateConfig) -> None:
 
     Raises: ConfigError naming the setting.
     """
-    for name, least in (("n", 1), ("max_tokens", 1), ("top_k", 0), ("temperature", 0), ("retries", 0)):
-        _need(settings, name, getattr(settings, name) >= least, f"at least {least}")
-    for name in ("batch", "tensor_parallel", "replicas", "concurrency"):
-        _need(settings, name, getattr(settings, name) >= 1, "at least 1")
-    _need(settings, "temperature", settings.temperature < float("inf"), "a number")
-    _need(settings, "top_p", 0 < settings.top_p <= 1, "a share above 0, up to 1")
-    _need(settings, "timeout", settings.timeout > 0, "seconds, more than 0")
-    _need(settings, "stop", all(settings.stop), "texts of at least one character")
     defaults = {f.name: f.default for f in dataclasses.fields(settings)} | {"args": {}}
     for engine, names in _OWN.items():
         for name in names:
@@ -87,8 +79,3 @@ def make(
     from prefopt.generation.vllm_engine import VllmEngine
 
     return VllmEngine(settings, weights, model, tokenizer)
-
-
-def _need(settings: GenerateConfig, name: str, holds: bool, expected: str) -> None:
-    if not holds:
-        raise ConfigError(f"generate.{name}: found {getattr(settings, name)!r}, expected {expected}")

@@ -11,6 +11,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -194,7 +195,8 @@ class Rounds:
 
             def rows_of(shard: int) -> list[store.Row]:
                 seeds = stages.seeds_of(self.config.seed, seed, shard, len(shards[shard]), sampling.n)
-                return stages.generate_rows(engine, shards[shard], sampling, seeds)
+                with self._autocast():
+                    return stages.generate_rows(engine, shards[shard], sampling, seeds)
 
             return rows_of
 
@@ -397,9 +399,10 @@ class Rounds:
                 if name == "to_first" and number == 1:
                     kl[name] = kl["to_round_start"]
                     continue
-                kl[name] = score_samples(
-                    lm, self._open(k), samples, batch=self.config.eval.batch, kernel=self.config.kernel
-                )
+                with self._autocast():
+                    kl[name] = score_samples(
+                        lm, self._open(k), samples, batch=self.config.eval.batch, kernel=self.config.kernel
+                    )
         judge = None if self.config.judge.kind == "none" else self._judge_of(number)
         try:
             return evaluate_round(number, self.held_out, completions, judge, self.config.method, kl, more)
@@ -445,6 +448,11 @@ class Rounds:
         lm.to(self.device)
         set_threads(self.config.train.threads, sum(p.numel() for p in lm.parameters()))
         return lm.eval()
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        """The precision that the policy is trained in."""
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.config.train.mixed_precision)
+        return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
 
     def _engine(self, number: int) -> Engine:
         return generation.make(
