@@ -104,6 +104,7 @@ def test_trackers_get_the_figures_of_rounds_and_the_steps_of_each(server, rounds
     assert seen["loss", steps[-1]["step"]] == pytest.approx(steps[-1]["loss"], rel=1e-6)
 
 
+@pytest.mark.slow  # a block of docs/rounds.md runs it too
 def test_conductor_starts_each_stage_in_a_process_of_its_own(rounds, place, tmp_path, monkeypatch):
     """For real, with processes: slow to start, so the smallest run there is."""
     from prefopt.cli import rounds as command
