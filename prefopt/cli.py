@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 CARD = "run_card.json"
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+_ROUNDS_PATIENCE = timedelta(hours=24)  # what one process judges alone may take longer than any step of training
 _HELD_OUT = 2**31  # seed of the testbed's held-out pairs: the same for every run, and no training set's
 
 
@@ -82,6 +84,7 @@ def _prepared(config: RunConfig, output: Path, stop: rt.Stop, only: Stage | None
         deterministic=config.train.deterministic,
         trackers=() if config.dry_run else config.track.to,
         output=output,
+        patience=_ROUNDS_PATIENCE if config.rounds.count else None,
     )
     try:
         say(_first_line(config, runtime))

@@ -12,6 +12,7 @@ import socket
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -244,14 +245,22 @@ def promised_processes() -> int:
 
 
 def start(
-    stop: Stop, *, seed: int, mixed_precision: str, deterministic: bool, trackers: tuple[str, ...], output: Path
+    stop: Stop,
+    *,
+    seed: int,
+    mixed_precision: str,
+    deterministic: bool,
+    trackers: tuple[str, ...],
+    output: Path,
+    patience: timedelta | None = None,
 ) -> Runtime:
     """Join the processes that a launcher started, or be one process; then seed everything.
 
+    Args: patience: how long processes wait for each other; None: as long as torch would.
     Raises: TrainError if the launcher promised more processes than accelerate joined, or an engine that is not DDP.
     """
     import torch
-    from accelerate import Accelerator, DistributedDataParallelKwargs
+    from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
     # accelerate would divide every gradient by it, whatever it is told; accumulation is the loop's own
     os.environ.pop("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", None)
@@ -264,7 +273,10 @@ def start(
         log_with=list(trackers) or None,
         project_dir=str(output),
         # a model's buffers are constants here (rotary frequencies): nothing to send with each forward pass
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(broadcast_buffers=False),
+            *([InitProcessGroupKwargs(timeout=patience)] if patience is not None else []),
+        ],
     )
     if mixed_precision == "fp16" and accelerator.scaler is None:
         # accelerate leaves a CPU without both, and would train in float32 without a word

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from prefopt.engine.runtime import Runtime
+from prefopt.errors import PrefoptError
 from prefopt.rounds.store import Row, Stage
 
 
@@ -34,6 +35,13 @@ class Workers:
         if self.runtime is not None:
             self.runtime.wait()
 
+    def agree(self, failure: PrefoptError | None) -> None:
+        """Wait for all; where one has failed, fail on all with its line. What the others have finished is kept."""
+        failures = [failure] if self.runtime is None else self.runtime.gather_objects([failure])
+        for error in failures:
+            if error is not None:
+                raise error
+
     def first_alone(self, work: Callable[[], Any]) -> Any:
         """Do it once where processes know of each other. An error of the first process is raised on all of them."""
         if self.runtime is None:
@@ -55,14 +63,18 @@ def do_shards(
     """
     mine = [number for number in stage.missing() if number % workers.count == workers.number]
     workers.wait()  # nobody writes before all have looked
-    if mine:
-        with progress.of(stage) as tell:
-            rows_of = make()
-            for number in mine:
-                rows = rows_of(number)
-                stage.write(number, rows)
-                tell(rows)
-    workers.wait()
+    failure = None
+    try:
+        if mine:
+            with progress.of(stage) as tell:
+                rows_of = make()
+                for number in mine:
+                    rows = rows_of(number)
+                    stage.write(number, rows)
+                    tell(rows)
+    except PrefoptError as error:
+        failure = error
+    workers.agree(failure)
     return not stage.missing()
 
 

@@ -212,3 +212,10 @@ def test_stage_before_its_inputs_is_refused(server, rounds, tmp_path):
 )
 def test_bad_name_of_a_stage_is_one_line(words, line, server, rounds, tmp_path):
     assert line in line_of(server.train([*words, *rounds(tmp_path / "run")], command="rounds"))
+
+
+def test_judge_that_dies_on_the_second_rank_is_named_on_the_first(server, rounds, here, tmp_path):
+    (here / "mended").unlink(missing_ok=True)
+    argv = rounds(tmp_path / "run", **judged_by("dies"), rounds__count=1, rounds__shard=2)
+    ended = server.train(argv, cwd=here, ranks=2)
+    assert "own_judges:dies raised OSError: the judge's machine is gone" in line_of(ended)
