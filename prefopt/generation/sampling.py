@@ -31,15 +31,32 @@ def choose(logits: torch.Tensor, points: torch.Tensor, sampling: Sampling) -> to
         scores, ids = scores[:, : sampling.top_k], ids[:, : sampling.top_k]
     weights = scores.softmax(-1)
     if sampling.top_p < 1:
-        before = weights.cumsum(-1) - weights
+        before = _running_sum(weights) - weights
         weights = weights.masked_fill(before >= sampling.top_p, 0.0)
     return ids.gather(-1, _invert(weights, points)[:, None])[:, 0]
 
 
 def _invert(weights: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
     """The first index at which the running sum of `weights` (B, K) exceeds that share of the total, (B,)."""
-    running = weights.cumsum(-1, dtype=torch.float64)
+    running = _running_sum(weights)
     total = running[:, -1:]
     # below the total even where the product is rounded up to it
     share = torch.minimum(points[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
     return torch.searchsorted(running, share, right=True)[:, 0].clamp(max=weights.shape[-1] - 1)  # NaN finds none
+
+
+def _running_sum(weights: torch.Tensor) -> torch.Tensor:
+    """In float64, (B, K).
+
+    CUDA's may differ in its last bit from call to call, so deterministic runs forbid it. Here it is allowed: in
+    float64, that bit decides one token in 1e15.
+    """
+    strict, warn_only = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    torch.use_deterministic_algorithms(False)
+    try:
+        return weights.cumsum(-1, dtype=torch.float64)
+    finally:
+        torch.use_deterministic_algorithms(strict, warn_only=warn_only)

@@ -74,3 +74,18 @@ def test_the_ends_of_the_interval_give_tokens_that_are_possible(point):
 def test_a_longer_list_of_numbers_begins_as_a_shorter_one():
     assert uniforms(7, 40)[:5].tolist() == uniforms(7, 5).tolist()
     assert uniforms(7, 5).tolist() != uniforms(8, 5).tolist()
+
+
+@pytest.mark.parametrize("device", ["cpu", *(["cuda"] if torch.cuda.is_available() else [])])
+def test_deterministic_runs_can_sample_and_stay_deterministic(device):
+    points = torch.tensor([0.3, 0.9], dtype=torch.float64, device=device)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        choose(LOGITS.expand(2, -1).to(device), points, Sampling(n=1, top_p=0.9))
+        assert torch.are_deterministic_algorithms_enabled()
+        assert torch.is_deterministic_algorithms_warn_only_enabled()
+        torch.use_deterministic_algorithms(True)
+        choose(LOGITS.expand(2, -1).to(device), points, Sampling(n=1, top_p=0.9))
+        assert not torch.is_deterministic_algorithms_warn_only_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
