@@ -51,7 +51,7 @@ def test_world_is_as_large_and_as_exploitable_as_promised(world: Cyclic) -> None
     assert sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(world.base_model_path).parameters()) < 1_000_000
     start = truth.exploitability(world.log_ref, world.preference)
     assert start.min() > 0.15
-    assert world.log_ref[:, -1].exp().max() < 1e-4
+    assert world.log_ref[:, -1].exp().max() < 1e-3
 
 
 @pytest.mark.parametrize("seed", range(1, 6))
