@@ -57,7 +57,7 @@ def check(settings: JudgeConfig) -> None:
 
 
 def read_template(settings: JudgeConfig) -> str:
-    """The text of the question. Raises: ConfigError for a file that cannot be read, or marks that are missing or odd."""
+    """The text of the question. Raises: ConfigError for a file that cannot be read, or has not the marks it needs."""
     path = Path(settings.template) if settings.template else _TEMPLATES / f"{settings.mode}.txt"
     try:
         text = path.read_text()

@@ -20,7 +20,7 @@ QUESTIONS = [
 
 @pytest.fixture(scope="package")
 def places(tmp_path_factory):
-    """Folders of tiny models with their tokenizers: `lm`, `classifier` made from it, `chat` the same with a template."""
+    """Folders of tiny models and tokenizers: `lm`, `classifier` made from it, `chat` the same with a template."""
     root = tmp_path_factory.mktemp("judges")
     texts = ["Name a colour: red green blue violet. Name a number: seven is a and so"] * 2
     plain = byte_bpe_tokenizer(texts, vocab_size=320)

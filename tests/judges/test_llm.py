@@ -67,8 +67,10 @@ def test_verdict_is_the_only_one_in_double_brackets(answer, verdict):
 
 @pytest.mark.parametrize(
     ("answer", "score"),
-    [("[[7]]", 7.0), ("Well. [[ 7.5 ]]", 7.5), ("[[1]]", 1.0), ("[[11]]", None), ("[[0]]", None), ("7", None)]
-    + [("[[7]] of [[10]]", None), ("[[good]]", None), ("[[nan]]", None), ("[[7]], I said [[7]]", 7.0)],
+    [
+        *(("[[7]]", 7.0), ("Well. [[ 7.5 ]]", 7.5), ("[[1]]", 1.0), ("[[11]]", None), ("[[0]]", None), ("7", None)),
+        *(("[[7]] of [[10]]", None), ("[[good]]", None), ("[[nan]]", None), ("[[7]], I said [[7]]", 7.0)),
+    ],
 )
 def test_score_is_the_only_number_in_double_brackets_if_it_lies_on_the_scale(answer, score):
     assert llm.score_of(answer, (1.0, 10.0)) == score
@@ -306,7 +308,7 @@ def test_policy_when_it_judges_itself_then_it_is_asked_through_its_own_template(
         (
             {"template": "t", "mode": "score"},
             "{prompt} {response} {hihg}",
-            r"^judge.template: 't' has \{hihg\}; did you mean 'high'\?, expected \{high\}, \{low\}, \{prompt\}, \{respo",
+            r"^judge.template: 't' has \{hihg\}; did you mean 'high'\?, expected \{high\}, \{low\}, \{prompt\}, ",
         ),
     ],
 )

@@ -1,4 +1,4 @@
-"""A classifier that reads two responses: every pair in both orders, as it was trained to read them; and PairRM's form."""
+"""A classifier that reads two responses: every pair in both orders, as it was trained to read them; PairRM too."""
 
 import math
 
@@ -205,7 +205,7 @@ def test_pairrm_when_the_tokenizer_knows_other_marks_then_it_is_refused(pair_rm)
 def test_pairrm_when_a_weight_is_missing_then_it_is_refused(pair_rm, tmp_path):
     from safetensors.torch import load_file, save_file
 
-    folder, model, tokenizer = pair_rm
+    _folder, model, tokenizer = pair_rm
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")

@@ -1,4 +1,4 @@
-"""A classifier as judge: its scores are the classifier's own of what it was trained to read, however they are batched."""
+"""A classifier as judge: its scores are its own of what it was trained to read, however they are batched."""
 
 import json
 import math
