@@ -358,11 +358,11 @@ TESTBED_DEPARTURES: dict[str, Any] = {
 # What rounds on the testbed depart in beside these.
 ROUNDS_ON_TESTBED: dict[str, Any] = {
     "method": {"beta": 0.2},
-    "optim": {"lr": 2e-3, "schedule": "linear", "warmup_steps": 4},
-    "train": {"global_batch": 256, "micro_batch": 256, "max_steps": None, "train_epochs": 4},
+    "optim": {"lr": 3e-3, "schedule": "linear", "warmup_steps": 3},
+    "train": {"global_batch": 128, "micro_batch": 128, "max_steps": None, "train_epochs": 3},
     "eval": {"every": 1000},
-    "rounds": {"prompts": 2048, "eval_prompts": 256, "shard": 1024},
-    "generate": {"max_tokens": 4, "batch": 5120},
+    "rounds": {"prompts": 1024, "eval_prompts": 256, "shard": 512},
+    "generate": {"max_tokens": 4, "batch": 2560},
     "testbed": {"world": "cyclic"},
 }
 
