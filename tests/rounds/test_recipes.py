@@ -37,7 +37,9 @@ def test_recipe_when_run_for_a_round_then_it_trains_on_pairs_of_its_kind(config,
     card = json.loads((folder / "train" / "run_card.json").read_text())
     assert {key: card["config"]["method"][key] for key in recipe["method"]} == recipe["method"]
     assert card["config"]["optim"]["name"] == recipe["optim"].get("name", "adamw")
-    answers = {row["prompt"]: row["chosen"] for row in map(json.loads, (place / "pairs.jsonl").read_text().splitlines())}
+    answers = {
+        row["prompt"]: row["chosen"] for row in map(json.loads, (place / "pairs.jsonl").read_text().splitlines())
+    }
     from_data = [row["chosen"].strip() == answers[row["prompt"]].strip() for row in pairs]
     assert all(from_data) if recipe["rounds"]["pairs"].startswith("data") else not any(from_data)
     if "win_prob" in recipe["method"]:
