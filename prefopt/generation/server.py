@@ -84,8 +84,8 @@ class Server:
     def ask(self, request: Callable[[openai.OpenAI], _Result]) -> _Result:
         """The answer to a request.
 
-        Raises: RoundError when the server refuses it, or has failed on every attempt; TimedOut if the last was late; TooLong
-            where it says so of the prompt.
+        Raises: RoundError when the server refuses it, or has failed on every attempt; TimedOut if the last was late;
+            TooLong where it says so of the prompt.
         """
         import openai
 
