@@ -257,7 +257,7 @@ class Judgement:
         scores: of each response by itself, (K,).
         logits: of row against column with the row's response first, (K, K), 0 on the diagonal; order may matter.
         probs: that row beats column, (K, K), one half on the diagonal.
-        problems: how often what went wrong, by name: nan, timeout, unparsed, contradiction, truncated.
+        problems: how often what went wrong, by name, such as nan, timeout, unparsed, contradiction, truncated.
     """
 
     scores: tuple[float, ...] | None = None

@@ -44,7 +44,7 @@ class OpenAIServer:
         name: of the model, as `/v1/models` lists it.
         answer: what the assistant says to chat messages; None: what the model says.
         key: the only API key that is taken; None: any.
-        max_model_len: the model's positions, as vLLM tells them.
+        max_model_len: the model's positions, as vLLM tells them; chat messages of as many words are refused.
     """
 
     def __init__(
@@ -177,6 +177,9 @@ class OpenAIServer:
                     return self._problem(401, "wrong key")
                 if body["model"] != server.name:
                     return self._problem(404, f"the model {body['model']} does not exist")
+                words = sum(len(message["content"].split()) for message in body.get("messages", ()))
+                if server.max_model_len is not None and words >= server.max_model_len:
+                    return self._problem(400, f"This model's maximum context length is {server.max_model_len} tokens.")
                 if fault.isdigit():
                     return self._problem(int(fault), "told to fail")
                 if fault == "cut":

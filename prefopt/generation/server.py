@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import random
+import re
 import textwrap
 import threading
 from collections.abc import Callable, Sequence
@@ -25,6 +26,7 @@ _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 _AGAIN = (408, 409, 425, 429)  # and 5xx: what a second attempt may mend
 _LONGEST_PAUSE = 30.0  # seconds
+_ABOUT_LENGTH = re.compile(r"context|too long|too many tokens|maximum .*(length|tokens)", re.IGNORECASE)
 
 
 def check_server(url: str | None, group: str) -> None:
@@ -44,6 +46,10 @@ def check_server(url: str | None, group: str) -> None:
 
 class TimedOut(RoundError):
     """A request whose last attempt took too long, where others may not."""
+
+
+class TooLong(RoundError):
+    """A request whose prompt leaves the model no position for an answer, where others may."""
 
 
 class Server:
@@ -78,7 +84,8 @@ class Server:
     def ask(self, request: Callable[[openai.OpenAI], _Result]) -> _Result:
         """The answer to a request.
 
-        Raises: RoundError when the server refuses it, or has failed on every attempt; TimedOut if the last was late.
+        Raises: RoundError when the server refuses it, or has failed on every attempt; TimedOut if the last was late;
+            TooLong where it says so of the prompt.
         """
         import openai
 
@@ -139,6 +146,8 @@ class Server:
                 f"{self.group}.api_key_env: {self.url} refuses the key ({found}), expected one that it takes in the "
                 f"environment variable {self._key_env}"
             )
+        if error.status_code in (400, 413, 422) and _ABOUT_LENGTH.search(found):
+            return TooLong(f"{self.group}.url: {self.url} refuses a prompt as too long ({found})")
         mend = "" if error.status_code != 404 or self.url.rstrip("/").endswith("/v1") else " (should it end in /v1?)"
         return RoundError(f"{self.group}.url: {self.url} refuses the request ({found}){mend}")
 

@@ -6,6 +6,7 @@ number (`[[7]]`). What a server has answered is kept on disk, so nothing is aske
 
 from __future__ import annotations
 
+import enum
 import hashlib
 import json
 import math
@@ -22,7 +23,7 @@ from prefopt.data.comparison import plain_text
 from prefopt.data.encode import Encoder
 from prefopt.errors import ConfigError, RoundError, did_you_mean
 from prefopt.generation.base import Sampling
-from prefopt.generation.server import Server, TimedOut, check_server
+from prefopt.generation.server import Server, TimedOut, TooLong, check_server
 from prefopt.testbed.cache import cache_root
 from prefopt.types import Judgement, Question
 
@@ -96,11 +97,18 @@ def score_of(answer: str, scale: Sequence[float]) -> float | None:
     return score if scale[0] <= score <= scale[1] else None
 
 
+class Lost(enum.Enum):
+    """Why there is no answer to a question."""
+
+    TIMEOUT = "timeout"
+    TOO_LONG = "too_long"
+
+
 class Asked(Protocol):
     """Whom the questions are put to."""
 
-    def answers(self, texts: Sequence[str]) -> list[str | None]:
-        """The answer to each text, None where it was too long in coming. Raises: RoundError when there are none."""
+    def answers(self, texts: Sequence[str]) -> list[str | Lost]:
+        """The answer to each text. Raises: RoundError when there are none."""
 
     def describe(self) -> dict[str, Any]:
         """What decides its answers."""
@@ -113,7 +121,7 @@ class LLMJudge:
     """Asks a language model for verdicts on two responses, each two in both orders, or for a score of each.
 
     A verdict for the same place in both orders is a `contradiction`, and a tie. Without a verdict in both orders, or
-    without a score on the scale, nothing is known: that is NaN, and an answer is `unparsed` or a `timeout`.
+    without a score on the scale, nothing is known: that is NaN, and counted as `unparsed`, `timeout` or `too_long`.
 
     Args:
         settings: mode, template and scale.
@@ -128,7 +136,7 @@ class LLMJudge:
         """See `Judge`."""
         return self._scores(questions) if self.mode == "score" else self._verdicts(questions)
 
-    def _ask(self, texts: Sequence[str]) -> list[str | None]:
+    def _ask(self, texts: Sequence[str]) -> list[str | Lost]:
         """The answer to each, each text asked once."""
         distinct = list(dict.fromkeys(texts))
         answers = dict(zip(distinct, self.asked.answers(distinct), strict=True)) if distinct else {}
@@ -148,9 +156,9 @@ class LLMJudge:
             scores = []
             for _ in question.responses:
                 answer = next(said)
-                score = None if answer is None else score_of(answer, self.scale)
+                score = None if isinstance(answer, Lost) else score_of(answer, self.scale)
                 if score is None:
-                    problems["timeout" if answer is None else "unparsed"] += 1
+                    problems[answer.value if isinstance(answer, Lost) else "unparsed"] += 1
                 scores.append(math.nan if score is None else score)
             out.append(Judgement(scores=tuple(scores), problems=dict(problems)))
         return out
@@ -174,10 +182,10 @@ class LLMJudge:
         tables = [[[0.5] * len(q.responses) for _ in q.responses] for q in questions]
         problems: list[Counter[str]] = [Counter() for _ in questions]
         for (n, i, j), answers in zip(places, zip(said[::2], said[1::2], strict=True), strict=True):
-            first, second = (None if answer is None else verdict_of(answer) for answer in answers)
+            first, second = (None if isinstance(answer, Lost) else verdict_of(answer) for answer in answers)
             for answer, verdict in zip(answers, (first, second), strict=True):
                 if verdict is None:
-                    problems[n]["timeout" if answer is None else "unparsed"] += 1
+                    problems[n][answer.value if isinstance(answer, Lost) else "unparsed"] += 1
             if first is None or second is None:
                 won = math.nan
             else:
@@ -232,17 +240,17 @@ class Chat:
             )
         return served[0]
 
-    def answers(self, texts: Sequence[str]) -> list[str | None]:
+    def answers(self, texts: Sequence[str]) -> list[str | Lost]:
         """See `Asked`. What was answered before an error is kept."""
         answers = self.server.map(self._answer, texts)
-        if texts and all(answer is None for answer in answers):
+        if texts and all(answer is Lost.TIMEOUT for answer in answers):
             raise RoundError(
                 f"judge.timeout: {self.server.url} has answered none of {len(texts)} questions in time, expected a "
                 "server that does (or a longer judge.timeout)"
             )
         return answers
 
-    def _answer(self, text: str) -> str | None:
+    def _answer(self, text: str) -> str | Lost:
         messages: Any = [{"role": "user", "content": text}]
         key = json.dumps([self.model, self.sampling, messages], sort_keys=True)
         name = hashlib.sha256(key.encode()).hexdigest()
@@ -256,7 +264,9 @@ class Chat:
                 lambda client: client.chat.completions.create(model=self.model, messages=messages, **settings)
             )
         except TimedOut:
-            return None
+            return Lost.TIMEOUT
+        except TooLong:
+            return Lost.TOO_LONG
         choices = getattr(said, "choices", None)
         if not choices:
             raise RoundError(f"judge.url: {self.server.url} gave an answer without a choice, expected one")
@@ -295,7 +305,7 @@ class Policy:
         self.sampling = Sampling(n=1, temperature=settings.temperature, max_tokens=settings.max_tokens)
         self.encoder = Encoder(tokenizer, _SEEDS)
 
-    def answers(self, texts: Sequence[str]) -> list[str | None]:
+    def answers(self, texts: Sequence[str]) -> list[str | Lost]:
         """See `Asked`. The seed of an answer depends on its question alone."""
         chat = getattr(self.tokenizer, "chat_template", None)
         prompts = [self.encoder.prompt([{"role": "user", "content": text}] if chat else text) for text in texts]

@@ -139,18 +139,21 @@ def test_run_when_grouped_by_length_and_killed_then_ends_bit_identical(server, c
 SETTINGS = {
     "adapter": {"lora__r": 4, "lora__dropout": 0.3, "lora__modules_to_save": "lm_head"},
     "fp16": {"train__mixed_precision": "fp16", "method__beta": 30},
+    "adapter of a classifier": {"lora__r": 4, "lora__dropout": 0.3, "train__mixed_precision": "bf16"},
 }
+METHOD_OF = {"adapter of a classifier": "reward_model"}  # dpo else
 
 
 @pytest.mark.parametrize("what", SETTINGS)
 def test_run_when_it_has_more_state_and_is_killed_and_restarted_then_ends_bit_identical(
     what, server, command, uninterrupted, tmp_path
 ):
-    straight = uninterrupted("dpo", **SETTINGS[what])
+    method = METHOD_OF.get(what, "dpo")
+    straight = uninterrupted(method, **SETTINGS[what])
     if what == "fp16":
         steps = [line for line in read_lines(straight / "metrics.jsonl") if line["split"] == "train"]
         assert {line["skipped_step"] for line in steps} == {0, 1}
-    argv = command("dpo", tmp_path / "run", **SETTINGS[what])
+    argv = command(method, tmp_path / "run", **SETTINGS[what])
     for place, count in ((ENGINE + "trainer:Trainer._step", 5), (ENGINE + "checkpoint:_seal", 2)):
         assert server.train(argv, {"at": place, "count": count, "do": "SIGKILL"}).status == -signal.SIGKILL
     finish(server, argv)

@@ -211,6 +211,14 @@ def test_server_when_one_question_takes_too_long_then_it_is_counted_and_when_all
             judge.judge([question("m", "nn")])
 
 
+def test_server_when_a_question_is_too_long_for_the_model_then_it_is_counted(make):
+    with OpenAIServer(name="judge", answer=prefers_longer, max_model_len=150) as server:
+        (found,) = make(server).judge([question("a", "bb", "much longer " * 50)])
+    assert found.problems == {"too_long": 4}
+    assert (found.probs[0][1], found.probs[1][0]) == (0.0, 1.0)
+    assert math.isnan(found.probs[0][2])
+
+
 def test_server_when_it_is_gone_then_one_line_says_so(make):
     with OpenAIServer(name="judge", answer=prefers_longer) as server:
         judge = make(server, retries=0)
