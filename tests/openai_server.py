@@ -166,7 +166,12 @@ class OpenAIServer:
                 self._send(200, {"object": "list", "data": [model]})
 
             def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                size = int(self.headers["Content-Length"])
+                data = self.rfile.read(size)
+                if len(data) < size:  # the client has hung up
+                    self.close_connection = True
+                    return None
+                body = json.loads(data)
                 with server._lock:
                     server.requests.append((self.path, body))
                     fault = server._faults.popleft() if server._faults else ""

@@ -43,14 +43,14 @@ class OpenAIEngine:
         )
         try:
             self._model, self._context = self._find(settings.served_model, weights.path)
-            probe = Sampling(n=2, max_tokens=1, logprobs=True)
+            probe = Sampling(n=2, max_tokens=1, logprobs=settings.logprobs)
             choices = self._ask([min(self._terminators, default=0)], probe, 1, 0, Ends(tokenizer, ()))
         except BaseException:
             self.close()
             raise
         self.capabilities = Capabilities(
             seeded=False,  # it is sent seeds; what it makes of them is its own
-            logprobs=all(_logprobs(choice) is not None for choice in choices),
+            logprobs=settings.logprobs and all(_logprobs(choice) is not None for choice in choices),
             token_ids=all(_token_ids(choice) is not None for choice in choices),
             in_ranks=False,
         )

@@ -79,7 +79,7 @@ class TransformersEngine:
 
     def __init__(self, lm: nn.Module, tokenizer: Any, *, batch: int = 64, continuous: bool = False) -> None:
         from transformers import DynamicCache
-        from transformers.cache_utils import DynamicLayer
+        from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
         self.lm, self.tokenizer, self.batch, self.continuous = lm, tokenizer, batch, continuous
         self._base = adapters.base_of(lm)
@@ -92,8 +92,8 @@ class TransformersEngine:
                 f"generate.engine: {name} has no key-value cache, which this engine needs, expected a model with one "
                 "(or --generate.engine vllm)"
             )
-        growing = all(isinstance(layer, DynamicLayer) for layer in DynamicCache(config=self._base.config).layers)
-        if continuous and not growing:
+        kinds = {type(layer) for layer in DynamicCache(config=self._base.config).layers}
+        if continuous and not kinds <= {DynamicLayer, DynamicSlidingWindowLayer}:
             raise RoundError(
                 f"generate.continuous: {name} keeps states that new completions cannot join, expected a model whose "
                 "layers all attend (leave it out)"
@@ -117,8 +117,8 @@ class TransformersEngine:
         with self._sampling_mode():
             batch: _Batch | None = None
             while waiting or batch is not None:
-                if waiting and (batch is None or (self.continuous and len(batch.rows) < self.batch)):
-                    free = self.batch - (len(batch.rows) if batch else 0)
+                free = self.batch - len(batch.rows) if batch is not None else self.batch
+                if waiting and free and (self.continuous or batch is None):
                     taken = [waiting.popleft() for _ in range(min(free, len(waiting)))]
                     points = [uniforms(seeds[p] + i, room[p] if sampling.temperature else 0) for p, i in taken]
                     rows = [_Row(p, i, room[p], drawn) for (p, i), drawn in zip(taken, points, strict=True)]

@@ -50,7 +50,7 @@ def make(policy, settings):
 
 @pytest.fixture
 def engine(server, connect):
-    engine = connect(server)
+    engine = connect(server, logprobs=True)
     server.requests.clear()
     return engine
 
@@ -154,7 +154,7 @@ def test_a_server_that_always_drops_a_field_is_found_out_before_anything_is_aske
     with pytest.raises(RoundError, match=r"generate.n: .* gave 1 of 2 .*drops `n`"):
         connect(server)
     server.drops = {"logprobs"}
-    engine = connect(server)
+    engine = connect(server, logprobs=True)
     assert not engine.capabilities.logprobs
     with pytest.raises(RoundError, match=r"generate.logprobs: .* gives none"):
         engine.generate(policy.prompts[:1], Sampling(n=1, logprobs=True), [0])

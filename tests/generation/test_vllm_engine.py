@@ -56,7 +56,7 @@ def online(policy, tmp_path_factory):
     with log.open("w") as out:
         process = subprocess.Popen(command, env=env, stdout=out, stderr=subprocess.STDOUT)
     try:
-        settings = GenerateConfig(engine="openai", url=f"http://127.0.0.1:{port}/v1", retries=0)
+        settings = GenerateConfig(engine="openai", url=f"http://127.0.0.1:{port}/v1", retries=0, logprobs=True)
         for _ in range(150):
             assert process.poll() is None, log.read_text()[-3000:]
             with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
