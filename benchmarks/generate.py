@@ -58,7 +58,8 @@ def main() -> None:
     ]
     note = (
         f"{args.prompts} prompts with {args.n} completions each, {args.batch} at a time, {args.repeats} turns, the "
-        "median. Draws differ between ways, so the numbers of tokens differ by a little."
+        f"median; {'CPU' if args.device == 'cpu' else 'wall'} seconds. Draws differ between ways, so the numbers of "
+        "tokens differ by a little."
     )
     write("generate", args.device, rows, [note], **({"folder": args.output} if args.output else {}))
 
