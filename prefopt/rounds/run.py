@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from prefopt import generation, judges
-from prefopt.config import GenerateConfig, JudgeConfig, RoundsConfig, RunConfig
+from prefopt.config import FREE_TO_CHANGE, GenerateConfig, JudgeConfig, RoundsConfig, RunConfig
 from prefopt.data.encode import tokenizer_content
 from prefopt.data.prompts import hold_out, slices
 from prefopt.engine import adapters, checkpoint
@@ -36,6 +36,7 @@ from prefopt.rounds.work import Progress, Workers, do_shards
 from prefopt.types import Completion, Prompt
 
 STAGES = ("generate", "judge", "pair", "train", "evaluate")
+POLICY = "policy"  # the judge's path where the policy judges itself
 HELD_OUT = 0  # in the place of a round's number in seeds: held-out prompts are answered with the same ones every time
 
 
@@ -227,7 +228,12 @@ class Rounds:
             judge = self._judge_of(number - 1)
             opened.append(judge)
             about.update(judge.describe())
-            return lambda shard: stages.judge_rows(judge, self._view, shards[shard], generated.read(shard))
+
+            def rows_of(shard: int) -> list[store.Row]:
+                with self._autocast() if self.config.judge.path == POLICY else nullcontext():
+                    return stages.judge_rows(judge, self._view, shards[shard], generated.read(shard))
+
+            return rows_of
 
         opened: list[Judge] = []
         samples = [len(shard) * self.config.generate.n for shard in shards]
@@ -245,12 +251,16 @@ class Rounds:
         return there
 
     def _judge_stage(self, number: int, generated: Stage) -> Stage:
-        free = ("url", "api_key_env", "concurrency", "retries", "timeout")
-        judge = {k: v for k, v in dataclasses.asdict(self.config.judge).items() if k not in free}
-        inputs = {"candidates": generated.hash(), "judge": judge, "judge_hash": self._judge_hash}
-        if self.config.judge.path == "policy":
+        inputs = {"candidates": generated.hash(), **self._judge_inputs()}
+        if self.config.judge.path == POLICY:
             inputs["policy"] = generated.inputs["policy"]
         return Stage(self.folder(number), "scores", inputs, generated.keys, generated.say)
+
+    def _judge_inputs(self) -> dict[str, Any]:
+        """What decides the judgements."""
+        free = [key.partition(".")[2] for key in FREE_TO_CHANGE if key.startswith("judge.")]
+        settings = {k: v for k, v in dataclasses.asdict(self.config.judge).items() if k not in free}
+        return {"judge": settings, "judge_hash": self._judge_hash}
 
     def _pair(self, number: int) -> bool:
         generated, prompts = self._generate_stage(number), self._slices[number - 1]
@@ -370,8 +380,8 @@ class Rounds:
 
     def _write_figures(self, number: int) -> None:
         path = self.folder(number) / "evaluate.json"
-        inputs = {name: self._held_out_stage(k).hash() for name, k in self._compared(number).items()}
-        inputs["judge"] = store.digest(dataclasses.asdict(self.config.judge))
+        inputs: dict[str, Any] = {name: self._held_out_stage(k).hash() for name, k in self._compared(number).items()}
+        inputs |= json.loads(json.dumps(self._judge_inputs()))
         manifest = store.read_manifest(path)
         if manifest is None or manifest["inputs"] != inputs:
             figures = self._figures(number)
