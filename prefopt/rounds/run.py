@@ -363,7 +363,7 @@ class Rounds:
     def _evaluate(self, number: int) -> bool:
         """Compare the policy after a round with the first one and the one before, on held-out prompts."""
         assert self.held_out is not None
-        if not self.held_out and not self.evaluators:
+        if not self.held_out:
             return True
         if not self.policy_is_there(number):
             raise RoundError(f"round {number}: it has not trained its policy yet ({self.model(number)})")
@@ -404,7 +404,7 @@ class Rounds:
         lm = self._load(number)
         for evaluator in self.evaluators:
             more |= dict(evaluator(lm))
-        if number and samples:
+        if number:
             for name, k in {"to_round_start": number - 1, "to_first": 0}.items():
                 if name == "to_first" and number == 1:
                     kl[name] = kl["to_round_start"]

@@ -149,8 +149,7 @@ def done(config: RunConfig, folder: Path, stage: str) -> bool:
     """Whether a stage of the round in `folder` has left all that it should. A trained round is not looked into."""
     trained = (folder / "train" / "model" / "manifest.json").is_file()
     if stage == "evaluate":
-        nothing = config.rounds.eval_prompts == 0 and not config.on_testbed
-        return nothing or (folder / "evaluate.json").is_file()
+        return config.rounds.eval_prompts == 0 or (folder / "evaluate.json").is_file()
     if trained or stage == "train":
         return trained
     if stage == "pair":
