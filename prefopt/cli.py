@@ -10,6 +10,8 @@ import importlib.util
 import json
 import os
 import shlex
+import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -141,7 +143,8 @@ def _run_rounds(config: RunConfig, runtime: rt.Runtime, output: Path, only: Stag
     def train(settings: RunConfig, evaluators: Sequence[Evaluator]) -> int:
         folder = Path(settings.output)
         rt.prepare_output(folder)
-        _refuse_another_run(settings, folder)
+        # where the policy and its pairs lie may be spelled in another way; the card holds what they are
+        _refuse_another_run(settings, folder, but=("model.path", "data.train"))
         try:
             return _run_once(settings, runtime, folder, evaluators)
         finally:
@@ -163,6 +166,7 @@ def _run_rounds(config: RunConfig, runtime: rt.Runtime, output: Path, only: Stag
         say=say,
         track=track,
         cache=cache_root(),
+        generates=only is None or only.name in ("generate", "evaluate"),
     )
     for line in report if only is None else ():
         say(line)
@@ -172,6 +176,8 @@ def _run_rounds(config: RunConfig, runtime: rt.Runtime, output: Path, only: Stag
     card = _rounds_card(config, runtime, rounds, report)
     runtime.on_main(lambda: _keep_card(card, output, write=part is None or workers.first))
     if only is not None:
+        if part is None:
+            rounds.clean()
         status = rounds.stage(only.name, only.round)
         if status == 0 and only.name == "evaluate" and only.round == config.rounds.count:
             rounds.finish()
@@ -199,13 +205,16 @@ def rounds(argv: Sequence[str]) -> int:
     try:
         if "--help" in argv or "-h" in argv:
             with contextlib.suppress(BrokenPipeError):
-                print(ROUNDS_USAGE + "\n" + settings.help_text([*argv, "--rounds.count", "1"]))
+                named = any(word.partition("=")[0] == "--rounds.count" for word in argv)
+                print(ROUNDS_USAGE + "\n" + settings.help_text([*argv, *([] if named else ["--rounds.count", "1"])]))
             return 0
         flags, stage = _stage_of(argv)
         config = settings.parse(flags)
         if config.rounds.count == 0:
             raise ConfigError("--rounds.count: not given, expected how many rounds")
-        return _conduct(config, flags) if stage is None else _train(config, stage)
+        if stage is not None and stage.round > config.rounds.count:
+            raise ConfigError(f"--round: found {stage.round}, but there are {config.rounds.count} (--rounds.count)")
+        return _conduct(config, flags) if stage is None and not config.dry_run else _train(config, stage)
     except PrefoptError as error:
         return rt.fail(error)
 
@@ -244,8 +253,8 @@ def _stage_of(argv: Sequence[str]) -> tuple[list[str], Stage | None]:
     which, _, of = part.partition("/")
     if not (which.isdigit() and of.isdigit() and int(which) < int(of)):
         raise ConfigError(f"--part: found {part!r}, expected such as 0/4, 1/4, 2/4, 3/4")
-    if name in ("pair", "train"):
-        raise ConfigError(f"--part: the {name} stage is not cut in shards; leave it out")
+    if name not in ("generate", "judge"):
+        raise ConfigError(f"--part: the {name} stage is one process's work, or one launch's; leave it out")
     return flags, Stage(name, int(number), (int(which), int(of)))
 
 
@@ -254,24 +263,46 @@ def _conduct(config: RunConfig, flags: Sequence[str]) -> int:
     from prefopt.rounds.store import done
 
     _check_paths(config)
+    try:
+        launcher = shlex.split(config.rounds.launcher) or [sys.executable]
+    except ValueError as error:
+        raise ConfigError(f"rounds.launcher: found {config.rounds.launcher!r}: {error}") from None
+    if shutil.which(launcher[0]) is None:
+        raise ConfigError(f"rounds.launcher: there is no program '{launcher[0]}' here")
     output = Path(config.output)
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH")]))
-    }
+    _refuse_another_run(config, output)
+    path = os.pathsep.join(filter(None, [str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH")]))
+    environment = os.environ | {"PYTHONPATH": path, rt.FOLLOW: "1"}
     for number in range(config.rounds.count + 1):
         for name in _STAGES if number else ("evaluate",):
             last = number == config.rounds.count and name == "evaluate"
             if done(config, output / f"round_{number:02d}", name) and not (last and not (output / "model").exists()):
                 continue
-            launcher = shlex.split(config.rounds.launcher) if name == "train" else []
-            command = [*(launcher or [sys.executable]), "-m", "prefopt", "rounds"]
+            command = [*(launcher if name == "train" else [sys.executable]), "-m", "prefopt", "rounds"]
             say(f"round {number}: {name}")
-            stage = ["--stage", name, "--round", str(number)]
-            status = subprocess.run([*command, *stage, *flags], env=environment).returncode
+            status = _run_stage([*command, "--stage", name, "--round", str(number), *flags], environment)
             if status != 0:
                 return status if status in (2, rt.EXIT_UNFINISHED) else 1
     say(f"finished: model in {output / 'model'}, rounds in {output / 'rounds.md'} and {output / 'rounds.png'}")
     return 0
+
+
+def _run_stage(command: list[str], environment: Mapping[str, str]) -> int:
+    """Start a stage and wait for its end; signals that ask to save are passed on to it. Returns its exit status."""
+    with subprocess.Popen(command, env=dict(environment)) as process:
+        asked: list[int] = []
+
+        def pass_on(number: int, frame: object) -> None:
+            asked.append(number)
+            process.send_signal(number)
+
+        before = {number: signal.signal(number, pass_on) for number in rt.SAVE_SIGNALS}
+        try:
+            status = process.wait()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+    return rt.EXIT_UNFINISHED if asked and status != 0 else status
 
 
 @dataclasses.dataclass
@@ -507,12 +538,16 @@ def _check_paths(config: RunConfig) -> None:
             open_source(path)
 
 
-def _refuse_another_run(config: RunConfig, output: Path) -> None:
-    """Raises: TrainError when the output holds a run with other settings, naming the first differences."""
+def _refuse_another_run(config: RunConfig, output: Path, but: Sequence[str] = ()) -> None:
+    """Raises: TrainError when the output holds a run with other settings, naming the first differences.
+
+    Args: but: settings that may differ.
+    """
     card = _read_card(output)
     if card is None:
         return
     changed = settings.differences(card["config"], config.to_dict())
+    changed = [line for line in changed if line.partition(":")[0] not in but]
     if changed:
         more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
         raise ConfigError(
@@ -602,6 +637,7 @@ def _rounds_card(config: RunConfig, runtime: rt.Runtime, rounds: Rounds, report:
         "data": {**rounds.data_hashes(), "report": report},
         "model": {"path": rounds.start.path, "sha256": rounds.start_hash},
         "reference": None,
+        "judge": {"sha256": rounds.judge_hash},
         **_circumstances(runtime),
     }
 
@@ -630,9 +666,10 @@ def _keep_card(card: dict[str, Any], output: Path, write: bool = True) -> None:
     held = {"training data": ("data", "train"), "held-out data": ("data", "eval")}
     held |= {"order of the training pairs": ("data", "order")}
     held |= {"model": ("model", "sha256"), "reference": ("reference", "sha256")}
+    held |= {"judge": ("judge", "sha256")}
     held |= {"base model": ("model", "base_sha256"), "reference's base": ("reference", "base_sha256")}
     for what, (group, key) in held.items():
-        before, now = ((one[group] or {}).get(key) for one in (old, card))
+        before, now = ((one.get(group) or {}).get(key) for one in (old, card))
         if before != now:
             raise TrainError(
                 f"--output {output}: the {what} is not what this run began with ({before} -> {now}); "

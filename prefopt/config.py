@@ -1016,6 +1016,15 @@ def _validate_rounds(config: RunConfig) -> None:
             f"rounds.count: found {rounds.count}, but method '{config.method_name}' trains a judge, which answers no "
             "prompts; train it first, and name its folder as judge.path of the rounds of another method"
         )
+    if config.data.eval_fraction != DataConfig().eval_fraction:
+        raise ConfigError(
+            "data.eval_fraction: given with rounds, which hold out rounds.eval_prompts prompts; leave it out"
+        )
+    for key in ("testbed.pairs", "testbed.eval_pairs"):
+        if _at(config.to_dict(), key) != getattr(TestbedConfig(), key.partition(".")[2]):
+            raise ConfigError(f"{key}: given with rounds, whose pairs the policy makes; leave it out")
+    if rounds.pairs == "data_sampled":
+        need(generate.n == 1, "generate.n", "1: rounds.pairs data_sampled reads one completion of each prompt")
     if rounds.pairs == "best_worst":
         need(generate.n >= 2, "generate.n", "at least 2: a pair is the best of them against the worst")
         need(judge.kind != "none", "judge.kind", "a judge: rounds.pairs best_worst ranks the completions")

@@ -52,7 +52,7 @@ class Method:
         return prompt
 
     def judge_view(self, text: str) -> Response | None:
-        """What a judge may see of a completion, or None where there is nothing: then it can only be rejected."""
+        """What a judge may see of a completion, or None where there is nothing: then it is in no pair."""
         return Response(text)
 
     def make_pairs(self, group: ScoredGroup) -> Sequence[ChosenPair] | str:

@@ -61,8 +61,8 @@ class ForkServer:
     ) -> Ended:
         """Run `prefopt train ARGV` in a fork of the server and wait for its end.
 
-        Args: ranks: processes joined by gloo; a fault happens on the last one, and when one dies the others are killed,
-            as a launcher does. What is written is the first one's.
+        Args: ranks: processes joined by gloo; a fault happens on the one that its `rank` names, else the first, and when
+            one dies the others are killed, as a launcher does. What is written is the first one's.
         """
         out, err = self.folder / "out.txt", self.folder / "err.txt"
         request = {
@@ -156,8 +156,9 @@ def _child(request: dict[str, Any], rank: int) -> None:
             import resource
 
             resource.setrlimit(resource.RLIMIT_FSIZE, (request["file_size_limit"],) * 2)
-        if request["fault"] is not None and rank == request["ranks"] - 1:
-            _arm(**request["fault"])
+        fault = dict(request["fault"] or {})
+        if fault and rank == fault.pop("rank", 0):
+            _arm(**fault)
         import prefopt.cli
 
         status = getattr(prefopt.cli, request["command"])(request["argv"])

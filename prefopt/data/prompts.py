@@ -101,7 +101,8 @@ def _prompt(
     (encoded,) = encoder.rows([row])
     if isinstance(encoded, BadRow):
         return encoded
-    return Prompt(row.prompt, tuple(ids), key, row.where, _text(row.chosen), tuple(encoded.pair.chosen_ids))
+    answer = encoded.pair.chosen_ids[: encoder.max_length - len(ids)]  # so that training need not cut the prompt
+    return Prompt(row.prompt, tuple(ids), key, row.where, _text(row.chosen), tuple(answer))
 
 
 def _text(completion: str | Messages) -> str:
@@ -118,8 +119,12 @@ def hold_out(prompts: Sequence[Prompt], number: int) -> tuple[list[Prompt], list
     return [p for p in prompts if p.key not in held], [p for p in prompts if p.key in held]
 
 
-def slices(prompts: Sequence[Prompt], rounds: int, each: int | None, seed: int) -> list[list[Prompt]]:
-    """The prompts of each round, drawn without putting back. Args: each: prompts per round; None: an equal share.
+def slices(
+    prompts: Sequence[Prompt], rounds: int, each: int | None, seed: int, held_out: int = 0
+) -> list[list[Prompt]]:
+    """The prompts of each round, drawn without putting back.
+
+    Args: each: prompts per round; None: an equal share. held_out: how many were taken away before, for the error.
 
     Raises: DataError when there are too few.
     """
@@ -127,7 +132,9 @@ def slices(prompts: Sequence[Prompt], rounds: int, each: int | None, seed: int) 
     if each < 1 or each * rounds > len(prompts):
         raise DataError(
             f"rounds.prompts: {rounds} rounds of {max(each, 1):,} need {rounds * max(each, 1):,} prompts, there are "
-            f"{len(prompts):,}; a prompt is used once (lower rounds.prompts or rounds.count, or name more data)"
+            f"{len(prompts):,}"
+            + (f" beside {held_out:,} held out (rounds.eval_prompts)" if held_out else "")
+            + "; a prompt is used once (lower rounds.prompts, rounds.count or rounds.eval_prompts, or name more data)"
         )
     order = sorted(prompts, key=lambda prompt: hashlib.sha256(f"{seed}:{prompt.key}".encode()).digest())
     return [order[i * each : (i + 1) * each] for i in range(rounds)]

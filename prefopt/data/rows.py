@@ -162,9 +162,20 @@ class RowReader:
         if self.tokenizer is not None and record.get("tokenizer") == self.tokenizer:
             return self._sampled(record, where), "token ids"
         if self.prompts_only and all(self._get(record, key) is None for key in ("chosen", "completion", "messages")):
-            question = self._side(record, "prompt")
-            self._check_question(question)
-            return PairRow(question, None, None, {}, where), "prompt alone"
+            return self._prompt_alone(record, where)
+        if self.prompts_only and self._get(record, "prompt") is not None:
+            try:
+                return self._whole(record, where)
+            except RowProblem:  # what else the row holds need not be a pair
+                return self._prompt_alone(record, where)
+        return self._whole(record, where)
+
+    def _prompt_alone(self, record: Mapping[str, Any], where: str) -> tuple[PairRow, str]:
+        question = self._side(record, "prompt")
+        self._check_question(question)
+        return PairRow(question, None, None, {}, where), "prompt alone"
+
+    def _whole(self, record: Mapping[str, Any], where: str) -> tuple[PairRow, str]:
         chosen_key = next(
             (
                 key

@@ -199,6 +199,16 @@ def recompute_activations(model: Any) -> None:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
 
 
+def parameters(path: str, settings: ModelConfig) -> int:
+    """How many weights the causal language model at `path` has, from its config alone."""
+    from transformers import AutoModelForCausalLM
+
+    config = load_config(path, settings)
+    with quiet(), torch.device("meta"):
+        hollow = AutoModelForCausalLM.from_config(config, trust_remote_code=settings.trust_remote_code)
+    return sum(p.numel() for p in hollow.parameters())
+
+
 def vocabulary(config: PretrainedConfig) -> int:
     """Rows of the embedding, as the config declares them."""
     return int(config.get_text_config().vocab_size)

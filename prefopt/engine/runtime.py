@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 EXIT_UNFINISHED = 75  # EX_TEMPFAIL: saved, not finished, run the same command again
 _ENGINES = {"NO": "one process", "MULTI_CPU": "ddp", "MULTI_GPU": "ddp"}  # accelerate's names -> ours
-_SAVE_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+FOLLOW = "PREFOPT_FOLLOW_PARENT"  # set for processes that must not outlive the one that started them
+SAVE_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 def rank() -> int:
@@ -53,7 +54,7 @@ class Stop:
 
     def install(self, processes: int) -> None:
         self._alone = processes == 1
-        for number in _SAVE_SIGNALS:
+        for number in SAVE_SIGNALS:
             signal.signal(number, self._handle)
         _follow_launcher()
 
@@ -93,7 +94,8 @@ def _follow_launcher() -> None:
         command = Path(f"/proc/{parent}/cmdline").read_bytes().replace(b"\0", b" ")
     except OSError:
         return
-    if any(word in command for word in (b"accelerate", b"torchrun", b"torch.distributed", b"elastic")):
+    launchers = (b"accelerate", b"torchrun", b"torch.distributed", b"elastic")
+    if FOLLOW in os.environ or any(word in command for word in launchers):
         set_parent_death_signal = 1
         ctypes.CDLL(None).prctl(set_parent_death_signal, int(signal.SIGTERM), 0, 0, 0)
         if os.getppid() != parent:  # it died between the two calls
@@ -103,38 +105,45 @@ def _follow_launcher() -> None:
 class OutputLock:
     """One writer per output folder. The kernel frees the lock when its owner dies, however it dies.
 
-    Args: part: of the work, where several processes write to different files of the folder.
+    Args: part: of the work, where several processes write to different files of the folder: they share the folder with
+        each other and with nobody else.
     """
 
     def __init__(self, folder: Path, part: str = "") -> None:
-        self._path = folder / f".lock{part}"
-        self._file: IO[str] | None = None
+        self._folder, self._part = folder, part
+        self._files: list[IO[str]] = []
 
     def acquire(self) -> None:
         """Raises: TrainError naming the process that holds the folder."""
+        if self._part:
+            self._lock(self._folder / ".lock", fcntl.LOCK_SH)
+        self._lock(self._folder / f".lock{self._part}", fcntl.LOCK_EX)
+
+    def _lock(self, path: Path, how: int) -> None:
         try:
-            handle = open(self._path, "a+")  # noqa: SIM115 - held open for as long as the run lives
+            handle = open(path, "a+")  # noqa: SIM115 - held open for as long as the run lives
         except OSError as error:
-            raise TrainError(f"{self._path}: cannot be opened: {error.strerror}; choose another --output") from error
+            raise TrainError(f"{path}: cannot be opened: {error.strerror}; choose another --output") from error
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(handle, how | fcntl.LOCK_NB)
         except BlockingIOError:
             handle.seek(0)
             owner = handle.read().strip() or "unknown"
             handle.close()
+            self.release()
             raise TrainError(
-                f"{self._path.parent}: another run is writing here ({owner}); wait for it, stop it, "
+                f"{path.parent}: another run is writing here ({owner}); wait for it, stop it, "
                 "or choose another --output"
             ) from None
         handle.truncate(0)
         handle.write(f"process {os.getpid()} on {socket.gethostname()}")
         handle.flush()
-        self._file = handle
+        self._files.append(handle)
 
     def release(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        for file in self._files:
+            file.close()
+        self._files = []
 
 
 def prepare_output(folder: Path) -> None:

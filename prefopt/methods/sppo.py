@@ -140,12 +140,14 @@ class SPPO(Method):
             return ends
         chosen, rejected = ends
         probs = win_probabilities(group.judgement, self.ranks_by)
-        against_policy = np.nanmean(probs, axis=1)
         columns = {
-            _CHOSEN.name: float(against_policy[chosen]),
-            _REJECTED.name: float(against_policy[rejected]),
+            _CHOSEN.name: float(np.nanmean(probs[chosen])),
+            _REJECTED.name: float(np.nanmean(probs[rejected])),
             _PAIR.name: float(probs[chosen, rejected]),
         }
+        unknown = [column.name for column in self.needs.columns if math.isnan(columns[column.name])]
+        if unknown:
+            return f"{unknown[0]} not judged"
         return [ChosenPair(group.judged[chosen], group.judged[rejected], columns)]
 
     def describe(self) -> str:

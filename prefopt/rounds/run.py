@@ -23,7 +23,7 @@ from prefopt.config import FREE_TO_CHANGE, GenerateConfig, JudgeConfig, RoundsCo
 from prefopt.data.encode import tokenizer_content
 from prefopt.data.prompts import hold_out, slices
 from prefopt.engine import adapters, checkpoint
-from prefopt.engine.runtime import Stop, set_threads
+from prefopt.engine.runtime import Stop
 from prefopt.errors import RoundError
 from prefopt.evaluate.report import RoundFigures, evaluate_round, write_report
 from prefopt.evaluate.samples import SampleFigures, score_samples
@@ -81,13 +81,14 @@ class Rounds:
 
     def __post_init__(self) -> None:
         rounds = self.config.rounds
-        rest: Sequence[Prompt] = self.prompts
+        rest, taken = self.prompts, self.held_out is None
         if self.held_out is None:
             rest, self.held_out = hold_out(self.prompts, rounds.eval_prompts)
         else:
             self.held_out = hold_out(self.held_out, rounds.eval_prompts)[1]
-        self._slices = slices(rest, rounds.count, rounds.prompts, self.config.seed)
-        self._judge_hash = judges.identity(self.config.judge)
+        held = len(self.held_out) if taken else 0
+        self._slices = slices(rest, rounds.count, rounds.prompts, self.config.seed, held)
+        self.judge_hash = judges.identity(self.config.judge)
         self._tokenizer_hash = tokenizer_content(self.tokenizer)
         bad = {self.tokenizer.bos_token_id, self.tokenizer.pad_token_id} - {self.tokenizer.eos_token_id, None}
         self._view = View(self.config.method, frozenset(bad))
@@ -96,8 +97,7 @@ class Rounds:
 
     def run(self) -> int:
         """Every stage of every round that is not done yet. Returns 0, or 75 when a signal asked to leave."""
-        if self.workers.first:
-            store.sweep(self.output)
+        self.clean()
         for number in range(self.config.rounds.count + 1):
             for name in STAGES if number else ("evaluate",):
                 if name in ("generate", "judge", "pair") and self.policy_is_there(number):
@@ -113,9 +113,9 @@ class Rounds:
         assert self.held_out is not None
         order = [[p.key for p in part] for part in self._slices]
         return {
-            "train": store.digest(sorted([p.key, list(p.ids)] for part in self._slices for p in part)),
+            "train": _hash_of(sorted((p for part in self._slices for p in part), key=lambda p: p.key)),
             "order": store.digest(order),
-            "eval": store.digest([[p.key, list(p.ids)] for p in self.held_out]),
+            "eval": _hash_of(self.held_out),
         }
 
     def stage(self, name: str, number: int) -> int:
@@ -135,6 +135,14 @@ class Rounds:
     def finish(self) -> None:
         """Export the last policy."""
         self.workers.first_alone(self._export)
+
+    def clean(self) -> None:
+        """Remove what kills have left, where no other process works on the same run."""
+        if self.workers.first:
+            store.sweep(self.output)
+            for number in range(1, self.config.rounds.count + 1):
+                if self.policy_is_there(number):
+                    shutil.rmtree(self.folder(number) / "train" / "checkpoints", ignore_errors=True)
 
     # Places -----------------------------------------------------------------------------------------------------------
 
@@ -168,7 +176,7 @@ class Rounds:
         settings, shards = self.config.generate, stages.shards_of(prompts, self.config.rounds.shard)
         inputs = {
             "policy": self._policy_hash(policy),
-            "prompts": store.digest([[p.key, list(p.ids)] for p in prompts]),
+            "prompts": _hash_of(prompts),
             "sampling": dataclasses.asdict(sampling),
             "seed": [self.config.seed, seed],
             "engine": settings.engine,
@@ -187,12 +195,11 @@ class Rounds:
             return True
         sampling = Sampling(**stage.inputs["sampling"])
         shards = stages.shards_of(prompts, self.config.rounds.shard)
-        about: dict[str, Any] = {}
 
         def make() -> Callable[[int], list[store.Row]]:
             engine = self._engine(policy)
             opened.append(engine)
-            about.update(engine.describe())
+            stage.note(engine.describe())
 
             def rows_of(shard: int) -> list[store.Row]:
                 seeds = stages.seeds_of(self.config.seed, seed, shard, len(shards[shard]), sampling.n)
@@ -210,7 +217,7 @@ class Rounds:
             for engine in opened:
                 engine.close()
         if there:
-            self.workers.first_alone(lambda: stage.finish({"prompts": len(prompts), "samples": sum(samples)}, about))
+            self.workers.first_alone(lambda: stage.finish({"prompts": len(prompts), "samples": sum(samples)}))
         return there
 
     def _judge(self, number: int) -> bool:
@@ -222,12 +229,11 @@ class Rounds:
         if self._begin(stage):
             return True
         shards = stages.shards_of(prompts, self.config.rounds.shard)
-        about: dict[str, Any] = {}
 
         def make() -> Callable[[int], list[store.Row]]:
             judge = self._judge_of(number - 1)
             opened.append(judge)
-            about.update(judge.describe())
+            stage.note(judge.describe())
 
             def rows_of(shard: int) -> list[store.Row]:
                 with self._autocast() if self.config.judge.path == POLICY else nullcontext():
@@ -247,7 +253,7 @@ class Rounds:
                 judge.close()
             _free()
         if there:
-            self.workers.first_alone(lambda: stage.finish(_problems(stage.rows()), about))
+            self.workers.first_alone(lambda: stage.finish(_problems(stage.rows())))
         return there
 
     def _judge_stage(self, number: int, generated: Stage) -> Stage:
@@ -260,7 +266,7 @@ class Rounds:
         """What decides the judgements."""
         free = [key.partition(".")[2] for key in FREE_TO_CHANGE if key.startswith("judge.")]
         settings = {k: v for k, v in dataclasses.asdict(self.config.judge).items() if k not in free}
-        return {"judge": settings, "judge_hash": self._judge_hash}
+        return {"judge": settings, "judge_hash": self.judge_hash}
 
     def _pair(self, number: int) -> bool:
         generated, prompts = self._generate_stage(number), self._slices[number - 1]
@@ -321,9 +327,10 @@ class Rounds:
     def _train(self, number: int) -> int:
         """Train the round's policy on its pairs, against the policy that the round began with."""
         folder = self.folder(number)
-        if not self.policy_is_there(number) and not (folder / "pairs.json").is_file():
+        if not store.done(self.config, folder, "pair"):
             raise RoundError(
-                f"round {number}: its pairs are not made yet ({folder / 'pairs.jsonl'}); run the pair stage"
+                f"round {number}: its pairs are not made yet, or are not as they were made ({folder / 'pairs.jsonl'}); "
+                "run the pair stage"
             )
         self._forget()
         status = self.train(self.config_of(number))
@@ -350,9 +357,11 @@ class Rounds:
         )
 
     def _require(self, stage: Stage, name: str, number: int) -> None:
-        manifest = store.read_manifest(stage.manifest_path)
-        if manifest is None or not manifest["finished"] or stage.missing():
-            raise RoundError(f"round {number}: its {name} stage is not finished ({stage.manifest_path}); run it first")
+        if not store.finished(stage.folder, stage.name) or stage.missing():
+            raise RoundError(
+                f"round {number}: its {name} stage is not finished, or its files are not as it left them "
+                f"({stage.manifest_path}); run it first"
+            )
 
     def _begin(self, stage: Stage) -> bool:
         """Whether a stage is done already; all processes hear the same."""
@@ -367,6 +376,8 @@ class Rounds:
             return True
         if not self.policy_is_there(number):
             raise RoundError(f"round {number}: it has not trained its policy yet ({self.model(number)})")
+        for k in {*self._compared(number).values()} - {number}:
+            self._require(self._held_out_stage(k), "evaluate", k)
         stage = self._held_out_stage(number)
         if not self._candidates(number, stage, self.held_out, HELD_OUT, number):
             return False
@@ -385,8 +396,8 @@ class Rounds:
         manifest = store.read_manifest(path)
         if manifest is None or manifest["inputs"] != inputs:
             figures = self._figures(number)
-            store.write_manifest(path, {"stage": "evaluate", "inputs": inputs, "figures": figures.to_dict()})
             self.track(figures.metrics(), number)
+            store.write_manifest(path, {"stage": "evaluate", "inputs": inputs, "figures": figures.to_dict()})
         self._report(number)
 
     def _compared(self, number: int) -> dict[str, int]:
@@ -455,9 +466,7 @@ class Rounds:
         """The policy after a round, on its device."""
         key = "model.path"
         lm: Any = adapters.load_frozen(self._weights(number), self.config.model, key)
-        lm.to(self.device)
-        set_threads(self.config.train.threads, sum(p.numel() for p in lm.parameters()))
-        return lm.eval()
+        return lm.to(self.device).eval()
 
     def _autocast(self) -> AbstractContextManager[Any]:
         """The precision that the policy is trained in."""
@@ -492,6 +501,11 @@ class Rounds:
 
         if checkpoint.damage(self.output / "model") is not None:
             checkpoint.export(self.output / "model", write)
+
+
+def _hash_of(prompts: Sequence[Prompt]) -> str:
+    """Of all that is read of them, answers included: those are judged by, and paired."""
+    return store.digest([[p.key, list(p.ids), p.answer, p.answer_ids and list(p.answer_ids)] for p in prompts])
 
 
 def _prompt_row(prompt: Prompt) -> store.Row:

@@ -14,7 +14,7 @@ from prefopt.config import RunConfig
 from prefopt.data.encode import pad_token
 from prefopt.data.prompts import read_prompts
 from prefopt.engine import adapters, layouts, models
-from prefopt.engine.runtime import Stop
+from prefopt.engine.runtime import Stop, set_threads
 from prefopt.errors import ConfigError, TrainError
 from prefopt.judges.base import Judge
 from prefopt.rounds.run import Rounds
@@ -46,21 +46,25 @@ def set_up(
     say: Callable[[str], None],
     track: Callable[[Mapping[str, float], int], None],
     cache: Path,
+    generates: bool = True,
 ) -> tuple[Rounds, list[str]]:
     """The rounds, and what to say of the prompts.
 
+    Args: generates: whether these processes are to sample completions.
     Raises: ConfigError, DataError or TrainError for whatever can be seen before any model is loaded.
     """
     judges.check(config.judge)
     generation.check(config.generate)
     in_ranks = generation.capabilities(config.generate).in_ranks
-    if workers.runtime is not None and workers.count > 1 and not in_ranks:
+    if generates and workers.runtime is not None and workers.count > 1 and not in_ranks:
         raise ConfigError(
             f"generate.engine: '{config.generate.engine}' is not for {workers.count} processes of one training run to "
             "share; use scripts/rounds.py with the same flags"
         )
     asked = _from_testbed(config, cache) if config.on_testbed else _from_files(config)
     start_hash = workers.first_alone(lambda: _weights_hash(asked.start, config))
+    # once, for all stages: what a sum rounds to depends on the threads, which must not depend on what is left to do
+    set_threads(config.train.threads, models.parameters(asked.start.base, asked.start.base_settings(config.model)))
     rounds = Rounds(
         config=config,
         output=output,

@@ -6,6 +6,7 @@ Knows nothing of models, prompts or judges.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -56,12 +57,15 @@ class Stage:
         promised = (manifest or {}).get("shards", {})
         for number in range(len(self.keys)):
             path = self.shard_path(number)
-            wrong = self._damage(path, number, promised.get(path.name))
-            if wrong and (path.exists() or promised):
+            there = path.is_file()  # asked once: another process may be about to write it
+            wrong = self._damage(path, number, promised.get(path.name)) if there else "is missing" if promised else None
+            if wrong:
                 self.say(f"{path}: {wrong}; it is made again")
-                path.unlink(missing_ok=True)
+                if there:
+                    path.unlink(missing_ok=True)
         if manifest is None:
-            write_manifest(self.manifest_path, {"stage": self.name, "finished": False, "inputs": dict(self.inputs)})
+            unfinished = {"stage": self.name, "finished": False, "inputs": dict(self.inputs), "about": {}}
+            write_manifest(self.manifest_path, unfinished, only_new=True)
         return manifest is not None and manifest["finished"] and not self.missing()
 
     def _same_inputs(self, before: Mapping[str, Any]) -> None:
@@ -76,8 +80,6 @@ class Stage:
 
     def _damage(self, path: Path, number: int, promised: Mapping[str, Any] | None) -> str | None:
         """What is wrong with a shard: against its manifest where there is one, else against the prompts it is for."""
-        if not path.is_file():
-            return "is missing"
         if promised is not None:
             return None if sha256(path) == promised["sha256"] else "does not match its hash in the manifest"
         try:
@@ -106,10 +108,16 @@ class Stage:
         """All rows, in the order of the prompts."""
         return [row for number in range(len(self.keys)) for row in self.read(number)]
 
-    def finish(self, counts: Mapping[str, Any], about: Mapping[str, Any]) -> None:
+    def note(self, about: Mapping[str, Any]) -> None:
+        """Keep what to know of how the shards are made: engine, judge, versions."""
+        manifest = read_manifest(self.manifest_path)
+        if manifest is not None and not manifest["finished"]:
+            write_manifest(self.manifest_path, manifest | {"about": dict(about)})
+
+    def finish(self, counts: Mapping[str, Any]) -> None:
         """Write the manifest of a stage whose shards are all there.
 
-        Args: counts: what was kept and dropped, and why. about: what to know of how it was made.
+        Args: counts: what was kept and dropped, and why.
         Raises: RoundError when a shard that was made again is not what the manifest promised.
         """
         before = read_manifest(self.manifest_path) or {}
@@ -124,7 +132,7 @@ class Stage:
                     f"delete {self.folder} to make the round again"
                 )
         manifest = {"stage": self.name, "finished": True, "inputs": dict(self.inputs), "shards": shards}
-        write_manifest(self.manifest_path, manifest | {"counts": dict(counts), "about": dict(about)})
+        write_manifest(self.manifest_path, manifest | {"counts": dict(counts), "about": before.get("about", {})})
 
     def hash(self) -> str:
         """A hash of everything the finished stage holds."""
@@ -162,9 +170,10 @@ def done(config: RunConfig, folder: Path, stage: str) -> bool:
     return finished(folder, {"generate": "candidates", "judge": "scores"}[stage])
 
 
-def write_manifest(path: Path, manifest: Mapping[str, Any]) -> None:
-    sealed = dict(manifest) | {"sha256": digest(manifest)}
-    _write(path, [json.dumps(sealed, indent=1)])
+def write_manifest(path: Path, manifest: Mapping[str, Any], only_new: bool = False) -> None:
+    """Seal a manifest with its own hash. Args: only_new: leave the one that another process has written meanwhile."""
+    plain = json.loads(json.dumps(dict(manifest)))
+    _write(path, [json.dumps(plain | {"sha256": digest(plain)}, indent=1)], only_new)
 
 
 def read_manifest(path: Path) -> dict[str, Any] | None:
@@ -186,7 +195,12 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
 
 def write_rows(path: Path, rows: Iterable[Row]) -> None:
     """A JSONL file, whole or not at all. NaN and infinities become null, which every reader of JSON takes."""
-    _write(path, (json.dumps(_plain(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
+    _write(path, (_line(row) for row in rows))
+
+
+def _line(row: Row) -> str:
+    text = json.dumps(_plain(row), ensure_ascii=False, allow_nan=False) + "\n"
+    return text.encode("utf-8", "replace").decode()  # a server may send half of a surrogate pair
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -207,7 +221,7 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _write(path: Path, lines: Iterable[str]) -> None:
+def _write(path: Path, lines: Iterable[str], only_new: bool = False) -> None:
     """Write aside, flush to the disk, rename. Several processes may write the same manifest at the same time."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -216,7 +230,12 @@ def _write(path: Path, lines: Iterable[str]) -> None:
             file.writelines(lines)
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(path)
+        if only_new:
+            with contextlib.suppress(FileExistsError):
+                os.link(temporary, path)
+            temporary.unlink()
+        else:
+            temporary.replace(path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise RoundError(

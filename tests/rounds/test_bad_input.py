@@ -68,7 +68,7 @@ def line_of(ended):
 
 def test_more_prompts_than_there_are_is_refused_before_any_model(run):
     line = line_of(run(rounds__prompts=40))
-    assert "2 rounds of 40 need 80 prompts, there are 36; a prompt is used once" in line
+    assert "2 rounds of 40 need 80 prompts, there are 36 beside 8 held out (rounds.eval_prompts); a prompt" in line
 
 
 def test_prompt_longer_than_its_room_is_a_bad_row(run, place, tmp_path):
@@ -196,9 +196,51 @@ def test_stage_before_its_inputs_is_refused(server, rounds, tmp_path):
         ("judge", 1, "round 1: its generate stage is not finished"),
         ("train", 1, "round 1: its pairs are not made yet"),
         ("generate", 2, "round 2: round 1 has not trained its policy yet"),
+        ("generate", 3, "--round: found 3, but there are 2 (--rounds.count)"),
     ):
         ended = server.train(["--stage", name, "--round", str(number), *argv], command="rounds")
         assert line in line_of(ended)
+
+
+def test_stage_of_its_own_reads_no_damaged_input(server, rounds, tmp_path):
+    argv, folder = rounds(tmp_path / "run", rounds__eval_prompts=0), tmp_path / "run/round_01"
+
+    def stage(name):
+        return server.train(["--stage", name, "--round", "1", *argv], command="rounds")
+
+    assert stage("generate").status == 0
+    shard = folder / "candidates/00001.jsonl"
+    before = shard.read_text()
+    for broken in (before[:-20], before.replace('"text": "', '"text": "x')):
+        shard.write_text(broken)
+        assert "its generate stage is not finished, or its files are not as it left them" in line_of(stage("judge"))
+    assert stage("generate").status == 0
+    assert shard.read_text() == before
+    assert stage("judge").status == stage("pair").status == 0
+    pairs = folder / "pairs.jsonl"
+    pairs.write_text("".join(pairs.read_text().splitlines(keepends=True)[:4]))
+    assert "its pairs are not made yet, or are not as they were made" in line_of(stage("train"))
+
+
+def test_edited_answers_of_the_data_are_other_data(server, rounds, place, tmp_path):
+    data = tmp_path / "pairs.jsonl"
+    data.write_text((place / "pairs.jsonl").read_text())
+    settings = {"rounds__pairs": "data_sampled", "generate__n": 1, "rounds__count": 1, "rounds__eval_prompts": 0}
+    argv = rounds(tmp_path / "run", data__train=data, method="dpo", without=("judge.kind",), **settings)
+    fault = {"at": "prefopt.rounds.stages:pair_rows", "count": 1, "do": "SIGKILL"}
+    assert server.train(argv, fault).status != 0
+    data.write_text(data.read_text().replace(" it is ", " that is "))
+    assert "the training data is not what this run began with" in line_of(server.train(argv))
+
+
+def test_conductor_is_refused_before_it_starts_anything(server, rounds, tmp_path):
+    def conducted(**flags):
+        return line_of(server.train(rounds(tmp_path / "run", rounds__eval_prompts=0, **flags), command="rounds"))
+
+    assert "rounds.launcher: there is no program 'acelerate' here" in conducted(rounds__launcher="acelerate launch")
+    assert 'rounds.launcher: found "a \'b": No closing quotation' in conducted(rounds__launcher="a 'b")
+    assert server.train(rounds(tmp_path / "run", rounds__eval_prompts=0, rounds__count=1)).status == 0
+    assert "holds a run with other settings (generate.n: 3 -> 4)" in conducted(rounds__count=1, generate__n=4)
 
 
 @pytest.mark.parametrize(

@@ -28,11 +28,8 @@ def test_rounds_on_the_testbed_have_their_own_defaults():
 
 
 def test_pairs_against_the_data_need_no_judge():
-    config = parse(["--method", "dpo", *FILES, "--rounds.count", "1", "--rounds.pairs", "data_sampled"])
-    assert config.judge.kind == "none"
-    assert parse(
-        ["--method", "dpo", *FILES, "--rounds.count", "1", "--rounds.pairs", "data_sampled", "--generate.n", "1"]
-    )
+    argv = ["--method", "dpo", *FILES, "--rounds.count", "1", "--rounds.pairs", "data_sampled", "--generate.n", "1"]
+    assert parse(argv).judge.kind == "none"
 
 
 @pytest.mark.parametrize(
@@ -53,6 +50,9 @@ def test_pairs_against_the_data_need_no_judge():
         ([*FILES, *ROUNDS, "--generate.max_tokens", "1024"], "expected less than data.max_length (1024)"),
         ([*FILES, *ROUNDS, "--generate.top_p", "0"], "generate.top_p: found 0.0, expected a share above 0, up to 1"),
         ([*FILES, *ROUNDS, "--rounds.max_similarity", "2"], "rounds.max_similarity: found 2.0, expected above 0"),
+        ([*FILES, *ROUNDS, "--data.eval_fraction", "0.2"], "data.eval_fraction: given with rounds, which hold out"),
+        (["--rounds.count", "2", "--testbed.pairs", "100"], "testbed.pairs: given with rounds, whose pairs"),
+        ([*FILES, "--rounds.count", "1", "--rounds.pairs", "data_sampled"], "generate.n: found 5, expected 1: rounds"),
         (
             ["--rounds.count", "2", "--rounds.pairs", "data_worst"],
             "needs completions in data.train; the testbed has none",

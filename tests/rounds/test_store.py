@@ -30,7 +30,9 @@ def finish(stage):
     assert not stage.begin()
     for number in stage.missing():
         stage.write(number, rows(number))
-    stage.finish({"kept": 3}, {})
+        stage.note({"engine": "x"})
+    stage.finish({"kept": 3})
+    assert store.read_manifest(stage.manifest_path)["about"] == {"engine": "x"}
 
 
 def test_stage_is_done_when_its_manifest_and_its_shards_agree(stage):
@@ -81,7 +83,7 @@ def test_truncated_shard_of_a_finished_stage_is_made_again_and_must_be_what_it_w
     assert "is missing" in said.pop()
     stage.write(0, [{"key": "a", "value": 2}, {"key": "b", "value": 2}])
     with pytest.raises(RoundError, match="made again, it is not what it was"):
-        stage.finish({}, {})
+        stage.finish({})
 
 
 def test_manifest_that_was_edited_by_hand_is_refused(stage):
@@ -129,3 +131,14 @@ def test_disk_that_is_full_loses_no_finished_shard(stage, monkeypatch):
         stage.write(1, rows(1))
     assert stage.missing() == [1]
     assert not list(stage.folder.rglob("*.tmp"))
+
+
+def test_half_of_a_surrogate_pair_does_not_stop_a_stage(tmp_path):
+    store.write_rows(tmp_path / "rows.jsonl", [{"text": "cut \ud83d"}])
+    assert store.read_rows(tmp_path / "rows.jsonl") == [{"text": "cut ?"}]
+
+
+def test_manifest_that_another_process_has_begun_is_left_as_it_is(stage):
+    finish(stage)
+    store.write_manifest(stage.manifest_path, {"stage": "candidates", "finished": False}, only_new=True)
+    assert store.read_manifest(stage.manifest_path)["finished"]
