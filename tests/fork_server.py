@@ -61,7 +61,7 @@ class ForkServer:
     ) -> Ended:
         """Run `prefopt train ARGV` in a fork of the server and wait for its end.
 
-        Args: ranks: processes joined by gloo; a fault happens on the one that its `rank` names, else the first, and when
+        Args: ranks: processes joined by gloo; a fault happens on the one that its `rank` names, else the first; when
             one dies the others are killed, as a launcher does. What is written is the first one's.
         """
         out, err = self.folder / "out.txt", self.folder / "err.txt"
