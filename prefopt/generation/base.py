@@ -57,9 +57,13 @@ class Capabilities:
 
 
 class Engine(Protocol):
-    """A policy that answers."""
+    """A policy that answers.
+
+    `context` is how many positions the model has for a prompt and its answer, None where it has no end.
+    """
 
     capabilities: Capabilities
+    context: int | None
 
     def generate(
         self, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int]

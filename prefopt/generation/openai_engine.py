@@ -42,7 +42,7 @@ class OpenAIEngine:
             timeout=settings.timeout,
         )
         try:
-            self._model, self._context = self._find(settings.served_model, weights.path)
+            self._model, self.context = self._find(settings.served_model, weights.path)
             probe = Sampling(n=2, max_tokens=1, logprobs=settings.logprobs)
             choices = self._ask([min(self._terminators, default=0)], probe, 1, 0, Ends(tokenizer, ()))
         except BaseException:
@@ -69,7 +69,7 @@ class OpenAIEngine:
                 f"generate.stop: {self._server.url} gives no token ids, so a stop text cannot be told from the model's "
                 "own terminator, expected a server that does, such as vLLM's (or leave it out)"
             )
-        room = limits(prompts, self._context, sampling.max_tokens)
+        room = limits(prompts, self.context, sampling.max_tokens)
         ends = Ends(self.tokenizer, self._terminators, sampling.stop)
 
         def ask(p: int) -> list[Completion]:

@@ -85,7 +85,7 @@ class TransformersEngine:
         self._base = adapters.base_of(lm)
         self._takes = inspect.signature(self._base.forward).parameters
         self._ends = terminators(self._base.generation_config, tokenizer)
-        self._context = getattr(self._base.config.get_text_config(), "max_position_embeddings", None)
+        self.context = getattr(self._base.config.get_text_config(), "max_position_embeddings", None)
         name = type(self._base).__name__
         if "past_key_values" not in self._takes:
             raise RoundError(
@@ -108,7 +108,7 @@ class TransformersEngine:
 
         Raises: RoundError for a prompt that leaves no position, or logits that are not finite.
         """
-        room = limits(prompts, self._context, sampling.max_tokens)
+        room = limits(prompts, self.context, sampling.max_tokens)
         ends = Ends(self.tokenizer, self._ends, sampling.stop)
         # the longest first: neighbours have like lengths, and a batch too large for memory is the first one
         order = sorted(range(len(prompts)), key=lambda p: -len(prompts[p]))
@@ -214,7 +214,7 @@ class TransformersEngine:
         takes: dict[str, Any] = {}
         if "position_ids" in self._takes:
             # a row that has ended is read on until it leaves, maybe beyond the last position there is
-            last = None if self._context is None else self._context - 1
+            last = None if self.context is None else self.context - 1
             takes["position_ids"] = (batch.mask.cumsum(-1)[:, -ids.shape[1] :] - 1).clamp(0, last)
         if "logits_to_keep" in self._takes:
             takes["logits_to_keep"] = 1

@@ -63,7 +63,7 @@ class VllmEngine:
         self._terminators = terminators_of(weights, model, tokenizer)
         self._args = _arguments(settings, weights, model)
         positions = self._args.get("max_model_len") or positions_of(weights, model)
-        self._context = None if positions is None else int(positions)
+        self.context = None if positions is None else int(positions)
         loading = {
             "args": self._args,
             "adapter": None if weights.adapter is None else str(Path(weights.path).resolve()),
@@ -85,7 +85,7 @@ class VllmEngine:
 
         Raises: RoundError when a process ends, with the last that it said.
         """
-        room = limits(prompts, self._context, sampling.max_tokens)
+        room = limits(prompts, self.context, sampling.max_tokens)
         ends = Ends(self.tokenizer, self._terminators, sampling.stop)
         shared = {
             "temperature": sampling.temperature,

@@ -15,16 +15,26 @@ if TYPE_CHECKING:
     from prefopt.generation.base import Engine
     from prefopt.judges.base import Judge
 
+_CLASSIFIERS = ("reward_model", "pairwise")
+_SERVER, _POLICY = "llm with judge.url", "llm with judge.path policy"
+_LLM = (_SERVER, _POLICY)
 # Settings that only some kinds read; for any other they must stand as they are.
 _READ_BY = {
-    "path": ("reward_model", "pairwise", "function", "llm"),
-    "max_length": ("reward_model", "pairwise"),
-    "trust_remote_code": ("reward_model", "pairwise"),
-    "template": ("llm",),
-    "mode": ("llm",),
-    "scale": ("llm",),
-    "url": ("llm",),
-    "model": ("llm",),
+    "path": (*_CLASSIFIERS, "function", *_LLM),
+    "mode": _LLM,
+    "scale": _LLM,
+    "template": _LLM,
+    "batch": _CLASSIFIERS,
+    "max_length": _CLASSIFIERS,
+    "trust_remote_code": _CLASSIFIERS,
+    "url": (_SERVER,),
+    "model": (_SERVER,),
+    "api_key_env": (_SERVER,),
+    "temperature": _LLM,
+    "max_tokens": _LLM,
+    "concurrency": (_SERVER,),
+    "retries": (_SERVER,),
+    "timeout": (_SERVER, "function"),
 }
 
 
@@ -34,13 +44,19 @@ def check(settings: JudgeConfig) -> None:
     Raises: ConfigError or TrainError naming the setting.
     """
     kind = settings.kind
+    reader = kind
+    if kind == "llm":
+        from prefopt.judges import llm
+
+        reader = _POLICY if settings.path == llm.POLICY else _SERVER
     for name, readers in _READ_BY.items():
         given = getattr(settings, name)
-        if kind not in readers and given != getattr(JudgeConfig(), name):
+        if reader not in readers and given != getattr(JudgeConfig(), name):
             raise ConfigError(
-                f"judge.{name}: found {given!r}, which judge '{kind}' does not read; it belongs to {', '.join(readers)}"
+                f"judge.{name}: found {given!r}, which judge '{reader}' does not read; it belongs to "
+                f"{', '.join(readers)}"
             )
-    if kind in ("reward_model", "pairwise"):
+    if kind in _CLASSIFIERS:
         from prefopt.engine.runtime import check_path
 
         if settings.path is None:
@@ -55,8 +71,6 @@ def check(settings: JudgeConfig) -> None:
             raise ConfigError("judge.path: found none, expected module:function")
         find(settings.path)
     elif kind == "llm":
-        from prefopt.judges import llm
-
         llm.check(settings)
 
 
@@ -72,7 +86,7 @@ def identity(settings: JudgeConfig) -> str:
         from prefopt.judges.function import find, source_of
 
         parts.append(source_of(find(settings.path)))
-    elif settings.path is not None and Path(settings.path).is_dir():
+    elif settings.kind in _CLASSIFIERS and settings.path is not None and Path(settings.path).is_dir():
         from prefopt.engine.models import fingerprint
 
         parts.append(fingerprint(settings.path, None))
@@ -109,7 +123,7 @@ def make(
 
         assert settings.path is not None
         return FunctionJudge(settings.path, settings.timeout)
-    if settings.kind in ("reward_model", "pairwise"):
+    if settings.kind in _CLASSIFIERS:
         return _classifier(settings, device)
     if settings.kind == "llm":
         from prefopt.judges import llm

@@ -32,7 +32,7 @@ def find(path: str) -> Callable[..., Any]:
     if not (module_name and colon and name):
         raise ConfigError(f"judge.path: found '{path}', expected module:function, such as my_lab.rewards:exact")
     if "" not in sys.path:
-        sys.path.insert(0, "")
+        sys.path.append("")  # at the end: what is installed is not hidden by a file beside the data
     try:
         module = importlib.import_module(module_name)
     except Exception as error:

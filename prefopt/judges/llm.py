@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from prefopt.config import JudgeConfig
 from prefopt.data.comparison import plain_text
 from prefopt.data.encode import Encoder
+from prefopt.data.rows import RowProblem
 from prefopt.errors import ConfigError, RoundError, did_you_mean
 from prefopt.generation.base import Sampling
 from prefopt.generation.server import Server, TimedOut, TooLong, check_server
@@ -42,8 +43,12 @@ _SEEDS = 2**31
 
 def check(settings: JudgeConfig) -> None:
     """Refuse settings that cannot work. Raises: ConfigError."""
+    found = ", ".join(f"{number:g}" for number in settings.scale)
+    if settings.mode != "score" and settings.scale != JudgeConfig().scale:
+        raise ConfigError(
+            f"judge.scale: found {found}, which mode '{settings.mode}' does not read (--judge.mode score)"
+        )
     if len(settings.scale) != 2 or not settings.scale[0] < settings.scale[1] < math.inf:
-        found = ", ".join(f"{number:g}" for number in settings.scale)
         raise ConfigError(f"judge.scale: found {found or 'nothing'}, expected the lowest and the highest score: 1,10")
     read_template(settings)
     if settings.path is None:
@@ -53,8 +58,6 @@ def check(settings: JudgeConfig) -> None:
             f"judge.path: found '{settings.path}', expected '{POLICY}' or none: another language model is asked "
             "through a server (--judge.url)"
         )
-    elif settings.url is not None or settings.model is not None:
-        raise ConfigError("judge.url: given with judge.path policy, which is asked without a server; name one of them")
 
 
 def read_template(settings: JudgeConfig) -> str:
@@ -102,6 +105,7 @@ class Lost(enum.Enum):
 
     TIMEOUT = "timeout"
     TOO_LONG = "too_long"
+    UNREADABLE = "unreadable"
 
 
 class Asked(Protocol):
@@ -121,7 +125,8 @@ class LLMJudge:
     """Asks a language model for verdicts on two responses, each two in both orders, or for a score of each.
 
     A verdict for the same place in both orders is a `contradiction`, and a tie. Without a verdict in both orders, or
-    without a score on the scale, nothing is known: that is NaN, and counted as `unparsed`, `timeout` or `too_long`.
+    without a score on the scale, nothing is known: that is NaN, and counted as `unparsed`, or as why there is no answer
+    (see `Lost`).
 
     Args:
         settings: mode, template and scale.
@@ -209,7 +214,7 @@ class LLMJudge:
 
 
 class Chat:
-    """A model on a server, whose answers are kept by model, sampling and messages.
+    """A model on a server, whose answers are kept by address, model, sampling and messages. Empty ones are not kept.
 
     Args:
         settings: the server's address, and how it samples.
@@ -252,7 +257,7 @@ class Chat:
 
     def _answer(self, text: str) -> str | Lost:
         messages: Any = [{"role": "user", "content": text}]
-        key = json.dumps([self.model, self.sampling, messages], sort_keys=True)
+        key = json.dumps([self.server.url, self.model, self.sampling, messages], sort_keys=True)
         name = hashlib.sha256(key.encode()).hexdigest()
         file = self.cache / name[:2] / f"{name}.json"
         kept = _kept(file)
@@ -271,6 +276,8 @@ class Chat:
         if not choices:
             raise RoundError(f"judge.url: {self.server.url} gave an answer without a choice, expected one")
         answer = choices[0].message.content or ""
+        if not answer.strip():
+            return answer
         file.parent.mkdir(parents=True, exist_ok=True)
         scratch = file.with_name(f".{name}.{os.getpid()}.tmp")
         scratch.write_text(json.dumps({"model": self.model, "messages": messages, "answer": answer}))
@@ -278,8 +285,8 @@ class Chat:
         return answer
 
     def describe(self) -> dict[str, Any]:
-        """Model and sampling; the server may move."""
-        return {"model": self.model, **self.sampling}
+        """See `Asked`."""
+        return {"url": self.server.url, "model": self.model, **self.sampling}
 
     def close(self) -> None:
         """Let the connections go."""
@@ -297,6 +304,8 @@ def _kept(file: Path) -> str | None:
 class Policy:
     """A policy that is asked through its own chat template, or in plain text where it has none.
 
+    A question that leaves it less than `max_tokens` positions is too long, one that its template refuses unreadable.
+
     Args: engine, tokenizer: of the policy. settings: how it samples.
     """
 
@@ -307,10 +316,25 @@ class Policy:
 
     def answers(self, texts: Sequence[str]) -> list[str | Lost]:
         """See `Asked`. The seed of an answer depends on its question alone."""
+        read = [self._read(text) for text in texts]
+        prompts = [ids for ids in read if not isinstance(ids, Lost)]
+        seeds = [
+            int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") % _SEEDS
+            for text, ids in zip(texts, read, strict=True)
+            if not isinstance(ids, Lost)
+        ]
+        said = iter(self.engine.generate(prompts, self.sampling, seeds) if prompts else [])
+        return [ids if isinstance(ids, Lost) else next(said)[0].text for ids in read]
+
+    def _read(self, text: str) -> list[int] | Lost:
+        """The tokens of a question."""
         chat = getattr(self.tokenizer, "chat_template", None)
-        prompts = [self.encoder.prompt([{"role": "user", "content": text}] if chat else text) for text in texts]
-        seeds = [int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") % _SEEDS for text in texts]
-        return [completions[0].text for completions in self.engine.generate(prompts, self.sampling, seeds)]
+        try:
+            ids = self.encoder.prompt([{"role": "user", "content": text}] if chat else text)
+        except RowProblem:
+            return Lost.UNREADABLE
+        context = self.engine.context
+        return ids if context is None or len(ids) + self.sampling.max_tokens <= context else Lost.TOO_LONG
 
     def describe(self) -> dict[str, Any]:
         """See `Asked`. Which weights the policy has is the round's to say."""

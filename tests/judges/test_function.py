@@ -1,12 +1,14 @@
 """A Python function as judge: what it is called with, and everything that it can do wrong."""
 
 import math
+import sys
 
 import pytest
 
 from prefopt import judges
 from prefopt.config import JudgeConfig
 from prefopt.errors import ConfigError, RoundError
+from prefopt.judges import function
 from prefopt.judges.function import FunctionJudge
 from tests.judges import rewards
 from tests.judges.conftest import question
@@ -88,3 +90,16 @@ def test_function_when_described_then_its_source_is_known_by_its_hash():
     assert first["kind"] == "function"
     assert first["path"] == HERE + "exact"
     assert first["source"] != other["source"]
+
+
+def test_function_when_a_file_beside_it_has_a_librarys_name_then_the_library_is_not_hidden(tmp_path, monkeypatch):
+    (tmp_path / "rewards_of_mine.py").write_text(
+        "import a_library\nfrom_where = a_library.WHERE\ndef f(prompt, response): return 1"
+    )
+    theirs = tmp_path / "site"
+    theirs.mkdir()
+    for folder, where in ((tmp_path, "here"), (theirs, "the library")):
+        (folder / "a_library.py").write_text(f"WHERE = {where!r}")
+    monkeypatch.setattr(sys, "path", [str(theirs), *(path for path in sys.path if path)])
+    monkeypatch.chdir(tmp_path)
+    assert function.find("rewards_of_mine:f").__globals__["from_where"] == "the library"

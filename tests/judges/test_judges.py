@@ -1,5 +1,7 @@
 """Judges by their settings: what is opened, what is refused before anything is loaded; and the shorter one wins."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -51,3 +53,61 @@ def test_kind_when_nobody_judges_then_it_is_refused(kind):
 def test_settings_when_the_kind_does_not_read_them_then_they_are_refused(kind, settings, message):
     with pytest.raises(ConfigError, match=message):
         judges.check(JudgeConfig(kind=kind, **settings))
+
+
+CLASSIFIERS, SERVER, POLICY = ("reward_model", "pairwise"), ("server",), ("policy",)
+READERS = {
+    "batch": (2, CLASSIFIERS),
+    "max_length": (99, CLASSIFIERS),
+    "trust_remote_code": (True, CLASSIFIERS),
+    "mode": ("score", SERVER + POLICY),
+    "template": ("question.txt", SERVER + POLICY),
+    "temperature": (0.5, SERVER + POLICY),
+    "max_tokens": (9, SERVER + POLICY),
+    "model": ("m", SERVER),
+    "api_key_env": ("KEY", SERVER),
+    "concurrency": (2, SERVER),
+    "retries": (1, SERVER),
+    "timeout": (9.0, (*SERVER, "function")),
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_setting_is_taken_by_the_kinds_that_read_it_and_refused_by_all_others(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "question.txt").write_text("{prompt} {response_a} {response_b}")
+    value, readers = READERS[name]
+    kinds = {
+        "length": JudgeConfig(kind="length"),
+        "function": JudgeConfig(kind="function", path="tests.judges.rewards:exact"),
+        "reward_model": JudgeConfig(kind="reward_model", path="m"),
+        "pairwise": JudgeConfig(kind="pairwise", path="m"),
+        "server": JudgeConfig(kind="llm", url="http://x/v1"),
+        "policy": JudgeConfig(kind="llm", path="policy"),
+        "world": JudgeConfig(kind="world"),
+        "none": JudgeConfig(kind="none"),
+    }
+    for kind, settings in kinds.items():
+        settings = dataclasses.replace(settings, **{name: value})
+        if kind in readers:
+            judges.check(settings)
+        else:
+            with pytest.raises(ConfigError, match=rf"^judge.{name}: found .*, which judge '.*' does not read; it belo"):
+                judges.check(settings)
+
+
+def test_settings_of_a_judge_each_belong_to_someone():
+    assert {field.name for field in dataclasses.fields(JudgeConfig)} == judges._READ_BY.keys() | {"kind"}
+
+
+def test_identity_when_the_judge_is_the_policy_then_a_folder_of_that_name_is_not_read(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    settings = JudgeConfig(kind="llm", path="policy")
+    before = judges.identity(settings)
+    (tmp_path / "policy").mkdir()
+    (tmp_path / "policy" / "config.json").write_text("{}")
+    assert judges.identity(settings) == before
+    classifier = dataclasses.replace(settings, kind="reward_model")
+    before = judges.identity(classifier)
+    (tmp_path / "policy" / "config.json").write_text("{ }")
+    assert judges.identity(classifier) != before

@@ -165,12 +165,24 @@ def test_answers_when_asked_again_then_they_come_from_the_disk_unless_something_
         assert len(server.requests) == asked
         make(server, temperature=0.5).judge(ASKED[1:])
         assert len(server.requests) == asked + 2
+        with OpenAIServer(name="judge", answer=prefers_longer) as other:
+            assert make(other).judge(ASKED[1:]) == first[1:]
+            assert len(other.requests) == 2, "a model of the same name elsewhere may be another one"
         files = sorted((tmp_path / "cache").rglob("*.json"))
-        assert len(files) == asked + 2
+        assert len(files) == asked + 2 + 2
         for file in files:
             file.write_text('{"answer"')
         assert make(server).judge(ASKED) == first, "damaged files are asked again"
         assert len(server.requests) == 2 * asked + 2
+
+
+@pytest.mark.parametrize("nothing", [None, "", " "])
+def test_answers_when_they_are_empty_then_they_are_not_kept(nothing, make):
+    with OpenAIServer(name="judge", answer=lambda messages, body: nothing) as server:
+        for times in (1, 2):
+            (found,) = make(server).judge(ASKED[1:])
+            assert found.problems == {"unparsed": 2}
+            assert len(server.requests) == 2 * times
 
 
 def test_answers_when_the_server_fails_in_between_then_what_was_answered_is_kept(make):
@@ -244,7 +256,8 @@ class Echo:
 
     capabilities = Capabilities(seeded=True, logprobs=False, token_ids=True, in_ranks=True)
 
-    def __init__(self, tokenizer, word):
+    def __init__(self, tokenizer, word, context=None):
+        self.context = context
         self.tokenizer, self.word, self.asked, self.closed = tokenizer, word, [], False
 
     def generate(self, prompts, sampling, seeds):
@@ -288,6 +301,35 @@ def test_policy_when_it_judges_itself_then_it_is_asked_through_its_own_template(
     assert engine.closed
 
 
+def test_policy_when_a_question_leaves_no_room_for_an_answer_then_it_is_counted_and_the_others_are_asked():
+    tokenizer = byte_bpe_tokenizer(["any text"], vocab_size=300, chat_template=CHATML)
+    engine = Echo(tokenizer, "yy")
+    judge = llm.LLMJudge(JudgeConfig(kind="llm"), llm.Policy(engine, tokenizer, JudgeConfig(max_tokens=7)))
+    asked = question("x", "yy", "z" * 10)
+    judge.judge([asked])
+    lengths = sorted(len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text, _, _ in engine.asked)
+    assert lengths[1] < lengths[-2]
+    engine.asked.clear()
+    engine.context = lengths[1] + 7
+    (found,) = judge.judge([asked])
+    assert len(engine.asked) == 2
+    assert found.problems == {"too_long": 4}
+    assert (found.probs[0][1], found.probs[1][0]) == (0.0, 1.0)
+    assert math.isnan(found.probs[0][2])
+    engine.context = 9
+    assert judge.judge([asked])[0].problems == {"too_long": 6}
+    assert len(engine.asked) == 2, "nobody was asked"
+
+
+def test_policy_when_its_template_refuses_a_question_then_it_is_counted():
+    refuses = "{% if 'qqq' in messages[0]['content'] %}{{ raise_exception('no qqq') }}{% endif %}" + CHATML
+    tokenizer = byte_bpe_tokenizer(["any text"], vocab_size=300, chat_template=refuses)
+    judge = llm.LLMJudge(JudgeConfig(kind="llm"), llm.Policy(Echo(tokenizer, "yy"), tokenizer, JudgeConfig()))
+    (found,) = judge.judge([question("x", "yy", "qqq")])
+    assert found.problems == {"unreadable": 4}
+    assert (found.probs[0][1], found.probs[1][0]) == (0.0, 1.0)
+
+
 # Settings -------------------------------------------------------------------------------------------------------------
 
 
@@ -303,10 +345,23 @@ def test_policy_when_it_judges_itself_then_it_is_asked_through_its_own_template(
         (
             {"path": "policy", "url": "http://x"},
             None,
-            r"^judge.url: given with judge.path policy, which is asked without",
+            r"^judge.url: found 'http://x', which judge 'llm with judge.path policy' does not read; it belo",
         ),
-        ({"scale": (5.0, 1.0)}, None, r"^judge.scale: found 5, 1, expected the lowest and the highest score: 1,10$"),
-        ({"scale": (5.0,)}, None, r"^judge.scale: found 5, expected the lowest and the highest score: 1,10$"),
+        (
+            {"mode": "score", "scale": (5.0, 1.0)},
+            None,
+            r"^judge.scale: found 5, 1, expected the lowest and the highest score: 1,10$",
+        ),
+        (
+            {"mode": "score", "scale": (5.0,)},
+            None,
+            r"^judge.scale: found 5, expected the lowest and the highest score: 1,10$",
+        ),
+        (
+            {"scale": (0.0, 5.0)},
+            None,
+            r"^judge.scale: found 0, 5, which mode 'pairwise' does not read \(--judge.mode s",
+        ),
         ({"template": "none.txt"}, None, r"^judge.template: 'none.txt': No such file or directory$"),
         (
             {"template": "t"},
