@@ -359,7 +359,7 @@ TESTBED_DEPARTURES: dict[str, Any] = {
 ROUNDS_ON_TESTBED: dict[str, Any] = {
     "method": {"beta": 0.2},
     "optim": {"lr": 3e-3, "schedule": "linear", "warmup_steps": 3},
-    "train": {"global_batch": 128, "micro_batch": 128, "max_steps": None, "train_epochs": 3},
+    "train": {"global_batch": 256, "micro_batch": 256, "max_steps": None, "train_epochs": 6},
     "eval": {"every": 1000},
     "rounds": {"prompts": 1024, "eval_prompts": 256, "shard": 512},
     "generate": {"max_tokens": 4, "batch": 2560},

@@ -1,4 +1,4 @@
-"""A world without a best answer: 4 prompts with 64 responses each, of which every one is beaten by others.
+"""A world without a best answer: 2 prompts with 64 responses each, of which every one is beaten by others.
 
 Preferences run in circles, so no reward explains them. What self-play can reach is an equilibrium: a distribution over
 responses that no response beats more than half the time. How far a policy is from that is computed exactly.
@@ -21,7 +21,7 @@ from prefopt.testbed import truth
 from prefopt.testbed.words import WordSettings, WordWorld
 from prefopt.types import Judgement
 
-PROMPTS = ("spring", "summer", "autumn", "winter")
+PROMPTS = ("day", "night")
 WORDS = ("rock", "paper", "scissors", "well", "fire", "water", "wind", "snake")
 LENGTH = 2  # words per response
 

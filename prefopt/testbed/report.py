@@ -1,17 +1,24 @@
-"""What a run in a world has come to: one table, and its path under the optimal reward-KL curve."""
+"""What a run in a world has come to: one table, its path under the optimal reward-KL curve, or that of its rounds."""
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from prefopt.errors import TrainError
 from prefopt.testbed.bandit import Bandit
+from prefopt.testbed.self_play import SelfPlay
 from prefopt.testbed.words import WordWorld
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 INK, GREY, SHADE = "#222222", "#8a8a8a", "#f1f1ee"
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")  # Okabe and Ito: safe for the colour-blind
@@ -124,6 +131,76 @@ def frontier_plot(path: Path | str, world: Bandit, runs: Sequence[Run]) -> None:
     )
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(loc="best", frameon=False)
+    _save(figure, path)
+
+
+@dataclass(frozen=True)
+class Curves:
+    """Runs that differ in their seed, drawn as their mean and its 95% interval."""
+
+    label: str
+    runs: Sequence[SelfPlay]
+
+
+def self_play_plot(path: Path | str, methods: Sequence[Curves], exact: Sequence[SelfPlay], follows: str) -> None:
+    """Draw what rounds have come to: each step, the average, the last policy, and the way that the errors add up.
+
+    Args: path: the PNG, replaced whole. methods: one or more. exact: exact self-play from the same starts.
+        follows: label of the method whose rounds are meant to be the exact steps; only its distances are drawn.
+    Raises: TrainError when the file cannot be written.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9.6, 6.8), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    (step, average), (path_, last) = figure.subplots(2, 2)
+    colours = dict(zip((curves.label for curves in methods), COLOURS, strict=False))
+
+    def draw(axes: Axes, values: Sequence[Sequence[float]], first: int, colour: str, label: str, style: str) -> None:
+        mean, half = mean_and_interval(np.array(values))
+        x = np.arange(first, first + len(mean))
+        axes.fill_between(x, mean - half, mean + half, color=colour, alpha=0.18, linewidth=0)
+        axes.plot(x, mean, style, color=colour, linewidth=1.6, markersize=3.2, label=label)
+
+    for curves in methods:
+        colour = colours[curves.label]
+        draw(average, [run.average for run in curves.runs], 0, colour, curves.label, "o-")
+        draw(last, [run.last for run in curves.runs], 0, colour, curves.label, "o-")
+        if curves.label == follows:
+            draw(step, [run.step for run in curves.runs], 1, colour, curves.label, "o-")
+            draw(path_, [run.path for run in curves.runs], 1, colour, curves.label, "o-")
+    draw(average, [run.average for run in exact], 0, INK, "exact self-play", "--")
+    draw(last, [run.last for run in exact], 0, INK, "exact self-play", "--")
+    step.axhline(0.1, color=GREY, linewidth=1, linestyle=":")
+    start = float(np.mean([run.last[0] for run in exact]))
+    average.axhline(start / 2, color=GREY, linewidth=1, linestyle=":")
+    step.set(title="one round against the exact step", ylabel="total variation")
+    path_.set(title="all rounds so far against the exact path", ylabel="total variation")
+    average.set(title="the average of the rounds", ylabel="exploitability")
+    last.set(title="the last round", ylabel="exploitability")
+    for axes in (step, average, path_, last):
+        axes.set(xlabel="round", ylim=(0, None))
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.title.set_size(10)
+    average.legend(frameon=False)
+    _save(figure, path)
+
+
+def mean_and_interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean over runs, and half the width of its 95% interval by Student's t; no width where there is one run.
+
+    Args: values: `(runs, ...)`. Returns: each `(...)`.
+    """
+    from scipy.stats import t
+
+    runs = len(values)
+    if runs == 1:
+        return values[0], np.zeros_like(values[0])
+    return values.mean(0), t.ppf(0.975, runs - 1) * values.std(0, ddof=1) / math.sqrt(runs)
+
+
+def _save(figure: Figure, path: Path | str) -> None:
     scratch = Path(f"{path}.part")
     try:
         figure.savefig(scratch, format="png")

@@ -97,11 +97,11 @@ class WordWorld(abc.ABC):
     def __init__(self, settings: WordSettings, cache_dir: Path | str | None, base: np.ndarray) -> None:
         self.settings = settings
         self.cache_dir = cache_root() if cache_dir is None else Path(cache_dir)
-        vocabulary = (PAD, BOS, EOS, UNK, *self.prompt_words, *self.words)
+        vocabulary = self.vocabulary = (PAD, BOS, EOS, UNK, *self.prompt_words, *self.words)
         self.tokenizer = make_tokenizer(vocabulary)
         self.base_target = torch.tensor(base).log_softmax(-1)  # (P, K), what the base policy is trained on
         self._pad, self._bos, self._eos = (vocabulary.index(token) for token in (PAD, BOS, EOS))
-        self._vocab, self._first_word = len(vocabulary), vocabulary.index(self.words[0])
+        self._first_word = vocabulary.index(self.words[0])
         self.prompt_ids = [[self._bos, vocabulary.index(prompt)] for prompt in self.prompt_words]
         self.response_texts = [" ".join(some) for some in itertools.product(self.words, repeat=self.length)]
         self.response_ids = [[*map(vocabulary.index, text.split()), self._eos] for text in self.response_texts]
@@ -133,7 +133,8 @@ class WordWorld(abc.ABC):
     def base_model_path(self) -> Path:
         """Folder of the base policy and its tokenizer, as `from_pretrained` opens it; trained on first use."""
         versions = {"recipe": RECIPE, "torch": torch.__version__, "transformers": transformers.__version__}
-        content = json.dumps({"world": self.name, **asdict(self.settings), **versions}, sort_keys=True)
+        world = {"world": self.name, "vocabulary": self.vocabulary, **asdict(self.settings)}
+        content = json.dumps(world | versions, sort_keys=True)
         key = f"{self.name}-{hashlib.sha256(content.encode()).hexdigest()[:16]}"
         return built(self.cache_dir, key, self._train_base)
 
@@ -190,7 +191,7 @@ class WordWorld(abc.ABC):
     def _model_config(self) -> LlamaConfig:
         hidden = self.settings.hidden
         return LlamaConfig(
-            vocab_size=self._vocab,
+            vocab_size=len(self.vocabulary),
             hidden_size=hidden,
             intermediate_size=2 * hidden,
             num_hidden_layers=self.settings.layers,
@@ -233,7 +234,7 @@ class WordWorld(abc.ABC):
         fallen = []
         for depth in range(1 + length):
             there = logps.view(prompts, words**depth, -1, *logps.shape[1:])[:, :, 0, depth]
-            allowed = torch.zeros(self._vocab, dtype=torch.bool)
+            allowed = torch.zeros(len(self.vocabulary), dtype=torch.bool)
             allowed[slice(self._first_word, self._first_word + words) if depth < length else self._eos] = True
             fallen.append((reach + there[..., ~allowed].logsumexp(-1)).logsumexp(-1))
             reach = (reach[..., None] + there[..., allowed]).flatten(1)

@@ -83,7 +83,7 @@ def test_outside_loses_to_everything(world: Cyclic) -> None:
     assert (world.preference[:, -1, :-1] == 0).all()
     assert (world.preference[:, :-1, -1] == 1).all()
     torch.testing.assert_close(
-        world.preference + world.preference.mT, torch.ones(4, 65, 65).double(), rtol=0, atol=1e-15
+        world.preference + world.preference.mT, torch.ones(len(PROMPTS), 65, 65).double(), rtol=0, atol=1e-15
     )
 
 
@@ -105,7 +105,7 @@ def test_equilibrium_is_not_exploitable(world: Cyclic) -> None:
 def test_log_probs_equal_those_of_single_rows(world: Cyclic, policy: torch.nn.Module) -> None:
     table = world.log_probs(policy)
     torch.testing.assert_close(table.exp().sum(-1), torch.ones(len(PROMPTS)).double(), rtol=0, atol=1e-12)
-    for x, y in [(0, 0), (1, 7), (2, 8), (3, 63)]:
+    for x, y in [(0, 0), (1, 7), (0, 8), (1, 63)]:
         prompt, response = world.prompt_ids[x], world.response_ids[y]
         with torch.no_grad():
             logps = policy(input_ids=torch.tensor([prompt + response])).logits[0].double().log_softmax(-1)
@@ -160,7 +160,7 @@ def test_columns_are_exact_probabilities(world: Cyclic) -> None:
 def test_prompts_are_an_endless_list_with_a_key_each(world: Cyclic) -> None:
     few, many = world.prompts(5, seed=1), world.prompts(9, seed=1)
     assert many[:5] == few
-    assert [prompt.prompt for prompt in many] == [*PROMPTS, *PROMPTS, PROMPTS[0]]
+    assert [prompt.prompt for prompt in many] == [*PROMPTS * 4, PROMPTS[0]]
     assert len({prompt.key for prompt in many} | {prompt.key for prompt in world.prompts(9, seed=2)}) == 18
     tokenizer = AutoTokenizer.from_pretrained(world.base_model_path)
     assert all(list(prompt.ids) == tokenizer(prompt.prompt)["input_ids"] for prompt in many)
@@ -168,10 +168,10 @@ def test_prompts_are_an_endless_list_with_a_key_each(world: Cyclic) -> None:
 
 def test_judge_knows_the_preferences(world: Cyclic) -> None:
     texts = [world.response_texts[3], f"  {world.response_texts[60]}\n", "rock", "", world.response_texts[3]]
-    question = Question(PROMPTS[2], tuple(Response(text) for text in texts))
+    question = Question(PROMPTS[1], tuple(Response(text) for text in texts))
     (judgement,) = world.judge().judge([question])
     outcomes = [3, 60, 64, 64, 3]
-    expected = world.preference[2].numpy()[np.ix_(outcomes, outcomes)]
+    expected = world.preference[1].numpy()[np.ix_(outcomes, outcomes)]
     np.testing.assert_allclose(win_probabilities(judgement), expected, rtol=0, atol=1e-15)
 
 
