@@ -3,8 +3,8 @@
     python benchmarks/cyclic.py --output runs/cyclic
 
 Each of 5 seeds is another world, another base policy and another run: 16 rounds of 1,024 prompts with 5 candidates.
-SPPO has eta 5. DPO has the beta of the list whose average of rounds is the least exploitable, by the exact figure, on a
-seed that is not used again. Writes result.json, result.md and self_play.png; a killed study continues.
+SPPO has eta 5 and the testbed's learning rate. DPO has the beta and learning rate of the list whose average of rounds is
+the least exploitable, by the exact figure, on a seed that is not used again. Writes result.json, result.md and self_play.png; a killed study continues.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from study import machine, train_all
 from prefopt.testbed.self_play import SelfPlay, exact_path, self_play
 
 ETA = 5.0
-BETAS = (0.2, 0.5, 1.0)
+DPO = ((0.2, 3e-3), (1.0, 3e-3), (4.0, 3e-3), (1.0, 5e-4))  # (beta, learning rate)
 SELECTION_SEED = 100
 
 
@@ -40,23 +40,24 @@ def main() -> None:
     args = parser.parse_args()
     began = time.perf_counter()
 
-    def flags(method: str, beta: float, seed: int) -> list[str]:
+    def flags(method: str, beta: float, seed: int, rate: float = 3e-3) -> list[str]:
         world = ["--testbed.world", "cyclic", "--testbed.seed", str(seed), "--seed", str(seed)]
         rounds = ["--rounds.count", str(args.rounds), "--rounds.eval_prompts", "16"]
-        return ["--method", method, "--method.beta", str(beta), *world, *rounds]
+        return ["--method", method, "--method.beta", str(beta), "--optim.lr", str(rate), *world, *rounds]
 
-    choosing = {f"choose-DPO-beta{beta:g}": flags("dpo", beta, SELECTION_SEED) for beta in BETAS}
+    names = {(beta, rate): f"choose-DPO-beta{beta:g}-lr{rate:g}" for beta, rate in DPO}
+    choosing = {name: flags("dpo", beta, SELECTION_SEED, rate) for (beta, rate), name in names.items()}
     sppo = {f"SPPO-seed{seed}": flags("sppo", 1 / ETA, seed) for seed in range(args.seeds)}
     train_all(choosing | sppo, args.output, args.jobs)
-    by_beta = {
-        beta: figures(args.output / f"choose-DPO-beta{beta:g}", SELECTION_SEED, args.rounds)[0].average[-1]
-        for beta in BETAS
+    found = {
+        setting: figures(args.output / name, SELECTION_SEED, args.rounds)[0].average[-1]
+        for setting, name in names.items()
     }
-    beta = min(by_beta, key=by_beta.__getitem__)
-    dpo = {f"DPO-seed{seed}": flags("dpo", beta, seed) for seed in range(args.seeds)}
+    beta, rate = min(found, key=found.__getitem__)
+    dpo = {f"DPO-seed{seed}": flags("dpo", beta, seed, rate) for seed in range(args.seeds)}
     train_all(dpo, args.output, args.jobs)
 
-    runs: dict[str, list[SelfPlay]] = {"SPPO": [], f"DPO, beta {beta:g}": []}
+    runs: dict[str, list[SelfPlay]] = {"SPPO": [], f"DPO, beta {beta:g}, lr {rate:g}": []}
     exact: list[SelfPlay] = []
     for seed in range(args.seeds):
         for label, name in zip(runs, ("SPPO", "DPO"), strict=True):
@@ -67,7 +68,7 @@ def main() -> None:
         "machine": machine(),
         "minutes": (time.perf_counter() - began) / 60,
         "eta": ETA,
-        "dpo_average_by_beta": by_beta,
+        "dpo_average": {f"beta {beta:g}, lr {rate:g}": value for (beta, rate), value in found.items()},
         "runs": {label: [asdict(run) for run in some] for label, some in runs.items()},
         "exact": [asdict(run) for run in exact],
     }
@@ -102,10 +103,10 @@ def render(result: dict[str, Any]) -> str:
         return f"{mean:{spec}} ± {half:{spec}}"
 
     exact, rounds = result["exact"], len(result["exact"][0]["step"])
-    chosen = ", ".join(f"{value:.3f} at beta {beta}" for beta, value in result["dpo_average_by_beta"].items())
+    chosen = ", ".join(f"{value:.3f} at {setting}" for setting, value in result["dpo_average"].items())
     out = [
         f"{rounds} rounds, {len(exact)} seeds, eta {result['eta']:g}. Means over seeds, 95% intervals (Student's t). "
-        f"DPO's average on the seed that chose its beta: {chosen}. {result['machine']}.",
+        f"DPO's average on the seed that chose its settings: {chosen}. {result['machine']}.",
         "",
         "| | start | average of rounds | of start | last round | one round to the exact step (TV) | worst round |",
         "|---|---|---|---|---|---|---|",
