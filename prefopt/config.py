@@ -256,7 +256,7 @@ class JudgeConfig:
     batch: int = 16
     """reward_model, pairwise: texts per forward pass."""
     max_length: int | None = None
-    """reward_model, pairwise: most tokens of a text. None: what the model takes."""
+    """reward_model, pairwise: most tokens of a text. None: what the model has positions for, or its tokenizer names."""
     trust_remote_code: bool = False
     """reward_model, pairwise: run model code that comes with the weights."""
     url: str | None = None
@@ -264,17 +264,17 @@ class JudgeConfig:
     model: str | None = None
     """llm: name of the model on the server. None: the only one it serves."""
     api_key_env: str = "OPENAI_API_KEY"
-    """llm: environment variable that holds the key, if the server wants one."""
+    """llm with a url: environment variable that holds the key, if the server wants one."""
     temperature: float = 0.0
     """llm: of the judge's own answers."""
     max_tokens: int = 512
     """llm: most tokens of an answer of the judge."""
     concurrency: int = 16
-    """llm: requests at the same time."""
+    """llm with a url: requests at the same time."""
     retries: int = 3
-    """llm: attempts after the first one, with growing pauses."""
+    """llm with a url: attempts after the first one, with growing pauses."""
     timeout: float = 120.0
-    """llm, function: seconds until an answer counts as lost."""
+    """llm with a url, function: seconds until an attempt, or a call, counts as lost."""
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ from prefopt.errors import ConfigError
 if TYPE_CHECKING:
     import torch
 
+    from prefopt.data.rows import Messages
     from prefopt.generation.base import Engine
     from prefopt.judges.base import Judge
 
@@ -44,7 +45,7 @@ def check(settings: JudgeConfig) -> None:
     Raises: ConfigError or TrainError naming the setting.
     """
     kind = settings.kind
-    reader = kind
+    reader: str | None = kind
     if kind == "llm":
         from prefopt.judges import llm
 
@@ -72,6 +73,18 @@ def check(settings: JudgeConfig) -> None:
         find(settings.path)
     elif kind == "llm":
         llm.check(settings)
+
+
+def check_prompts(settings: JudgeConfig, prompts: Iterable[str | Messages]) -> None:
+    """Refuse prompts that the judge cannot read, before any model is loaded.
+
+    Raises: DataError for conversations without a chat template; TrainError when the judge's tokenizer is not there.
+    """
+    if settings.kind == "reward_model" and not all(isinstance(prompt, str) for prompt in prompts):
+        from prefopt.judges.reward_model import check_conversations
+
+        assert settings.path is not None
+        check_conversations(settings.path, settings.trust_remote_code)
 
 
 def identity(settings: JudgeConfig) -> str:

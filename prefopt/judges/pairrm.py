@@ -21,6 +21,7 @@ from prefopt.judges.pairwise import Comparison
 
 MARKS = ("<|source|>", "<|candidate1|>", "<|candidate2|>")
 MOST, MOST_SOURCE = 2048, 1224  # tokens; the candidates have 412 each, and what the source leaves
+LEAST = 20  # by which each of the three has room for CLS, its mark, a token and SEP
 _IDS = ("source_prefix_id", "cand1_prefix_id", "cand2_prefix_id")
 
 
@@ -34,6 +35,7 @@ class PairRM(DebertaV2PreTrainedModel):
 
     config_class = DebertaV2Config
     base_model_prefix = "pretrained_model"
+    most_tokens = MOST  # whatever config and tokenizer say: both name DeBERTa's 512, and its positions are relative
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
@@ -59,14 +61,15 @@ class PairRM(DebertaV2PreTrainedModel):
 def encode(tokenizer: Any, config: Any, max_length: int) -> Any:
     """How PairRM reads comparisons, see `pairwise.Encode`. The prompt and the candidates lose their tails.
 
-    Raises: DataError when the tokenizer does not know the marks.
+    Raises: DataError when the tokenizer does not know the marks, or `max_length` leaves no room for three texts.
     """
     known = tokenizer.convert_tokens_to_ids(list(MARKS))
     wanted = [getattr(config, name) for name in _IDS]
     if known != wanted:
         raise DataError(f"judge.path: the tokenizer gives {', '.join(MARKS)} the ids {known}, the model wants {wanted}")
-    most = min(max_length, MOST)
-    most_source = MOST_SOURCE * most // MOST
+    if max_length < LEAST:
+        raise DataError(f"judge.max_length: found {max_length}, expected at least {LEAST}: prompt and both responses")
+    most_source = MOST_SOURCE * max_length // MOST
 
     def part(mark: str, text: str, limit: int) -> tuple[list[int], bool]:
         for other in MARKS:  # each stands once in a row
@@ -81,7 +84,7 @@ def encode(tokenizer: Any, config: Any, max_length: int) -> Any:
                 out.append((None, False))
                 continue
             source, cut = part(MARKS[0], plain_text(prompt), most_source)
-            limit = (most - len(source)) // 2
+            limit = (max_length - len(source)) // 2
             sides = [[part(mark, text, limit) for mark in MARKS[1:]] for text in (one, other)]
             (first, cut_one), (second, cut_other) = sides[0][0], sides[1][1]
             swapped = [*sides[1][0][0], *sides[0][1][0]]

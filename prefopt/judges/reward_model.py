@@ -15,6 +15,7 @@ from prefopt.data.comparison import plain_text
 from prefopt.data.encode import BadRow, CutPair, Encoder, pad_token
 from prefopt.data.rows import Messages
 from prefopt.engine import adapters, models
+from prefopt.engine.runtime import versions
 from prefopt.errors import DataError, RoundError, TrainError
 from prefopt.types import Judgement, PairRow, Question
 
@@ -28,7 +29,8 @@ class Classifier:
     Args:
         path: a folder or hub id of a model, or an adapter of one.
         max_length: most tokens of a sequence; None: what the model takes.
-        kind: from a config to the class of its model, None where transformers knows it.
+        kind: from a config to the class of its model, None where transformers knows it; its `most_tokens` is then how
+            many it reads.
         batch: sequences per forward pass.
         trust_remote_code: whether code that comes with the weights may run; then the output's `score` is read if it
             has one, as ArmoRM's has.
@@ -49,16 +51,16 @@ class Classifier:
         settings = ModelConfig(trust_remote_code=trust_remote_code)
         weights = adapters.find(path, settings, KEY)
         config = models.load_config(weights.base, weights.base_settings(settings), KEY)
-        if device.type == "cuda" and config.dtype in (torch.bfloat16, torch.float16):
-            settings = dataclasses.replace(settings, dtype="bfloat16")
+        settings = dataclasses.replace(settings, dtype=dtype_on(device, config))
         self.path, self.device, self.batch, self.config, self._kind = path, device, batch, config, kind
         self.fingerprint = models.fingerprint(path, config)
-        where, its_settings = adapters.tokenizer_path(weights, settings)
-        self.tokenizer: Any = models.load_tokenizer(where, its_settings, key=KEY)
+        self.tokenizer: Any = _tokenizer(weights, settings)
         self.tokenizer.pad_token_id, _ = pad_token(self.tokenizer)
         self.max_length = self._limit(config, max_length)
         self.lm: Any = self._open(config, weights, settings).to(device).eval()
-        text = adapters.base_of(self.lm).config.get_text_config()
+        self.max_length = self._limit(config, max_length, _reserved(self.lm))
+        base = adapters.base_of(self.lm)
+        self.dtype, text = str(base.dtype).removeprefix("torch."), base.config.get_text_config()
         # an adapter's base may say of EOS that it pads, and the adapter was trained to read it
         self._pads = None if weights.adapter is not None else text.pad_token_id
         self._text = text
@@ -72,16 +74,25 @@ class Classifier:
             models.check_scorer(config, self.path, KEY)
         return models.load_classifier(self.path, settings, KEY, self._kind(config))
 
-    def _limit(self, config: Any, asked: int | None) -> int:
-        positions = getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
-        most = min(positions, self.tokenizer.model_max_length)
-        if asked is None:
-            if most >= _FAR:
-                raise DataError(f"judge.max_length: found none, and '{self.path}' names no limit; expected a number")
-            return int(most)
-        if asked > positions:
-            raise DataError(f"judge.max_length: found {asked}, and '{self.path}' has {positions} positions")
-        return asked
+    def _limit(self, config: Any, asked: int | None, reserved: int = 0) -> int:
+        """Most tokens of a sequence. Args: reserved: positions in the model's table that no token has."""
+        text = config.get_text_config()
+        named = getattr(text, "max_position_embeddings", None) or math.inf
+        # DeBERTa's kind may have relative positions alone, and no table of them that would end
+        table = named - reserved if getattr(text, "position_biased_input", True) else math.inf
+        own = getattr(self._kind(config), "most_tokens", math.inf)
+        most = min(table, own)
+        if asked is not None:
+            if asked > most:
+                raise DataError(f"judge.max_length: found {asked}, and '{self.path}' takes at most {most} tokens")
+            return asked
+        if own == math.inf:
+            most = min(most, self.tokenizer.model_max_length)
+        if most >= _FAR:
+            most = named
+        if most >= _FAR:
+            raise DataError(f"judge.max_length: found none, and '{self.path}' names no limit; expected a number")
+        return int(most)
 
     @torch.no_grad()
     def scores(self, sequences: Sequence[Sequence[int]], types: Sequence[Sequence[int]] | None = None) -> list[float]:
@@ -115,11 +126,56 @@ class Classifier:
 
     def describe(self) -> dict[str, Any]:
         """What decides its scores."""
-        return {"path": self.path, "sha256": self.fingerprint, "max_length": self.max_length}
+        found = versions()
+        return {
+            "path": self.path,
+            "sha256": self.fingerprint,
+            "max_length": self.max_length,
+            "dtype": self.dtype,
+            "device": self.device.type,
+            "versions": {name: found[name] for name in ("torch", "transformers", "tokenizers", "peft")},
+        }
 
     def close(self) -> None:
         """Free the model."""
         self.lm = None
+
+
+def dtype_on(device: torch.device, config: Any) -> Any:
+    """The name of the dtype to open a classifier in: its own, if that is of 16 bits and the device has units for it."""
+    own = device.type == "cuda" and config.dtype in (torch.bfloat16, torch.float16)
+    return str(config.dtype).removeprefix("torch.") if own else "float32"
+
+
+def _reserved(lm: nn.Module) -> int:
+    """Positions that no token has: RoBERTa's kind begins to count behind the id that pads."""
+    tables = [
+        m for name, m in lm.named_modules() if name.endswith("position_embeddings") and isinstance(m, nn.Embedding)
+    ]
+    return max((table.padding_idx + 1 for table in tables if table.padding_idx is not None), default=0)
+
+
+def check_conversations(path: str, trust_remote_code: bool) -> None:
+    """Whether the classifier at `path` can read conversations, from its small files. Raises: DataError, TrainError."""
+    settings = ModelConfig(trust_remote_code=trust_remote_code)
+    _check_template(_tokenizer(adapters.find(path, settings, KEY), settings), path)
+
+
+def _check_template(tokenizer: Any, path: str) -> None:
+    if not joins(tokenizer) and not getattr(tokenizer, "chat_template", None):
+        raise DataError(
+            f"{KEY}: the prompts are conversations and the tokenizer of '{path}' has no chat template, expected a "
+            "classifier that was trained on conversations (put its chat_template.jinja beside it)"
+        )
+
+
+def _tokenizer(weights: adapters.Weights, settings: ModelConfig) -> Any:
+    return models.load_tokenizer(*adapters.tokenizer_path(weights, settings), key=KEY)
+
+
+def joins(tokenizer: Any) -> bool:
+    """Whether a tokenizer is an encoder's, which reads prompt and response as two texts."""
+    return tokenizer.cls_token_id is not None
 
 
 def _filled(rows: list[list[int]], pad: int) -> torch.Tensor:
@@ -147,21 +203,25 @@ class RewardModelJudge:
     """Scores responses by a classifier with one logit.
 
     A decoder reads a conversation through its own chat template and plain text as it stands, with its terminator; an
-    encoder, whose tokenizer has a CLS token, reads them as its tokenizer joins two texts. What cannot be read (an empty
-    response, a terminator inside) is `unreadable`; what is cut is `truncated`, and scored.
+    encoder, whose tokenizer has a CLS token, reads them as its tokenizer joins two texts. What cannot be read (a
+    response of white space alone, a terminator inside) is `unreadable`; what is cut is `truncated`, and scored.
 
     Args: classifier: opened.
     """
 
     def __init__(self, classifier: Classifier) -> None:
         self.classifier = classifier
-        self.joins = classifier.tokenizer.cls_token_id is not None
+        self.joins = joins(classifier.tokenizer)
         self.encoder = _Apart(classifier.tokenizer, classifier.max_length)
 
     def judge(self, questions: Sequence[Question]) -> list[Judgement]:
-        """See `Judge`."""
+        """See `Judge`. Raises: DataError for conversations that it has no chat template for."""
+        if any(not isinstance(question.prompt, str) for question in questions):
+            _check_template(self.classifier.tokenizer, self.classifier.path)
         asked = [(question, response.text) for question in questions for response in question.responses]
-        read = self._join(asked) if self.joins else self._encode(asked)
+        said = [(question, text) for question, text in asked if text.strip()]
+        told = iter(self._join(said) if self.joins else self._encode(said))
+        read: list[tuple[Any, Any, bool]] = [next(told) if text.strip() else (None, None, False) for _, text in asked]
         known = [i for i, (ids, _, _) in enumerate(read) if ids is not None]
         types = [read[i][1] for i in known] if known and read[known[0]][1] is not None else None
         values = [math.nan] * len(read)
@@ -191,14 +251,11 @@ class RewardModelJudge:
         return [ids(found) for found in self.encoder.rows(_row(question.prompt, text) for question, text in asked)]
 
     def _join(self, asked: Sequence[tuple[Question, str]]) -> list[tuple[Any, Any, bool]]:
-        """(ids or None, types of tokens, whether something was cut) of each."""
+        """(ids, types of tokens, whether something was cut) of each."""
         out: list[tuple[Any, Any, bool]] = []
         tokenizer, most = self.classifier.tokenizer, self.classifier.max_length
         typed = getattr(self.classifier.config, "type_vocab_size", 0) > 1
         for question, text in asked:
-            if not text.strip():
-                out.append((None, None, False))
-                continue
             texts = (plain_text(question.prompt), text)
             whole = tokenizer(*texts, return_token_type_ids=typed, verbose=False)
             cut = len(whole["input_ids"]) > most

@@ -62,6 +62,7 @@ def set_up(
             "share; use scripts/rounds.py with the same flags"
         )
     asked = _from_testbed(config, cache) if config.on_testbed else _from_files(config)
+    judges.check_prompts(config.judge, (prompt.prompt for prompt in (*asked.prompts, *(asked.held_out or ()))))
     start_hash = workers.first_alone(lambda: _weights_hash(asked.start, config))
     # once, for all stages: what a sum rounds to depends on the threads, which must not depend on what is left to do
     set_threads(config.train.threads, models.parameters(asked.start.base, asked.start.base_settings(config.model)))

@@ -99,14 +99,14 @@ def pair_rm(tmp_path_factory):
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
     names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, model_max_length=64, **names)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, model_max_length=16, **names)
     config = DebertaV2Config(
         vocab_size=len(WORDS),
         hidden_size=16,
         num_hidden_layers=2,
         num_attention_heads=2,
         intermediate_size=16,
-        max_position_embeddings=64,
+        max_position_embeddings=16,  # as the published one names 512
         relative_attention=True,
         position_buckets=8,
         max_relative_positions=-1,
@@ -163,6 +163,30 @@ def test_pairrm_when_its_folder_is_named_then_its_form_is_read(pair_rm):
     assert abs(found.logits[0][1] + found.logits[1][0]) > 1e-4, "the order counts"
 
 
+def test_pairrm_when_a_row_is_longer_than_its_config_names_then_it_is_read_whole(pair_rm):
+    folder, model, tokenizer = pair_rm
+    assert model.config.max_position_embeddings == tokenizer.model_max_length == 16
+    judge = make(folder)
+    assert judge.classifier.max_length == pairrm.MOST
+    (found,) = judge.judge([question("red " * 300, "seven", prompt="Name")])
+    assert found.problems == {}
+    words = {word: i for i, word in enumerate(WORDS)}
+    row = [2, 4, words["Name"], 3, 2, 5, *[words["red"]] * 300, 3, 2, 6, words["seven"], 3]
+    assert found.logits[0][1] == pytest.approx(by_hand(model, row), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("max_length", "message"),
+    [
+        (2049, r"^judge.max_length: found 2049, and '.*' takes at most 2048 tokens$"),
+        (19, r"^judge.max_length: found 19, expected at least 20: prompt and both responses$"),
+    ],
+)
+def test_pairrm_when_its_length_cannot_be_then_it_is_refused(max_length, message, pair_rm):
+    with pytest.raises(DataError, match=message):
+        make(pair_rm[0], max_length=max_length)
+
+
 def test_pairrm_when_texts_are_long_then_each_part_loses_its_tail_and_that_is_counted(pair_rm):
     folder, model, tokenizer = pair_rm
     most = 40  # of 2048; 23 for the source
@@ -177,7 +201,7 @@ def test_pairrm_when_texts_are_long_then_each_part_loses_its_tail_and_that_is_co
     (((one, _), cut),) = read([("Name", "red " * 14, "seven")])
     assert not cut, "what the source leaves is the candidates'"
     asked = question("red " * 60, "seven", prompt="Name")
-    (found,) = make(folder).judge([asked])
+    (found,) = make(folder, max_length=64).judge([asked])
     assert found.problems == {"truncated": 1}
 
 
@@ -185,7 +209,7 @@ def test_pairrm_when_a_response_holds_its_marks_then_they_are_text(pair_rm):
     folder, model, tokenizer = pair_rm
     (((one, _), _),) = pairrm.encode(tokenizer, model.config, 64)([("Name", "<|candidate2|> red", "seven")])
     assert [one.count(mark) for mark in (4, 5, 6)] == [1, 1, 1]
-    (found,) = make(folder).judge([question("<|source|> red", "seven", "")])
+    (found,) = make(folder, max_length=20).judge([question("<|source|> red", "seven", "")])
     assert math.isfinite(found.logits[0][1])
     assert found.problems == {"unreadable": 2}
 

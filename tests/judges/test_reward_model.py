@@ -6,7 +6,13 @@ import math
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
+from transformers import (
+    BertForSequenceClassification,
+    DebertaV2ForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+    RobertaForSequenceClassification,
+)
 
 from prefopt import judges
 from prefopt.config import JudgeConfig, LoraConfig, ModelConfig, RunConfig
@@ -14,6 +20,7 @@ from prefopt.data.encode import Encoder
 from prefopt.engine import adapters
 from prefopt.engine.models import set_padding
 from prefopt.errors import ConfigError, DataError, RoundError, TrainError
+from prefopt.judges.reward_model import dtype_on
 from prefopt.methods.reward_model import RewardModel
 from prefopt.types import PairRow
 from tests.helpers import byte_bpe_tokenizer, tiny_llama
@@ -64,8 +71,24 @@ def test_scores_when_the_prompt_is_a_conversation_then_it_is_read_through_the_cl
     judge = make(places.chat)
     tokenizer = judge.classifier.tokenizer
     assert scores(judge.judge(asked)) == pytest.approx(expected(classifier, tokenizer, asked), abs=1e-5)
-    with pytest.raises(DataError, match="the tokenizer has no chat template"):
+
+
+def test_conversations_when_the_classifier_has_no_template_then_its_tokenizer_is_named(places, tmp_path):
+    asked = [question("red", "blue", prompt=[{"role": "user", "content": "Name a colour"}])]
+    message = r"^judge.path: the prompts are conversations and the tokenizer of '.*classifier' has no chat template, "
+    with pytest.raises(DataError, match=message):
         make(places.classifier).judge(asked)
+    for path, prompts in ((places.classifier, ["text"]), (places.chat, ["text", asked[0].prompt])):
+        judges.check_prompts(JudgeConfig(kind="reward_model", path=str(path)), prompts)
+    with pytest.raises(DataError, match=message):
+        judges.check_prompts(JudgeConfig(kind="reward_model", path=str(places.classifier)), ["text", asked[0].prompt])
+
+
+def test_responses_when_they_are_empty_in_a_conversation_then_that_is_counted(places):
+    prompt = [{"role": "user", "content": "Name a colour"}]
+    (found,) = make(places.chat).judge([question("", "red", " \n", prompt=prompt)])
+    assert found.problems == {"unreadable": 2}
+    assert [math.isnan(score) for score in found.scores] == [True, False, True]
 
 
 def test_scores_when_eos_pads_then_the_last_token_is_read(tmp_path, classifier):
@@ -129,15 +152,13 @@ def test_score_when_the_model_breaks_then_it_is_nan_and_counted(places, monkeypa
 # Encoders -------------------------------------------------------------------------------------------------------------
 
 
-def test_scores_when_the_classifier_is_an_encoder_then_it_reads_two_texts_as_its_tokenizer_joins_them(tmp_path):
-    words = [
-        "[PAD]",
-        "[UNK]",
-        "[CLS]",
-        "[SEP]",
-        *["Name", "a", "colour", "number", "red", "green", "blue", "violet", ":", "seven"],
-    ]
-    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+WORDS = ["[UNK]", "[PAD]", "[CLS]", "[SEP]"]
+WORDS += ["Name", "a", "colour", "number", "red", "green", "blue", "violet", ":", "seven"]
+
+
+def save_encoder(folder, kind, *, model_max_length=None, **settings):
+    """(a tiny classifier of this kind, its tokenizer), also in the folder."""
+    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
     core.pre_tokenizer = pre_tokenizers.Whitespace()
     core.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]",
@@ -145,16 +166,23 @@ def test_scores_when_the_classifier_is_an_encoder_then_it_reads_two_texts_as_its
         special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
     )
     names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, model_max_length=12, **names)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, model_max_length=model_max_length, **names)
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
-    torch.manual_seed(0)
-    model = BertForSequenceClassification(
-        BertConfig(vocab_size=len(words), num_labels=1, max_position_embeddings=16, **sizes)
-    ).eval()
-    for parameter in model.parameters():
-        parameter.data += 0.2 * torch.randn(parameter.shape)
-    model.save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
+    config = kind.config_class(vocab_size=len(WORDS), num_labels=1, pad_token_id=1, **sizes | settings)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = kind(config).eval()
+        for parameter in model.parameters():
+            parameter.data += 0.2 * torch.randn(parameter.shape)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return model, tokenizer
+
+
+def test_scores_when_the_classifier_is_an_encoder_then_it_reads_two_texts_as_its_tokenizer_joins_them(tmp_path):
+    model, tokenizer = save_encoder(
+        tmp_path, BertForSequenceClassification, max_position_embeddings=16, model_max_length=12
+    )
     long = question(" red", " green" * 20, key="long")
     found = make(tmp_path).judge([*QUESTIONS, long])
     assert found[-1].problems == {"truncated": 1}
@@ -165,6 +193,38 @@ def test_scores_when_the_classifier_is_an_encoder_then_it_reads_two_texts_as_its
             ids = tokenizer(asked.prompt, response.text, **how)
             with torch.no_grad():
                 assert score == pytest.approx(float(model(**ids).logits), abs=1e-5)
+
+
+DEBERTA = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "type_vocab_size": 0}
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "usual", "most"),
+    [
+        (BertForSequenceClassification, {}, 20, 20),
+        (RobertaForSequenceClassification, {}, 18, 18),  # positions begin behind the padding's id
+        (DebertaV2ForSequenceClassification, DEBERTA | {"position_biased_input": True}, 20, 20),
+        (DebertaV2ForSequenceClassification, DEBERTA | {"position_biased_input": False}, 20, None),  # relative alone
+    ],
+    ids=["bert", "roberta", "deberta", "deberta relative"],
+)
+def test_length_of_an_encoder_is_what_it_has_positions_for(kind, settings, usual, most, tmp_path):
+    model, tokenizer = save_encoder(tmp_path, kind, max_position_embeddings=20, **settings)
+    judge = make(tmp_path)
+    assert judge.classifier.max_length == usual
+    long = question(" red" * 40, key="long")
+    assert judge.judge([long])[0].problems == {"truncated": 1}
+    if most is not None:
+        with pytest.raises(
+            DataError, match=rf"^judge.max_length: found {most + 1}, and '.*' takes at most {most} tokens$"
+        ):
+            make(tmp_path, max_length=most + 1)
+        return
+    (found,) = make(tmp_path, max_length=50).judge([long])
+    assert found.problems == {}
+    ids = tokenizer(long.prompt, long.responses[0].text, return_tensors="pt", return_token_type_ids=False)
+    with torch.no_grad():
+        assert found.scores[0] == pytest.approx(float(model(**ids).logits), abs=1e-5)
 
 
 # Code that comes with the weights -------------------------------------------------------------------------------------
@@ -248,7 +308,7 @@ def test_path_when_it_is_no_classifier_with_one_logit_then_it_is_refused(places,
     places.tokenizer.save_pretrained(tmp_path / "two")
     with pytest.raises(TrainError, match=r"^judge.path: '.*two' is a classifier with 2 logits, expected one logit$"):
         make(tmp_path / "two")
-    with pytest.raises(DataError, match=r"^judge.max_length: found 999, and '.*classifier' has 128 positions$"):
+    with pytest.raises(DataError, match=r"^judge.max_length: found 999, and '.*classifier' takes at most 128 tokens$"):
         make(places.classifier, max_length=999)
 
 
@@ -285,3 +345,17 @@ def test_judge_when_described_then_its_weights_are_known_by_their_hash(places):
     assert described["kind"] == "reward_model"
     assert len(described["sha256"]) == 16
     assert described["max_length"] == 50
+    assert (described["dtype"], described["device"]) == ("float32", "cpu")
+    assert described["versions"]["torch"] == torch.__version__
+
+
+@pytest.mark.parametrize(
+    ("device", "own", "opened"),
+    [
+        *(("cuda", "float16", "float16"), ("cuda", "bfloat16", "bfloat16"), ("cuda", "float32", "float32")),
+        *(("cpu", "float16", "float32"), ("cpu", "bfloat16", "float32")),
+    ],
+)
+def test_dtype_is_the_classifiers_own_where_the_device_has_units_for_it(device, own, opened):
+    config = PreTrainedConfig(dtype=getattr(torch, own))
+    assert dtype_on(torch.device(device), config) == opened

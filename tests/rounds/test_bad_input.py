@@ -5,6 +5,7 @@ import json
 import pytest
 
 from prefopt.rounds.store import read_manifest, read_rows
+from tests.helpers import CHATML
 
 JUDGES = """
 import math
@@ -69,6 +70,16 @@ def line_of(ended):
 def test_more_prompts_than_there_are_is_refused_before_any_model(run):
     line = line_of(run(rounds__prompts=40))
     assert "2 rounds of 40 need 80 prompts, there are 36 beside 8 held out (rounds.eval_prompts); a prompt" in line
+
+
+def test_conversations_that_the_judge_has_no_template_for_are_refused_before_any_model(run, place, tmp_path):
+    turns = {"prompt": [{"role": "user", "content": "say"}], "chosen": [{"role": "assistant", "content": "it"}]}
+    rows = [turns | {"prompt": [{"role": "user", "content": f"say {i}"}]} for i in range(4)]
+    (tmp_path / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "template").write_text(CHATML)
+    data = {"data__train": tmp_path / "chat.jsonl", "data__chat_template": tmp_path / "template"}
+    line = line_of(run(**data, judge__kind="reward_model", judge__path=place / "model"))
+    assert "judge.path: the prompts are conversations and the tokenizer of" in line
 
 
 def test_prompt_longer_than_its_room_is_a_bad_row(run, place, tmp_path):
