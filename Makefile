@@ -12,7 +12,7 @@ ARGS ?=
 VLLM_VENV ?= .venv-vllm
 VLLM_PYTHON ?= $(VLLM_VENV)/bin/python
 
-.PHONY: train test test-all test-engines check clean
+.PHONY: train test test-all test-engines study-cyclic check clean
 
 train: $(READY)
 	$(LAUNCH) scripts/train.py --method tdpo $(ARGS)
@@ -27,6 +27,9 @@ test-all: check
 test-engines: $(READY) $(VLLM_PYTHON)
 	PREFOPT_VLLM_PYTHON=$(abspath $(VLLM_PYTHON)) OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 \
 	  $(BIN)/python -m pytest -m engines tests/generation/test_vllm_engine.py $(ARGS)
+
+study-cyclic: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/cyclic.py $(ARGS)
 
 check: $(READY)
 	$(BIN)/ruff check .
