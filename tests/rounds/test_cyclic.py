@@ -1,4 +1,4 @@
-"""Self-play where preferences run in circles: each round is the exact step, and the average of rounds is hard to beat."""
+"""Self-play where preferences run in circles: a round is the exact step, and the average of rounds is hard to beat."""
 
 import pytest
 
