@@ -53,8 +53,7 @@ def set_up(
     """
     judges.check(config.judge)
     generation.check(config.generate)
-    in_ranks = generation.capabilities(config.generate).in_ranks
-    if workers.runtime is not None and workers.count > 1 and not in_ranks:
+    if workers.runtime is not None and workers.count > 1 and not generation.in_ranks(config.generate):
         raise ConfigError(
             f"generate.engine: '{config.generate.engine}' is not for {workers.count} processes of one training run to "
             "share; use scripts/rounds.py with the same flags"
