@@ -13,6 +13,7 @@ stop_token_ids, logprobs, return_token_ids) and `/v1/chat/completions`, whose an
 
 from __future__ import annotations
 
+import copy
 import json
 import socket
 import sys
@@ -24,7 +25,8 @@ from typing import Any
 
 from prefopt.generation.base import Sampling
 
-FAULTS = ("429", "500", "503", "401", "cut", "half", "slow", "garbage", "fewer", "no_logprobs", "filtered")
+FAULTS = ("429", "500", "503", "401", "cut", "half", "slow", "garbage", "page", "fewer", "no_logprobs", "no_token_ids")
+FAULTS += ("no_index", "filtered")
 
 
 class _Quiet(ThreadingHTTPServer):
@@ -44,7 +46,8 @@ class OpenAIServer:
         name: of the model, as `/v1/models` lists it.
         answer: what the assistant says to chat messages; None: what the model says.
         key: the only API key that is taken; None: any.
-        max_model_len: the model's positions, as vLLM tells them; chat messages of as many words are refused.
+        max_model_len: the model's positions, as vLLM tells them; chat messages of as many words are refused. None: not
+            told, and prompts that leave too little of what the model has are refused.
     """
 
     def __init__(
@@ -62,17 +65,27 @@ class OpenAIServer:
         self.drops: set[str] = set()
         self.requests: list[tuple[str, dict[str, Any]]] = []
         self.retry_after: str | None = None
+        self.front = False  # whether there is a page wherever there is nothing else
         self.slow = 30.0  # seconds
+        self.holds = threading.Event()  # set while a slow answer is under way
         self._faults: deque[str] = deque()
         self._lock = threading.Lock()
         self._engine = None
         if lm is not None:
             from prefopt.generation.transformers_engine import TransformersEngine
 
-            self._engine = TransformersEngine(lm, tokenizer)
+            # as real ones do, it ends where generation config and tokenizer say, whatever the template writes
+            bare = copy.deepcopy(tokenizer)
+            bare.chat_template = None
+            self._engine = TransformersEngine(lm, bare)
         self._done = threading.Event()
         self._http = _Quiet(("127.0.0.1", 0), self._handler())
         self._thread = threading.Thread(target=self._http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+
+    @property
+    def positions(self) -> int:
+        """Of a prompt and its answer together."""
+        return self.max_model_len or self._engine._context
 
     @property
     def url(self) -> str:
@@ -158,6 +171,8 @@ class OpenAIServer:
                 pass
 
             def do_GET(self) -> None:
+                if self.path != "/v1/models" and server.front:
+                    return self._send(200, {}, "page")
                 if self.path != "/v1/models":
                     return self._problem(404, f"no such path {self.path}")
                 model = {"id": server.name, "object": "model", "created": 0, "owned_by": "tests"}
@@ -175,6 +190,8 @@ class OpenAIServer:
                 with server._lock:
                     server.requests.append((self.path, body))
                     fault = server._faults.popleft() if server._faults else ""
+                    if fault == "slow":
+                        server.holds.set()
                 answers = {"/v1/completions": server.completions, "/v1/chat/completions": server.chat}
                 if self.path not in answers:
                     return self._problem(404, f"no such path {self.path}")
@@ -185,6 +202,9 @@ class OpenAIServer:
                 words = sum(len(message["content"].split()) for message in body.get("messages", ()))
                 if server.max_model_len is not None and words >= server.max_model_len:
                     return self._problem(400, f"This model's maximum context length is {server.max_model_len} tokens.")
+                asked = len(body.get("prompt", "")) + body.get("max_tokens", 0)
+                if self.path == "/v1/completions" and asked > server.positions:
+                    return self._problem(400, f"This model's maximum context length is {server.positions} tokens.")
                 if fault.isdigit():
                     return self._problem(int(fault), "told to fail")
                 if fault == "cut":
@@ -192,11 +212,14 @@ class OpenAIServer:
                     return None
                 if fault == "slow":
                     server._done.wait(server.slow)
+                    server.holds.clear()
                 answer = answers[self.path](body)
                 if fault == "fewer":
                     answer["choices"].pop()
                 for index, choice in enumerate(answer["choices"]):
-                    choice["index"] = index
+                    choice["index"] = None if fault == "no_index" else index
+                    if fault == "no_token_ids":
+                        del choice["token_ids"]
                     if fault == "no_logprobs":
                         choice["logprobs"] = None
                     if fault == "filtered":
@@ -208,9 +231,10 @@ class OpenAIServer:
                 self._send(status, {"error": {"message": message, "code": status}})
 
             def _send(self, status: int, answer: dict[str, Any], fault: str = "") -> None:
-                data = b"{ no JSON" if fault == "garbage" else json.dumps(answer).encode()
+                broken = {"garbage": b"{ no JSON", "page": b"<html>Welcome!</html>"}
+                data = broken.get(fault, json.dumps(answer).encode())
                 self.send_response(status)
-                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Type", "text/html" if fault == "page" else "application/json")
                 self.send_header("Content-Length", str(len(data)))
                 if status in (429, 503) and server.retry_after is not None:
                     self.send_header("Retry-After", server.retry_after)

@@ -14,7 +14,7 @@ from array import array
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import islice, pairwise
 from pathlib import Path
@@ -28,7 +28,7 @@ from prefopt.data.rows import MAX_ROW_BYTES, BadRow, Messages, OnBadRow, RowProb
 from prefopt.errors import DataError
 from prefopt.types import Column, EncodedPair, PairRow
 
-FORMAT_VERSION = 2  # raise it whenever the same file and settings would give other ids, masks or counts
+FORMAT_VERSION = 3  # raise it whenever the same file and settings would give other ids, masks or counts
 _BATCH = 512  # rows tokenised at a time
 
 
@@ -65,6 +65,7 @@ class Encoder:
             )
         self.tokenizer, self.max_length = tokenizer, max_length
         self.bos, self.eos, self.ends = added_bos(tokenizer), tokenizer.eos_token_id, end_tokens(tokenizer)
+        self.terminators = terminators(tokenizer)
 
     def rows(self, rows: Iterable[PairRow]) -> Iterator[CutPair | BadRow]:
         """Each row encoded, or what is wrong with it, in order. Rows are tokenised a few hundred at a time."""
@@ -146,7 +147,7 @@ class Encoder:
         """A row that carries its ids. A completion that was not ended stays so: nothing is added to it."""
         prompt, *completions = ids
         masks = [[True] * len(side) for side in completions]
-        whole = [side[-1] == self.eos for side in completions]
+        whole = [side[-1] in self.terminators for side in completions]
         return self._cut(row, hashlib.sha256(str(prompt).encode()).hexdigest()[:16], prompt, completions, masks, whole)
 
     def _cut(
@@ -228,6 +229,17 @@ def added_bos(tokenizer: Any) -> int | None:
     """The BOS id, if this tokenizer puts one before a text by itself; None otherwise."""
     bos = tokenizer.bos_token_id
     return bos if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else None
+
+
+def terminators(tokenizer: Any) -> frozenset[int]:
+    """What ends a completion in training: EOS, and the token with which the chat template ends an assistant's turn."""
+    found = {tokenizer.eos_token_id}
+    if getattr(tokenizer, "chat_template", None):
+        with suppress(RowProblem):  # a template that refuses the simplest of exchanges has no end to show
+            turn = render([{"role": "user", "content": "a"}], [{"role": "assistant", "content": "b"}], tokenizer)
+            if turn.terminated:
+                found.add(tokenizer(turn.text, add_special_tokens=False)["input_ids"][-1])
+    return frozenset(found - {None})
 
 
 def pad_token(tokenizer: Any) -> tuple[int, str | None]:

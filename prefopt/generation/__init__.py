@@ -12,7 +12,7 @@ from prefopt.errors import ConfigError
 if TYPE_CHECKING:
     from torch import nn
 
-    from prefopt.generation.base import Capabilities, Engine
+    from prefopt.generation.base import Engine
 
 # Which settings only one engine reads.
 _OWN = {
@@ -45,12 +45,9 @@ def check(settings: GenerateConfig) -> None:
         check_python(settings.python)
 
 
-def capabilities(settings: GenerateConfig) -> Capabilities:
-    """What the engine of these settings can do, as far as it is known before it is opened."""
-    from prefopt.generation.base import Capabilities
-
-    here = settings.engine == "transformers"
-    return Capabilities(seeded=settings.engine != "openai", logprobs=True, token_ids=True, in_ranks=here)
+def in_ranks(settings: GenerateConfig) -> bool:
+    """Whether the engine can run inside the processes of a training run."""
+    return settings.engine == "transformers"
 
 
 def make(

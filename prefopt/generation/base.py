@@ -17,7 +17,7 @@ class Sampling:
 
     Args:
         n: completions per prompt.
-        temperature: of the softmax; 0 takes the most likely token.
+        temperature: of the softmax; 0 takes the most likely token. Below 1e-5 it is 0: logits divided by less overflow.
         top_p, top_k: what of the distribution is kept; 1 and 0 keep all of it.
         max_tokens: most tokens per completion, the terminator included.
         stop: texts that end a completion beside the model's own terminators.
@@ -32,28 +32,15 @@ class Sampling:
     stop: tuple[str, ...] = ()
     logprobs: bool = False
 
+    def __post_init__(self) -> None:
+        if self.temperature < 1e-5:
+            object.__setattr__(self, "temperature", 0.0)
+
     @classmethod
     def of(cls, settings: GenerateConfig, **changed: Any) -> Sampling:
         """Those of the settings, but for what is named."""
         names = ("n", "temperature", "top_p", "top_k", "max_tokens", "stop", "logprobs")
         return cls(**{name: getattr(settings, name) for name in names} | changed)
-
-
-@dataclass(frozen=True)
-class Capabilities:
-    """What an engine can do, so that what it cannot is refused before it starts.
-
-    Args:
-        seeded: the same seed gives the same completion, whatever else is generated beside it.
-        logprobs: it can give the log-probability of each token.
-        token_ids: it gives the very tokens; otherwise they are the text's, encoded again.
-        in_ranks: it can run inside the processes of a training run.
-    """
-
-    seeded: bool
-    logprobs: bool
-    token_ids: bool
-    in_ranks: bool
 
 
 class Engine(Protocol):
@@ -62,7 +49,6 @@ class Engine(Protocol):
     `context` is how many positions the model has for a prompt and its answer, None where it has no end.
     """
 
-    capabilities: Capabilities
     context: int | None
 
     def generate(

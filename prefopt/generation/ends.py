@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from prefopt.config import ModelConfig
+from prefopt.data import encode
 from prefopt.types import Completion
 
 if TYPE_CHECKING:
@@ -13,10 +14,13 @@ if TYPE_CHECKING:
 
 
 def terminators(generation_config: Any, tokenizer: Any) -> frozenset[int]:
-    """The tokens that end an answer of a model: those that its generation config names, and the tokenizer's EOS."""
+    """The tokens that end an answer of a model: those of its generation config, and those with which training ends one.
+
+    The latter are the tokenizer's EOS, and the chat template's own terminator where that is another.
+    """
     named = getattr(generation_config, "eos_token_id", None)
     named = named if isinstance(named, (list, tuple)) else [named]
-    return frozenset(int(token) for token in (*named, tokenizer.eos_token_id) if token is not None)
+    return encode.terminators(tokenizer) | {int(token) for token in named if token is not None}
 
 
 def terminators_of(weights: Weights, model: ModelConfig, tokenizer: Any) -> frozenset[int]:
@@ -54,8 +58,7 @@ class Ends:
     def __init__(self, tokenizer: Any, terminators: Iterable[int], stop: Sequence[str] = ()) -> None:
         special = {str(token): id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
         self.tokenizer = tokenizer
-        self.stop_tokens = tuple(sorted({special[text] for text in stop if text in special}))
-        self.tokens = frozenset(terminators) | {*self.stop_tokens}
+        self.tokens = frozenset(terminators) | {special[text] for text in stop if text in special}
         self.texts = tuple(text for text in stop if text not in special)
         # A token has at least one byte, so a stop text just completed lies within so many tokens; a few more, since
         # the first of them may decode to less alone than after its neighbours.

@@ -3,17 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prefopt.config import GenerateConfig, ModelConfig
 from prefopt.engine.adapters import Weights
 from prefopt.engine.runtime import versions
 from prefopt.errors import RoundError
-from prefopt.generation.base import Capabilities, Sampling, limits
-from prefopt.generation.ends import Ends, terminators_of
+from prefopt.generation.base import Sampling, limits
+from prefopt.generation.ends import Ends, positions_of, terminators_of
 from prefopt.generation.server import Server
 from prefopt.types import Completion
+
+if TYPE_CHECKING:
+    import openai
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """What is read of a completion in an answer."""
+
+    text: str
+    finish_reason: str | None
+    token_ids: list[int] | None
+    logps: Sequence[float | None] | None
+
+    @classmethod
+    def of(cls, choice: Any) -> _Choice:
+        ids = getattr(choice, "token_ids", None)
+        return cls(
+            text=choice.text,
+            finish_reason=choice.finish_reason,
+            token_ids=None if ids is None else [int(token) for token in ids],
+            logps=getattr(choice.logprobs, "token_logprobs", None),
+        )
 
 
 class OpenAIEngine:
@@ -42,18 +66,15 @@ class OpenAIEngine:
             timeout=settings.timeout,
         )
         try:
-            self._model, self.context = self._find(settings.served_model, weights.path)
+            self._model, stated = self._find(settings.served_model, weights.path)
+            self.context = stated or positions_of(weights, model)
             probe = Sampling(n=2, max_tokens=1, logprobs=settings.logprobs)
             choices = self._ask([min(self._terminators, default=0)], probe, 1, 0, Ends(tokenizer, ()))
         except BaseException:
             self.close()
             raise
-        self.capabilities = Capabilities(
-            seeded=False,  # it is sent seeds; what it makes of them is its own
-            logprobs=settings.logprobs and all(_logprobs(choice) is not None for choice in choices),
-            token_ids=all(_token_ids(choice) is not None for choice in choices),
-            in_ranks=False,
-        )
+        self._gives_logps = all(choice.logps is not None for choice in choices)  # if it was asked for them
+        self._gives_ids = all(choice.token_ids is not None for choice in choices)
 
     def generate(
         self, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int]
@@ -62,9 +83,9 @@ class OpenAIEngine:
 
         Raises: RoundError when the server cannot be reached, refuses, or gives less than was asked for.
         """
-        if sampling.logprobs and not self.capabilities.logprobs:
+        if sampling.logprobs and not self._gives_logps:
             raise RoundError(f"generate.logprobs: {self._server.url} gives none, expected one for each token")
-        if sampling.stop and not self.capabilities.token_ids:
+        if sampling.stop and not self._gives_ids:
             raise RoundError(
                 f"generate.stop: {self._server.url} gives no token ids, so a stop text cannot be told from the model's "
                 "own terminator, expected a server that does, such as vLLM's (or leave it out)"
@@ -74,7 +95,7 @@ class OpenAIEngine:
 
         def ask(p: int) -> list[Completion]:
             choices = self._ask(list(prompts[p]), sampling, room[p], seeds[p], ends)
-            return [self._completion(choice, sampling, room[p], ends) for choice in choices]
+            return [self._completion(choice, prompts[p], sampling, room[p], ends) for choice in choices]
 
         return self._server.map(ask, range(len(prompts)))
 
@@ -84,7 +105,7 @@ class OpenAIEngine:
             "engine": "openai",
             "url": self._server.url,
             "served_model": self._model,
-            "token_ids": "the server's" if self.capabilities.token_ids else "the text's, encoded again",
+            "token_ids": "the server's" if self._gives_ids else "the text's, encoded again",
             "versions": {"openai": versions(("openai",))["openai"]},
         }
 
@@ -94,17 +115,17 @@ class OpenAIEngine:
 
     def _find(self, name: str | None, path: str) -> tuple[str, int | None]:
         """(the policy's name on the server, the positions it has there if the server says so)."""
-        served = {str(model.id): model for model in self._server.models()}
+        served = self._server.models()
         wanted = path if name is None else name
-        for id, model in served.items():
+        for id, positions in served.items():
             if id == wanted or (name is None and Path(path).is_dir() and Path(id).resolve() == Path(path).resolve()):
-                return id, getattr(model, "max_model_len", None)
+                return id, positions
         raise RoundError(
             f"generate.served_model: {self._server.url} serves {', '.join(served) or 'nothing'}, expected '{wanted}'; "
             f"start it with the policy {path}"
         )
 
-    def _ask(self, prompt: list[int], sampling: Sampling, limit: int, seed: int, ends: Ends) -> list[Any]:
+    def _ask(self, prompt: list[int], sampling: Sampling, limit: int, seed: int, ends: Ends) -> list[_Choice]:
         """The choices of one request, as many as were asked for."""
         # Fields beyond OpenAI's own, and those for which servers take defaults from the model's generation config.
         extra: dict[str, Any] = {
@@ -113,13 +134,14 @@ class OpenAIEngine:
             "repetition_penalty": 1.0,
             "return_token_ids": True,
         }
-        if ends.stop_tokens:
-            extra["stop_token_ids"] = list(ends.stop_tokens)
+        if ends.tokens:
+            extra["stop_token_ids"] = sorted(ends.tokens)
         optional: dict[str, Any] = {"stop": list(ends.texts)} if ends.texts else {}
         if sampling.logprobs:
             optional["logprobs"] = 1
-        answer = self._server.ask(
-            lambda client: client.completions.create(
+
+        def request(client: openai.OpenAI) -> list[_Choice]:
+            answer = client.completions.create(
                 model=self._model,
                 prompt=prompt,
                 n=sampling.n,
@@ -130,8 +152,9 @@ class OpenAIEngine:
                 extra_body=extra,
                 **optional,
             )
-        )
-        choices = sorted(getattr(answer, "choices", None) or [], key=lambda choice: choice.index)
+            return [_Choice.of(choice) for choice in sorted(answer.choices, key=lambda choice: int(choice.index))]
+
+        choices = self._server.ask(request)
         if len(choices) != sampling.n:
             raise RoundError(
                 f"generate.n: {self._server.url} gave {len(choices)} of {sampling.n} completions of a prompt, expected "
@@ -139,36 +162,36 @@ class OpenAIEngine:
             )
         return choices
 
-    def _completion(self, choice: Any, sampling: Sampling, limit: int, ends: Ends) -> Completion:
+    def _completion(
+        self, choice: _Choice, prompt: Sequence[int], sampling: Sampling, limit: int, ends: Ends
+    ) -> Completion:
         if choice.finish_reason not in ("stop", "length"):
             raise RoundError(
                 f"generate.url: {self._server.url} ended a completion with '{choice.finish_reason}', "
                 "expected 'stop' or 'length'"
             )
-        ids, logps = _token_ids(choice), _logprobs(choice) if sampling.logprobs else None
-        stopped = choice.finish_reason == "stop"
+        ids, stopped = choice.token_ids, choice.finish_reason == "stop"
+        if ids is None and self._gives_ids:
+            raise RoundError(
+                f"generate.url: {self._server.url} gave a completion without token ids, expected them with each, as it "
+                "gave them at first"
+            )
         if ids is None:
             ids = self.tokenizer(choice.text, add_special_tokens=False)["input_ids"]
-            if stopped and self.tokenizer.eos_token_id is not None:
-                ids = [*ids, self.tokenizer.eos_token_id]
-        if sampling.logprobs and (logps is None or len(logps) != len(ids) or None in logps):
-            found = "none" if logps is None else f"{sum(logp is not None for logp in logps)} for {len(ids)} tokens"
+            # in a chat the one that ends the turns before
+            end = next((token for token in reversed(prompt) if token in ends.tokens), self.tokenizer.eos_token_id)
+            if stopped and end is not None:
+                ids = [*ids, end]
+        logps = [logp for logp in choice.logps or () if logp is not None]
+        if sampling.logprobs and not len(ids) == len(logps) == len(choice.logps or ()):
+            found = f"{len(logps)} for {len(ids)} tokens" if logps else "none"
             raise RoundError(
                 f"generate.logprobs: {self._server.url} gave {found}, expected one for each token of a completion "
                 "(leave generate.logprobs out, or use a server that gives them with its token ids, such as vLLM's)"
             )
-        if self.capabilities.token_ids and len(ids) > limit:
+        if self._gives_ids and len(ids) > limit:
             raise RoundError(
                 f"generate.max_tokens: {self._server.url} gave {len(ids)} tokens, expected at most {limit} "
                 "(this server drops `max_tokens`)"
             )
-        return ends.completion(ids, logps, stopped=stopped)
-
-
-def _token_ids(choice: Any) -> list[int] | None:
-    ids = getattr(choice, "token_ids", None)
-    return None if ids is None else [int(token) for token in ids]
-
-
-def _logprobs(choice: Any) -> list[float] | None:
-    return None if choice.logprobs is None else choice.logprobs.token_logprobs
+        return ends.completion(ids, logps if sampling.logprobs else None, stopped=stopped)

@@ -5,6 +5,7 @@ For engines and judges alike. Knows the `openai` client, which is imported when 
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import random
@@ -12,8 +13,8 @@ import re
 import textwrap
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from email.utils import parsedate_to_datetime
+from queue import Empty, SimpleQueue
 from time import time
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -37,6 +38,11 @@ def check_server(url: str | None, group: str) -> None:
     if url is None or not url.startswith(("http://", "https://")):
         found = "none" if url is None else f"'{url}'"
         raise ConfigError(f"{group}.url: found {found}, expected the server's address, e.g. http://localhost:8000/v1")
+    if any(mark in url for mark in "@?#"):
+        raise ConfigError(
+            f"{group}.url: found a user, a query or a fragment in it, and settings are written beside the results, "
+            f"expected the address alone (a key is read from the environment variable that {group}.api_key_env names)"
+        )
     if importlib.util.find_spec("openai") is None:
         raise ConfigError(
             f"{group}: a server is asked through the 'openai' package, which is not installed "
@@ -77,15 +83,17 @@ class Server:
         key = os.environ.get(api_key_env) or "none"  # the client wants one, most servers of one's own do not
         self._client = openai.OpenAI(base_url=url, api_key=key, max_retries=0, timeout=timeout)
 
-    def models(self) -> list[Any]:
-        """The models that it serves, each with an `id`."""
-        return list(self.ask(lambda client: client.models.list()).data)
+    def models(self) -> dict[str, int | None]:
+        """The names of the models that it serves, each with its positions where the server states them."""
+        return self.ask(
+            lambda client: {str(model.id): getattr(model, "max_model_len", None) for model in client.models.list().data}
+        )
 
     def ask(self, request: Callable[[openai.OpenAI], _Result]) -> _Result:
-        """The answer to a request.
+        """What a request gives. It must read of the answer what it needs, so that one of another form is refused here.
 
-        Raises: RoundError when the server refuses it, or has failed on every attempt; TimedOut if the last was late;
-            TooLong where it says so of the prompt.
+        Raises: RoundError when the server refuses it, answers in another form, or has failed on every attempt; TimedOut
+            if the last was late; TooLong where it says so of the prompt.
         """
         import openai
 
@@ -110,6 +118,11 @@ class Server:
                 found = _reason(error)
             except (openai.APIResponseValidationError, ValueError) as error:
                 found = f"an answer that cannot be read: {_reason(error)}"
+            except (AttributeError, TypeError) as error:  # a page of text, or JSON of something else
+                raise RoundError(
+                    f"{self.group}.url: {self.url} gave an answer of another form ({_reason(error)}), expected the "
+                    f"JSON of OpenAI's interface{self._mend()}"
+                ) from None
             if self._given_up.is_set():
                 break
             if attempt < self._retries:
@@ -121,18 +134,35 @@ class Server:
 
     def map(self, work: Callable[[_Item], _Result], items: Sequence[_Item]) -> list[_Result]:
         """`work` done for each item, several at the same time; results in order. The first error ends all of it."""
-        pool = ThreadPoolExecutor(self._concurrency)
-        futures = [pool.submit(work, item) for item in items]
+        waiting: SimpleQueue[int] = SimpleQueue()
+        done: SimpleQueue[tuple[int, _Result] | BaseException] = SimpleQueue()
+        for at in range(len(items)):
+            waiting.put(at)
+
+        def go_on() -> None:
+            with contextlib.suppress(Empty):
+                while not self._given_up.is_set():
+                    at = waiting.get_nowait()
+                    try:
+                        done.put((at, work(items[at])))
+                    except BaseException as error:
+                        done.put(error)
+                        return
+
+        results: dict[int, _Result] = {}
         try:
-            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
-            for future in done:
-                future.result()
-            return [future.result() for future in futures]
+            # not a pool's threads: the process would wait for them at its end, as long as a server holds a request
+            for _ in range(min(self._concurrency, len(items))):
+                threading.Thread(target=go_on, daemon=True).start()
+            while len(results) < len(items):
+                one = done.get()
+                if isinstance(one, BaseException):
+                    raise one
+                results[one[0]] = one[1]
         except BaseException:
             self.close()
             raise
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+        return [results[at] for at in range(len(items))]
 
     def close(self) -> None:
         """Give up what is under way."""
@@ -148,8 +178,11 @@ class Server:
             )
         if error.status_code in (400, 413, 422) and _ABOUT_LENGTH.search(found):
             return TooLong(f"{self.group}.url: {self.url} refuses a prompt as too long ({found})")
-        mend = "" if error.status_code != 404 or self.url.rstrip("/").endswith("/v1") else " (should it end in /v1?)"
+        mend = self._mend() if error.status_code == 404 else ""
         return RoundError(f"{self.group}.url: {self.url} refuses the request ({found}){mend}")
+
+    def _mend(self) -> str:
+        return "" if self.url.rstrip("/").endswith("/v1") else " (should it end in /v1?)"
 
 
 def _message(error: openai.APIStatusError) -> str:

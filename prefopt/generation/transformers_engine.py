@@ -21,7 +21,7 @@ from torch import nn
 from prefopt.engine import adapters
 from prefopt.engine.runtime import versions
 from prefopt.errors import RoundError
-from prefopt.generation.base import Capabilities, Sampling, limits
+from prefopt.generation.base import Sampling, limits
 from prefopt.generation.ends import Ends, terminators
 from prefopt.generation.sampling import choose, uniforms
 from prefopt.types import Completion
@@ -74,8 +74,6 @@ class TransformersEngine:
     Raises: RoundError for a model without a key-value cache, or one whose cache cannot take in new rows when
         `continuous` is asked for.
     """
-
-    capabilities = Capabilities(seeded=True, logprobs=True, token_ids=True, in_ranks=True)
 
     def __init__(self, lm: nn.Module, tokenizer: Any, *, batch: int = 64, continuous: bool = False) -> None:
         from transformers import DynamicCache
@@ -143,13 +141,15 @@ class TransformersEngine:
         return [[completion for completion in group if completion is not None] for group in done]
 
     def describe(self) -> dict[str, Any]:
-        """Name, versions, precision, and what decides how products are rounded."""
-        found = versions()
+        """Name, versions, precision as it is where this is called, and what decides how products are rounded."""
+        found, device = versions(), self._base.device.type
+        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         return {
             "engine": "transformers",
             "dtype": str(self._base.dtype).removeprefix("torch."),
+            "autocast": None if autocast is None else str(autocast).removeprefix("torch."),
             "attention": self._base.config._attn_implementation,
-            "device": self._base.device.type,
+            "device": device,
             "batch": self.batch,
             "continuous": self.continuous,
             "versions": {name: found[name] for name in ("torch", "transformers", "peft")},

@@ -18,11 +18,12 @@ from prefopt.engine import adapters
 from prefopt.engine.adapters import Weights
 from prefopt.errors import ConfigError, RoundError
 from prefopt.generation import vllm_worker
-from prefopt.generation.base import Capabilities, Sampling, limits
+from prefopt.generation.base import Sampling, limits
 from prefopt.generation.ends import Ends, positions_of, terminators_of
 from prefopt.types import Completion
 
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # of adapters, for which vLLM has kernels
+_LEAVING = 20.0  # seconds that a process may take to end by itself
 
 
 def check_python(python: str | None) -> None:
@@ -55,8 +56,6 @@ class VllmEngine:
 
     Raises: RoundError when a copy cannot be loaded.
     """
-
-    capabilities = Capabilities(seeded=True, logprobs=True, token_ids=True, in_ranks=False)
 
     def __init__(self, settings: GenerateConfig, weights: Weights, model: ModelConfig, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
@@ -150,8 +149,8 @@ def _arguments(settings: GenerateConfig, weights: Weights, model: ModelConfig) -
                 f"generate.engine: the adapter '{weights.path}' holds whole modules beside its low-rank parts, which "
                 "vllm cannot load, expected an adapter without lora.modules_to_save (or --generate.engine transformers)"
             )
-        rank = next((r for r in _RANKS if r >= weights.adapter.r), weights.adapter.r)
-        args |= {"enable_lora": True, "max_lora_rank": rank}
+        rank = max([weights.adapter.r, *(weights.adapter.rank_pattern or {}).values()])
+        args |= {"enable_lora": True, "max_lora_rank": next((r for r in _RANKS if r >= rank), rank)}
     return args | settings.args
 
 
@@ -219,16 +218,20 @@ class _Copy:
             assert pipe is not None
             with contextlib.suppress(BrokenPipeError):
                 pipe.close()
+        self._status()
+        self._log.unlink(missing_ok=True)
+
+    def _status(self) -> int:
+        """What the process ended with, if need be by force."""
         try:
-            self._process.wait(10)
+            return self._process.wait(_LEAVING)
         except subprocess.TimeoutExpired:
             self._process.kill()
-            self._process.wait()
-        self._log.unlink(missing_ok=True)
+            return self._process.wait()
 
     def _ended(self, error: str | None = None) -> RoundError:
         """What is known of the end of the process; its log is kept."""
-        status = self._process.wait(60)
+        status = self._status()
         said = [line.strip() for line in self._log.read_text(errors="replace").splitlines() if line.strip()]
         kept = self._log.with_suffix(".failed.log")
         self._log.replace(kept)

@@ -238,7 +238,7 @@ class Chat:
         self.cache = cache
 
     def _only_model(self) -> str:
-        served = [str(model.id) for model in self.server.models()]
+        served = [*self.server.models()]
         if len(served) != 1:
             raise RoundError(
                 f"judge.model: found none, and {self.server.url} serves {', '.join(served) or 'nothing'}; name one"
@@ -266,16 +266,20 @@ class Chat:
         settings: Any = self.sampling
         try:
             said = self.server.ask(
-                lambda client: client.chat.completions.create(model=self.model, messages=messages, **settings)
+                lambda client: [
+                    choice.message.content or ""
+                    for choice in client.chat.completions.create(
+                        model=self.model, messages=messages, **settings
+                    ).choices
+                ]
             )
         except TimedOut:
             return Lost.TIMEOUT
         except TooLong:
             return Lost.TOO_LONG
-        choices = getattr(said, "choices", None)
-        if not choices:
+        if not said:
             raise RoundError(f"judge.url: {self.server.url} gave an answer without a choice, expected one")
-        answer = choices[0].message.content or ""
+        answer = said[0]
         if not answer.strip():
             return answer
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -20,7 +20,7 @@ import torch
 
 from prefopt import generation, judges
 from prefopt.config import FREE_TO_CHANGE, GenerateConfig, JudgeConfig, RoundsConfig, RunConfig
-from prefopt.data.encode import tokenizer_content
+from prefopt.data.encode import terminators, tokenizer_content
 from prefopt.data.prompts import hold_out, slices
 from prefopt.engine import adapters, checkpoint
 from prefopt.engine.runtime import Stop
@@ -90,8 +90,8 @@ class Rounds:
         self._slices = slices(rest, rounds.count, rounds.prompts, self.config.seed, held)
         self.judge_hash = judges.identity(self.config.judge)
         self._tokenizer_hash = tokenizer_content(self.tokenizer)
-        bad = {self.tokenizer.bos_token_id, self.tokenizer.pad_token_id} - {self.tokenizer.eos_token_id, None}
-        self._view = View(self.config.method, frozenset(bad))
+        bad = frozenset({self.tokenizer.bos_token_id, self.tokenizer.pad_token_id} - {None})
+        self._view = View(self.config.method, bad - terminators(self.tokenizer))
 
     # The conductor ----------------------------------------------------------------------------------------------------
 
@@ -199,7 +199,8 @@ class Rounds:
         def make() -> Callable[[int], list[store.Row]]:
             engine = self._engine(policy)
             opened.append(engine)
-            stage.note(engine.describe())
+            with self._autocast():
+                stage.note(engine.describe())
 
             def rows_of(shard: int) -> list[store.Row]:
                 seeds = stages.seeds_of(self.config.seed, seed, shard, len(shards[shard]), sampling.n)
@@ -233,10 +234,11 @@ class Rounds:
         def make() -> Callable[[int], list[store.Row]]:
             judge = self._judge_of(number - 1)
             opened.append(judge)
-            stage.note(judge.describe())
+            with self._judging():
+                stage.note(judge.describe())
 
             def rows_of(shard: int) -> list[store.Row]:
-                with self._autocast() if self.config.judge.path == POLICY else nullcontext():
+                with self._judging():
                     return stages.judge_rows(judge, self._view, shards[shard], generated.read(shard))
 
             return rows_of
@@ -426,7 +428,8 @@ class Rounds:
                     )
         judge = None if self.config.judge.kind == "none" else self._judge_of(number)
         try:
-            return evaluate_round(number, self.held_out, completions, judge, self.config.method, kl, more)
+            with self._judging():
+                return evaluate_round(number, self.held_out, completions, judge, self.config.method, kl, more)
         finally:
             if judge is not None:
                 judge.close()
@@ -472,6 +475,10 @@ class Rounds:
         """The precision that the policy is trained in."""
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.config.train.mixed_precision)
         return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
+
+    def _judging(self) -> AbstractContextManager[Any]:
+        """The precision of the judge: the policy's own where it is the policy."""
+        return self._autocast() if self.config.judge.path == POLICY else nullcontext()
 
     def _engine(self, number: int) -> Engine:
         return generation.make(

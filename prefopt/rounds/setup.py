@@ -55,7 +55,7 @@ def set_up(
     """
     judges.check(config.judge)
     generation.check(config.generate)
-    in_ranks = generation.capabilities(config.generate).in_ranks
+    in_ranks = generation.in_ranks(config.generate)
     if generates and workers.runtime is not None and workers.count > 1 and not in_ranks:
         raise ConfigError(
             f"generate.engine: '{config.generate.engine}' is not for {workers.count} processes of one training run to "

@@ -119,6 +119,18 @@ def test_pair_when_the_completion_alone_is_too_long_then_its_tail_goes(tokenizer
     assert check_row_structure(cut.pair, tokenizer) is None
 
 
+def test_a_sampled_row_when_it_ends_with_the_templates_terminator_or_eos_then_it_is_terminated():
+    tokenizer = byte_bpe_tokenizer(["hello"], 290, chat_template=CHATML)
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    for ends, unterminated in (((end, EOS), 0), ((end, 9), 1), ((8, 9), 2)):
+        sampled = replace(row(), ids=([BOS, 5], *([7, last] for last in ends)))
+        (cut,) = Encoder(tokenizer, 99).rows([sampled])
+        assert cut.unterminated == unterminated
+    tokenizer.chat_template = None
+    (cut,) = Encoder(tokenizer, 99).rows([replace(row(), ids=([BOS, 5], [7, end], [7, EOS]))])
+    assert cut.unterminated == 1
+
+
 def test_encoder_when_there_is_no_room_for_two_tokens_then_it_refuses(tokenizer):
     with pytest.raises(DataError, match=r"^data.max_length: found 1, expected at least 2: "):
         Encoder(tokenizer, 1)

@@ -3,7 +3,7 @@ from types import SimpleNamespace
 import pytest
 
 from prefopt.generation.ends import Ends, terminators
-from tests.helpers import byte_bpe_tokenizer
+from tests.helpers import CHATML, byte_bpe_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -19,6 +19,22 @@ def test_terminators_are_those_of_the_generation_config_and_of_the_tokenizer(tok
     eos = tokenizer.eos_token_id
     for named, expected in ((None, {eos}), (4, {4, eos}), ([4, 5], {4, 5, eos})):
         assert terminators(SimpleNamespace(eos_token_id=named), tokenizer) == expected
+
+
+@pytest.mark.parametrize(
+    ("template", "end"),
+    [
+        (CHATML, "<|im_end|>"),
+        (CHATML.replace("<|im_end|>", "</s>"), "</s>"),
+        (CHATML.replace("<|im_end|>", ""), "</s>"),
+        ("{{ raise_exception('no turns') }}", "</s>"),
+    ],
+    ids=["its own", "EOS", "none", "refuses"],
+)
+def test_the_chat_templates_own_terminator_is_one(template, end):
+    tokenizer = byte_bpe_tokenizer(["hello"], 290, chat_template=template)
+    expected = {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(end)}
+    assert terminators(SimpleNamespace(eos_token_id=None), tokenizer) == expected
 
 
 def test_a_terminator_ends_and_is_no_text(tokenizer):
@@ -47,7 +63,7 @@ def test_a_stop_text_ends_at_the_token_that_completes_it_and_is_cut_off(tokenize
 def test_a_stop_text_that_is_a_special_token_ends_by_its_id(tokenizer):
     ends = Ends(tokenizer, {tokenizer.eos_token_id}, ("<|im_end|>", "world"))
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    assert (ends.stop_tokens, ends.texts) == ((end,), ("world",))
+    assert (ends.tokens, ends.texts) == ({tokenizer.eos_token_id, end}, ("world",))
     assert ends.completion([*ids(tokenizer, " hi"), end]).text == " hi"
 
 

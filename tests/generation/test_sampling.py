@@ -61,6 +61,19 @@ def test_temperature_zero_takes_the_likeliest():
     assert choose(LOGITS.expand(3, -1), points, Sampling(n=1, temperature=0)).tolist() == [2, 2, 2]
 
 
+@pytest.mark.parametrize("temperature", [1e-40, 1e-7])
+def test_a_temperature_that_logits_cannot_be_divided_by_takes_the_likeliest(temperature):
+    points = torch.tensor([0.0, 0.5, 0.99], dtype=torch.float64)
+    assert choose(100 * LOGITS.expand(3, -1), points, Sampling(n=1, temperature=temperature)).tolist() == [2, 2, 2]
+
+
+@pytest.mark.parametrize("temperature", [1e-5, 1e-3])
+def test_a_low_temperature_is_divided_by(temperature):
+    points = torch.tensor([0.0, 0.5, 0.99], dtype=torch.float64)
+    assert Sampling(n=1, temperature=temperature).temperature == temperature
+    assert choose(100 * LOGITS.expand(3, -1), points, Sampling(n=1, temperature=temperature)).tolist() == [2, 2, 2]
+
+
 @pytest.mark.parametrize("point", [0.0, 1 - 2**-53])
 def test_the_ends_of_the_interval_give_tokens_that_are_possible(point):
     logits = torch.tensor([[-math.inf, 0.0, 1.0, -math.inf], [-math.inf, -200.0, 1.0, -200.0]])

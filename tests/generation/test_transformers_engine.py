@@ -283,4 +283,7 @@ def test_what_decides_the_completions_is_described(policy):
     described = engine(policy, batch=3, continuous=True).describe()
     assert described["engine"] == "transformers"
     assert (described["dtype"], described["batch"], described["continuous"]) == ("float32", 3, True)
+    assert described["autocast"] is None
+    with torch.autocast("cpu", torch.bfloat16):
+        assert engine(policy).describe()["autocast"] == "bfloat16"
     assert described["versions"]["torch"] == torch.__version__

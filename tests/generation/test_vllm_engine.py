@@ -14,9 +14,12 @@ import pytest
 
 from prefopt import generation
 from prefopt.config import GenerateConfig, ModelConfig
+from prefopt.data.encode import terminators
+from prefopt.engine.adapters import Weights
 from prefopt.errors import ConfigError, RoundError
 from prefopt.generation.base import Sampling
 from prefopt.generation.transformers_engine import TransformersEngine
+from prefopt.generation.vllm_engine import _arguments, _Copy, _share_devices
 
 PYTHON = os.environ.get("PREFOPT_VLLM_PYTHON", "")
 
@@ -101,7 +104,7 @@ def test_sampled_tokens_have_the_log_probabilities_that_the_model_gives_them(pol
                 logits = policy.lm(torch.tensor([[*prompt, *c.token_ids]])).logits[0, len(prompt) - 1 : -1]
             expected = logits.log_softmax(-1).gather(-1, torch.tensor(c.token_ids)[:, None])[:, 0]
             assert c.logps == pytest.approx(expected.tolist(), abs=2e-5)
-            assert (c.finish_reason == "stop") == (c.token_ids[-1] == policy.tokenizer.eos_token_id)
+            assert (c.finish_reason == "stop") == (c.token_ids[-1] in terminators(policy.tokenizer))
     assert {c.finish_reason for group in answers for c in group} == {"stop", "length"}
 
 
@@ -123,9 +126,9 @@ def test_stop_texts_and_stop_tokens_end_a_completion(policy, engine):
     whole = list(itertools.chain(*engine.generate(prompts, sampling, seeds)))
     letters = [letter for c in whole for letter in c.text if letter.isascii()]
     text = max({*letters}, key=letters.count)
-    stops = Sampling(n=8, max_tokens=24, stop=(text, "<|im_end|>"))
+    stops = Sampling(n=8, max_tokens=24, stop=(text, "<|im_start|>"))
     cut = list(itertools.chain(*engine.generate(prompts, stops, seeds)))
-    end = policy.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    end = policy.tokenizer.convert_tokens_to_ids("<|im_start|>")
     assert any(text in a.text for a in whole)
     for a, b in zip(whole, cut, strict=True):
         at = a.token_ids.index(end) if end in a.token_ids else None
@@ -202,9 +205,28 @@ def test_a_python_without_vllm_is_refused_before_anything_is_loaded():
             generation.check(GenerateConfig(engine="vllm", python=python))
 
 
-def test_devices_are_shared_between_copies_in_order(monkeypatch):
-    from prefopt.generation.vllm_engine import _share_devices
+def test_a_process_that_answers_no_more_but_does_not_end_is_killed(tmp_path, monkeypatch):
+    hangs = tmp_path / "python"
+    hangs.write_text("#!/bin/sh\necho trouble >&2\nexec sleep 1000 >&-\n")
+    hangs.chmod(0o700)
+    monkeypatch.setattr("prefopt.generation.vllm_engine._LEAVING", 0.1)
+    copy = _Copy(str(hangs), None)
+    with pytest.raises(RoundError, match=r"ended with status -9: trouble; its log is") as error:
+        copy.answer()
+    copy.close()
+    Path(str(error.value).split("its log is ")[1].split(";")[0]).unlink()
 
+
+def test_room_for_the_highest_rank_of_an_adapter_is_asked_for(policy):
+    import peft
+
+    for pattern, room in (({}, 8), ({"down_proj": 20}, 32)):
+        lora = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], rank_pattern=pattern)
+        weights = Weights("adapter", str(policy.folder), adapter=lora)
+        assert _arguments(GenerateConfig(), weights, ModelConfig())["max_lora_rank"] == room
+
+
+def test_devices_are_shared_between_copies_in_order(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
     assert _share_devices(2, 2) == ["4,5", "6,7"]
     assert _share_devices(3, 1) == ["4", "5", "6"]

@@ -10,7 +10,6 @@ import torch
 from prefopt import judges
 from prefopt.config import JudgeConfig
 from prefopt.errors import ConfigError, RoundError
-from prefopt.generation.base import Capabilities
 from prefopt.judges import llm
 from prefopt.ranking import win_probabilities
 from prefopt.types import Completion
@@ -254,8 +253,6 @@ def test_model_when_none_is_named_then_it_is_the_only_one(make):
 class Echo:
     """An engine that answers [[A]] where the question is about this word, and keeps what it was asked."""
 
-    capabilities = Capabilities(seeded=True, logprobs=False, token_ids=True, in_ranks=True)
-
     def __init__(self, tokenizer, word, context=None):
         self.context = context
         self.tokenizer, self.word, self.asked, self.closed = tokenizer, word, [], False
@@ -336,6 +333,7 @@ def test_policy_when_its_template_refuses_a_question_then_it_is_counted():
 @pytest.mark.parametrize(
     ("settings", "text", "message"),
     [
+        ({"url": "http://me:secret@x/v1"}, None, r"^judge.url: found a user.* that judge.api_key_env names\)$"),
         ({}, None, r"^judge.url: found none, expected the server's address, e.g. http://localhost:8000/v1$"),
         (
             {"path": "m"},

@@ -48,6 +48,10 @@ def test_pairs_against_the_data_need_no_judge():
         ([*FILES, "--rounds.count", "-1"], "rounds.count: found -1, expected 0 to 99 rounds"),
         ([*FILES, *ROUNDS, "--rounds.shard", "0"], "rounds.shard: found 0, expected a number >= 1"),
         ([*FILES, *ROUNDS, "--generate.max_tokens", "1024"], "expected less than data.max_length (1024)"),
+        ([*FILES, *ROUNDS, "--generate.n", "0"], "generate.n: found 0, expected a number >= 1"),
+        ([*FILES, *ROUNDS, "--generate.batch", "0"], "generate.batch: found 0, expected a number >= 1"),
+        ([*FILES, *ROUNDS, "--generate.temperature", "-1"], "generate.temperature: found -1.0, expected a number >= 0"),
+        ([*FILES, *ROUNDS, "--generate.temperature", "inf"], "generate.temperature: found inf, expected a number >= 0"),
         ([*FILES, *ROUNDS, "--generate.top_p", "0"], "generate.top_p: found 0.0, expected a share above 0, up to 1"),
         ([*FILES, *ROUNDS, "--rounds.max_similarity", "2"], "rounds.max_similarity: found 2.0, expected above 0"),
         ([*FILES, *ROUNDS, "--data.eval_fraction", "0.2"], "data.eval_fraction: given with rounds, which hold out"),
@@ -61,6 +65,12 @@ def test_pairs_against_the_data_need_no_judge():
 )
 def test_bad_settings_of_rounds_are_one_line(argv, line):
     assert line in refused(*argv)
+
+
+def test_a_stop_text_without_a_character_is_refused(tmp_path):
+    (tmp_path / "settings.yaml").write_text("generate: {stop: ['']}\n")
+    line = refused("--config", str(tmp_path / "settings.yaml"), *FILES, *ROUNDS)
+    assert "generate.stop: found [''], expected texts of at least one character" in line
 
 
 def test_sppo_cannot_learn_from_the_datas_completion_or_sharpen_probabilities():
