@@ -11,11 +11,9 @@ convince the other one. A killed study continues.
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import os
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +24,7 @@ from study import lines, machine, train_all
 
 from prefopt.config import JudgeConfig
 from prefopt.evaluate.intervals import Interval, bootstrap
-from prefopt.evaluate.win_rate import WinRate, judge_scores, judged_win_rate
+from prefopt.evaluate.win_rate import Scores, WinRate, judge_scores, judged_win_rate
 
 JUDGES = {"reward_model": "reward_model", "pairwise": "pairwise_judge"}  # kind of judge -> method that trains it
 LENGTH = 512  # tokens of prompt and completion, and positions of the models
@@ -50,7 +48,6 @@ def main() -> None:
     args = parser.parse_args()
     folder = args.output / "rounds"
     folder.mkdir(parents=True, exist_ok=True)
-    began = time.perf_counter()
 
     data = ["--data.train", str(args.train), "--data.eval", str(args.eval), "--data.on_bad_row", "skip"]
     data += ["--data.max_length", str(LENGTH)]
@@ -75,7 +72,6 @@ def main() -> None:
         "runs": {name: [figures(folder / name, number) for number in range(ROUNDS + 1)] for name in runs},
         "pairs": {name: [pairs(folder / name, number) for number in range(1, ROUNDS + 1)] for name in runs},
         "compared": compare(folder, policy, args),
-        "seconds": time.perf_counter() - began,
     }
     (folder / "result.json").write_text(json.dumps(result, indent=1))
     table = render(result)
@@ -149,12 +145,15 @@ def compare(folder: Path, policy: Path, args: argparse.Namespace) -> dict[str, A
         }
         out[kind] = {
             "win_rates": {label: plain(rate) for label, rate in rates.items()},
-            "scores": {
-                label: vars(bootstrap(list(itertools.chain(*found.values)))) for label, found in scores.items() if found
-            },
+            "scores": {label: vars(mean_score(found)) for label, found in scores.items() if found},
         }
         judge.close()
     return out
+
+
+def mean_score(scores: Scores) -> Interval:
+    """Of the completions that have a score."""
+    return bootstrap([value for group in scores.values for value in group if value == value])
 
 
 def plain(rate: WinRate) -> dict[str, Any]:
@@ -181,7 +180,8 @@ def render(result: Mapping[str, Any]) -> str:
 def _rate(rate: Mapping[str, Any]) -> str:
     interval = Interval(**rate["rate"])
     verdict = "" if interval.excludes(0.5) else ", no difference shown"
-    return f"{interval} ({rate['wins']}/{rate['ties']}/{rate['losses']}{verdict})"
+    left_out = f", {rate['left_out']} left out" if rate["left_out"] else ""
+    return f"{interval} ({rate['wins']}/{rate['ties']}/{rate['losses']}{left_out}{verdict})"
 
 
 def _own_table(result: Mapping[str, Any]) -> Sequence[str]:
