@@ -40,9 +40,7 @@ def main() -> None:
     parser.add_argument("--prompts", default=512, type=int, help="prompts of a round")
     parser.add_argument("--eval_prompts", default=256, type=int, help="held-out prompts")
     parser.add_argument("--max_tokens", default=96, type=int, help="most tokens of a completion")
-    parser.add_argument(
-        "--judge_lr", default=3e-4, type=float, help="better than 1e-4 on a part of the training prompts"
-    )
+    parser.add_argument("--judge_lr", default=3e-4, type=float)
     parser.add_argument("--lr", default=1e-4, type=float)
     parser.add_argument("--beta", default=0.1, type=float)
     args = parser.parse_args()
