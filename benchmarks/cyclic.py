@@ -3,9 +3,9 @@
     python benchmarks/cyclic.py --output runs/cyclic
 
 Each of 5 seeds is another world, another base policy and another run: 16 rounds of 1,024 prompts with 5 candidates.
-SPPO has eta 5 and the testbed's own settings. DPO has the beta and the learning rate of the lists whose average of rounds
-is the least exploitable, by the exact figure, on a seed that is not used again. Writes result.json, result.md and
-self_play.png; a killed study continues.
+SPPO has eta 5 and the testbed's own settings. DPO has the beta and the learning rate of the lists whose average of
+rounds is the least exploitable, by the exact figure, on a seed that is not used again. Writes result.json, result.md
+and self_play.png; a killed study continues.
 """
 
 from __future__ import annotations
