@@ -13,9 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -41,7 +39,6 @@ def main() -> None:
     parser.add_argument("--rounds", default=16, type=int)
     parser.add_argument("--jobs", default=max(1, len(os.sched_getaffinity(0))), type=int, help="runs at the same time")
     args = parser.parse_args()
-    began = time.perf_counter()
 
     def flags(method: str, beta: float, seed: int, rate: float | None = None) -> list[str]:
         world = ["--testbed.world", "cyclic", "--testbed.seed", str(seed), "--seed", str(seed)]
@@ -74,8 +71,6 @@ def main() -> None:
         exact.append(its_exact)
     result = {
         "machine": machine(),
-        "minutes": (time.perf_counter() - began) / 60,
-        "cpu_minutes": resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime / 60,
         "eta": ETA,
         "dpo_average_by_beta_and_rate": [
             {"beta": b, "rate": r, "average": run.average[-1], "last": run.last[-1]} for (b, r), run in tried.items()
