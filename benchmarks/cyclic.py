@@ -3,9 +3,9 @@
     python benchmarks/cyclic.py --output runs/cyclic
 
 Each of 5 seeds is another world, another base policy and another run: 16 rounds of 1,024 prompts with 5 candidates.
-SPPO has eta 5 and the testbed's learning rate. DPO has the beta and learning rate of the list whose average of rounds
-is the least exploitable, by the exact figure, on a seed that is not used again. Writes result.json, result.md and
-self_play.png; a killed study continues.
+SPPO has eta 5 and the testbed's own settings. DPO has the beta and the learning rate of the lists whose average of
+rounds is the least exploitable, by the exact figure, on a seed that is not used again. Writes result.json, result.md
+and self_play.png; a killed study continues.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import argparse
 import json
 import os
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -28,7 +27,8 @@ from study import machine, train_all
 from prefopt.testbed.self_play import SelfPlay, exact_path, self_play
 
 ETA = 5.0
-DPO = ((0.2, 3e-3), (1.0, 3e-3), (4.0, 3e-3), (1.0, 5e-4))  # (beta, learning rate)
+BETAS = (0.2, 1.0, 4.0)  # of DPO
+RATES = (1e-3, 3e-3)  # of DPO
 SELECTION_SEED = 100
 
 
@@ -39,26 +39,30 @@ def main() -> None:
     parser.add_argument("--rounds", default=16, type=int)
     parser.add_argument("--jobs", default=max(1, len(os.sched_getaffinity(0))), type=int, help="runs at the same time")
     args = parser.parse_args()
-    began = time.perf_counter()
 
-    def flags(method: str, beta: float, seed: int, rate: float = 3e-3) -> list[str]:
+    def flags(method: str, beta: float, seed: int, rate: float | None = None) -> list[str]:
         world = ["--testbed.world", "cyclic", "--testbed.seed", str(seed), "--seed", str(seed)]
-        rounds = ["--rounds.count", str(args.rounds), "--rounds.eval_prompts", "16"]
-        return ["--method", method, "--method.beta", str(beta), "--optim.lr", str(rate), *world, *rounds]
+        rounds = ["--rounds.count", str(args.rounds), "--rounds.eval_prompts", "0"]
+        rounds += [] if rate is None else ["--optim.lr", str(rate)]
+        return ["--method", method, "--method.beta", str(beta), *world, *rounds]
 
-    names = {(beta, rate): f"choose-DPO-beta{beta:g}-lr{rate:g}" for beta, rate in DPO}
-    choosing = {name: flags("dpo", beta, SELECTION_SEED, rate) for (beta, rate), name in names.items()}
+    choosing = {
+        f"choose-DPO-beta{beta:g}-lr{rate:g}": flags("dpo", beta, SELECTION_SEED, rate)
+        for beta in BETAS
+        for rate in RATES
+    }
     sppo = {f"SPPO-seed{seed}": flags("sppo", 1 / ETA, seed) for seed in range(args.seeds)}
     train_all(choosing | sppo, args.output, args.jobs)
-    found = {
-        setting: figures(args.output / name, SELECTION_SEED, args.rounds)[0].average[-1]
-        for setting, name in names.items()
+    tried = {
+        (beta, rate): figures(args.output / f"choose-DPO-beta{beta:g}-lr{rate:g}", SELECTION_SEED, args.rounds)[0]
+        for beta in BETAS
+        for rate in RATES
     }
-    beta, rate = min(found, key=found.__getitem__)
+    beta, rate = min(tried, key=lambda which: tried[which].average[-1])
     dpo = {f"DPO-seed{seed}": flags("dpo", beta, seed, rate) for seed in range(args.seeds)}
     train_all(dpo, args.output, args.jobs)
 
-    runs: dict[str, list[SelfPlay]] = {"SPPO": [], f"DPO, beta {beta:g}, lr {rate:g}": []}
+    runs: dict[str, list[SelfPlay]] = {"SPPO": [], f"DPO, beta {beta:g}, rate {rate:g}": []}
     exact: list[SelfPlay] = []
     for seed in range(args.seeds):
         for label, name in zip(runs, ("SPPO", "DPO"), strict=True):
@@ -67,9 +71,10 @@ def main() -> None:
         exact.append(its_exact)
     result = {
         "machine": machine(),
-        "minutes": (time.perf_counter() - began) / 60,
         "eta": ETA,
-        "dpo_average": {f"beta {beta:g}, lr {rate:g}": value for (beta, rate), value in found.items()},
+        "dpo_average_by_beta_and_rate": [
+            {"beta": b, "rate": r, "average": run.average[-1], "last": run.last[-1]} for (b, r), run in tried.items()
+        ],
         "runs": {label: [asdict(run) for run in some] for label, some in runs.items()},
         "exact": [asdict(run) for run in exact],
     }
@@ -104,10 +109,13 @@ def render(result: dict[str, Any]) -> str:
         return f"{mean:{spec}} ± {half:{spec}}"
 
     exact, rounds = result["exact"], len(result["exact"][0]["step"])
-    chosen = ", ".join(f"{value:.3f} at {setting}" for setting, value in result["dpo_average"].items())
+    chosen = ", ".join(
+        f"{one['average']:.3f} (beta {one['beta']:g}, rate {one['rate']:g})"
+        for one in result["dpo_average_by_beta_and_rate"]
+    )
     out = [
         f"{rounds} rounds, {len(exact)} seeds, eta {result['eta']:g}. Means over seeds, 95% intervals (Student's t). "
-        f"DPO's average on the seed that chose its settings: {chosen}. {result['machine']}.",
+        f"The average of DPO's rounds on the seed that chose its settings: {chosen}. {result['machine']}.",
         "",
         "| | start | average of rounds | of start | last round | one round to the exact step (TV) | worst round |",
         "|---|---|---|---|---|---|---|",
