@@ -85,7 +85,7 @@ class OpenAIServer:
     @property
     def positions(self) -> int:
         """Of a prompt and its answer together."""
-        return self.max_model_len or self._engine._context
+        return self.max_model_len or self._engine.context
 
     @property
     def url(self) -> str:
