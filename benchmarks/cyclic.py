@@ -27,7 +27,7 @@ from study import machine, train_all
 from prefopt.testbed.self_play import SelfPlay, exact_path, self_play
 
 ETA = 5.0
-BETAS = (0.2, 1.0, 4.0)  # of DPO
+BETAS = (0.2, 1.0, 4.0, 16.0)  # of DPO
 RATES = (1e-3, 3e-3)  # of DPO
 SELECTION_SEED = 100
 
