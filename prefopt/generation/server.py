@@ -79,6 +79,7 @@ class Server:
         self.url, self.group = url, group
         self._key_env, self._concurrency, self._retries, self._timeout = api_key_env, concurrency, retries, timeout
         self._given_up = threading.Event()
+        self._under_way, self._lock = 0, threading.Lock()
         self._chance = random.Random()  # not the run's
         key = os.environ.get(api_key_env) or "none"  # the client wants one, most servers of one's own do not
         self._client = openai.OpenAI(base_url=url, api_key=key, max_retries=0, timeout=timeout)
@@ -100,7 +101,7 @@ class Server:
         for attempt in range(self._retries + 1):
             pause, failure = min(_LONGEST_PAUSE, 0.5 * 2**attempt) * self._chance.uniform(0.5, 1), RoundError
             try:
-                return request(self._client)
+                return self._one(request)
             except openai.APIStatusError as error:
                 if error.status_code not in _AGAIN and error.status_code < 500:
                     raise self._refused(error) from None
@@ -165,9 +166,23 @@ class Server:
         return [results[at] for at in range(len(items))]
 
     def close(self) -> None:
-        """Give up what is under way."""
+        """Try nothing again, and let the connections go once no request is under way on one."""
         self._given_up.set()
-        self._client.close()
+        with self._lock:
+            if self._under_way == 0:
+                self._client.close()
+
+    def _one(self, request: Callable[[openai.OpenAI], _Result]) -> _Result:
+        """One attempt. A connection that is opened while its client is being closed would stay open for good."""
+        with self._lock:
+            self._under_way += 1
+        try:
+            return request(self._client)
+        finally:
+            with self._lock:
+                self._under_way -= 1
+                if self._under_way == 0 and self._given_up.is_set():
+                    self._client.close()
 
     def _refused(self, error: openai.APIStatusError) -> RoundError:
         found = f"{error.status_code}: {_message(error)}"

@@ -233,7 +233,11 @@ class Chat:
             retries=settings.retries,
             timeout=settings.timeout,
         )
-        self.model = settings.model or self._only_model()
+        try:
+            self.model = settings.model or self._only_model()
+        except BaseException:
+            self.close()
+            raise
         self.sampling = {"temperature": settings.temperature, "max_tokens": settings.max_tokens, "seed": 0}
         self.cache = cache
 

@@ -5,8 +5,10 @@ import dataclasses
 import functools
 import itertools
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -16,6 +18,7 @@ from prefopt.config import GenerateConfig, ModelConfig
 from prefopt.engine import models
 from prefopt.errors import ConfigError, RoundError
 from prefopt.generation.base import Sampling
+from prefopt.generation.server import Server
 from prefopt.generation.transformers_engine import TransformersEngine
 from tests.openai_server import OpenAIServer
 
@@ -207,6 +210,34 @@ def test_a_process_ends_while_the_server_still_holds_a_request_of_it(end):
         _, said = asking.communicate()
         assert server.holds.is_set(), "the process has waited for the answer"
     assert ("refuses the key (401: told to fail)" if end == "error" else "KeyboardInterrupt") in said.splitlines()[-1]
+
+
+def test_a_connection_that_is_being_opened_when_all_is_given_up_is_closed_too(monkeypatch):
+    opened, opening, given_up = [], threading.Event(), threading.Event()
+    real = socket.create_connection
+
+    def late(*args, **kwargs):
+        opening.set()
+        assert given_up.wait(60)
+        opened.append(real(*args, **kwargs))
+        return opened[-1]
+
+    def work(item):
+        if item == 0:
+            return connection.models()
+        assert opening.wait(60)
+        raise RoundError("the other one fails")
+
+    monkeypatch.setattr(socket, "create_connection", late)
+    with OpenAIServer(name="m", answer=lambda messages, body: "hi") as server:
+        connection = Server(server.url, group="judge", api_key_env="NO_KEY", concurrency=2, retries=0, timeout=60)
+        with pytest.raises(RoundError, match="the other one fails"):
+            connection.map(work, [0, 1])
+        given_up.set()
+        deadline = time.monotonic() + 60
+        while not (opened and opened[0].fileno() == -1) and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert opened[0].fileno() == -1, "the connection is still open"
 
 
 def test_an_unreachable_server_is_named_with_what_to_do(connect):
