@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, get_args
 
@@ -25,6 +25,7 @@ class Method:
     """
 
     ambiguous: ClassVar[tuple[str, ...]] = ()  # names that could mean this method or another one, and are refused
+    testbed_world: ClassVar[str | None] = None  # the world of its rounds on the testbed; None: the usual one
 
     @property
     def needs(self) -> Needs:
@@ -51,16 +52,45 @@ class Method:
         """The prompt as the policy is to read it, from the one that a judge sees."""
         return prompt
 
-    def judge_view(self, text: str) -> Response | None:
-        """What a judge may see of a completion, or None where there is nothing: then it is in no pair."""
+    @property
+    def thinks(self) -> bool:
+        """Whether completions hold something beside the response, which no judge and no reader is to see."""
+        return False
+
+    def judge_view(self, text: str) -> Response | str:
+        """What a judge may see of a completion, or in a few words why there is nothing."""
         return Response(text)
+
+    def tuned(self, groups: Sequence[ScoredGroup]) -> Method:
+        """This method with what it chooses by all groups of a round, before it makes pairs of them: itself."""
+        return self
+
+    def order(self, group: ScoredGroup) -> Any:
+        """The numbers by which the judged completions of a group are ranked, best highest, NaN if unknown, `(judged,)`."""
+        from prefopt.ranking import order_scores
+
+        return order_scores(group.judgement, self.ranks_by)
 
     def make_pairs(self, group: ScoredGroup) -> Sequence[ChosenPair] | str:
         """The pairs to train on, or in a few words why there is none. The best judged completion against the worst."""
-        from prefopt.ranking import best_and_worst, order_scores
+        from prefopt.ranking import best_and_worst
 
-        ends = best_and_worst(order_scores(group.judgement, self.ranks_by))
+        ends = best_and_worst(self.order(group))
         return ends if isinstance(ends, str) else [ChosenPair(group.judged[ends[0]], group.judged[ends[1]])]
+
+    def round_figures(
+        self, groups: Sequence[ScoredGroup], pairs: Sequence[Sequence[ChosenPair]]
+    ) -> Mapping[str, float]:
+        """Numbers of a round's candidates and pairs that are worth keeping; one sequence of pairs per group."""
+        return {}
+
+    def text_figures(self, texts: Sequence[str]) -> Mapping[str, float]:
+        """Numbers of completions, of whatever policy, that are worth keeping."""
+        return {}
+
+    def card(self) -> Mapping[str, Any]:
+        """What an exported model's user must know of how it was asked, as JSON values by name."""
+        return {}
 
     def describe(self) -> str:
         """What a run prints of this method in its first line: the name of the variant where there are several."""

@@ -69,6 +69,67 @@ def best_and_worst(order: np.ndarray) -> tuple[int, int] | str:
     return int(known[order[known].argmax()]), int(known[order[known].argmin()])
 
 
+def length_controlled(scores: np.ndarray, lengths: np.ndarray, *, rho: float, ddof: int = 0) -> np.ndarray:
+    """Scores against which length is held, both as standard scores over the responses of one prompt.
+
+    `s_i = (r_i - mean r) / std r - rho (l_i - mean l) / std l`; where all are equal the standard score is 0.
+
+    Args: scores, lengths: of the responses; NaN where a score is unknown, and then in neither mean. Shape `(K,)`.
+        rho: weight of length, 0: none. ddof: 0 divides by K, 1 by K - 1: both parts alike, so the order is the same.
+    Returns: shape `(K,)`, NaN where the score is.
+    Reference: Wu et al., Thinking LLMs, arXiv 2410.10630, section on length control.
+    """
+    known = np.isfinite(scores)
+    out = np.full(len(scores), np.nan)
+    out[known] = _standard(scores[known], ddof) - rho * _standard(lengths[known].astype(np.float64), ddof)
+    return out
+
+
+def _standard(values: np.ndarray, ddof: int) -> np.ndarray:
+    spread = values.std(ddof=ddof) if len(values) > ddof else 0.0
+    # a spread that rounding alone has made is none
+    if not spread > 1e-12 * max(1.0, float(np.abs(values).max(initial=0.0))):
+        return np.zeros(len(values))
+    return (values - values.mean()) / spread
+
+
+def elo(wins: np.ndarray, *, ridge: float = 0.01) -> np.ndarray:
+    """A strength per candidate from how often each has beaten each: a Bradley-Terry fit with a penalty.
+
+    The strengths minimise `-sum_ij wins_ij log sigmoid(e_i - e_j) + ridge sum_i e_i^2`. Natural-log scale, mean 0.
+
+    Args: wins: of row against column, battles or shares of them; NaN counts as none. Shape `(K, K)`.
+        ridge: without it a candidate that wins every battle has no finite strength.
+    Returns: shape `(K,)`.
+    Raises: ValueError when there is no finite fit, which only `ridge=0` allows.
+    Reference: Wu et al., Thinking LLMs, arXiv 2410.10630; the penalty is ours, there is none in the paper.
+    """
+    from scipy.sparse.csgraph import connected_components
+
+    wins = np.where(np.isnan(wins), 0.0, wins)
+    np.fill_diagonal(wins, 0.0)
+    if ridge == 0 and connected_components(wins > 0, connection="strong")[0] > 1:
+        raise ValueError("no finite strengths: some candidates have won every battle with the others (use a ridge)")
+    both, strengths = wins + wins.T, np.zeros(len(wins))
+
+    def objective(e: np.ndarray) -> float:
+        return float((wins * np.logaddexp(0, e[None, :] - e[:, None])).sum() + ridge * (e**2).sum())
+
+    for _ in range(100):  # Newton's method; the function is convex, and halving makes each step go down
+        p = _sigmoid(strengths[:, None] - strengths[None, :])
+        gradient = (wins * (1 - p)).sum(0) - (wins * (1 - p)).sum(1) + 2 * ridge * strengths
+        weight = both * p * (1 - p)
+        hessian = np.diag(weight.sum(1) + 2 * ridge) - weight
+        step = np.linalg.lstsq(hessian, gradient, rcond=None)[0]  # without a penalty a shift of all changes nothing
+        if np.abs(step).max(initial=0.0) < 1e-12:
+            break
+        before = objective(strengths)
+        while objective(strengths - step) > before and np.abs(step).max() > 1e-12:
+            step = step / 2
+        strengths = strengths - step
+    return strengths - strengths.mean()
+
+
 def _preferences(judgement: Judgement) -> np.ndarray:
     if judgement.scores is not None:
         scores = np.array(judgement.scores, dtype=np.float64)

@@ -271,12 +271,14 @@ class ScoredGroup:
     """The completions of one prompt and the judgement of them, from which a method makes pairs.
 
     `judged` are the indices of the completions that the judge saw: the members of `judgement` stand in this order.
+    `unparsed` are those in which the method found no response; they can be trained on, but not judged.
     """
 
     prompt: Prompt
     completions: tuple[Completion, ...]
     judgement: Judgement
     judged: tuple[int, ...]
+    unparsed: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
