@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -43,6 +43,10 @@ class Sampling:
         return cls(**{name: getattr(settings, name) for name in names} | changed)
 
 
+# Told of a prompt, by its place in what was asked, and its completions, as soon as these are known.
+Done = Callable[[int, list[Completion]], None]
+
+
 class Engine(Protocol):
     """A policy that answers.
 
@@ -52,11 +56,19 @@ class Engine(Protocol):
     context: int | None
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int]
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        seeds: Sequence[int],
+        done: Done | None = None,
     ) -> list[list[Completion]]:
         """`sampling.n` completions of each prompt, in order.
 
-        Args: prompts: token ids. seeds: one per prompt, at least `n` apart: completion i draws with seed + i.
+        Args:
+            prompts: token ids.
+            seeds: one per prompt, at least `n` apart: completion i draws with seed + i.
+            done: called once for each prompt as soon as its completions are known, in any order and maybe from several
+                threads at once, so that they can be kept before all others are known. What it raises ends the call.
         Raises: RoundError when the engine gives fewer than were asked for, or cannot be reached.
         """
 

@@ -11,7 +11,7 @@ from prefopt.config import GenerateConfig, ModelConfig
 from prefopt.engine.adapters import Weights
 from prefopt.engine.runtime import versions
 from prefopt.errors import RoundError
-from prefopt.generation.base import Sampling, limits
+from prefopt.generation.base import Done, Sampling, limits
 from prefopt.generation.ends import Ends, positions_of, terminators_of
 from prefopt.generation.server import Server
 from prefopt.types import Completion
@@ -77,9 +77,15 @@ class OpenAIEngine:
         self._gives_ids = all(choice.token_ids is not None for choice in choices)
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int]
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        seeds: Sequence[int],
+        done: Done | None = None,
     ) -> list[list[Completion]]:
         """`sampling.n` completions of each prompt, in order; each prompt is one request, with its seed.
+
+        `done` is called in the thread of the request.
 
         Raises: RoundError when the server cannot be reached, refuses, or gives less than was asked for.
         """
@@ -95,7 +101,10 @@ class OpenAIEngine:
 
         def ask(p: int) -> list[Completion]:
             choices = self._ask(list(prompts[p]), sampling, room[p], seeds[p], ends)
-            return [self._completion(choice, prompts[p], sampling, room[p], ends) for choice in choices]
+            completions = [self._completion(choice, prompts[p], sampling, room[p], ends) for choice in choices]
+            if done is not None:
+                done(p, completions)
+            return completions
 
         return self._server.map(ask, range(len(prompts)))
 

@@ -21,7 +21,7 @@ from torch import nn
 from prefopt.engine import adapters
 from prefopt.engine.runtime import versions
 from prefopt.errors import RoundError
-from prefopt.generation.base import Sampling, limits
+from prefopt.generation.base import Done, Sampling, limits
 from prefopt.generation.ends import Ends, terminators
 from prefopt.generation.sampling import choose, uniforms
 from prefopt.types import Completion
@@ -98,11 +98,16 @@ class TransformersEngine:
             )
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int]
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        seeds: Sequence[int],
+        done: Done | None = None,
     ) -> list[list[Completion]]:
         """`sampling.n` completions of each prompt, in order; completion i of a prompt draws with its seed + i.
 
-        A completion ends where the model's positions do, if that is before `max_tokens`.
+        A completion ends where the model's positions do, if that is before `max_tokens`. `done` is called when the last
+        of a prompt's completions has left its batch.
 
         Raises: RoundError for a prompt that leaves no position, or logits that are not finite.
         """
@@ -111,7 +116,7 @@ class TransformersEngine:
         # the longest first: neighbours have like lengths, and a batch too large for memory is the first one
         order = sorted(range(len(prompts)), key=lambda p: -len(prompts[p]))
         waiting = deque((p, i) for p in order for i in range(sampling.n))
-        done: list[list[Completion | None]] = [[None] * sampling.n for _ in prompts]
+        answers: list[dict[int, Completion]] = [{} for _ in prompts]
         with self._sampling_mode():
             batch: _Batch | None = None
             while waiting or batch is not None:
@@ -129,7 +134,10 @@ class TransformersEngine:
                 if share * len(ended) >= len(batch.rows):
                     for row in ended:
                         logps = row.logps if sampling.logprobs else None
-                        done[row.prompt][row.number] = ends.completion(row.ids, logps)
+                        group = answers[row.prompt]
+                        group[row.number] = ends.completion(row.ids, logps)
+                        if done is not None and len(group) == sampling.n:
+                            done(row.prompt, [group[i] for i in range(sampling.n)])
                     going_on = [n for n, row in enumerate(batch.rows) if not row.ended]
                     if not going_on:
                         batch = None
@@ -138,7 +146,7 @@ class TransformersEngine:
                 newest = torch.tensor([[row.ids[-1]] for row in batch.rows], device=batch.mask.device)
                 batch.mask = torch.cat([batch.mask, torch.ones_like(newest)], -1)
                 batch.logits = self._forward(batch, newest)
-        return [[completion for completion in group if completion is not None] for group in done]
+        return [[group[i] for i in range(sampling.n)] for group in answers]
 
     def describe(self) -> dict[str, Any]:
         """Name, versions, precision as it is where this is called, and what decides how products are rounded."""

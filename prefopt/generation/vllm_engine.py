@@ -18,7 +18,7 @@ from prefopt.engine import adapters
 from prefopt.engine.adapters import Weights
 from prefopt.errors import ConfigError, RoundError
 from prefopt.generation import vllm_worker
-from prefopt.generation.base import Sampling, limits
+from prefopt.generation.base import Done, Sampling, limits
 from prefopt.generation.ends import Ends, positions_of, terminators_of
 from prefopt.types import Completion
 
@@ -78,9 +78,15 @@ class VllmEngine:
             raise
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int]
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        seeds: Sequence[int],
+        done: Done | None = None,
     ) -> list[list[Completion]]:
         """`sampling.n` completions of each prompt, in order; completion i of a prompt draws with its seed + i.
+
+        `done` is called as answers are read, one copy after the other.
 
         Raises: RoundError when a process ends, with the last that it said.
         """
@@ -103,11 +109,13 @@ class VllmEngine:
                 for i in range(sampling.n)
             ]
             copy.ask({"sampling": shared, "requests": requests})
-        done: list[list[Completion]] = [[] for _ in prompts]
+        answers: list[list[Completion]] = [[] for _ in prompts]
         for copy, share in zip(self._copies, shares, strict=True):
             for p in share:
-                done[p] = [self._completion(copy.answer(), ends) for _ in range(sampling.n)]
-        return done
+                answers[p] = [self._completion(copy.answer(), ends) for _ in range(sampling.n)]
+                if done is not None:
+                    done(p, answers[p])
+        return answers
 
     def describe(self) -> dict[str, Any]:
         """Name, versions, precision and what else its LLM class was told."""

@@ -74,6 +74,14 @@ def test_a_server_gives_what_the_engine_in_this_process_gives(policy, engine, sa
     assert engine.generate(policy.prompts, sampling, policy.seeds) == here(policy, sampling)
 
 
+def test_what_is_known_of_a_prompt_is_told_before_the_next_one_fails(policy, server, connect):
+    engine, told = connect(server, concurrency=1, retries=0), {}
+    server.fail("", "", "500")
+    with pytest.raises(RoundError):
+        engine.generate(policy.prompts, Sampling(n=2, max_tokens=4), policy.seeds, told.__setitem__)
+    assert [*told.values()] == here(policy, Sampling(n=2, max_tokens=4), slice(2))
+
+
 def test_all_fields_of_the_sampling_reach_the_server(policy, server, engine):
     sampling = Sampling(2, 0.7, 0.9, 20, 9, ("end", "<|im_start|>"), True)
     engine.generate(policy.prompts[:1], sampling, [41])

@@ -53,6 +53,25 @@ def test_a_completion_does_not_depend_on_what_is_beside_it_in_float64(policy, sa
 
 
 @pytest.mark.parametrize("continuous", [False, True])
+def test_each_prompt_is_told_once_when_the_last_of_its_completions_has_ended(policy, continuous):
+    told, counted = {}, []
+
+    def done(number, completions):
+        assert number not in told
+        told[number] = completions
+        counted.append(len(told))
+        if len(told) == 4:
+            raise RuntimeError("what is told is kept")
+
+    sampling = Sampling(n=3, max_tokens=16)
+    with pytest.raises(RuntimeError, match="what is told is kept"):
+        engine(policy, batch=8, continuous=continuous).generate(policy.prompts, sampling, policy.seeds, done)
+    whole = engine(policy, batch=8, continuous=continuous).generate(policy.prompts, sampling, policy.seeds)
+    assert len(told) == 4
+    assert told == {number: whole[number] for number in told}
+
+
+@pytest.mark.parametrize("continuous", [False, True])
 def test_the_same_call_gives_the_same_completions_to_the_bit(policy, continuous):
     sampling = Sampling(n=3, max_tokens=16, logprobs=True)
     once, again = (

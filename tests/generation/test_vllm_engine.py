@@ -139,6 +139,12 @@ def test_stop_texts_and_stop_tokens_end_a_completion(policy, engine):
 
 
 @pytest.mark.engines
+def test_each_prompt_is_told_as_it_is_read(policy, offline):
+    told = {}
+    whole = offline.generate(policy.prompts, Sampling(n=2, max_tokens=6), policy.seeds, told.__setitem__)
+    assert [told[number] for number in range(len(policy.prompts))] == whole
+
+
 def test_two_copies_give_what_one_gives(policy, offline):
     sampling = Sampling(n=2, max_tokens=12)
     with vllm(policy, replicas=2) as two:
