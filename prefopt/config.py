@@ -17,7 +17,7 @@ import re
 import textwrap
 import types
 import typing
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -697,6 +697,21 @@ def _known_keys(method_class: type[Method]) -> list[str]:
 
 def _check_keys(layer: Mapping[str, Any], name: str, method_class: type[Method], where: str) -> None:
     known = [key for key in _known_keys(method_class) if not (where and key in ("config", "help"))]
+    for key in _unknown(layer, known, where):
+        if not name and key.startswith("method."):
+            continue
+        if key.startswith("method."):
+            leaf = key.removeprefix("method.")
+            owners = [m for m in registry.names() if m != name and leaf in _hints(registry.get(m))]
+            if owners:
+                raise ConfigError(
+                    f"{_source(where, key)}: method '{name}' has no '{leaf}'; it belongs to {', '.join(owners)}"
+                )
+        raise _refuse_key(key, known, where)
+
+
+def _unknown(layer: Mapping[str, Any], known: Sequence[str], where: str) -> Iterator[str]:
+    """The keys of a layer that no setting has. Raises: ConfigError for a group's name with a value."""
     mappings = ("data.columns.", "optim.args.", "generate.args.")
     for key in _leaves(layer):
         if key in known or key.startswith(mappings):
@@ -708,19 +723,14 @@ def _check_keys(layer: Mapping[str, Any], name: str, method_class: type[Method],
                 f"{_source(where, key)}: '{key}' is a group; name a setting in it, such as "
                 f"{next(k for k in known if k.startswith(key + '.'))}"
             )
-        if not name and key.startswith("method."):
-            continue
-        if key.startswith("method."):
-            leaf = key.removeprefix("method.")
-            owners = [m for m in registry.names() if m != name and leaf in _hints(registry.get(m))]
-            if owners:
-                raise ConfigError(
-                    f"{_source(where, key)}: method '{name}' has no '{leaf}'; it belongs to {', '.join(owners)}"
-                )
-        near = did_you_mean(key, known) or next(
-            (f"; did you mean '{k}'?" for k in known if k.rpartition(".")[2] == key.rpartition(".")[2]), ""
-        )
-        raise ConfigError(f"{_source(where, key)}: unknown setting{near or '; --help lists them all'}")
+        yield key
+
+
+def _refuse_key(key: str, known: Sequence[str], where: str) -> ConfigError:
+    near = did_you_mean(key, known) or next(
+        (f"; did you mean '{k}'?" for k in known if k.rpartition(".")[2] == key.rpartition(".")[2]), ""
+    )
+    return ConfigError(f"{_source(where, key)}: unknown setting{near or '; --help lists them all'}")
 
 
 def _build(
@@ -990,24 +1000,9 @@ def _validate_rounds(config: RunConfig) -> None:
                         f"{name}.{f.name}: given without rounds; name how many (--rounds.count 3), or leave it out"
                     )
         return
-    for key in ("rounds.shard", "generate.n", "generate.max_tokens", "generate.batch", "generate.concurrency"):
-        need(_at(config.to_dict(), key) >= 1, key, "a number >= 1")
-    for key in (
-        "generate.tensor_parallel",
-        "generate.replicas",
-        "judge.batch",
-        "judge.max_tokens",
-        "judge.concurrency",
-    ):
-        need(_at(config.to_dict(), key) >= 1, key, "a number >= 1")
-    for key in ("generate.retries", "judge.retries", "generate.top_k", "rounds.eval_prompts"):
-        need(_at(config.to_dict(), key) >= 0, key, "a number >= 0")
-    for key in ("generate.timeout", "judge.timeout"):
-        need(0 < _at(config.to_dict(), key) < float("inf"), key, "seconds > 0")
-    for key in ("generate.temperature", "judge.temperature"):
-        need(0 <= _at(config.to_dict(), key) < float("inf"), key, "a number >= 0")
-    need(all(generate.stop), "generate.stop", "texts of at least one character")
-    need(0 < generate.top_p <= 1, "generate.top_p", "a share above 0, up to 1")
+    need(rounds.shard >= 1, "rounds.shard", "a number >= 1")
+    need(rounds.eval_prompts >= 0, "rounds.eval_prompts", "a number >= 0")
+    _validate_sampling(config.to_dict())
     need(rounds.prompts is None or rounds.prompts >= 1, "rounds.prompts", "a number >= 1, or none")
     need(rounds.max_similarity is None or 0 < rounds.max_similarity <= 1, "rounds.max_similarity", "above 0, up to 1")
     needs = config.method.needs
@@ -1049,6 +1044,28 @@ def _validate_rounds(config: RunConfig) -> None:
         "generate.max_tokens",
         f"less than data.max_length ({config.data.max_length}), which holds the prompt too",
     )
+
+
+def _validate_sampling(settings: Mapping[str, Any]) -> None:
+    """The numbers of the groups `generate` and `judge`, wherever they are used. Raises: ConfigError."""
+
+    def need(holds: bool, key: str, expected: str) -> None:
+        if not holds:
+            raise ConfigError(f"{key}: found {_at(settings, key)!r}, expected {expected}")
+
+    for key in (
+        *("generate.n", "generate.max_tokens", "generate.batch", "generate.concurrency", "generate.tensor_parallel"),
+        *("generate.replicas", "judge.batch", "judge.max_tokens", "judge.concurrency"),
+    ):
+        need(_at(settings, key) >= 1, key, "a number >= 1")
+    for key in ("generate.retries", "judge.retries", "generate.top_k"):
+        need(_at(settings, key) >= 0, key, "a number >= 0")
+    for key in ("generate.timeout", "judge.timeout"):
+        need(0 < _at(settings, key) < float("inf"), key, "seconds > 0")
+    for key in ("generate.temperature", "judge.temperature"):
+        need(0 <= _at(settings, key) < float("inf"), key, "a number >= 0")
+    need(all(_at(settings, "generate.stop")), "generate.stop", "texts of at least one character")
+    need(0 < _at(settings, "generate.top_p") <= 1, "generate.top_p", "a share above 0, up to 1")
 
 
 def _normal(group: Any, *names: str) -> Any:

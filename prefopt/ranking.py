@@ -56,6 +56,15 @@ def order_scores(judgement: Judgement, mode: WinProb = "pairwise_sigmoid") -> np
     return _row_means(win_probabilities(judgement) if judgement.probs is not None else _preferences(judgement))
 
 
+def mean_win_probabilities(judgement: Judgement) -> np.ndarray:
+    """How often each response beats one of all K, itself included as a tie; NaN where nothing is known of it. `(K,)`.
+
+    A response that is alone has met nobody but itself: one half.
+    """
+    table = win_probabilities(judgement)
+    return table[0] if len(table) == 1 else _row_means(table)
+
+
 def best_and_worst(order: np.ndarray) -> tuple[int, int] | str:
     """Where the highest and the lowest of these numbers stand, the first of equals; or why there are none, in words.
 

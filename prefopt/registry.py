@@ -1,22 +1,61 @@
-"""Finds methods by name. A file in methods/ is a method and its name is the key; a dotted path is imported as it is."""
+"""Finds methods by name. A file in methods/ is a method and its name is the key; a dotted path is imported as it is.
+
+Ways of answering that train nothing are named by the files of inference/, which are read here and not imported.
+"""
 
 from __future__ import annotations
 
 import ast
 import importlib
 import sys
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from prefopt.errors import ConfigError, did_you_mean
 from prefopt.method import Method
 
 _FOLDER = Path(__file__).parent / "methods"
+_INFERENCE = Path(__file__).parent / "inference"
 
 
 def names() -> list[str]:
     """The built-in methods, sorted."""
     return sorted(path.stem for path in _FOLDER.glob("*.py") if not path.stem.startswith("_"))
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """A way to answer a prompt with a policy as it is. Args: n: samples of a step; depth: steps after the first samples;
+    unless the user says otherwise, who may not where they are 1 and 0."""
+
+    about: str
+    n: int
+    depth: int
+
+
+@cache
+def strategies() -> dict[str, Strategy]:
+    """By their names, in the order in which `--help` has them."""
+    declared = (_declared(path, "STRATEGIES") for path in sorted(_INFERENCE.glob("*.py")))
+    return {name: Strategy(*what) for strategies in declared for name, what in (strategies or {}).items()}
+
+
+def check_strategy(name: str, where: str = "--strategy") -> None:
+    """Raises: ConfigError for a strategy that is unknown, or whose name could mean several things."""
+    if name in strategies():
+        return
+    claimed = _ambiguous().get(name)
+    if claimed:
+        raise ConfigError(
+            f"{where}: '{name}' is ambiguous; it could mean {' or '.join(claimed)}: name one of them"
+            + "".join(f" ({own} is trained: scripts/train.py --method {own})" for own in claimed if own in names())
+        )
+    if name in names():
+        raise ConfigError(f"{where}: '{name}' is a method, which is trained: scripts/train.py --method {name}")
+    near = did_you_mean(name, strategies()) or ";"
+    raise ConfigError(f"{where}: unknown strategy '{name}'{near} known: {', '.join(strategies())}")
 
 
 def get(name: str) -> type[Method]:
@@ -31,6 +70,10 @@ def get(name: str) -> type[Method]:
     claimed = _ambiguous().get(name)
     if claimed:
         raise ConfigError(f"method '{name}' is ambiguous; it could mean {' or '.join(claimed)}: name one of them")
+    if name in strategies():
+        raise ConfigError(
+            f"method '{name}' trains nothing: it is a way to answer prompts; use scripts/infer.py --strategy {name}"
+        )
     near = did_you_mean(name, names()) or ";"
     raise ConfigError(f"unknown method '{name}'{near} known: {', '.join(names())} (or a dotted module path)")
 
@@ -83,13 +126,19 @@ def _only_method(module_name: str, shown: str) -> type[Method]:
 
 @cache
 def _ambiguous() -> dict[str, list[str]]:
-    """Refused short names -> the methods that claim them, read from the sources without importing them."""
+    """Refused short names -> the methods and strategies that claim them, read from their sources."""
     claims: dict[str, list[str]] = {}
-    for name in names():
-        for node in ast.walk(ast.parse((_FOLDER / f"{name}.py").read_text())):
-            targets = [node.target] if isinstance(node, ast.AnnAssign) else getattr(node, "targets", [])
-            value = getattr(node, "value", None)
-            if value is not None and any(isinstance(t, ast.Name) and t.id == "ambiguous" for t in targets):
-                for short in ast.literal_eval(value):
-                    claims.setdefault(short, []).append(name)
+    for path in [*(_FOLDER / f"{name}.py" for name in names()), *sorted(_INFERENCE.glob("*.py"))]:
+        for short in _declared(path, "ambiguous") or ():
+            claims.setdefault(short, []).append(path.stem)
     return claims
+
+
+def _declared(path: Path, name: str) -> Any:
+    """What a source file sets `name` to, as a literal; None where it sets it to nothing. It is not imported."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        targets = [node.target] if isinstance(node, ast.AnnAssign) else getattr(node, "targets", [])
+        value = getattr(node, "value", None)
+        if value is not None and any(isinstance(target, ast.Name) and target.id == name for target in targets):
+            return ast.literal_eval(value)
+    return None

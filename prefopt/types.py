@@ -231,7 +231,8 @@ class Completion:
 
 @dataclass(frozen=True)
 class Response:
-    """What a judge may see of a completion. Only `Method.judge_view` makes one, so a thought cannot reach a judge."""
+    """What a judge may see of a completion, so that a thought cannot reach it. `Method.judge_view` makes one, and who
+    answers prompts with a model that thinks does so by that model's own format."""
 
     text: str
 

@@ -1,0 +1,263 @@
+"""The settings of the `infer` command: the vocabulary of `config`, read by the same rules, for who answers prompts."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from prefopt import config, registry
+from prefopt.config import GenerateConfig, JudgeConfig, ModelConfig, TestbedConfig
+from prefopt.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class InferConfig:
+    """Everything that decides how prompts are answered. `--model DIR` is short for `--model.path DIR`."""
+
+    strategy: str = "plain"
+    """How a prompt is answered; see above."""
+    n: int | None = None
+    """Samples of each step; takes the place of generate.n. None: 1 for strategy plain, else 5."""
+    depth: int | None = None
+    """Steps after the first samples. None: 2 for strategies that revise, 0 for the others."""
+    prompts: str | None = None
+    """JSONL file with `prompt` in each row, text or chat messages; or a .txt file with one prompt per line."""
+    prompt: str | None = None
+    """One prompt. With neither, prompts are read from the terminal; without a model, they are the testbed's."""
+    limit: int | None = None
+    """Most prompts that are answered. None: all of the file; 64 of the testbed."""
+    as_chat: bool | None = None
+    """Whether a text is a user's turn for the chat template. None: typed ones and lines of a .txt file are, where the
+    model has a template, and texts in JSONL stand for themselves, as in training."""
+    thought: Literal["hide", "show"] = "hide"
+    """Whether the thoughts of a model that thinks first are shown beside its responses."""
+    retries: int = 3
+    """Strategy plain: how often a completion without a response is sampled again, with another seed."""
+    critique_tokens: int | None = None
+    """Most tokens of a critique and of a list of improvements. None: generate.max_tokens."""
+    quoted_tokens: int = 2048
+    """Most tokens of a response that is quoted in a prompt; it loses its tail."""
+    templates: str | None = None
+    """Folder whose .txt files take the place of the prompts that come with prefopt, each by its name."""
+    chat_template: str | None = None
+    """Jinja file that replaces the tokenizer's chat template."""
+    output: str = ""
+    """JSONL file or folder. None: the terminal for strategy plain with a model, else a folder named by the settings."""
+    seed: int = 0
+    """Of all samples."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    generate: GenerateConfig = field(default_factory=GenerateConfig)
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
+    testbed: TestbedConfig = field(default_factory=TestbedConfig)
+
+    @property
+    def on_testbed(self) -> bool:
+        return self.model.path is None
+
+    @property
+    def typed(self) -> bool:
+        """Whether prompts are read from the terminal."""
+        return not self.on_testbed and self.prompts is None and self.prompt is None
+
+    @property
+    def judged(self) -> bool:
+        """Whether responses are scored."""
+        return self.judge.kind not in (None, "none")
+
+    def to_dict(self) -> dict[str, Any]:
+        """As nested plain values: what a YAML file that gives this very run would hold."""
+        return {f.name: config._plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+
+
+# What answers on the testbed depart in: a response is three words and a terminator.
+TESTBED_DEPARTURES: dict[str, Any] = {"limit": 64, "generate": {"max_tokens": 4, "batch": 512}}
+# Settings that may change between the attempts at one run, beside those of any run.
+FREE_TO_CHANGE = ("thought",)
+_ABOUT = {
+    "--config": ("FILE", "YAML file of settings; flags take precedence over it."),
+    "--model": (
+        "DIR",
+        "Folder or hub id of a causal language model or a LoRA adapter. None: the testbed's base policy.",
+    ),
+}
+
+
+def parse_infer(argv: Sequence[str]) -> InferConfig:
+    """The settings of the `infer` command from its command line, as `config.parse` reads those of a run.
+
+    Raises: ConfigError, one line that names the key, what was found, what was expected and the nearest mend.
+    """
+    flags = config._split(argv)
+    if "method.name" in flags:
+        registry.get(str(flags["method.name"]))  # says of a strategy that it is one
+        raise ConfigError("--method: nothing is trained here; name the trained model (--model DIR)")
+    file = flags.pop("config", None)
+    if file is True:
+        raise ConfigError("--config: found no value, expected a YAML file")
+    layers = [(str(file), config._read_yaml(Path(str(file))))] if file is not None else []
+    if "model" in flags and any(key.startswith("model.") for key in flags):
+        flags["model.path"] = flags.pop("model")
+    layers.append(("", config._nest(flags)))
+    merged: dict[str, Any] = {}
+    for where, layer in layers:
+        if isinstance(layer.get("model"), (str, bool)):  # --model DIR; without a value it is refused as model.path is
+            layer["model"] = {"path": layer["model"]}
+        _check_keys(layer, where)
+        merged = config._merge(merged, layer)
+    if config._at(merged, "model.path") is None:
+        merged = config._merge(TESTBED_DEPARTURES, merged)
+    sources = {key: where for where, layer in layers for key in config._leaves(layer)}
+    return _completed(config._build(InferConfig, merged, "", sources), "strategy" in merged)
+
+
+def _check_keys(layer: Mapping[str, Any], where: str) -> None:
+    known = [key for key in _known_keys() if not (where and key in ("config", "help"))]
+    for key in config._unknown(layer, known, where):
+        if key == "generate.n":
+            raise ConfigError(f"{config._source(where, key)}: here the number of samples is called n (--n 5)")
+        raise config._refuse_key(key, known, where)
+
+
+def _known_keys() -> list[str]:
+    keys = ["config", "help"]
+    for name, hint in config._hints(InferConfig).items():
+        group = dataclasses.is_dataclass(hint)
+        keys += [f"{name}.{leaf}" for leaf in config._hints(hint)] if group else [name]
+    return [key for key in keys if key != "generate.n"]
+
+
+def _completed(found: InferConfig, named: bool) -> InferConfig:
+    """The settings with what follows from them, held to each other."""
+
+    def need(holds: bool, key: str, expected: str) -> None:
+        if not holds:
+            raise ConfigError(f"{key}: found {config._at(found.to_dict(), key)!r}, expected {expected}")
+
+    registry.check_strategy(found.strategy)
+    usual = registry.strategies()[found.strategy]
+    one = usual.n == 1
+    need(found.n is None or found.n >= 1, "n", "a number >= 1")
+    need(found.depth is None or found.depth >= 0, "depth", "a number >= 0")
+    if one and found.n not in (None, 1):
+        more = " or ".join(name for name, other in registry.strategies().items() if other.n > 1)
+        raise ConfigError(f"n: found {found.n}, but strategy '{found.strategy}' draws one sample (--strategy {more})")
+    if found.depth and not usual.depth:
+        more = " or ".join(name for name, other in registry.strategies().items() if other.depth)
+        raise ConfigError(
+            f"depth: found {found.depth}, but strategy '{found.strategy}' takes no step after its samples "
+            f"(--strategy {more})"
+        )
+    n = usual.n if found.n is None else found.n
+    depth = usual.depth if found.depth is None else found.depth
+    found = dataclasses.replace(found, n=n, depth=depth, generate=dataclasses.replace(found.generate, n=n))
+    for key in ("limit", "critique_tokens"):
+        value = getattr(found, key)
+        need(value is None or value >= 1, key, "a number >= 1, or none")
+    need(found.retries >= 0, "retries", "a number >= 0")
+    need(found.quoted_tokens >= 1, "quoted_tokens", "a number >= 1")
+    for key in ("seed", "testbed.seed"):
+        need(0 <= config._at(found.to_dict(), key) < 2**31, key, "a whole number from 0 to 2147483647")
+    config._validate_sampling(found.to_dict())
+    if found.prompts is not None and found.prompt is not None:
+        raise ConfigError("--prompt: given beside --prompts; name one of them")
+    need(found.prompt is None or bool(found.prompt.strip()), "prompt", "a text")
+    if found.on_testbed:
+        for key in ("prompts", "prompt", "as_chat", "chat_template"):
+            if getattr(found, key) is not None:
+                raise ConfigError(
+                    f"--{key}: given without --model, and the testbed has prompts of its own; name the model (--model DIR)"
+                )
+    elif found.testbed != TestbedConfig():
+        raise ConfigError("testbed: given beside --model; leave one of them out")
+    if found.typed and found.output:
+        raise ConfigError("--output: given without prompts to write of (--prompts FILE, or --prompt TEXT)")
+    found = dataclasses.replace(
+        found, judge=_named_judge(found, one), model=config._normal(found.model, "path"), **_local(found)
+    )
+    if found.output.endswith(".jsonl") and found.judged:
+        raise ConfigError(
+            f"--output {found.output}: strategy '{found.strategy}' with a judge writes several files, expected a folder"
+        )
+    if not found.output and found.judged and not found.typed:
+        found = dataclasses.replace(found, output=f"runs/{_default_folder(found)}")
+    return found
+
+
+def _named_judge(found: InferConfig, one: bool) -> JudgeConfig:
+    kind = found.judge.kind
+    if kind == "world" and not found.on_testbed:
+        raise ConfigError("judge.kind: found 'world', expected another judge: `world` is the testbed's own")
+    if kind is None and found.on_testbed:
+        return dataclasses.replace(found.judge, kind="world")
+    if kind in (None, "none") and not one:
+        raise ConfigError(
+            f"judge.kind: {'not given' if kind is None else repr(kind)}, expected who scores the samples of strategy "
+            f"'{found.strategy}': reward_model, pairwise, llm, function or length"
+        )
+    return found.judge
+
+
+def _local(found: InferConfig) -> dict[str, str]:
+    """Paths in one spelling."""
+    named = {key: getattr(found, key) for key in ("prompts", "templates", "chat_template", "output")}
+    return {key: str(Path(path)) for key, path in named.items() if path}
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """`key: old -> new` for each setting in which two runs differ and that may not change in a run."""
+    lines = config.differences(old, new)
+    return [line for line in lines if line.partition(":")[0] not in FREE_TO_CHANGE]
+
+
+def _default_folder(found: InferConfig) -> str:
+    """A name that the same settings give again, so that the same command continues the same run."""
+    lines = differences({}, found.to_dict())
+    digest = hashlib.sha256(json.dumps(lines).encode()).hexdigest()[:8]
+    task = found.testbed.world if found.on_testbed else Path(found.prompts or "prompt").stem
+    return f"infer-{task}-{found.strategy}-{digest}"
+
+
+def infer_help() -> str:
+    """The grouped `--help` of the command."""
+    general = [(flag, kind, "", text) for flag, (kind, text) in _ABOUT.items()]
+    general += config._help_rows(InferConfig, "")
+    lines = [
+        "usage: infer.py [--model DIR] [--prompts FILE | --prompt TEXT] [--strategy NAME] [--GROUP.SETTING VALUE ...]",
+        "",
+        "strategies:",
+        *(f"  {name:<42} {strategy.about}" for name, strategy in registry.strategies().items()),
+        "",
+    ]
+    groups: list[tuple[str, str, list[tuple[str, str, str, str]]]] = [("run", "", general)]
+    for name, hint in config._hints(InferConfig).items():
+        if dataclasses.is_dataclass(hint):
+            about = _GROUPS.get(name) or (hint.__doc__ or "").strip()
+            rows = [row for row in config._help_rows(hint, f"{name}.") if row[0] not in _HIDDEN]
+            groups.append((name, about, rows))
+    for title, about, rows in groups:
+        lines.append(f"{title}: {about}" if about else title)
+        lines += [
+            f"  {flag + ' ' + kind:<42} {text}{f' [{default}]' if default else ''}"
+            for flag, kind, default, text in rows
+        ]
+        lines.append("")
+    return "\n".join(lines).rstrip()
+
+
+_HIDDEN = ("--model.path", "--generate.n", "--testbed.pairs", "--testbed.eval_pairs")
+_GROUPS = {
+    "model": "How the policy is loaded.",
+    "generate": "How completions are sampled.",
+    "judge": "Who scores the responses. It sees prompt and response, never a thought.",
+    "testbed": "The exactly solvable world, used when no model is named.",
+}

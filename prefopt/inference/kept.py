@@ -1,0 +1,204 @@
+"""Answers and scores on disk: one small file each, whole or absent, so that a killed run asks nothing twice.
+
+Engine and judge are wrapped, and look like themselves. A file is named by the content of what was asked, and says what
+came of it; one that cannot be read counts as absent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from prefopt.errors import RoundError
+from prefopt.generation.base import Done, Engine, Sampling
+from prefopt.judges.base import Judge
+from prefopt.types import Completion, Judgement, Question
+
+_RESPONSES = 64  # that a judge is given at a time: the most that a kill can cost
+
+
+class Kept:
+    """Small JSON files in a folder, named by content. Threads and processes may write at the same time."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def path(self, content: Mapping[str, Any]) -> Path:
+        """Where the file of this content is, or will be."""
+        name = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:40]
+        return self.folder / name[:2] / f"{name}.json"
+
+    def read(self, path: Path) -> Any:
+        """What was written, or None."""
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+
+    def write(self, path: Path, value: Any) -> None:
+        """Write aside, then rename. Raises: RoundError when there is no room."""
+        scratch = path.with_name(f".{path.stem}.{os.getpid()}.{threading.get_ident()}.tmp")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            scratch.write_text(json.dumps(value), encoding="utf-8")
+            scratch.replace(path)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                scratch.unlink(missing_ok=True)
+            raise RoundError(
+                f"{path}: cannot be written: {error.strerror}; what is done is kept: free space and run the same "
+                "command again"
+            ) from error
+
+    def sweep(self) -> None:
+        """Remove what killed processes have left half-written."""
+        for left in self.folder.glob("*/.*.tmp"):
+            left.unlink(missing_ok=True)
+
+
+class KeptEngine:
+    """An engine whose answers are kept. Only what has none goes to the engine itself.
+
+    Args:
+        engine: which answers.
+        kept: where answers are.
+        identity: of the policy: weights, and whatever else decides its answers beside prompt, sampling and seed.
+    """
+
+    def __init__(self, engine: Engine, kept: Kept, identity: Mapping[str, Any]) -> None:
+        self.engine, self.kept, self.identity = engine, kept, dict(identity)
+        self.context = engine.context
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        seeds: Sequence[int],
+        done: Done | None = None,
+    ) -> list[list[Completion]]:
+        """See `Engine`."""
+        paths = [
+            self.kept.path(
+                {
+                    "policy": self.identity,
+                    "prompt": list(prompt),
+                    "sampling": dataclasses.asdict(sampling),
+                    "seed": seed,
+                }
+            )
+            for prompt, seed in zip(prompts, seeds, strict=True)
+        ]
+        found = [_completions(self.kept.read(path), sampling.n) for path in paths]
+        missing = [number for number, group in enumerate(found) if group is None]
+        if done is not None:
+            for number, group in enumerate(found):
+                if group is not None:
+                    done(number, group)
+
+        def keep(which: int, completions: list[Completion]) -> None:
+            number = missing[which]
+            self.kept.write(paths[number], [dataclasses.asdict(completion) for completion in completions])
+            found[number] = completions
+            if done is not None:
+                done(number, completions)
+
+        if missing:
+            self.engine.generate([prompts[i] for i in missing], sampling, [seeds[i] for i in missing], keep)
+        return [group for group in found if group is not None]
+
+    def describe(self) -> dict[str, Any]:
+        """See `Engine`."""
+        return self.engine.describe()
+
+    def close(self) -> None:
+        """See `Engine`."""
+        self.engine.close()
+
+
+class KeptJudge:
+    """A judge whose judgements are kept, each of one question.
+
+    Args: judge: who judges. kept: where judgements are. identity: of the judge.
+    """
+
+    def __init__(self, judge: Judge, kept: Kept, identity: Mapping[str, Any]) -> None:
+        self.inner, self.kept, self.identity = judge, kept, dict(identity)
+
+    def judge(self, questions: Sequence[Question]) -> list[Judgement]:
+        """See `Judge`. They go to the judge some at a time, and are kept as they come."""
+        paths = [
+            self.kept.path({"judge": self.identity, "question": dataclasses.asdict(question)}) for question in questions
+        ]
+        found = [_judgement(self.kept.read(path)) for path in paths]
+        missing = [number for number, judgement in enumerate(found) if judgement is None]
+        while missing:
+            some: list[int] = []
+            while missing and sum(len(questions[i].responses) for i in some) < _RESPONSES:
+                some.append(missing.pop(0))
+            for number, judgement in zip(some, self.inner.judge([questions[i] for i in some]), strict=True):
+                self.kept.write(paths[number], _plain(dataclasses.asdict(judgement)))
+                found[number] = judgement
+        return [judgement for judgement in found if judgement is not None]
+
+    def describe(self) -> dict[str, Any]:
+        """See `Judge`."""
+        return self.inner.describe()
+
+    def close(self) -> None:
+        """See `Judge`."""
+        self.inner.close()
+
+
+def _completions(value: Any, n: int) -> list[Completion] | None:
+    try:
+        found = [
+            Completion(
+                token_ids=tuple(int(token) for token in one["token_ids"]),
+                text=one["text"],
+                finish_reason=one["finish_reason"],
+                logps=None if one["logps"] is None else tuple(one["logps"]),
+            )
+            for one in value
+        ]
+    except (TypeError, KeyError, ValueError):
+        return None
+    return found if len(found) == n else None
+
+
+def _judgement(value: Any) -> Judgement | None:
+    try:
+        return Judgement(
+            scores=_numbers(value["scores"]),
+            logits=_table(value["logits"]),
+            probs=_table(value["probs"]),
+            problems=value["problems"],
+        )
+    except (TypeError, KeyError, ValueError):
+        return None
+
+
+def _numbers(values: Any) -> tuple[float, ...] | None:
+    return None if values is None else tuple(math.nan if value is None else float(value) for value in values)
+
+
+def _table(rows: Any) -> tuple[tuple[float, ...], ...] | None:
+    return None if rows is None else tuple(_numbers(row) or () for row in rows)
+
+
+def _plain(value: Any) -> Any:
+    """NaN and infinities as null, which every reader of JSON takes."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value
