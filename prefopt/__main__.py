@@ -6,12 +6,13 @@ import sys
 
 from prefopt import __version__, cli
 
-COMMANDS = {"train": cli.train, "rounds": cli.rounds}
+COMMANDS = {"train": cli.train, "rounds": cli.rounds, "infer": cli.infer}
 USAGE = f"""prefopt {__version__}: train language models on preferences, and find out which loss is better
 
 usage: prefopt train --method NAME [--config FILE] [--GROUP.SETTING VALUE ...]
        prefopt rounds --method NAME --rounds.count N [--GROUP.SETTING VALUE ...]
-       prefopt train --help, prefopt rounds --help"""
+       prefopt infer [--model DIR] [--prompts FILE | --prompt TEXT] [--strategy NAME] [--GROUP.SETTING VALUE ...]
+       prefopt train --help, prefopt rounds --help, prefopt infer --help"""
 
 
 def main(argv: list[str] | None = None) -> int:

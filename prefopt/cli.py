@@ -702,3 +702,23 @@ def _described(config: RunConfig) -> str:
     """The method's name with its variant and main settings."""
     more = config.method.describe()
     return f"{config.method_name} ({more})" if more else config.method_name
+
+
+# Answers from a model as it is ----------------------------------------------------------------------------------------
+
+
+def infer(argv: Sequence[str]) -> int:
+    """The `infer` command: answers prompts. Status 0: done; 2: a user's mistake; 75: stopped, run the same again."""
+    from prefopt.infer_config import infer_help, parse_infer
+
+    try:
+        if "--help" in argv or "-h" in argv:
+            with contextlib.suppress(BrokenPipeError):
+                print(infer_help())
+            return 0
+        config = parse_infer(argv)
+        from prefopt.inference.run import run
+
+        return run(config)
+    except PrefoptError as error:
+        return rt.fail(error)

@@ -87,7 +87,7 @@ _ABOUT = {
     "--config": ("FILE", "YAML file of settings; flags take precedence over it."),
     "--model": (
         "DIR",
-        "Folder or hub id of a causal language model or a LoRA adapter. None: the testbed's base policy.",
+        "Folder or hub id of a language model or a LoRA adapter. None: the testbed's base policy.",
     ),
 }
 
@@ -175,7 +175,8 @@ def _completed(found: InferConfig, named: bool) -> InferConfig:
         for key in ("prompts", "prompt", "as_chat", "chat_template"):
             if getattr(found, key) is not None:
                 raise ConfigError(
-                    f"--{key}: given without --model, and the testbed has prompts of its own; name the model (--model DIR)"
+                    f"--{key}: given without --model, and the testbed has prompts of its own; name the model "
+                    "(--model DIR)"
                 )
     elif found.testbed != TestbedConfig():
         raise ConfigError("testbed: given beside --model; leave one of them out")
@@ -207,7 +208,7 @@ def _named_judge(found: InferConfig, one: bool) -> JudgeConfig:
     return found.judge
 
 
-def _local(found: InferConfig) -> dict[str, str]:
+def _local(found: InferConfig) -> dict[str, Any]:
     """Paths in one spelling."""
     named = {key: getattr(found, key) for key in ("prompts", "templates", "chat_template", "output")}
     return {key: str(Path(path)) for key, path in named.items() if path}

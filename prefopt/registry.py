@@ -27,8 +27,10 @@ def names() -> list[str]:
 
 @dataclass(frozen=True)
 class Strategy:
-    """A way to answer a prompt with a policy as it is. Args: n: samples of a step; depth: steps after the first samples;
-    unless the user says otherwise, who may not where they are 1 and 0."""
+    """A way to answer a prompt with a policy as it is.
+
+    Args: n: samples of a step. depth: steps after the first samples. A user may change both, but n 1 and depth 0 stay.
+    """
 
     about: str
     n: int

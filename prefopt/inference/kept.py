@@ -25,6 +25,28 @@ from prefopt.types import Completion, Judgement, Question
 _RESPONSES = 64  # that a judge is given at a time: the most that a kill can cost
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a file aside, flush it to the disk, rename it. Half of a surrogate pair becomes a question mark.
+
+    Raises: RoundError when there is no room.
+    """
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with scratch.open("wb") as file:
+            file.write(text.encode("utf-8", "replace"))
+            file.flush()
+            os.fsync(file.fileno())
+        scratch.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            scratch.unlink(missing_ok=True)
+        raise RoundError(
+            f"{path}: cannot be written: {error.strerror}; what is done is kept: free space and run the same command "
+            "again"
+        ) from error
+
+
 class Kept:
     """Small JSON files in a folder, named by content. Threads and processes may write at the same time."""
 
@@ -44,19 +66,8 @@ class Kept:
             return None
 
     def write(self, path: Path, value: Any) -> None:
-        """Write aside, then rename. Raises: RoundError when there is no room."""
-        scratch = path.with_name(f".{path.stem}.{os.getpid()}.{threading.get_ident()}.tmp")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            scratch.write_text(json.dumps(value), encoding="utf-8")
-            scratch.replace(path)
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                scratch.unlink(missing_ok=True)
-            raise RoundError(
-                f"{path}: cannot be written: {error.strerror}; what is done is kept: free space and run the same "
-                "command again"
-            ) from error
+        """Write it, whole or not at all. Raises: RoundError when there is no room."""
+        write_text(path, json.dumps(value))
 
     def sweep(self) -> None:
         """Remove what killed processes have left half-written."""

@@ -6,6 +6,7 @@ import hashlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from prefopt.errors import ConfigError, did_you_mean
 from prefopt.types import Response
@@ -102,21 +103,18 @@ def read_templates(folder: str | None = None) -> Templates:
         if odd or not own:
             found = f"'{own[odd[0]]}'{did_you_mean(odd[0], _MARKS)}" if odd else f"no .txt file in '{folder}'"
             raise ConfigError(f"templates: found {found}, expected {', '.join(f'{name}.txt' for name in _MARKS)}")
-    texts = {name: _read(own.get(name, _FOLDER / f"{name}.txt"), name) for name in _MARKS}
-    two = {
-        name: _parts(own.get(name, _FOLDER / f"{name}.txt"), texts[name]) for name in _MARKS if name not in _ONE_PART
+    paths = {name: own.get(name, _FOLDER / f"{name}.txt") for name in _MARKS}
+    texts = {name: _read(path, name) for name, path in paths.items()}
+    parts: dict[str, Any] = {
+        name: texts[name] if name in _ONE_PART else _parts(path, texts[name]) for name, path in paths.items()
     }
     for tag in (_OPEN, _CLOSE):
         if tag not in texts["update"]:
             raise ConfigError(
-                f"templates: '{own.get('update', 'update.txt')}' has no {tag}, expected it to say that the new response "
-                f"stands between {_OPEN} and {_CLOSE}"
+                f"templates: '{paths['update']}' has no {tag}, expected it to say that the new response stands between "
+                f"{_OPEN} and {_CLOSE}"
             )
-    return Templates(
-        **two,
-        **{name: texts[name] for name in _ONE_PART},
-        tags=frozenset(tag for text in texts.values() for tag in _TAG.findall(text)),
-    )
+    return Templates(**parts, tags=frozenset(tag for text in texts.values() for tag in _TAG.findall(text)))
 
 
 def short_value(text: str, words: int = 10) -> str:

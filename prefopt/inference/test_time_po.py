@@ -182,8 +182,8 @@ class Trace:
         return None if sample.text is None else self.scores.get(sample.text)
 
     def _extreme(self, which: Callable[..., Sample]) -> Sample | None:
-        scored = [sample for sample in self.samples if self.score(sample) is not None]
-        return which(scored, key=self.score) if scored else None
+        scored = [sample for sample in self.samples if sample.text in self.scores]
+        return which(scored, key=lambda sample: self.scores[sample.text]) if scored else None
 
     def to_dict(self, *, thoughts: bool = False) -> dict[str, Any]:
         """As JSON holds it. Args: thoughts: whether those are shown too."""
@@ -256,7 +256,7 @@ def optimize_all(
 
 
 def seed_of(seed: int, key: str, kind: str, step: int, n: int) -> int:
-    """The first seed of a call; sample i draws with the i-th after it. Calls of the same n share all of them or none."""
+    """The first seed of a call; sample i draws with the i-th after it. Calls of one n share all of them or none."""
     digest = hashlib.sha256(f"{seed}:{key}:{kind}:{step}".encode()).digest()
     return int.from_bytes(digest[:8], "big") % (_SEEDS // n) * n
 
@@ -342,18 +342,15 @@ class _Run:
         self._critique("gradient", texts, number)
         asked: dict[_State, Sequence[int]] = {}
         for state in [state for state in self.states if state.going_on]:
-            ids = self._ids(self.settings.templates.update.filled(**texts[state]))
-            if self._has_room(ids):
-                asked[state] = ids
-            else:
-                state.change(skipped=self._no_room("update", ids))
+            self._put(asked, state, "update", self.settings.templates.update.filled(**texts[state]))
         self._sample(asked, number, self._updated)
 
     # Calls ------------------------------------------------------------------------------------------------------------
 
     def _critique(self, kind: str, texts: dict[_State, dict[str, str]], number: int) -> None:
         """A textual loss or gradient of each prompt, which is put among its texts."""
-        templates, asked = self.settings.templates, {}
+        templates = self.settings.templates
+        asked: dict[_State, Sequence[int]] = {}
         for state in [state for state in self.states if state.going_on]:
             own = texts[state]
             if kind == "loss":
@@ -364,11 +361,7 @@ class _Run:
                 own["constraints"] = templates.constraints_alone if alone else templates.constraints
             else:
                 question = templates.gradient.filled(**own)
-            ids = self._ids(question)
-            if self._has_room(ids):
-                asked[state] = ids
-            else:
-                state.change(skipped=self._no_room(kind, ids))
+            self._put(asked, state, kind, question)
         limit = self.settings.critique_tokens or self.settings.sampling.max_tokens
         for state, (completion,) in self._ask(asked, kind, number, 1, limit).items():
             state.change(**{kind: completion.text})
@@ -456,6 +449,18 @@ class _Run:
         if form.thought_marker and form.thought_marker in found.text:
             return NO_MARKER
         return Answer("", found.text)
+
+    def _put(self, asked: dict[_State, Sequence[int]], state: _State, kind: str, question: tuple[str, str]) -> None:
+        """Ask it of the prompt's state, or say why it cannot be asked."""
+        try:
+            ids = self._ids(question)
+        except RowProblem as problem:
+            state.change(skipped=f"{kind}: {problem.found}")
+            return
+        if self._has_room(ids):
+            asked[state] = ids
+        else:
+            state.change(skipped=self._no_room(kind, ids))
 
     def _ids(self, question: tuple[str, str]) -> list[int]:
         """The tokens of a question: two turns of a chat, one where the template takes no system turn, or plain text."""

@@ -1,0 +1,465 @@
+"""The `infer` command: prompts in, answers out, and everything between them in files that a kill cannot spoil."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prefopt import generation, judges
+from prefopt import infer_config as settings
+from prefopt.engine import runtime as rt
+from prefopt.engine.runtime import say
+from prefopt.errors import ConfigError
+from prefopt.infer_config import InferConfig
+from prefopt.inference import report
+from prefopt.inference.asked import check_file
+from prefopt.inference.prompts import read_templates
+from prefopt.testbed.cache import cache_root
+
+if TYPE_CHECKING:
+    from prefopt.generation.base import Engine, Sampling
+    from prefopt.inference.answers import Answered
+    from prefopt.inference.asked import Reader, Refused
+    from prefopt.inference.kept import Kept
+    from prefopt.inference.policy import Policy
+    from prefopt.inference.test_time_po import Tell, TestTimeSettings, Trace
+    from prefopt.judges.base import Judge
+    from prefopt.types import Prompt
+
+CARD = "infer.json"
+
+
+def run(config: InferConfig) -> int:
+    """Answer the prompts of these settings. Returns the exit status.
+
+    Raises: PrefoptError, of one line.
+    """
+    generation.check(config.generate)
+    if config.judged:
+        judges.check(config.judge)
+    templates = read_templates(config.templates)
+    if config.model.path is not None:
+        rt.check_path("model", config.model.path)
+    if config.prompts is not None:
+        check_file(config.prompts)
+    stop = rt.Stop()
+    if not config.typed:
+        stop.install(1)
+    with ExitStack() as stack:
+        place = None
+        if config.output:
+            place = Place.of(config.output)
+            place.refuse_what_is_not_ours()
+            rt.prepare_output(place.folder)
+            lock = rt.OutputLock(place.folder)
+            lock.acquire()
+            stack.callback(lock.release)
+        return _Run(config, templates, place, stop, stack).run()
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a run writes. Args: folder: of what it keeps. answers: the file with the answers."""
+
+    folder: Path
+    answers: Path
+
+    @classmethod
+    def of(cls, output: str) -> Place:
+        """A folder, or a JSONL file, beside which what is kept has a folder of its own."""
+        path = Path(output)
+        if path.suffix == ".jsonl":
+            return cls(path.with_name(path.name + ".kept"), path)
+        return cls(path, path / "answers.jsonl")
+
+    def refuse_what_is_not_ours(self) -> None:
+        """Raises: ConfigError for an output that something else has written."""
+        ours = (self.folder / CARD).exists()
+        other = next((name for name in ("run_card.json", "metrics.jsonl") if (self.folder / name).exists()), None)
+        if other is not None:
+            raise ConfigError(f"--output {self.folder}: holds a training run ({other}); choose another --output")
+        if self.answers.exists() and not ours:
+            raise ConfigError(f"--output {self.answers}: exists, and is not this command's; choose another --output")
+
+    def hold(self, card: Mapping[str, Any]) -> None:
+        """Write the card of a new run, or hold a continued one to its card.
+
+        Raises: ConfigError naming the first differences.
+        """
+        from prefopt.inference.kept import write_text
+
+        path = self.folder / CARD
+        now = json.loads(json.dumps(card, default=str))
+        if not path.exists():
+            write_text(path, json.dumps(now, indent=1))
+            return
+        try:
+            before = json.loads(path.read_text(encoding="utf-8"))
+            changed = settings.differences(before["config"], now["config"])
+            changed += [
+                f"{key}: {before[key]!r} -> {now[key]!r}"
+                for key in ("model", "prompts", "judge", "templates")
+                if before[key] != now[key]
+            ]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"{path}: cannot be read: {error!r}; choose another --output") from None
+        if changed:
+            more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+            raise ConfigError(
+                f"--output {self.folder}: holds answers made with other settings ({'; '.join(changed[:3])}{more}); "
+                "choose another --output, or the settings of that run to continue it"
+            )
+
+
+class _Run:
+    """One run of the command, put together from its settings."""
+
+    def __init__(
+        self, config: InferConfig, templates: Any, place: Place | None, stop: rt.Stop, stack: ExitStack
+    ) -> None:
+        self.config, self.templates, self.place, self.stop, self.stack = config, templates, place, stop, stack
+
+    def run(self) -> int:
+        from prefopt.inference import policy
+        from prefopt.inference.asked import Reader, split
+
+        config = self.config
+        self.world = self._world()
+        path = str(self.world.base_model_path) if self.world is not None else str(config.model.path)
+        self.policy: Policy = policy.find(path, config)
+        if self.policy.note:
+            say(self.policy.note)
+        if self.policy.thought.template is not None:
+            say(
+                f"{path} thinks before it answers; its thoughts are {'shown' if config.thought == 'show' else 'hidden'}"
+            )
+        if config.typed:
+            return self._typed(Reader(self.policy.tokenizer, self.policy.thought, as_chat=config.as_chat))
+        refused: Sequence[Refused] = ()
+        if self.world is not None:
+            prompts = self.world.prompts(config.limit or 64, config.seed)
+        else:
+            reader = Reader(self.policy.tokenizer, self.policy.thought, self._positions(), config.as_chat)
+            found = iter([reader.typed(str(config.prompt))]) if config.prompts is None else reader.file(config.prompts)
+            prompts, refused = split(found, config.limit)
+        for one in refused:
+            print(f"warning: {one.message}", file=sys.stderr, flush=True)
+        judges.check_prompts(config.judge, (prompt.prompt for prompt in prompts))
+        if self.place is not None:
+            self.place.hold(self._card(prompts, refused))
+        self.stop.enter_files()
+        if config.judged:
+            return self._judged(prompts, refused)
+        return self._answered(prompts, refused)
+
+    # One answer to each -----------------------------------------------------------------------------------------------
+
+    def _answered(self, prompts: Sequence[Prompt], refused: Sequence[Refused]) -> int:
+        from prefopt.inference.kept import write_text
+
+        config, shows = self.config, self.config.thought == "show"
+        with _progress(len(prompts), "prompt", shown=self.place is not None) as tell:
+            answered = self._answer_all(self._engine(), prompts, tell)
+        if self.place is None:
+            for number, one in enumerate(answered):
+                if number:
+                    print()
+                _print(one, shows, name=len(answered) > 1)
+        else:
+            rows = [one.to_dict(thoughts=shows) for one in answered] + [_refused(one) for one in refused]
+            write_text(self.place.answers, report.jsonl(rows))
+        gave_up = [one for one in answered if one.answer is None]
+        for one in gave_up:
+            print(f"warning: {one.prompt.where}: gave up: {one.gave_up}", file=sys.stderr)
+        if self.place is not None:
+            again = sum(one.tries > 1 and one.answer is not None for one in answered)
+            say(
+                f"{self.place.answers}: {len(answered) - len(gave_up):,} answers, {again:,} of them sampled again, "
+                f"{len(gave_up):,} given up, {len(refused):,} prompts refused"
+            )
+        return 1 if config.prompt is not None and gave_up else 0
+
+    def _answer_all(self, engine: Engine, prompts: Sequence[Prompt], tell: Tell) -> list[Answered]:
+        from prefopt.inference.answers import answer_all
+
+        return answer_all(
+            prompts,
+            engine,
+            thought=self.policy.thought,
+            sampling=self._sampling(),
+            retries=self.config.retries,
+            seed=self.config.seed,
+            tell=tell,
+        )
+
+    def _typed(self, reader: Reader) -> int:
+        """Prompts from the terminal, one per line, until it ends."""
+        from prefopt.types import Prompt
+
+        engine = self._engine()
+        reader.context = engine.context
+        judge = self._judge(engine) if self.config.judged else None
+        for line in _typed_lines():
+            prompt = reader.typed(line, "prompt")
+            if not isinstance(prompt, Prompt):
+                print(f"refused: {prompt.message}", file=sys.stderr, flush=True)
+                continue
+            if judge is None:
+                (one,) = self._answer_all(engine, [prompt], lambda phase, samples: None)
+                _print(one, self.config.thought == "show")
+            else:
+                (trace,) = self._optimize_all(engine, judge, [prompt], lambda phase, samples: None)
+                _print_best(trace, self.config.thought == "show")
+        return 0
+
+    # Samples that a judge scores --------------------------------------------------------------------------------------
+
+    def _judged(self, prompts: Sequence[Prompt], refused: Sequence[Refused]) -> int:
+        config, place = self.config, self.place
+        assert place is not None
+        assert config.n is not None
+        assert config.depth is not None
+        summary = self._finished()
+        if summary is None:
+            engine = self._engine()
+            judge = self._judge(engine)
+            samples = len(prompts) * (config.n + config.depth * (2 + config.n))
+            with _progress(samples, "sample") as tell:
+                traces = self._optimize_all(engine, judge, prompts, tell)
+            summary = self._write(traces, refused, engine, judge)
+            if config.prompt is not None:
+                _print_best(traces[0], config.thought == "show")
+                print()
+        say(report.table(summary["depths"], summary["prompts"]))
+        dropped = "".join(f", {number:,} {reason}" for reason, number in summary["no_pair"].items())
+        say(
+            f"\n{place.folder}: traces.html, traces.jsonl, answers.jsonl, summary.json; "
+            f"pairs.jsonl: {summary['pairs']:,} pairs to train on{dropped}"
+        )
+        return 0
+
+    def _finished(self) -> dict[str, Any] | None:
+        """The summary of a run that is done, and was shown as this one is to be."""
+        assert self.place is not None
+        try:
+            summary = json.loads((self.place.folder / "summary.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        return summary if summary.get("thought") == self.config.thought else None
+
+    def _optimize_all(self, engine: Engine, judge: Judge, prompts: Sequence[Prompt], tell: Tell) -> list[Trace]:
+        from prefopt.inference.test_time_po import TestTimeSettings, optimize_all
+
+        config = self.config
+        how: TestTimeSettings = TestTimeSettings.of(
+            config.strategy,
+            n=config.n,
+            depth=config.depth,
+            sampling=self._sampling(),
+            critique_tokens=config.critique_tokens,
+            quoted_tokens=config.quoted_tokens,
+            seed=config.seed,
+            thought=self.policy.thought,
+            templates=self.templates,
+        )
+        return optimize_all(prompts, engine, judge, self.policy.tokenizer, how, tell=tell)
+
+    def _write(
+        self, traces: Sequence[Trace], refused: Sequence[Refused], engine: Engine, judge: Judge
+    ) -> dict[str, Any]:
+        """All files; the summary last, since it says that the others are there."""
+        from prefopt.inference.kept import write_text
+
+        config, place = self.config, self.place
+        assert place is not None
+        shows = config.thought == "show"
+        depths = [row.to_dict(self.policy.parameters) for row in report.by_depth(traces)]
+        pairs, none = report.pairs(traces)
+        problems: dict[str, int] = {}
+        for trace in traces:
+            for step in trace.steps:
+                for name, number in step.problems.items():
+                    problems[name] = problems.get(name, 0) + number
+        summary = {
+            "strategy": config.strategy,
+            "n": config.n,
+            "depth": config.depth,
+            "prompts": len(traces),
+            "refused": len(refused),
+            "depths": depths,
+            "pairs": len(pairs),
+            "no_pair": none,
+            "problems": problems,
+            "parameters": self.policy.parameters,
+            "thought": config.thought,
+            "engine": engine.describe(),
+            "judge": judge.describe(),
+        }
+        title = f"{config.strategy}, n {config.n}, depth {config.depth}: {len(traces)} prompts"
+        answers = [_best_row(trace, shows) for trace in traces] + [_refused(one) for one in refused]
+        write_text(place.folder / "traces.jsonl", report.jsonl(trace.to_dict(thoughts=shows) for trace in traces))
+        write_text(place.folder / "traces.html", report.page(traces, depths, title, thoughts=shows))
+        write_text(place.folder / "pairs.jsonl", report.jsonl(pairs))
+        write_text(place.answers, report.jsonl(answers))
+        write_text(place.folder / "summary.json", json.dumps(summary, indent=1, default=str))
+        return summary
+
+    # What a run is made of --------------------------------------------------------------------------------------------
+
+    def _world(self) -> Any:
+        if not self.config.on_testbed:
+            return None
+        from prefopt.testbed import build_world
+
+        test = self.config.testbed
+        say(
+            f"no model is named (--model DIR): the base policy of the testbed's world '{test.world}' answers the "
+            "world's prompts"
+        )
+        return build_world(test.world, seed=test.seed, cache_dir=cache_root())
+
+    def _positions(self) -> int | None:
+        from prefopt.generation.ends import positions_of
+
+        return positions_of(self.policy.weights, self.config.model)
+
+    def _sampling(self) -> Sampling:
+        from prefopt.generation.base import Sampling
+
+        return Sampling.of(self.config.generate, stop=self.policy.stop, logprobs=False)
+
+    def _engine(self) -> Engine:
+        from prefopt.inference.kept import KeptEngine
+
+        rt.set_threads(None, self.policy.parameters or 10**9)
+        engine = self.policy.open(self.config)
+        self.stack.callback(engine.close)
+        kept = self._kept("answers")
+        if kept is None:
+            return engine
+        how = self.config.generate
+        identity = {"weights": self.policy.identity, "engine": how.engine, "dtype": self.config.model.dtype}
+        return KeptEngine(engine, kept, identity | {"served_model": how.served_model})
+
+    def _judge(self, engine: Engine) -> Judge:
+        from prefopt.inference.kept import KeptJudge
+        from prefopt.inference.policy import device_here
+
+        judge = judges.make(
+            self.config.judge,
+            device=device_here(),
+            policy=lambda: (engine, self.policy.tokenizer),
+            world=None if self.world is None else self.world.judge(),
+            cache=None if self.place is None else self.place.folder / "verdicts",
+        )
+        self.stack.callback(judge.close)
+        kept = self._kept("scores")
+        return judge if kept is None else KeptJudge(judge, kept, self._judge_identity())
+
+    def _judge_identity(self) -> dict[str, Any]:
+        config = self.config
+        free = ("url", "api_key_env", "concurrency", "retries", "timeout", "batch")
+        named = {key: value for key, value in config.to_dict()["judge"].items() if key not in free}
+        if config.on_testbed:
+            named["testbed"] = config.to_dict()["testbed"]
+        return named | {"content": judges.identity(config.judge) if config.judged else None}
+
+    def _kept(self, name: str) -> Kept | None:
+        from prefopt.inference.kept import Kept
+
+        if self.place is None:
+            return None
+        kept = Kept(self.place.folder / name)
+        kept.sweep()
+        return kept
+
+    def _card(self, prompts: Sequence[Prompt], refused: Sequence[Refused]) -> dict[str, Any]:
+        asked = [[prompt.key, list(prompt.ids)] for prompt in prompts] + [one.message for one in refused]
+        return {
+            "config": self.config.to_dict(),
+            "model": self.policy.identity,
+            "prompts": hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16],
+            "judge": json.dumps(self._judge_identity(), sort_keys=True) if self.config.judged else None,
+            "templates": self.templates.digest() if self.config.judged else None,
+            "versions": rt.versions(),
+        }
+
+
+# What a person sees ---------------------------------------------------------------------------------------------------
+
+
+def _typed_lines() -> Iterator[str]:
+    """Lines of the terminal, or of what is piped into it, that are not empty; ends at Ctrl-D and Ctrl-C."""
+    terminal = sys.stdin.isatty()
+    while True:
+        try:
+            line = input("> " if terminal else "")
+        except (EOFError, KeyboardInterrupt):
+            if terminal:
+                print()
+            return
+        except UnicodeDecodeError:
+            print("refused: prompt: is not text", file=sys.stderr, flush=True)
+            continue
+        if line.strip():
+            yield line.strip()
+
+
+def _print(one: Answered, shows: bool, name: bool = False) -> None:
+    if name:
+        print(f"[{one.prompt.where}]")
+    if one.answer is None:
+        print(f"gave up: {one.gave_up}", flush=True)
+        return
+    if shows and one.answer.thought:
+        print(f"[thought]\n{one.answer.thought}\n[response]")
+    print(one.answer.response, flush=True)
+
+
+def _print_best(trace: Trace, shows: bool) -> None:
+    best = trace.best
+    if best is None:
+        print("no response with a score", flush=True)
+        return
+    if shows and best.thought:
+        print(f"[thought]\n{best.thought}\n[response]")
+    print(best.text, flush=True)
+
+
+def _best_row(trace: Trace, shows: bool) -> dict[str, Any]:
+    best = trace.best
+    row: dict[str, Any] = {"key": trace.prompt.key, "where": trace.prompt.where, "prompt": trace.prompt.prompt}
+    if best is None:
+        reasons = [step.skipped for step in trace.steps if step.skipped] or ["no response with a score"]
+        return row | {"response": None, "reason": reasons[0]}
+    row |= {"response": best.text, "score": trace.score(best)}
+    return row | ({"thought": best.thought} if shows else {})
+
+
+def _refused(one: Refused) -> dict[str, Any]:
+    return {"where": one.where, "prompt": one.prompt, "response": None, "reason": one.message}
+
+
+@contextmanager
+def _progress(total: int, unit: str, shown: bool = True) -> Iterator[Tell]:
+    """A bar on stderr; it is told from several threads."""
+    from tqdm import tqdm
+
+    lock = threading.Lock()
+    seconds = 0.2 if os.isatty(2) else 10
+    with tqdm(total=total, unit=unit, disable=not shown, mininterval=seconds, dynamic_ncols=True) as bar:
+
+        def tell(phase: str, samples: int) -> None:
+            with lock:
+                bar.set_description(phase, refresh=False)
+                bar.update(samples)
+
+        yield tell
