@@ -14,7 +14,7 @@ PACKAGE = ROOT / "prefopt"
 FLOORS = [
     ["__init__", "types", "errors"],
     ["kernels"],
-    ["method", "methods", "ranking", "registry", "losses"],
+    ["method", "methods", "ranking", "registry", "losses", "thoughts"],
     ["config", "infer_config"],
     ["data"],
     ["engine"],

@@ -72,6 +72,7 @@ def claims(tmp_path, monkeypatch):
     (tmp_path / "plain.py").write_text(ONE)
     (tmp_path / "annotated.py").write_text(f'{ONE}    ambiguous: "ClassVar[tuple[str, ...]]" = ("ann",)\n')
     monkeypatch.setattr(registry, "_FOLDER", tmp_path)
+    monkeypatch.setattr(registry, "_INFERENCE", tmp_path / "none")
     registry._ambiguous.cache_clear()
     yield
     registry._ambiguous.cache_clear()
@@ -82,6 +83,23 @@ def test_get_when_several_methods_claim_the_name_then_it_is_refused_and_they_are
     assert refusal("tpo") == "method 'tpo' is ambiguous; it could mean thoughtful or timely: name one of them"
     assert "annotated" in refusal("ann")
     assert refusal("tpoo").startswith("unknown method")
+
+
+def test_a_short_name_that_a_method_and_a_strategy_claim_names_both():
+    assert refusal("tpo") == "method 'tpo' is ambiguous; it could mean thought_po or test_time_po: name one of them"
+    with pytest.raises(ConfigError, match=r"--strategy: 'tpo' is ambiguous.*thought_po or test_time_po.*train.py"):
+        registry.check_strategy("tpo")
+
+
+def test_what_trains_nothing_is_no_method_and_what_is_trained_no_strategy():
+    assert refusal("test_time_po") == (
+        "method 'test_time_po' trains nothing: it is a way to answer prompts; "
+        "use scripts/infer.py --strategy test_time_po"
+    )
+    with pytest.raises(ConfigError, match=r"--strategy: 'dpo' is a method, which is trained: scripts/train.py"):
+        registry.check_strategy("dpo")
+    with pytest.raises(ConfigError, match=r"unknown strategy 'best_of_m'; did you mean 'best_of_n'\?"):
+        registry.check_strategy("best_of_m")
 
 
 # Dotted paths.
