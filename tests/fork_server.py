@@ -90,6 +90,7 @@ class ForkServer:
 
 def _serve() -> None:
     import datasets  # noqa: F401
+    import openai  # noqa: F401
     import peft  # noqa: F401
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM  # noqa: F401
@@ -98,6 +99,9 @@ def _serve() -> None:
     import prefopt.data.encode
     import prefopt.data.split
     import prefopt.engine.trainer
+    import prefopt.inference.policy
+    import prefopt.inference.run
+    import prefopt.inference.test_time_po
     import prefopt.rounds.setup
     import prefopt.testbed  # noqa: F401
 

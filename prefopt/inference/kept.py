@@ -116,7 +116,8 @@ class KeptEngine:
 
         def keep(which: int, completions: list[Completion]) -> None:
             number = missing[which]
-            self.kept.write(paths[number], [dataclasses.asdict(completion) for completion in completions])
+            said = [dataclasses.asdict(completion) for completion in completions]
+            self.kept.write(paths[number], {"seed": seeds[number], "completions": said})
             found[number] = completions
             if done is not None:
                 done(number, completions)
@@ -177,7 +178,7 @@ def _completions(value: Any, n: int) -> list[Completion] | None:
                 finish_reason=one["finish_reason"],
                 logps=None if one["logps"] is None else tuple(one["logps"]),
             )
-            for one in value
+            for one in value["completions"]
         ]
     except (TypeError, KeyError, ValueError):
         return None

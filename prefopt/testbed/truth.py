@@ -42,6 +42,21 @@ def expected(log_p: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     return (log_p.exp() * value).sum(-1)
 
 
+def best_of_n(log_p: torch.Tensor, value: torch.Tensor, n: int) -> torch.Tensor:
+    """Expected highest value of `n` independent draws, of each prompt, `(P,)`.
+
+    With values in rising order and F_k the probability of at most the k-th, `E[max] = sum_k v_k (F_k^n - F_{k-1}^n)`;
+    where values are equal the sum of their summands does not depend on their order.
+
+    Args: log_p, value: tables `(P, K)`. n: at least 1; 1 is `expected`.
+    Reference: the maximum is the n-th order statistic; its distribution function is F^n.
+    """
+    values, order = value.sort(-1)
+    reached = log_p.exp().gather(-1, order).cumsum(-1)
+    reached = (reached / reached[:, -1:]) ** n  # probabilities sum to one but for rounding
+    return (values * reached.diff(dim=-1, prepend=torch.zeros_like(reached[:, :1]))).sum(-1)
+
+
 def bradley_terry(reward: torch.Tensor) -> torch.Tensor:
     """`P(y > y' | x) = sigmoid(r(x,y) - r(x,y'))`, row against column, `(P, K, K)`."""
     return torch.sigmoid(reward[:, :, None] - reward[:, None, :])

@@ -153,3 +153,14 @@ def test_total_variation_and_mixture_by_hand() -> None:
     assert truth.total_variation(table(0.5, 0.5, 0), table(0.25, 0.25, 0.5)).item() == pytest.approx(0.5)
     both = truth.mixture([table(1, 0, 0), table(0, 0.5, 0.5)]).exp()
     torch.testing.assert_close(both, table(0.5, 0.25, 0.25).exp(), rtol=0, atol=1e-15)
+
+
+def test_best_of_n_by_hand():
+    p = torch.tensor([[0.5, 0.25, 0.25], [0.2, 0.3, 0.5]], dtype=torch.float64)
+    value = torch.tensor([[1.0, 3.0, 2.0], [0.0, 4.0, 4.0]], dtype=torch.float64)
+    # of two draws of the first prompt: both 1: 1/4; at most 2: 9/16, so a 2: 5/16; a 3: 7/16
+    # of the second: both 0: 1/25, else 4, which is two outcomes
+    found = truth.best_of_n(p.log(), value, 2)
+    assert found.tolist() == pytest.approx([1 / 4 + 2 * 5 / 16 + 3 * 7 / 16, 4 * 24 / 25], abs=1e-15)
+    assert truth.best_of_n(p.log(), value, 1).tolist() == pytest.approx(truth.expected(p.log(), value).tolist())
+    assert truth.best_of_n(p.log(), value, 10_000).tolist() == pytest.approx([3.0, 4.0])
