@@ -73,7 +73,9 @@ class InferConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """As nested plain values: what a YAML file that gives this very run would hold."""
-        return {f.name: config._plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
+        plain = {f.name: config._plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
+        del plain["generate"]["n"]
+        return plain
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
@@ -167,7 +169,7 @@ def _completed(found: InferConfig, named: bool) -> InferConfig:
     need(found.quoted_tokens >= 1, "quoted_tokens", "a number >= 1")
     for key in ("seed", "testbed.seed"):
         need(0 <= config._at(found.to_dict(), key) < 2**31, key, "a whole number from 0 to 2147483647")
-    config._validate_sampling(found.to_dict())
+    config._validate_sampling({**found.to_dict(), "generate": config._plain(found.generate)})
     if found.prompts is not None and found.prompt is not None:
         raise ConfigError("--prompt: given beside --prompts; name one of them")
     need(found.prompt is None or bool(found.prompt.strip()), "prompt", "a text")

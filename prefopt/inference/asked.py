@@ -17,6 +17,7 @@ from prefopt.thoughts import ThoughtFormat
 from prefopt.types import PairRow, Prompt
 
 _TEXT = ".txt"
+NO_TEMPLATE = "chat messages, and the tokenizer has no chat template, expected one (--chat_template FILE)"
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,8 @@ class Reader:
 
     def prompt(self, prompt: str | Messages, where: str, answer: str | None = None) -> Prompt | Refused:
         """One prompt. Asked again it has another key, so that it draws other answers."""
+        if not isinstance(prompt, str) and not self.has_template:
+            return Refused(where, prompt, f"{where}: 'prompt': {NO_TEMPLATE}")
         try:
             ids = self.encoder.prompt(self.thought.render(prompt))
         except RowProblem as problem:

@@ -24,6 +24,7 @@ class DepthFigures:
         best: score of the best response so far, over prompts that have one; it can only rise.
         newest: mean score of this step's samples, over prompts where one has a score; it can fall.
         drawn, parsed: this step's samples, and how many hold a response. skipped: prompts that did not get there.
+        why: the first reason for that.
         characters: mean length of the best response so far.
         cost: of all steps so far, over all prompts.
     """
@@ -34,6 +35,7 @@ class DepthFigures:
     drawn: int
     parsed: int
     skipped: int
+    why: str | None
     characters: float
     cost: Cost
 
@@ -43,7 +45,7 @@ class DepthFigures:
             value: Interval = getattr(self, name)
             row[name] = None if value.count == 0 else {"mean": value.mean, "low": value.low, "high": value.high}
             row[f"{name}_prompts"] = value.count
-        row |= {"drawn": self.drawn, "parsed": self.parsed, "skipped": self.skipped}
+        row |= {"drawn": self.drawn, "parsed": self.parsed, "skipped": self.skipped, "why": self.why}
         row |= {"characters": None if self.best.count == 0 else self.characters}
         return row | vars(self.cost) | {"flops": self.cost.flops(parameters)}
 
@@ -56,11 +58,13 @@ def by_depth(traces: Sequence[Trace]) -> list[DepthFigures]:
         best: list[float] = []
         newest: list[float] = []
         lengths: list[int] = []
-        drawn = parsed = skipped = 0
+        drawn = parsed = 0
+        skipped: list[str] = []
         for trace in traces:
             step = trace.steps[depth]
             cost += step.cost
-            drawn, skipped = drawn + len(step.samples), skipped + (step.skipped is not None)
+            drawn += len(step.samples)
+            skipped += [step.skipped] if step.skipped is not None else []
             parsed += sum(sample.text is not None for sample in step.samples)
             scores = [s for s in map(trace.score, step.samples) if s is not None]
             if scores:
@@ -70,8 +74,19 @@ def by_depth(traces: Sequence[Trace]) -> list[DepthFigures]:
             if top is not None and top.text is not None:
                 best.append(trace.scores[top.text])
                 lengths.append(len(top.text))
-        characters = float(np.mean(lengths)) if lengths else float("nan")
-        rows.append(DepthFigures(depth, bootstrap(best), bootstrap(newest), drawn, parsed, skipped, characters, cost))
+        rows.append(
+            DepthFigures(
+                depth=depth,
+                best=bootstrap(best),
+                newest=bootstrap(newest),
+                drawn=drawn,
+                parsed=parsed,
+                skipped=len(skipped),
+                why=skipped[0] if skipped else None,
+                characters=float(np.mean(lengths)) if lengths else float("nan"),
+                cost=cost,
+            )
+        )
     return rows
 
 
@@ -110,6 +125,15 @@ def table(rows: Sequence[Mapping[str, Any]], prompts: int) -> str:
     cells = [HEAD, *table_rows(rows, prompts)]
     widths = [max(len(line[i]) for line in cells) for i in range(len(HEAD))]
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in cells)
+
+
+def remarks(rows: Sequence[Mapping[str, Any]], prompts: int) -> list[str]:
+    """What the table cannot say: why steps were skipped."""
+    return [
+        f"step {row['depth']}: skipped for {row['skipped']} of {prompts} prompts, such as: {row['why']}"
+        for row in rows
+        if row["skipped"]
+    ]
 
 
 def pairs(traces: Sequence[Trace]) -> tuple[list[dict[str, Any]], dict[str, int]]:

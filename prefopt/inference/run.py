@@ -239,6 +239,8 @@ class _Run:
                 _print_best(traces[0], config.thought == "show")
                 print()
         say(report.table(summary["depths"], summary["prompts"]))
+        for line in report.remarks(summary["depths"], summary["prompts"]):
+            say(line)
         dropped = "".join(f", {number:,} {reason}" for reason, number in summary["no_pair"].items())
         say(
             f"\n{place.folder}: traces.html, traces.jsonl, answers.jsonl, summary.json; "
