@@ -30,7 +30,8 @@ class InferConfig:
     prompts: str | None = None
     """JSONL file with `prompt` in each row, text or chat messages; or a .txt file with one prompt per line."""
     prompt: str | None = None
-    """One prompt. With neither, prompts are read from the terminal; without a model, they are the testbed's."""
+    """One prompt. With neither, prompts are read from the terminal. Without a model, or with --judge.kind world, they
+    are the testbed's."""
     limit: int | None = None
     """Most prompts that are answered. None: all of the file; 64 of the testbed."""
     as_chat: bool | None = None
@@ -59,7 +60,8 @@ class InferConfig:
 
     @property
     def on_testbed(self) -> bool:
-        return self.model.path is None
+        """Whether prompts and judge are the testbed's: without a model, or where that judge is named."""
+        return self.model.path is None or self.judge.kind == "world"
 
     @property
     def typed(self) -> bool:
@@ -116,7 +118,7 @@ def parse_infer(argv: Sequence[str]) -> InferConfig:
             layer["model"] = {"path": layer["model"]}
         _check_keys(layer, where)
         merged = config._merge(merged, layer)
-    if config._at(merged, "model.path") is None:
+    if config._at(merged, "model.path") is None or config._at(merged, "judge.kind") == "world":
         merged = config._merge(TESTBED_DEPARTURES, merged)
     sources = {key: where for where, layer in layers for key in config._leaves(layer)}
     return _completed(config._build(InferConfig, merged, "", sources), "strategy" in merged)
@@ -177,11 +179,13 @@ def _completed(found: InferConfig, named: bool) -> InferConfig:
         for key in ("prompts", "prompt", "as_chat", "chat_template"):
             if getattr(found, key) is not None:
                 raise ConfigError(
-                    f"--{key}: given without --model, and the testbed has prompts of its own; name the model "
-                    "(--model DIR)"
+                    f"--{key}: given without --model or with the testbed's judge, and the testbed has prompts of its "
+                    "own; name the model (--model DIR) and another judge"
                 )
     elif found.testbed != TestbedConfig():
-        raise ConfigError("testbed: given beside --model; leave one of them out")
+        raise ConfigError(
+            "testbed: given beside --model; leave one of them out, or let the testbed judge too (--judge.kind world)"
+        )
     if found.typed and found.output:
         raise ConfigError("--output: given without prompts to write of (--prompts FILE, or --prompt TEXT)")
     found = dataclasses.replace(
@@ -198,8 +202,6 @@ def _completed(found: InferConfig, named: bool) -> InferConfig:
 
 def _named_judge(found: InferConfig, one: bool) -> JudgeConfig:
     kind = found.judge.kind
-    if kind == "world" and not found.on_testbed:
-        raise ConfigError("judge.kind: found 'world', expected another judge: `world` is the testbed's own")
     if kind is None and found.on_testbed:
         return dataclasses.replace(found.judge, kind="world")
     if kind in (None, "none") and not one:

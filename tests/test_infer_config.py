@@ -60,6 +60,11 @@ def test_without_a_model_the_testbed_answers_with_its_own_judge_and_sizes():
     assert parse_infer([*MODEL, "--prompt", "x"]).generate.max_tokens == 512
 
 
+def test_a_model_can_answer_the_testbeds_prompts_where_the_testbed_judges():
+    config = parse_infer([*MODEL, "--judge.kind", "world", "--testbed.world", "cyclic"])
+    assert (config.on_testbed, config.typed, config.limit, config.generate.max_tokens) == (True, False, 64, 4)
+
+
 def test_the_same_settings_have_the_same_folder_and_others_another():
     flags = [*MODEL, "--prompts", "p.jsonl", "--strategy", "best_of_n", "--judge.kind", "length"]
     name = parse_infer(flags).output
@@ -110,7 +115,7 @@ def test_what_may_change_between_attempts_is_no_difference():
         ([*MODEL, "--testbed.world", "cyclic"], r"testbed: given beside --model"),
         ([*MODEL, "--output", "x"], r"--output: given without prompts to write of"),
         ([*MODEL, "--prompt", "x", "--strategy", "best_of_n"], r"judge.kind: not given, expected who scores"),
-        ([*MODEL, "--prompt", "x", "--judge.kind", "world"], r"`world` is the testbed's own"),
+        ([*MODEL, "--prompt", "x", "--judge.kind", "world"], r"--prompt: given .*the testbed has prompts of its own"),
         (
             [*MODEL, "--prompt", "x", "--strategy", "best_of_n", "--judge.kind", "length", "--output", "a.jsonl"],
             r"--output a.jsonl: strategy 'best_of_n' with a judge writes several files, expected a folder",

@@ -59,8 +59,14 @@ def answer_all(
     """
     sampling = dataclasses.replace(sampling, n=1, logprobs=False)
     answered: dict[int, Answered] = {}
-    waiting = list(range(len(prompts)))
-    for number in range(retries + 1):
+    room = engine.context or max((len(prompt.ids) for prompt in prompts), default=0) + 1
+    for i, prompt in enumerate(prompts):
+        if len(prompt.ids) >= room:  # a server may have fewer positions than the model
+            why = f"{len(prompt.ids)} tokens leave no room in the model's {room} positions"
+            answered[i] = Answered(prompt, 0, None, why, "")
+    tell("answers", len(answered))
+    waiting = [i for i in range(len(prompts)) if i not in answered]
+    for number in range(retries + 1 if waiting else 0):
         last = number == retries
 
         def done(which: int, completions: list[Completion], last: bool = last) -> None:

@@ -133,7 +133,7 @@ class _Run:
 
         config = self.config
         self.world = self._world()
-        path = str(self.world.base_model_path) if self.world is not None else str(config.model.path)
+        path = str(config.model.path or self.world.base_model_path)
         self.policy: Policy = policy.find(path, config)
         if self.policy.note:
             say(self.policy.note)
@@ -202,11 +202,18 @@ class _Run:
 
     def _typed(self, reader: Reader) -> int:
         """Prompts from the terminal, one per line, until it ends."""
-        from prefopt.types import Prompt
-
         engine = self._engine()
         reader.context = engine.context
         judge = self._judge(engine) if self.config.judged else None
+        try:
+            self._answer_typed(reader, engine, judge)
+        except KeyboardInterrupt:
+            print()
+        return 0
+
+    def _answer_typed(self, reader: Reader, engine: Engine, judge: Judge | None) -> None:
+        from prefopt.types import Prompt
+
         for line in _typed_lines():
             prompt = reader.typed(line, "prompt")
             if not isinstance(prompt, Prompt):
@@ -218,7 +225,6 @@ class _Run:
             else:
                 (trace,) = self._optimize_all(engine, judge, [prompt], lambda phase, samples: None)
                 _print_best(trace, self.config.thought == "show")
-        return 0
 
     # Samples that a judge scores --------------------------------------------------------------------------------------
 
@@ -322,6 +328,8 @@ class _Run:
         from prefopt.testbed import build_world
 
         test = self.config.testbed
+        if self.config.model.path is not None:
+            return build_world(test.world, seed=test.seed, cache_dir=cache_root())
         say(
             f"no model is named (--model DIR): the base policy of the testbed's world '{test.world}' answers the "
             "world's prompts"

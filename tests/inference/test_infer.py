@@ -405,6 +405,16 @@ def test_without_a_model_the_testbed_answers_and_says_so(infer, tmp_path):
     assert summary["depths"][0]["samples"] == 16 * 8
 
 
+def test_a_trained_policy_answers_the_testbeds_prompts(infer, tmp_path):
+    from prefopt.testbed import build_world
+    from prefopt.testbed.cache import cache_root
+
+    base = build_world("bandit", cache_dir=cache_root()).base_model_path
+    infer(argv(strategy="best_of_n", n=3, limit=8, output="one"))
+    infer(argv(strategy="best_of_n", n=3, limit=8, output="two", model=base, judge__kind="world"))
+    assert read(tmp_path / "one" / "traces.jsonl") == read(tmp_path / "two" / "traces.jsonl")
+
+
 def test_improving_on_the_testbed_is_skipped_and_says_why(infer):
     ended = infer(argv(strategy="test_time_po", n=2, depth=1, limit=4))
     assert "step 1: skipped for 4 of 4 prompts, such as: loss: " in ended.out
