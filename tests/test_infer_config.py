@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -127,6 +128,12 @@ def test_what_may_change_between_attempts_is_no_difference():
 )
 def test_a_mistake_is_one_line(flags, words):
     assert re.search(words, refusal(*flags)), refusal(*flags)
+
+
+def test_every_config_of_the_command_parses():
+    for path in (Path(__file__).parents[1] / "configs" / "infer").glob("*.yaml"):
+        flags = ["--config", str(path), *MODEL, "--prompts", "p.jsonl", "--judge.kind", "length"]
+        assert parse_infer(flags).strategy == path.stem
 
 
 def test_help_lists_every_setting_once_and_every_strategy():

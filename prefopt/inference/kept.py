@@ -25,9 +25,10 @@ from prefopt.types import Completion, Judgement, Question
 _RESPONSES = 64  # that a judge is given at a time: the most that a kill can cost
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file aside, flush it to the disk, rename it. Half of a surrogate pair becomes a question mark.
+def write_text(path: Path, text: str, *, flush: bool = True) -> None:
+    """Write a file aside, then rename it. Half of a surrogate pair becomes a question mark.
 
+    Args: flush: to the disk before that, so that not even a power cut leaves less than the whole.
     Raises: RoundError when there is no room.
     """
     scratch = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
@@ -35,8 +36,9 @@ def write_text(path: Path, text: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with scratch.open("wb") as file:
             file.write(text.encode("utf-8", "replace"))
-            file.flush()
-            os.fsync(file.fileno())
+            if flush:
+                file.flush()
+                os.fsync(file.fileno())
         scratch.replace(path)
     except OSError as error:
         with contextlib.suppress(OSError):
@@ -67,7 +69,7 @@ class Kept:
 
     def write(self, path: Path, value: Any) -> None:
         """Write it, whole or not at all. Raises: RoundError when there is no room."""
-        write_text(path, json.dumps(value))
+        write_text(path, json.dumps(value), flush=False)  # after a power cut an empty file counts as absent
 
     def sweep(self) -> None:
         """Remove what killed processes have left half-written."""
