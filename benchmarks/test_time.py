@@ -4,8 +4,8 @@
     python benchmarks/test_time.py --output runs/my_model --model DIR --prompts FILE --reward_model DIR
 
 The first is on the testbed's bandit, where the expected reward of best-of-N is known exactly and a policy is trained
-with DPO on the same world. The second asks a model of yours. Every row is one run of `scripts/infer.py`; a killed study
-continues. Writes result.json and result.md.
+with DPO on the same world. The second asks a model of yours, with the authors' temperature and top-p. Every row is one
+run of `scripts/infer.py`; a killed study continues. Writes result.json and result.md.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ def main() -> None:
     parser.add_argument("--model", help="folder or hub id of a model to ask, instead of the bandit's base policy")
     parser.add_argument("--prompts", help="its prompts")
     parser.add_argument("--reward_model", help="who scores its answers")
-    parser.add_argument("--max_tokens", default=512, type=int, help="of an answer of it")
-    args = parser.parse_args()
+    parser.add_argument("--max_tokens", default=512, type=int, help="of an answer of it; any other flag is infer's")
+    args, args.more = parser.parse_known_args()
     if (args.model is None) != (args.prompts is None) or (args.model is None) != (args.reward_model is None):
         parser.error("--model, --prompts and --reward_model go together")
     result = of_a_model(args) if args.model else of_the_bandit(args)
@@ -76,7 +76,8 @@ def of_the_bandit(args: argparse.Namespace) -> dict[str, Any]:
 
 def of_a_model(args: argparse.Namespace) -> dict[str, Any]:
     asked = ["--model", args.model, "--prompts", args.prompts, "--generate.max_tokens", str(args.max_tokens)]
-    asked += ["--judge.kind", "reward_model", "--judge.path", args.reward_model]
+    asked += ["--generate.temperature", "0.7", "--generate.top_p", "0.95"]
+    asked += ["--judge.kind", "reward_model", "--judge.path", args.reward_model, *args.more]
     rows = [answered(args, f"best of {n}", [*asked, "--strategy", "best_of_n", "--n", str(n)]) for n in TAKEN]
     rows += [
         answered(args, name, [*asked, "--strategy", strategy, "--n", "5", "--depth", "2"])
