@@ -1,4 +1,4 @@
-"""Thought Preference Optimization (arXiv 2410.10630): DPO on thoughts and responses, of which a judge sees the latter."""
+"""Thought Preference Optimization (arXiv 2410.10630): DPO on thoughts and responses; a judge sees the latter alone."""
 
 from __future__ import annotations
 
@@ -127,8 +127,8 @@ class ThoughtPO(Method):
     def order(self, group: ScoredGroup) -> Any:
         """Length-controlled scores of the judged responses, NaN where the judge failed, `(judged,)`.
 
-        `s_i = z(r_i) - rho z(l_i)`, r the judge's score, or the strength fitted to its verdicts where it compares, l the
-        response's length in characters (arXiv 2410.10630, length control).
+        `s_i = z(r_i) - rho z(l_i)`, r the judge's score, or the strength fitted to its verdicts where it compares, l
+        the response's length in characters (arXiv 2410.10630, length control).
         """
         import numpy as np
 
