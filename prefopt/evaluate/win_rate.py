@@ -123,6 +123,7 @@ def judged_win_rate(
     b: Groups,
     method: Method,
     scores: tuple[Scores, Scores] | None = None,
+    other: Method | None = None,
 ) -> WinRate:
     """The win rate of policy a over policy b: the i-th completion of a against the i-th of b, for each prompt.
 
@@ -134,13 +135,14 @@ def judged_win_rate(
 
     Args: a, b: as many completions per prompt as the other. method: says what of a completion a judge may see.
         scores: what `judge_scores` has said of a and of b, if it has, so that no judge is asked again.
+        other: says it of b's, where those are of another method.
     Raises: ValueError when the numbers of completions differ.
     """
     settled: dict[tuple[int, int], float] = {}
     questions: dict[tuple[int, int], Question] = {}
     for row, (prompt, left, right) in enumerate(zip(prompts, a, b, strict=True)):
-        for column, (one, other) in enumerate(zip(left, right, strict=True)):
-            seen, against = method.judge_view(one.text), method.judge_view(other.text)
+        for column, (one, two) in enumerate(zip(left, right, strict=True)):
+            seen, against = method.judge_view(one.text), (other or method).judge_view(two.text)
             if isinstance(seen, str) or isinstance(against, str):
                 neither = isinstance(seen, str) and isinstance(against, str)
                 settled[row, column] = 0.5 if neither else 0.0 if isinstance(seen, str) else 1.0

@@ -193,7 +193,8 @@ class ThoughtPO(Method):
         parsed = [answer for answer in answers if isinstance(answer, Answer)]
         figures = {"parsed": len(parsed) / len(answers)} if answers else {}
         if parsed:
-            figures["thought_characters"] = sum(len(answer.thought) for answer in parsed) / len(parsed)
+            if self.thinks:
+                figures["thought_characters"] = sum(len(answer.thought) for answer in parsed) / len(parsed)
             figures["response_characters"] = sum(len(answer.response) for answer in parsed) / len(parsed)
         return figures
 

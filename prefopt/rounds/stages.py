@@ -27,7 +27,7 @@ def shards_of(prompts: Sequence[Prompt], size: int) -> list[list[Prompt]]:
     return [list(prompts[begin : begin + size]) for begin in range(0, len(prompts), size)]
 
 
-def seeds_of(seed: int, round_: int, shard: int, prompts: int, n: int) -> list[int]:
+def seeds_of(seed: int, round_: int | str, shard: int, prompts: int, n: int) -> list[int]:
     """The seed of each prompt of a shard, `n` apart: a function of (run, round, shard) and nothing else."""
     base = int.from_bytes(hashlib.sha256(f"{seed}:{round_}:{shard}".encode()).digest()[:8], "big")
     return [base % (2**31 - prompts * n) + i * n for i in range(prompts)]
