@@ -505,7 +505,9 @@ class Trainer:
 
         def write() -> None:
             best = self.output / "best"
-            if self.config.eval.select is None:
+            if self.config.eval.select is None or self._best() is None:
+                if self.config.eval.select is not None:
+                    say(f"exported: the last model, since no evaluation knew a {self.config.eval.select}")
                 checkpoint.export(self.output / "model", self._write_export)
                 return
             if checkpoint.damage(best) is not None:
