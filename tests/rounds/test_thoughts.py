@@ -104,7 +104,7 @@ def thoughts_seen(run):
         for path in [*run.glob("round_*/candidates/*.jsonl"), *run.glob("round_*/held_out/*.jsonl")]
         for row in read_rows(path)
         for candidate in row["candidates"]
-        if 0 not in candidate["ids"]  # BOS, which no text of a training pair may hold
+        if not {0, 2} & {*candidate["ids"]}  # BOS or padding, which nothing that is trained on may hold
     ]
     responses = {text.partition(MARKER)[2].strip() for text in completions if text.count(MARKER) == 1}
     prompts = {json.loads(line)["prompt"] for line in Path(run / "../pairs.jsonl").read_text().splitlines()}
