@@ -19,7 +19,7 @@ CARD = "README.md"
 def describe_answers(
     folder: Path, tokenizer: PreTrainedTokenizerBase, card: Mapping[str, Any], stop: Sequence[str] = ()
 ) -> None:
-    """Write the card and what ends an answer into the generation config, and a model card for people.
+    """Write card and what ends an answer into the generation config, and a model card for people.
 
     Tools that read `eos_token_id` and `stop_strings` end where training ended, so nothing follows a response; those that
     know nothing of thoughts find the markers to strip them by under `thought`.

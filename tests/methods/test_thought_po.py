@@ -154,7 +154,6 @@ def test_figures_count_lengths_and_what_cannot_be_read():
         ({"nll_weight": -1.0}, "method.nll_weight: found -1.0, expected a number >= 0"),
         ({"rho": -0.1}, "method.rho: found -0.1, expected a number >= 0, or auto"),
         ({"rho": math.inf}, "method.rho: found inf"),
-        ({"elo_ridge": 0.0}, "method.elo_ridge: found 0.0"),
         ({"thought_prompt": "specifik"}, "did you mean 'specific'?"),
         ({"on_repeated_marker": "frist"}, "did you mean 'first'?"),
         ({"thought_prompt": "none", "response_marker": "<A>"}, "with thought_prompt none nothing is cut in two"),
