@@ -227,6 +227,16 @@ def test_rounds_of_thoughts_when_killed_and_run_again_then_all_is_bit_identical(
             assert (tmp_path / "run" / path.relative_to(straight)).read_bytes() == path.read_bytes(), path
 
 
+def test_two_ranks_sample_the_same_and_choose_too(server, place, thinking, straight, tmp_path):
+    (tmp_path / "own.py").write_text((place / "own.py").read_text())
+    ended = server.train(thinking(tmp_path / "run"), ranks=2, cwd=tmp_path)
+    assert ended.status == 0, ended.err
+    for name in ("round_00/held_out", "round_01/candidates", "round_01/scores"):
+        for path in (straight / name).iterdir():
+            assert (tmp_path / "run" / name / path.name).read_bytes() == path.read_bytes()
+    assert "exported: the model of step" in ended.out
+
+
 def test_exported_model_carries_its_markers_and_what_ends_an_answer(straight, place):
     for folder in (straight / "model", straight / "round_01/train/model"):
         found = json.loads((folder / "generation_config.json").read_text())
