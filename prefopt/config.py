@@ -157,6 +157,9 @@ class EvalConfig:
     """Optimizer steps between evaluations; there is always one at the start and one at the end."""
     batch: int = 16
     """Pairs per forward pass and process."""
+    select: str | None = None
+    """Export the model of the evaluation with the best of this metric: the lowest loss, the highest of any other. None:
+    the last model."""
 
 
 @dataclass(frozen=True)
@@ -188,6 +191,13 @@ class RoundsConfig:
     or the data's own against a sampled one, which needs no judge."""
     max_similarity: float | None = None
     """Drop pairs whose sides share more than this of their tokens (0 to 1). None: only those that are equal."""
+    resample: int = 3
+    """Held-out prompts whose answer holds no response are asked again, at most so many times."""
+    select_prompts: int = 0
+    """Further held-out prompts: each round then keeps, of the policies at every eval.every steps, the one whose answers
+    to them the judge scores best. 0: the last one."""
+    compare: str | None = None
+    """Folder of another run with the same held-out prompts, whose policies are compared with, round by round."""
     launcher: str = ""
     """What scripts/rounds.py starts each train stage with, e.g. "accelerate launch --num_processes 8". None: python."""
 
@@ -373,7 +383,7 @@ _GIVES_WAY = {"optim.warmup_ratio": "optim.warmup_steps", "train.train_epochs": 
 FREE_TO_CHANGE = (
     *("dry_run", "output", "track", "kernel", "eval.batch", "model.gradient_checkpointing"),
     *("train.show_batch", "train.keep_last", "train.save_every", "train.micro_batch", "train.threads"),
-    *("train.layout", "rounds.launcher", "generate.python", "generate.url", "generate.api_key_env"),
+    *("train.layout", "rounds.launcher", "rounds.compare", "generate.python", "generate.url", "generate.api_key_env"),
     *("generate.concurrency", "generate.retries", "generate.timeout", "judge.url", "judge.api_key_env"),
     *("judge.concurrency", "judge.retries", "judge.timeout"),
 )
@@ -436,6 +446,7 @@ def parse(argv: Sequence[str]) -> RunConfig:
         model=_normal(config.model, "path"),
         reference=_normal(config.reference, "path"),
         data=_normal(config.data, "train", "eval", "chat_template"),
+        rounds=_normal(config.rounds, "compare"),
     )
     if not config.output:
         config = dataclasses.replace(config, output=f"runs/{_default_folder(config)}")
@@ -1001,7 +1012,8 @@ def _validate_rounds(config: RunConfig) -> None:
                     )
         return
     need(rounds.shard >= 1, "rounds.shard", "a number >= 1")
-    need(rounds.eval_prompts >= 0, "rounds.eval_prompts", "a number >= 0")
+    for key in ("rounds.eval_prompts", "rounds.select_prompts", "rounds.resample"):
+        need(_at(config.to_dict(), key) >= 0, key, "a number >= 0")
     _validate_sampling(config.to_dict())
     need(rounds.prompts is None or rounds.prompts >= 1, "rounds.prompts", "a number >= 1, or none")
     need(rounds.max_similarity is None or 0 < rounds.max_similarity <= 1, "rounds.max_similarity", "above 0, up to 1")
@@ -1015,6 +1027,9 @@ def _validate_rounds(config: RunConfig) -> None:
         raise ConfigError(
             "data.eval_fraction: given with rounds, which hold out rounds.eval_prompts prompts; leave it out"
         )
+    if config.eval.select is not None:
+        raise ConfigError("eval.select: given with rounds, which choose by rounds.select_prompts; leave it out")
+    need(rounds.select_prompts == 0 or judge.kind != "none", "judge.kind", "a judge: rounds.select_prompts needs one")
     for key in ("testbed.pairs", "testbed.eval_pairs"):
         if _at(config.to_dict(), key) != getattr(TestbedConfig(), key.partition(".")[2]):
             raise ConfigError(f"{key}: given with rounds, whose pairs the policy makes; leave it out")
@@ -1024,6 +1039,11 @@ def _validate_rounds(config: RunConfig) -> None:
         need(generate.n >= 2, "generate.n", "at least 2: a pair is the best of them against the worst")
         need(judge.kind != "none", "judge.kind", "a judge: rounds.pairs best_worst ranks the completions")
     else:
+        if config.method.thinks:
+            raise ConfigError(
+                f"rounds.pairs: '{rounds.pairs}', but the data's own completions hold no thought; expected best_worst "
+                "(or --method.thought_prompt none)"
+            )
         need(rounds.pairs != "data_worst" or judge.kind != "none", "judge.kind", "a judge: it ranks the completions")
         if config.on_testbed:
             raise ConfigError(f"rounds.pairs: '{rounds.pairs}' needs completions in data.train; the testbed has none")

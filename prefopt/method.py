@@ -66,7 +66,7 @@ class Method:
         return self
 
     def order(self, group: ScoredGroup) -> Any:
-        """The numbers by which the judged completions of a group are ranked, best highest, NaN if unknown, `(judged,)`."""
+        """The numbers that rank the judged completions of a group, best highest, NaN if unknown, `(judged,)`."""
         from prefopt.ranking import order_scores
 
         return order_scores(group.judgement, self.ranks_by)

@@ -1,4 +1,4 @@
-"""Thoughts before answers: the prompt that asks for them, and the cut between thought and response. Knows text alone."""
+"""Thoughts before answers: the prompt that asks for them, and the cut before the response. Knows text alone."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ class ThoughtFormat:
     """How a policy is asked to think, and how its thoughts are told from its response.
 
     Args:
-        template: the thought prompt. With `{prompt}` in it, it is put around the last user turn; without, it is a system
-            message. None: no thought is asked for, and a completion is all response.
+        template: the thought prompt. With `{prompt}` in it, it is put around the last user turn; without, it is a
+            system message. None: no thought is asked for, and a completion is all response.
         response_marker: stands between thought and response.
         thought_marker: stands before the thought, and is taken off it; "": nothing does.
-        on_repeated_marker: `error`: a completion with a marker in its response is none, since several drafts and not one
-            answer follow it; `first`: the response begins after the first one.
+        on_repeated_marker: `error`: a completion with a marker in its response is none, since several drafts and not
+            one answer follow it; `first`: the response begins after the first one.
     """
 
     template: str | None
@@ -62,7 +62,7 @@ class ThoughtFormat:
             if marker and any(marker in text for text in texts if isinstance(text, str)):
                 raise ValueError(f"the marker '{marker}' stands in it")
         if "{prompt}" not in self.template:
-            asked = self._filled("")
+            asked: Any = self._filled("")
             if isinstance(prompt, str):
                 return f"{asked}\n\n{prompt}"
             if prompt and prompt[0]["role"] == "system":

@@ -84,7 +84,12 @@ def _prompt(
     row: PairRow, encoder: Encoder, render: Callable[[str | Messages], str | Messages], most: int
 ) -> Prompt | BadRow:
     try:
-        ids = encoder.prompt(render(row.prompt))
+        try:
+            asked = render(row.prompt)
+        except ValueError as error:
+            mend = "drop the row, or --data.on_bad_row skip"
+            raise RowProblem("prompt cannot be asked", "prompt", str(error), "one that can be", mend) from None
+        ids = encoder.prompt(asked)
         if len(ids) > most:
             raise RowProblem(
                 "prompt too long",

@@ -386,6 +386,7 @@ def _fill(lm: Any, adapter: str, path: str, model: ModelConfig, key: str) -> Non
         result: Any = peft.set_peft_model_state_dict(lm, found, adapter_name=adapter)
     except Exception as error:
         raise models.refuse(key, path, error, "an adapter") from error
+    models.align(lm)
     missing = [name for name in result.missing_keys if f".{adapter}." in name or name.endswith(f".{adapter}")]
     wrong = [f"{name} is missing" for name in missing] + [f"{name} is unknown" for name in result.unexpected_keys]
     bad = next((name for name, weight in found.items() if not bool(weight.isfinite().all())), None)

@@ -49,6 +49,13 @@ def export(folder: Path, write: Callable[[Path], None]) -> None:
     _write_folder(folder, write, folder.parent / "checkpoints")
 
 
+def copy(folder: Path, into: Path, without: tuple[str, ...] = ()) -> None:
+    """Copy the files of an exported model, but for its manifest and those that are named."""
+    for file in folder.iterdir():
+        if file.name not in (_MANIFEST, *without):
+            shutil.copy2(file, into / file.name)
+
+
 def _write_folder(final: Path, write: Callable[[Path], None], checkpoints: Path) -> None:
     temporary = final.with_name(_TEMPORARY + final.name)
     shutil.rmtree(temporary, ignore_errors=True)

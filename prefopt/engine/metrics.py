@@ -76,10 +76,13 @@ class MetricsFile:
         kept = [line for line in read_lines(self.path) if line["step"] <= step]
         write_atomically(self.path, (json.dumps(line) + "\n" for line in kept))
 
+    def lines(self) -> list[dict[str, Any]]:
+        """All that was written and not forgotten."""
+        return read_lines(self.path) if self.path.exists() else []
+
     def has(self, step: int, split: str) -> bool:
         """Whether a line of this step and split was written."""
-        lines = read_lines(self.path) if self.path.exists() else []
-        return any(line["step"] == step and line["split"] == split for line in lines)
+        return any(line["step"] == step and line["split"] == split for line in self.lines())
 
     def write(self, line: Mapping[str, Any]) -> None:
         with self.path.open("a") as file:

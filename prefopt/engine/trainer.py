@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,18 +22,19 @@ from prefopt.data.collate import collate
 from prefopt.data.encode import check_row_structure
 from prefopt.data.loader import Batches, padded_length
 from prefopt.data.report import show_batch
-from prefopt.engine import adapters, check, checkpoint, models
+from prefopt.engine import adapters, check, checkpoint, export, models
 from prefopt.engine.forward import Policy, pair_stats, statistics_for, statistics_to_evaluate, to_device
 from prefopt.engine.layouts import choose_layouts
 from prefopt.engine.metrics import Meter, MetricsFile, shared_metrics, write_atomically
 from prefopt.engine.runtime import EXIT_UNFINISHED, Runtime, random_state, say, set_random_state
-from prefopt.errors import ConfigError, TrainError
+from prefopt.errors import ConfigError, TrainError, did_you_mean
 from prefopt.types import EncodedPair, LossOutput, Needs, PairBatch, PairStats
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Evaluator = Callable[[nn.Module], Mapping[str, float]]
+_SELECTED = "selected.json"  # which step the best model so far is of
 
 
 class _Interrupted(Exception):
@@ -328,6 +330,8 @@ class Trainer:
         line["seconds"] = time.perf_counter() - began
         if len(line) > 3:
             self._log(line)
+        if self.config.eval.select is not None:
+            self._keep_if_best(step, line)
         self.model.train()
 
     def _eval_rows(self, want: tuple[str, ...]) -> list[dict[str, Any]]:
@@ -358,6 +362,41 @@ class Trainer:
         loss = sum(weight * averages.get(f"loss/{name}", 0.0) for name, weight in self._eval_terms)
         single = len(self._eval_terms) == 1
         return {"loss": loss} | {n: v for n, v in averages.items() if not (single and n.startswith("loss/"))}
+
+    def _keep_if_best(self, step: int, line: Mapping[str, Any]) -> None:
+        """Write the model aside where no evaluation after a step was better. The start is no candidate."""
+        name = self.config.eval.select
+        assert name is not None
+
+        def is_best() -> bool:
+            if name not in line:
+                known = sorted(set(line) - {"step", "split", "seconds", "pairs"})
+                raise ConfigError(
+                    f"eval.select: found '{name}', expected a metric of the evaluations: {', '.join(known) or 'none'}"
+                    f"{did_you_mean(name, known)}"
+                )
+            return step > 0 and self._best() == step
+
+        if self.runtime.on_main(is_best):
+
+            def write(folder: Path) -> None:
+                self._write_export(folder)
+                (folder / _SELECTED).write_text(json.dumps({"step": step, name: line.get(name)}))
+
+            self.runtime.on_main(lambda: checkpoint.export(self.output / "best", write))
+
+    def _best(self) -> int | None:
+        """The step of the best evaluation so far, the first of equals; None before there is one."""
+        name = self.config.eval.select
+        found = [
+            (float(line[name]), int(line["step"]))
+            for line in self.metrics.lines()
+            if line["split"] == "eval" and line["step"] > 0 and name in line and math.isfinite(line[name])
+        ]
+        if not found:
+            return None
+        lower = name == "loss" or str(name).startswith("loss/")
+        return min(found, key=lambda one: (one[0] if lower else -one[0], one[1]))[1]
 
     # Before the first step --------------------------------------------------------------------------------------------
 
@@ -462,13 +501,31 @@ class Trainer:
         return start
 
     def _finish(self) -> None:
-        """Export the final model in the format of transformers, whole or not at all."""
+        """Export the final model, or the best one, in the format of transformers, whole or not at all."""
 
         def write() -> None:
-            checkpoint.export(self.output / "model", self._write_model)
+            best = self.output / "best"
+            if self.config.eval.select is None or self._best() is None:
+                if self.config.eval.select is not None:
+                    say(f"exported: the last model, since no evaluation knew a {self.config.eval.select}")
+                checkpoint.export(self.output / "model", self._write_export)
+                return
+            if checkpoint.damage(best) is not None:
+                raise TrainError(
+                    f"{best}: the model that eval.select chose is damaged or missing; delete {self.output} and train "
+                    "again"
+                )
+            name, chosen = self.config.eval.select, json.loads((best / _SELECTED).read_text())
+            say(f"exported: the model of step {chosen['step']}, with the best {name}: {chosen[name]:.4g}")
+            checkpoint.export(self.output / "model", lambda folder: checkpoint.copy(best, folder, without=(_SELECTED,)))
+            shutil.rmtree(best)
 
         self.runtime.on_main(write)
         finish_trackers(self.runtime)
+
+    def _write_export(self, folder: Path) -> None:
+        self._write_model(folder)
+        export.describe_answers(folder, self.tokenizer, self.method.card(), self.config.generate.stop)
 
 
 # Trackers -------------------------------------------------------------------------------------------------------------

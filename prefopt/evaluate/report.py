@@ -32,6 +32,7 @@ class RoundFigures:
         round: which one.
         prompts: held-out prompts.
         vs_start, vs_previous: win rate against the first policy and against the one before this round; None in round 0.
+        vs_other: win rate against another run's policy after the same round; None where there is none to compare with.
         score: mean over prompts of the judge's score; None from a judge that only compares.
         texts: lengths, diversity, how completions ended.
         kl: KL(policy || reference) per completion by name of the reference, nats; see `SampleFigures.kl`.
@@ -52,11 +53,13 @@ class RoundFigures:
     entropy: float | None = None
     problems: Mapping[str, int] = field(default_factory=dict)
     more: Mapping[str, float] = field(default_factory=dict)
+    vs_other: WinRate | None = None
 
     def metrics(self) -> dict[str, float]:
         """All of it under one name each, for metrics files and trackers; what is not known is left out."""
         out: dict[str, float] = {"prompts": self.prompts}
-        for name, rate in (("vs_start", self.vs_start), ("vs_previous", self.vs_previous)):
+        rates = {"vs_start": self.vs_start, "vs_previous": self.vs_previous, "vs_other": self.vs_other}
+        for name, rate in rates.items():
             if rate is not None:
                 out |= _spread(f"win_rate/{name}", rate.rate)
                 counts = ("wins", "ties", "losses", "left_out")
@@ -94,6 +97,7 @@ class RoundFigures:
                 **values,
                 "vs_start": rate(values["vs_start"]),
                 "vs_previous": rate(values["vs_previous"]),
+                "vs_other": rate(values.get("vs_other")),
                 "score": None if values["score"] is None else interval(values["score"]),
                 "texts": TextFigures(**{**texts, **distinct}),
                 "kl": {name: interval(v) for name, v in values["kl"].items()},
@@ -111,18 +115,20 @@ def evaluate_round(
     method: Method,
     kl: Mapping[str, SampleFigures] | None = None,
     more: Mapping[str, float] | None = None,
+    other: Method | None = None,
 ) -> RoundFigures:
     """The figures of the policy at the end of a round.
 
     Args:
         round: its number; 0 for the policy before the first one.
         prompts: held-out prompts.
-        completions: of `now`, and of `previous` and `first` to compare with; one list per prompt, in order, and as many
-            completions in it. Where `previous` is `first` (the same object), it is judged once.
+        completions: of `now`, and of `previous`, `first` and `other` to compare with; one list per prompt, in order,
+            and as many completions in it. Where `previous` is `first` (the same object), it is judged once.
         judge: None: no score and no win rates.
         method: says what of a completion a judge may see.
         kl: by name of the reference (`to_round_start`, `to_first`), the figures of the samples `now`, prompt by prompt.
         more: further numbers to keep beside these.
+        other: the method of `other`, where that is another one.
     Raises: RoundError when the judge as a whole fails.
     """
     now = completions["now"]
@@ -130,23 +136,24 @@ def evaluate_round(
     rates: dict[str, WinRate] = {}
     problems: Counter[str] = Counter()
 
-    def scores_of(groups: Groups) -> Scores | None:
+    def scores_of(groups: Groups, of: Method = method) -> Scores | None:
         assert judge is not None
         if id(groups) not in known:
-            known[id(groups)] = found = judge_scores(judge, prompts, groups, method)
+            known[id(groups)] = found = judge_scores(judge, prompts, groups, of)
             problems.update(found.problems if found else {})
         return known[id(groups)]
 
     if judge is not None:
         mine = scores_of(now)
-        for name in ("first", "previous"):
-            other = completions.get(name)
-            if name == "previous" and other is not None and other is completions.get("first"):
+        for name in ("first", "previous", "other"):
+            theirs = completions.get(name)
+            if name == "previous" and theirs is not None and theirs is completions.get("first"):
                 rates[name] = rates["first"]
-            elif other is not None:
-                theirs = None if mine is None else scores_of(other)
-                both = None if mine is None or theirs is None else (mine, theirs)
-                rates[name] = judged_win_rate(judge, prompts, now, other, method, both)
+            elif theirs is not None:
+                by = other if name == "other" and other is not None else method
+                their_scores = None if mine is None else scores_of(theirs, by)
+                both = None if mine is None or their_scores is None else (mine, their_scores)
+                rates[name] = judged_win_rate(judge, prompts, now, theirs, method, both, by)
                 problems.update(rates[name].problems)
 
     scores = known.get(id(now))
@@ -157,6 +164,7 @@ def evaluate_round(
         prompts=len(prompts),
         vs_start=rates.get("first"),
         vs_previous=rates.get("previous"),
+        vs_other=rates.get("other"),
         score=None if scores is None else _over_prompts([np.array(group) for group in scores.values]),
         texts=describe_texts(now),
         kl={name: _over_prompts(_cut(f.kl, sizes)) for name, f in figures.items()},
@@ -222,7 +230,9 @@ def _replace(path: Path, write: Callable[[Path], Any]) -> None:
 
 def rounds_table(figures: Sequence[RoundFigures]) -> str:
     """Two tables in Markdown, a row per round: who is preferred, and what the completions are like."""
-    judged = [["round", "win rate vs start [95%]", "won/tied/lost", "win rate vs previous [95%]", "score [95%]"]]
+    compared = any(f.vs_other is not None for f in figures)
+    judged = [["round", "win rate vs start [95%]", "won/tied/lost", "win rate vs previous [95%]"]]
+    judged[0] += (["win rate vs other run [95%]"] if compared else []) + ["score [95%]"]
     texts = [["round", "tokens", "characters", *(f"distinct-{n}" for n in ORDERS), "cut", "empty", "repeated"]]
     references = list(dict.fromkeys(name for f in figures for name in f.kl))
     judged[0] += [f"KL {name.replace('_', ' ')} [95%]" for name in references] + ["entropy"]
@@ -234,7 +244,8 @@ def rounds_table(figures: Sequence[RoundFigures]) -> str:
         counts = "-" if f.vs_start is None else f"{f.vs_start.wins}/{f.vs_start.ties}/{f.vs_start.losses}"
         kls = [str(f.kl[name]) if name in f.kl else "-" for name in references]
         score = "-" if f.score is None else str(f.score)
-        judged.append([str(f.round), cells[0], counts, cells[1], score, *kls, _cell(f.entropy, ".3f")])
+        cells += ["-" if f.vs_other is None else str(f.vs_other.rate)] if compared else []
+        judged.append([str(f.round), cells[0], counts, *cells[1:], score, *kls, _cell(f.entropy, ".3f")])
         t = f.texts
         shares = [_cell(value, ".1%") for value in (t.cut, t.empty, t.duplicates)]
         lengths = [_cell(t.tokens, ".1f"), _cell(t.characters, ".1f")]
@@ -247,7 +258,8 @@ def rounds_table(figures: Sequence[RoundFigures]) -> str:
         for f in figures
         if f.problems
     ]
-    left_out = sum(rate.left_out for f in figures for rate in (f.vs_start, f.vs_previous) if rate is not None)
+    every = [rate for f in figures for rate in (f.vs_start, f.vs_previous, f.vs_other) if rate is not None]
+    left_out = sum(rate.left_out for rate in every)
     notes += [f"Win rates leave out {left_out} prompts of which no comparison is known."] if left_out else []
     return "\n\n".join([head, _markdown(judged), _markdown(texts), *notes]) + "\n"
 
@@ -290,6 +302,7 @@ def rounds_plot(path: Path | str, figures: Sequence[RoundFigures]) -> None:
     panels: list[tuple[str, dict[str, list[Point]]]] = [
         ("win rate vs start", {"": rates(f.vs_start for f in figures)}),
         ("win rate vs previous round", {"": rates(f.vs_previous for f in figures)}),
+        ("win rate vs other run", {"": rates(f.vs_other for f in figures)}),
         ("judge's score", {"": line(f.score for f in figures)}),
         ("tokens per completion", {"": line(f.texts.tokens for f in figures)}),
         ("distinct-n", {f"n = {n}": line(f.texts.distinct[i] for f in figures) for i, n in enumerate(ORDERS)}),

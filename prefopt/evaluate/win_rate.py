@@ -11,7 +11,7 @@ import numpy as np
 
 from prefopt.evaluate.intervals import Interval, bootstrap
 from prefopt.ranking import win_probabilities
-from prefopt.types import Completion, Judgement, Prompt, Question
+from prefopt.types import Completion, Judgement, Prompt, Question, Response
 
 if TYPE_CHECKING:
     from prefopt.judges.base import Judge
@@ -84,7 +84,7 @@ class Scores:
 
     Args:
         values: of each completion, one list per prompt; NaN where the judge failed or the method left nothing to judge.
-        problems: what went wrong, by name; `unseen` counts completions with nothing to judge.
+        problems: what went wrong, by name, and why completions held nothing to judge.
     """
 
     values: tuple[tuple[float, ...], ...]
@@ -103,16 +103,16 @@ def judge_scores(judge: Judge, prompts: Sequence[Prompt], groups: Groups, method
         Question(prompt.prompt, (view,), prompt.key, prompt.answer)
         for prompt, group in zip(prompts, views, strict=True)
         for view in group
-        if view is not None
+        if isinstance(view, Response)
     ]
     judgements = judge.judge(questions)
     if any(judgement.scores is None for judgement in judgements):
         return None
-    problems = Counter({"unseen": sum(view is None for group in views for view in group)})
+    problems = Counter(view for group in views for view in group if isinstance(view, str))
     for judgement in judgements:
         problems.update(judgement.problems)
     scores = iter([judgement.scores[0] for judgement in judgements if judgement.scores is not None])
-    values = tuple(tuple(float("nan") if view is None else next(scores) for view in group) for group in views)
+    values = tuple(tuple(float("nan") if isinstance(view, str) else next(scores) for view in group) for group in views)
     return Scores(values, {name: count for name, count in problems.items() if count})
 
 
@@ -123,6 +123,7 @@ def judged_win_rate(
     b: Groups,
     method: Method,
     scores: tuple[Scores, Scores] | None = None,
+    other: Method | None = None,
 ) -> WinRate:
     """The win rate of policy a over policy b: the i-th completion of a against the i-th of b, for each prompt.
 
@@ -134,15 +135,19 @@ def judged_win_rate(
 
     Args: a, b: as many completions per prompt as the other. method: says what of a completion a judge may see.
         scores: what `judge_scores` has said of a and of b, if it has, so that no judge is asked again.
+        other: says it of b's, where those are of another method.
     Raises: ValueError when the numbers of completions differ.
     """
     settled: dict[tuple[int, int], float] = {}
     questions: dict[tuple[int, int], Question] = {}
     for row, (prompt, left, right) in enumerate(zip(prompts, a, b, strict=True)):
-        for column, (one, other) in enumerate(zip(left, right, strict=True)):
-            seen, against = method.judge_view(one.text), method.judge_view(other.text)
-            if seen is None or against is None or seen == against:
-                settled[row, column] = 0.5 if seen == against else 0.0 if seen is None else 1.0
+        for column, (one, two) in enumerate(zip(left, right, strict=True)):
+            seen, against = method.judge_view(one.text), (other or method).judge_view(two.text)
+            if isinstance(seen, str) or isinstance(against, str):
+                neither = isinstance(seen, str) and isinstance(against, str)
+                settled[row, column] = 0.5 if neither else 0.0 if isinstance(seen, str) else 1.0
+            elif seen == against:
+                settled[row, column] = 0.5
             else:
                 questions[row, column] = Question(prompt.prompt, (seen, against), prompt.key, prompt.answer)
     if scores is None:

@@ -133,9 +133,9 @@ class SPPO(Method):
         """
         import numpy as np
 
-        from prefopt.ranking import best_and_worst, order_scores, win_probabilities
+        from prefopt.ranking import best_and_worst, win_probabilities
 
-        ends = best_and_worst(order_scores(group.judgement, self.ranks_by))
+        ends = best_and_worst(self.order(group))
         if isinstance(ends, str):
             return ends
         chosen, rejected = ends

@@ -1,4 +1,4 @@
-"""Thought Preference Optimization (arXiv 2410.10630): DPO on thoughts and responses, of which a judge sees the latter."""
+"""Thought Preference Optimization (arXiv 2410.10630): DPO on thoughts and responses; a judge sees the latter alone."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from prefopt.methods.dpo import dpo
 from prefopt.thoughts import Answer, Messages, OnRepeat, ThoughtFormat
 from prefopt.types import ChosenPair, LossOutput, Needs, PairBatch, PairStats, Response, ScoredGroup, Term
 
+RIDGE = 0.01  # of the fit to a comparing judge's verdicts: without one, who wins every battle has no finite strength
 RHOS = tuple(i / 20 for i in range(11))  # what `rho: auto` chooses from: the paper's range, 0 to 0.5
 
 
@@ -52,13 +53,8 @@ class ThoughtPO(Method):
     chosen responses are on average no longer than rejected ones, in each round anew."""
     # the paper: 0 to 0.5, chosen so that the chosen responses are no longer than the rejected ones
 
-    elo_ridge: float = 0.01
-    """Penalty of the Bradley-Terry fit to the verdicts of a judge that compares; > 0."""
-    # not in the paper: without one a response that wins every battle has no finite strength
-
     def __post_init__(self) -> None:
         self._require_positive("beta")
-        self._require_positive("elo_ridge")
         self._require(math.isfinite(self.nll_weight) and self.nll_weight >= 0, "nll_weight", "a number >= 0")
         self._require_choice("on_repeated_marker", OnRepeat)
         if self.rho != "auto":
@@ -127,8 +123,8 @@ class ThoughtPO(Method):
     def order(self, group: ScoredGroup) -> Any:
         """Length-controlled scores of the judged responses, NaN where the judge failed, `(judged,)`.
 
-        `s_i = z(r_i) - rho z(l_i)`, r the judge's score, or the strength fitted to its verdicts where it compares, l the
-        response's length in characters (arXiv 2410.10630, length control).
+        `s_i = z(r_i) - rho z(l_i)`, r the judge's score, or the strength fitted to its verdicts where it compares, l
+        the response's length in characters (arXiv 2410.10630, length control).
         """
         import numpy as np
 
@@ -149,7 +145,7 @@ class ThoughtPO(Method):
         # both orders of a pair are two battles; a verdict that changes with the order is one win for each
         battles = 2 * win_probabilities(group.judgement)
         fought = np.isfinite(battles).sum(1) > 1  # against itself each has a tie
-        return np.where(fought, elo(battles, ridge=self.elo_ridge), np.nan)
+        return np.where(fought, elo(battles, ridge=RIDGE), np.nan)
 
     def make_pairs(self, group: ScoredGroup) -> Sequence[ChosenPair] | str:
         """Best against worst by length-controlled score; a completion without a response is worse than any.
@@ -193,7 +189,8 @@ class ThoughtPO(Method):
         parsed = [answer for answer in answers if isinstance(answer, Answer)]
         figures = {"parsed": len(parsed) / len(answers)} if answers else {}
         if parsed:
-            figures["thought_characters"] = sum(len(answer.thought) for answer in parsed) / len(parsed)
+            if self.thinks:
+                figures["thought_characters"] = sum(len(answer.thought) for answer in parsed) / len(parsed)
             figures["response_characters"] = sum(len(answer.response) for answer in parsed) / len(parsed)
         return figures
 

@@ -24,12 +24,14 @@ from prefopt.data.encode import terminators, tokenizer_content
 from prefopt.data.prompts import hold_out, slices
 from prefopt.engine import adapters, checkpoint
 from prefopt.engine.runtime import Stop
-from prefopt.errors import RoundError
+from prefopt.errors import DataError, RoundError
 from prefopt.evaluate.report import RoundFigures, evaluate_round, write_report
 from prefopt.evaluate.samples import SampleFigures, score_samples
 from prefopt.generation.base import Engine, Sampling
 from prefopt.judges.base import Judge
+from prefopt.method import Method
 from prefopt.rounds import stages, store
+from prefopt.rounds.choose import CHOSEN_BY, Chooser
 from prefopt.rounds.stages import View
 from prefopt.rounds.store import Stage
 from prefopt.rounds.work import Progress, Workers, do_shards
@@ -38,6 +40,20 @@ from prefopt.types import Completion, Prompt
 STAGES = ("generate", "judge", "pair", "train", "evaluate")
 POLICY = "policy"  # the judge's path where the policy judges itself
 HELD_OUT = 0  # in the place of a round's number in seeds: held-out prompts are answered with the same ones every time
+
+
+Evaluator = Callable[[Any], Mapping[str, float]]
+
+
+@dataclass(frozen=True)
+class OtherRun:
+    """Another run of rounds, whose answers to the same held-out prompts are compared with.
+
+    Args: folder: its output. method: its method, which says what of its answers a judge may see.
+    """
+
+    folder: Path
+    method: Method
 
 
 @dataclass
@@ -54,11 +70,12 @@ class Rounds:
         held_out: prompts to compare policies on; None: taken from `prompts`.
         workers: the processes that share the work.
         device: where models run.
-        train: trains one round: (its config, its evaluators) -> exit status.
+        train: trains one round: (its config, evaluators beside those here) -> exit status.
         stop: told when there is nothing to save but files.
         track: gives the figures of a round to the trackers: (figures, round).
         world_judge: of the testbed.
         evaluators: functions of a policy, such as a testbed's exact figures.
+        other: another run to compare policies with.
         say: prints a line on the first process.
     """
 
@@ -71,22 +88,27 @@ class Rounds:
     held_out: Sequence[Prompt] | None
     workers: Workers
     device: torch.device
-    train: Callable[[RunConfig], int]
+    train: Callable[[RunConfig, Sequence[Evaluator]], int]
     stop: Stop
     say: Callable[[str], None]
     track: Callable[[Mapping[str, float], int], None]
     world_judge: Judge | None = None
-    evaluators: Sequence[Callable[[Any], Mapping[str, float]]] = field(default_factory=tuple)
+    evaluators: Sequence[Evaluator] = field(default_factory=tuple)
+    other: OtherRun | None = None
     _loaded: tuple[int, Any] | None = None  # a policy, by the number of its round
 
     def __post_init__(self) -> None:
         rounds = self.config.rounds
         rest, taken = self.prompts, self.held_out is None
-        if self.held_out is None:
-            rest, self.held_out = hold_out(self.prompts, rounds.eval_prompts)
-        else:
-            self.held_out = hold_out(self.held_out, rounds.eval_prompts)[1]
-        held = len(self.held_out) if taken else 0
+        others, self.held_out = hold_out(self.prompts if self.held_out is None else self.held_out, rounds.eval_prompts)
+        others, self._choosing = hold_out(others, rounds.select_prompts)
+        if len(self._choosing) < rounds.select_prompts:
+            raise DataError(
+                f"rounds.select_prompts: found {rounds.select_prompts:,}, but beside {len(self.held_out):,} of "
+                f"rounds.eval_prompts there are {len(self._choosing):,} prompts (lower either, or name more data)"
+            )
+        rest = others if taken else rest
+        held = len(self.held_out) + len(self._choosing) if taken else 0
         self._slices = slices(rest, rounds.count, rounds.prompts, self.config.seed, held)
         self.judge_hash = judges.identity(self.config.judge)
         self._tokenizer_hash = tokenizer_content(self.tokenizer)
@@ -115,7 +137,7 @@ class Rounds:
         return {
             "train": _hash_of(sorted((p for part in self._slices for p in part), key=lambda p: p.key)),
             "order": store.digest(order),
-            "eval": _hash_of(self.held_out),
+            "eval": _hash_of([*self.held_out, *self._choosing]),
         }
 
     def stage(self, name: str, number: int) -> int:
@@ -142,7 +164,7 @@ class Rounds:
             store.sweep(self.output)
             for number in range(1, self.config.rounds.count + 1):
                 if self.policy_is_there(number):
-                    shutil.rmtree(self.folder(number) / "train" / "checkpoints", ignore_errors=True)
+                    self._drop_scratch(number)
 
     # Places -----------------------------------------------------------------------------------------------------------
 
@@ -202,10 +224,21 @@ class Rounds:
             with self._autocast():
                 stage.note(engine.describe())
 
-            def rows_of(shard: int) -> list[store.Row]:
-                seeds = stages.seeds_of(self.config.seed, seed, shard, len(shards[shard]), sampling.n)
+            def sample(shard: int, again: int, which: Sequence[int]) -> list[store.Row]:
+                where = f"{seed}" if again == 0 else f"{seed}, again {again}"
+                seeds = stages.seeds_of(self.config.seed, where, shard, len(shards[shard]), sampling.n)
                 with self._autocast():
-                    return stages.generate_rows(engine, shards[shard], sampling, seeds)
+                    return stages.generate_rows(
+                        engine, [shards[shard][i] for i in which], sampling, [seeds[i] for i in which]
+                    )
+
+            def rows_of(shard: int) -> list[store.Row]:
+                rows = sample(shard, 0, range(len(shards[shard])))
+                for again in range(1, stage.inputs.get("resample", 0) + 1):
+                    lost = [i for i, row in enumerate(rows) if self._view.of(stages.completions_of(row)).unparsed]
+                    for i, row in zip(lost, sample(shard, again, lost) if lost else (), strict=True):
+                        rows[i] = row | {"again": again}
+                return rows
 
             return rows_of
 
@@ -309,10 +342,13 @@ class Rounds:
                 f"{folder}: none of {counts['prompts']:,} prompts gave a pair{_reasons(counts)}; "
                 f"the candidates and what the judge said are in {generated.folder}"
             )
+        for name, value in paired.figures.items():
+            self.say(f"  {name.replace('_', ' ')} {value:.4g}")
         for file, rows in zip(files, (paired.pairs, paired.table, map(_prompt_row, prompts)), strict=True):
             store.write_rows(file, rows)
         entries = {file.name: store.sha256(file) for file in files}
-        store.write_manifest(path, {"stage": "pair", "inputs": inputs, "files": entries, "counts": counts})
+        made = {"stage": "pair", "inputs": inputs, "files": entries, "counts": counts, "figures": paired.figures}
+        store.write_manifest(path, made)
 
     def _about(self, number: int) -> dict[str, Any]:
         """What is the same for every candidate of a round, for its table."""
@@ -335,11 +371,35 @@ class Rounds:
                 "run the pair stage"
             )
         self._forget()
-        status = self.train(self.config_of(number))
+        status = self.train(self.config_of(number), [self._chooser(number)] if self._choosing else [])
         if status == 0 and self.workers.first:
-            shutil.rmtree(folder / "train" / "checkpoints", ignore_errors=True)  # the model is exported
+            self._drop_scratch(number)
         _free()
         return status
+
+    def _drop_scratch(self, number: int) -> None:
+        """What a round's training needs no more once its model is exported."""
+        for name in ("checkpoints", "best"):
+            shutil.rmtree(self.folder(number) / "train" / name, ignore_errors=True)
+
+    def _chooser(self, number: int) -> Evaluator:
+        """Says of the policy in training how good its answers to the prompts of rounds.select_prompts are."""
+        from prefopt.generation.transformers_engine import TransformersEngine
+
+        def engine_of(lm: Any) -> Engine:
+            return TransformersEngine(lm, self.tokenizer, batch=self.config.generate.batch)
+
+        return Chooser(
+            prompts=self._choosing,
+            seeds=stages.seeds_of(self.config.seed, "choosing", number, len(self._choosing), 1),
+            sampling=Sampling.of(self.config.generate, n=1, logprobs=False),
+            method=self.config.method,
+            engine_of=engine_of,
+            judge_of=lambda lm: self._judge_with(lambda: engine_of(lm)),
+            start=lambda: self._open(number - 1),
+            generating=self._autocast,
+            judging=self._judging,
+        )
 
     def config_of(self, number: int) -> RunConfig:
         """The settings of a round's training."""
@@ -351,8 +411,9 @@ class Rounds:
             data=dataclasses.replace(
                 config.data, train=str(folder / "pairs.jsonl"), eval=None, eval_fraction=0.0, columns={}
             ),
+            eval=dataclasses.replace(config.eval, select=CHOSEN_BY if self._choosing else None),
             rounds=RoundsConfig(),
-            generate=GenerateConfig(),
+            generate=GenerateConfig(stop=config.generate.stop),
             judge=JudgeConfig(),
             seed=int.from_bytes(digest[:4], "big") % 2**31,
             output=str(folder / "train"),
@@ -389,12 +450,18 @@ class Rounds:
     def _held_out_stage(self, number: int) -> Stage:
         assert self.held_out is not None
         sampling = dataclasses.replace(self._sampling, n=1, logprobs=False)
-        return self._stage(number, "held_out", self.held_out, sampling, HELD_OUT, number)
+        stage = self._stage(number, "held_out", self.held_out, sampling, HELD_OUT, number)
+        if not self.config.method.thinks:
+            return stage
+        asked = {"resample": self.config.rounds.resample, "card": dict(self.config.method.card())}
+        return dataclasses.replace(stage, inputs={**stage.inputs, **asked})
 
     def _write_figures(self, number: int) -> None:
         path = self.folder(number) / "evaluate.json"
         inputs: dict[str, Any] = {name: self._held_out_stage(k).hash() for name, k in self._compared(number).items()}
         inputs |= json.loads(json.dumps(self._judge_inputs()))
+        if self._other_stage(number) is not None:
+            inputs["other"] = self._other_stage(number).hash()  # type: ignore[union-attr]
         manifest = store.read_manifest(path)
         if manifest is None or manifest["inputs"] != inputs:
             figures = self._figures(number)
@@ -411,12 +478,16 @@ class Rounds:
         for k in {*self._compared(number).values()}:
             said[k] = [list(stages.completions_of(row)) for row in self._held_out_stage(k).rows()]
         completions = {name: said[k] for name, k in self._compared(number).items()}
+        others = self._other_stage(number)
+        if others is not None:
+            completions["other"] = [list(stages.completions_of(row)) for row in others.rows()]
         samples = [(p, c) for p, group in zip(self.held_out, completions["now"], strict=True) for c in group]
         kl: dict[str, SampleFigures] = {}
         more: dict[str, float] = {}
         lm = self._load(number)
         for evaluator in self.evaluators:
             more |= dict(evaluator(lm))
+        more |= self._method_figures(number, completions["now"])
         if number:
             for name, k in {"to_round_start": number - 1, "to_first": 0}.items():
                 if name == "to_first" and number == 1:
@@ -429,11 +500,51 @@ class Rounds:
         judge = None if self.config.judge.kind == "none" else self._judge_of(number)
         try:
             with self._judging():
-                return evaluate_round(number, self.held_out, completions, judge, self.config.method, kl, more)
+                return evaluate_round(
+                    number,
+                    self.held_out,
+                    completions,
+                    judge,
+                    self.config.method,
+                    kl,
+                    more,
+                    other=None if self.other is None else self.other.method,
+                )
         finally:
             if judge is not None:
                 judge.close()
             _free()
+
+    def _method_figures(self, number: int, now: Sequence[Sequence[Completion]]) -> dict[str, float]:
+        """What the method has to say of the held-out answers, and of the pairs that the round was trained on."""
+        figures = dict(self.config.method.text_figures([c.text for group in now for c in group]))
+        if "parsed" in figures:  # of the first attempts: these were sampled again where they could not be read
+            rows = self._held_out_stage(number).rows()
+            lost = [bool(row.get("again") or self._view.of(stages.completions_of(row)).unparsed) for row in rows]
+            figures["parsed"] = 1 - sum(lost) / len(lost)
+        pairs = store.read_manifest(self.folder(number) / "pairs.json") if number else None
+        return figures | {f"pairs/{name}": value for name, value in (pairs or {}).get("figures", {}).items()}
+
+    def _other_stage(self, number: int) -> Stage | None:
+        """The held-out answers of the other run after the same round; None where it has not come so far.
+
+        Raises: RoundError when they answer other prompts.
+        """
+        if self.other is None:
+            return None
+        assert self.held_out is not None
+        folder = self.other.folder / f"round_{number:02d}"
+        if not store.finished(folder, "held_out"):
+            return None
+        keys = [[p.key for p in shard] for shard in stages.shards_of(self.held_out, self.config.rounds.shard)]
+        stage = Stage(folder, "held_out", {}, keys)
+        if stage.missing() or [[row["key"] for row in stage.read(i)] for i in range(len(keys))] != keys:
+            raise RoundError(
+                f"rounds.compare: {folder / 'held_out'} answers other prompts than this run's "
+                f"{len(self.held_out)} held-out ones, expected a run with the same data, seed, rounds.eval_prompts and "
+                "rounds.shard"
+            )
+        return stage
 
     def figures(self) -> list[RoundFigures]:
         """Of the rounds that are evaluated, in order."""
@@ -491,23 +602,21 @@ class Rounds:
 
     def _judge_of(self, number: int) -> Judge:
         """The judge; where it is the policy itself, the one after round `number`."""
+        return self._judge_with(lambda: self._engine(number))
+
+    def _judge_with(self, policy: Callable[[], Engine]) -> Judge:
         return judges.make(
             self.config.judge,
             device=self.device,
-            policy=lambda: (self._engine(number), self.tokenizer),
+            policy=lambda: (policy(), self.tokenizer),
             world=self.world_judge,
         )
 
     def _export(self) -> None:
         last = self.model(self.config.rounds.count)
 
-        def write(folder: Path) -> None:
-            for file in last.iterdir():
-                if file.name != "manifest.json":
-                    shutil.copy2(file, folder / file.name)
-
         if checkpoint.damage(self.output / "model") is not None:
-            checkpoint.export(self.output / "model", write)
+            checkpoint.export(self.output / "model", lambda folder: checkpoint.copy(last, folder))
 
 
 def _hash_of(prompts: Sequence[Prompt]) -> str:

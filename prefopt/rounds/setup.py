@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,14 +11,14 @@ from typing import Any
 import torch
 
 from prefopt import generation, judges
-from prefopt.config import RunConfig
+from prefopt.config import RunConfig, from_dict
 from prefopt.data.encode import pad_token
 from prefopt.data.prompts import read_prompts
 from prefopt.engine import adapters, layouts, models
 from prefopt.engine.runtime import Stop, set_threads
 from prefopt.errors import ConfigError, TrainError
 from prefopt.judges.base import Judge
-from prefopt.rounds.run import Rounds
+from prefopt.rounds.run import Evaluator, OtherRun, Rounds
 from prefopt.rounds.work import Workers
 from prefopt.types import Prompt
 
@@ -32,7 +33,7 @@ class _Asked:
     held_out: Sequence[Prompt] | None
     report: list[str]
     judge: Judge | None = None
-    evaluators: Sequence[Callable[[Any], Mapping[str, float]]] = ()
+    evaluators: Sequence[Evaluator] = ()
 
 
 def set_up(
@@ -41,7 +42,7 @@ def set_up(
     *,
     workers: Workers,
     device: torch.device,
-    train: Callable[[RunConfig, Sequence[Callable[[Any], Mapping[str, float]]]], int],
+    train: Callable[[RunConfig, Sequence[Evaluator]], int],
     stop: Stop,
     say: Callable[[str], None],
     track: Callable[[Mapping[str, float], int], None],
@@ -61,6 +62,7 @@ def set_up(
             f"generate.engine: '{config.generate.engine}' is not for {workers.count} processes of one training run to "
             "share; use scripts/rounds.py with the same flags"
         )
+    other = None if config.rounds.compare is None else _other_run(config.rounds.compare)
     asked = _from_testbed(config, cache) if config.on_testbed else _from_files(config)
     judges.check_prompts(config.judge, (prompt.prompt for prompt in (*asked.prompts, *(asked.held_out or ()))))
     start_hash = workers.first_alone(lambda: _weights_hash(asked.start, config))
@@ -76,14 +78,26 @@ def set_up(
         held_out=asked.held_out,
         workers=workers,
         device=device,
-        train=lambda settings: train(settings, asked.evaluators),
+        train=lambda settings, more: train(settings, [*asked.evaluators, *more]),
         stop=stop,
         say=say,
         track=track,
         world_judge=asked.judge,
         evaluators=asked.evaluators,
+        other=other,
     )
     return rounds, asked.report
+
+
+def _other_run(folder: str) -> OtherRun:
+    """The run in a folder. Raises: ConfigError when it holds none."""
+    path = Path(folder) / "run_card.json"
+    try:
+        settings = from_dict(json.loads(path.read_text())["config"])
+    except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"rounds.compare: '{path}': {reason}, expected the folder of a run of rounds") from None
+    return OtherRun(Path(folder), settings.method)
 
 
 def _from_testbed(config: RunConfig, cache: Path) -> _Asked:
@@ -94,7 +108,7 @@ def _from_testbed(config: RunConfig, cache: Path) -> _Asked:
     each, beta = config.rounds.prompts, float(getattr(config.method, "beta", 1.0))
     assert each is not None, "the testbed's departures name it"
     prompts = world.prompts(config.rounds.count * each, config.seed)
-    held_out = world.prompts(config.rounds.eval_prompts, config.seed + 2**31)
+    held_out = world.prompts(config.rounds.eval_prompts + config.rounds.select_prompts, config.seed + 2**31)
     what = f"testbed world '{config.testbed.world}': {len(prompts):,} prompts drawn for {config.rounds.count} rounds"
     return _Asked(
         start, world.tokenizer, prompts, held_out, [what], world.judge(), [lambda lm: world.evaluate(lm, beta)]

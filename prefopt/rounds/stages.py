@@ -27,7 +27,7 @@ def shards_of(prompts: Sequence[Prompt], size: int) -> list[list[Prompt]]:
     return [list(prompts[begin : begin + size]) for begin in range(0, len(prompts), size)]
 
 
-def seeds_of(seed: int, round_: int, shard: int, prompts: int, n: int) -> list[int]:
+def seeds_of(seed: int, round_: int | str, shard: int, prompts: int, n: int) -> list[int]:
     """The seed of each prompt of a shard, `n` apart: a function of (run, round, shard) and nothing else."""
     base = int.from_bytes(hashlib.sha256(f"{seed}:{round_}:{shard}".encode()).digest()[:8], "big")
     return [base % (2**31 - prompts * n) + i * n for i in range(prompts)]
@@ -65,6 +65,20 @@ def completions_of(row: Row) -> tuple[Completion, ...]:
 
 
 @dataclass(frozen=True)
+class Seen:
+    """What of a prompt's completions a judge sees.
+
+    Args: judged: indices of those it sees. responses: what it sees of them. unparsed: indices of those that hold no
+        response, and can still be trained on. why: it does not see the others: how often.
+    """
+
+    judged: tuple[int, ...]
+    responses: tuple[Response, ...]
+    unparsed: tuple[int, ...]
+    why: Counter[str]
+
+
+@dataclass(frozen=True)
 class View:
     """What of completions can be judged, and trained on.
 
@@ -74,34 +88,36 @@ class View:
     method: Method
     special: frozenset[int]
 
-    def of(self, completions: Sequence[Completion]) -> tuple[tuple[int, ...], tuple[Response, ...], Counter[str]]:
-        """(indices that a judge sees, what it sees of them, why it does not see the others)."""
+    def of(self, completions: Sequence[Completion]) -> Seen:
         seen: list[tuple[int, Response]] = []
-        unseen: Counter[str] = Counter()
+        unparsed: list[int] = []
+        why: Counter[str] = Counter()
         for index, completion in enumerate(completions):
             response = self.method.judge_view(completion.text)
             if self.special & {*completion.token_ids}:
-                unseen["BOS or padding in it"] += 1
-            elif response is None:
-                unseen["no response in it"] += 1
+                why["BOS or padding in it"] += 1
+            elif isinstance(response, str):
+                why[response] += 1
+                unparsed.append(index)
             else:
                 seen.append((index, response))
-        return tuple(i for i, _ in seen), tuple(r for _, r in seen), unseen
+        return Seen(tuple(i for i, _ in seen), tuple(r for _, r in seen), tuple(unparsed), why)
 
 
 def judge_rows(judge: Judge, view: View, prompts: Sequence[Prompt], rows: Sequence[Row]) -> list[Row]:
     """A row per prompt: which candidates were judged, and what the judge said."""
     judged, questions = [], []
     for prompt, row in zip(prompts, rows, strict=True):
-        indices, responses, unseen = view.of(completions_of(row))
-        judged.append((prompt, indices, unseen))
-        questions.append(Question(prompt.prompt, responses, prompt.key, prompt.answer))
+        seen = view.of(completions_of(row))
+        judged.append((prompt, seen))
+        questions.append(Question(prompt.prompt, seen.responses, prompt.key, prompt.answer))
     asked = [question for question in questions if question.responses]
     said = iter(answers_of(judge, asked))
     out = []
-    for (prompt, indices, unseen), question in zip(judged, questions, strict=True):
+    for (prompt, seen), question in zip(judged, questions, strict=True):
         judgement = next(said) if question.responses else Judgement(scores=())
-        row = {"key": prompt.key, "judged": list(indices), "unseen": dict(unseen), "problems": dict(judgement.problems)}
+        row = {"key": prompt.key, "judged": list(seen.judged), "unseen": dict(seen.why)}
+        row |= {"problems": dict(judgement.problems)}
         out.append(row | {name: getattr(judgement, name) for name in ("scores", "logits", "probs")})
     return out
 
@@ -146,12 +162,14 @@ def row_scores(row: Row) -> Sequence[float]:
 class Paired:
     """What a round's candidates have become.
 
-    Args: pairs: rows to train on. table: a row per candidate. counts: kept and dropped, by reason.
+    Args: pairs: rows to train on. table: a row per candidate. counts: kept and dropped, by reason. figures: what the
+        method has to say of them.
     """
 
     pairs: list[Row]
     table: list[Row]
     counts: dict[str, Any]
+    figures: dict[str, float]
 
 
 def pair_rows(
@@ -173,25 +191,26 @@ def pair_rows(
     dropped: Counter[str] = Counter()
     unseen: Counter[str] = Counter()
     problems: Counter[str] = Counter()
+    groups: list[ScoredGroup] = []
     answers: Sequence[Row | None] = [None] * len(generated) if judged is None else judged
     for prompt, row, said in zip(prompts, generated, answers, strict=True):
         completions = completions_of(row)
-        if said is None:
-            indices, _, why = view.of(completions)
-            judgement = Judgement(scores=(math.nan,) * len(indices))
-        else:
-            indices, why, judgement = tuple(said["judged"]), said["unseen"], judgement_of(said)
-        unseen.update(why)
+        seen = view.of(completions)
+        judgement = Judgement(scores=(math.nan,) * len(seen.judged)) if said is None else judgement_of(said)
+        indices = seen.judged if said is None else tuple(said["judged"])
+        unseen.update(seen.why)
         problems.update(judgement.problems)
-        group = ScoredGroup(prompt, completions, judgement, indices)
-        found = _pairs_of(config, group)
-        kept = found if isinstance(found, str) else [_side_by_side(config, group, pair) for pair in found]
-        reasons = [kept] if isinstance(kept, str) else [pair for pair in kept if isinstance(pair, str)]
-        dropped.update(reasons)
-        rows = [] if isinstance(kept, str) else [pair for pair in kept if not isinstance(pair, str)]
-        pairs += [{"key": prompt.key, "tokenizer": tokenizer_hash} | pair for pair in rows]
-        roles = {} if isinstance(found, str) or not rows else _roles(found)
-        table += _table_rows(config.method, group, row["seed"], roles, about)
+        groups.append(ScoredGroup(prompt, completions, judgement, indices, seen.unparsed))
+    method = config.method.tuned(groups)
+    trained: list[list[ChosenPair]] = []
+    for group, row in zip(groups, generated, strict=True):
+        found = _pairs_of(config.rounds.pairs, method, group)
+        sides = [] if isinstance(found, str) else [(pair, _side_by_side(config, group, pair)) for pair in found]
+        dropped.update([found] if isinstance(found, str) else [side for _, side in sides if isinstance(side, str)])
+        kept = [(pair, side) for pair, side in sides if not isinstance(side, str)]
+        pairs += [{"key": group.prompt.key, "tokenizer": tokenizer_hash} | side for _, side in kept]
+        trained.append([pair for pair, _ in kept])
+        table += _table_rows(method, group, row["seed"], _roles(trained[-1]), about)
     counts = {
         "prompts": len(generated),
         "candidates": len(table),
@@ -200,24 +219,21 @@ def pair_rows(
         "not_judged": dict(unseen.most_common()),
         "judge_problems": dict(problems.most_common()),
     }
-    return Paired(pairs, table, counts)
+    return Paired(pairs, table, counts, dict(method.round_figures(groups, trained)))
 
 
 DATA = -1  # the index of the data's own completion, which is no candidate
 
 
-def _pairs_of(config: RunConfig, group: ScoredGroup) -> Sequence[ChosenPair] | str:
-    how = config.rounds.pairs
+def _pairs_of(how: str, method: Method, group: ScoredGroup) -> Sequence[ChosenPair] | str:
     if how == "best_worst":
         try:
-            return config.method.make_pairs(group)
+            return method.make_pairs(group)
         except ValueError as error:
-            raise RoundError(f"method '{config.method_name}': {error}") from error
+            raise RoundError(f"method {type(method).__name__}: {error}") from error
     if how == "data_sampled":
         return [ChosenPair(DATA, group.judged[0])] if group.judged else "no candidate can be used"
-    from prefopt.ranking import order_scores
-
-    order = order_scores(group.judgement)
+    order = method.order(group)
     known = [i for i in range(len(order)) if order[i] == order[i]]
     return [ChosenPair(DATA, group.judged[min(known, key=lambda i: order[i])])] if known else "none judged"
 
@@ -275,10 +291,11 @@ def _table_rows(
     judgement, place = group.judgement, {index: i for i, index in enumerate(group.judged)}
     unknown = np.full(len(group.judged), np.nan)
     if group.judged:
-        order, probs = order_scores(judgement, method.ranks_by), win_probabilities(judgement, method.ranks_by)
+        scores, probs = order_scores(judgement, method.ranks_by), win_probabilities(judgement, method.ranks_by)
         wins = np.array([np.nanmean(row) if np.isfinite(row).any() else np.nan for row in probs])
+        order = method.order(group)
     else:
-        order = wins = unknown
+        scores = wins = order = unknown
     rows = []
     for index, completion in enumerate(group.completions):
         at = place.get(index)
@@ -291,8 +308,9 @@ def _table_rows(
                 "tokens": len(completion.token_ids),
                 "finish_reason": completion.finish_reason,
                 "logp": None if completion.logps is None else math.fsum(completion.logps),
-                "score": None if at is None else float(order[at]),
+                "score": None if at is None else float(scores[at]),
                 "win_prob": None if at is None else float(wins[at]),
+                "ranked_by": None if at is None else float(order[at]),
                 "role": roles.get(index, ""),
                 "seed": seed + index,
                 **about,

@@ -157,7 +157,14 @@ def done(config: RunConfig, folder: Path, stage: str) -> bool:
     """Whether a stage of the round in `folder` has left all that it should. A trained round is not looked into."""
     trained = (folder / "train" / "model" / "manifest.json").is_file()
     if stage == "evaluate":
-        return config.rounds.eval_prompts == 0 or (folder / "evaluate.json").is_file()
+        if config.rounds.eval_prompts == 0:
+            return True
+        manifest, other = read_manifest(folder / "evaluate.json"), config.rounds.compare
+        compared = manifest is not None and manifest["inputs"].get("other") is not None
+        # a comparison may be asked for later, and waits for the other run
+        return manifest is not None and (
+            compared or other is None or not finished(Path(other) / folder.name, "held_out")
+        )
     if trained or stage == "train":
         return trained
     if stage == "pair":

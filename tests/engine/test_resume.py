@@ -13,6 +13,8 @@ import pytest
 from safetensors.torch import load_file
 
 from prefopt import registry
+from prefopt.config import ModelConfig
+from prefopt.engine import models
 from prefopt.engine.metrics import WALL_CLOCK_KEYS, read_lines
 from prefopt.engine.runtime import EXIT_UNFINISHED
 
@@ -95,6 +97,13 @@ def test_uninterrupted_run_logs_each_step_once_and_learns(uninterrupted):
     assert [line["step"] for line in lines if line["split"] == "eval"] == [0, 4, 8, 12, 16, 20, 24]
     assert lines[-1]["loss"] < 0.5 * lines[0]["loss"]
     assert [p.name for p in sorted((output / "checkpoints").iterdir())] == ["step_00000021", "step_00000024"]
+
+
+@pytest.mark.parametrize("load", [models.load_model, models.load_scorer])
+def test_weights_from_a_file_stand_where_new_ones_would(load, task):
+    """Some CPUs round a product by where its matrix stands, and then no continued run is the one left alone."""
+    loaded = load(str(task.model), ModelConfig())
+    assert {tensor.data_ptr() % 64 for tensor in (*loaded.parameters(), *loaded.buffers())} == {0}
 
 
 def kill_again_and_again(server, argv, kills, seed):

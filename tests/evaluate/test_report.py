@@ -8,6 +8,7 @@ from prefopt.errors import RoundError
 from prefopt.evaluate.report import RoundFigures, evaluate_round, rounds_table, write_report
 from prefopt.evaluate.samples import SampleFigures
 from prefopt.method import Method
+from prefopt.methods.thought_po import ThoughtPO
 from tests.evaluate.helpers import Asked, first_is_favoured, groups, prompts, word_count
 
 FIRST = groups("a", "a b", "a b c")
@@ -122,3 +123,17 @@ def test_report_when_it_cannot_be_written_then_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RoundError, match=r"file/rounds\.md: cannot write the report"):
         write_report(tmp_path / "file", rounds(Asked(word_count)))
+
+
+@pytest.mark.parametrize("verdict", [word_count, first_is_favoured])
+def test_round_when_another_run_is_compared_with_then_each_is_seen_by_its_own_method(verdict):
+    judge, thinks = Asked(verdict), ThoughtPO()
+    now, other = groups("a b c d <R> a b", "x <R> a", "no marker"), groups("a", "a b", "a <R> b")
+    found = evaluate_round(0, prompts(3), {"now": now, "other": other}, judge, thinks, other=Method())
+    rate = found.vs_other
+    assert (rate.wins, rate.ties, rate.losses) == (1, 0, 2)
+    seen = {response.text for question in judge.questions for response in question.responses}
+    assert seen <= {"a b", "a", "a <R> b"}, "no thought of the run itself is seen, and all of the other's is"
+    assert RoundFigures.from_dict(json.loads(json.dumps(found.to_dict()))) == found
+    assert found.metrics()["win_rate/vs_other_wins"] == 1
+    assert "win rate vs other run" in rounds_table([found])

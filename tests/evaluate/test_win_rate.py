@@ -14,7 +14,7 @@ class AfterTheBar(Method):
     """Shows a judge what stands behind a bar; nothing where there is none."""
 
     def judge_view(self, text):
-        return Response(text.partition("|")[2]) if "|" in text else None
+        return Response(text.partition("|")[2]) if "|" in text else "no bar"
 
 
 def sigmoid(x):
@@ -95,7 +95,7 @@ def test_scores_when_a_judge_scores_then_each_completion_has_its_own():
     assert math.isnan(found.values[0][1])
     assert math.isnan(found.values[1][0])
     assert found.values[1][1] == 1
-    assert found.problems == {"unseen": 1, "nan": 1}
+    assert found.problems == {"no bar": 1, "nan": 1}
     assert all(len(question.responses) == 1 for question in judge.questions)
 
 

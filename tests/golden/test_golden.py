@@ -3,13 +3,14 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from prefopt import registry
 from prefopt.kernels.token_stats import token_stats
 from prefopt.losses import dpo, sppo, tdpo
-from prefopt.ranking import order_scores, win_probabilities
+from prefopt.ranking import elo, length_controlled, order_scores, win_probabilities
 from prefopt.types import Completion, Judgement, Prompt, ScoredGroup
 
 HERE = Path(__file__).parent
@@ -247,3 +248,29 @@ def test_sppo_ranks_and_estimates_as_the_authors_code_and_as_the_paper(name):
     assert (pair.chosen, pair.rejected) == (case["best"], case["worst"])
     assert pair.columns["chosen_win_prob"] == pytest.approx(case["paper_win"], abs=1e-6)
     assert pair.columns["rejected_win_prob"] == pytest.approx(case["paper_lose"], abs=1e-6)
+
+
+THOUGHTS = load("thought_po_derived.json")
+
+
+@pytest.mark.parametrize("name", THOUGHTS["rows"])
+def test_thought_po_holds_length_as_the_formula_says(name):
+    case, rho, ddof = THOUGHTS["rows"][name], float(name.removeprefix("rho").split("_")[0]), int(name[-1])
+    scores, lengths = np.array(THOUGHTS["rewards"]), np.array(THOUGHTS["lengths"])
+    found = length_controlled(scores, lengths, rho=rho, ddof=ddof)
+    assert found == pytest.approx(case["scores"], abs=1e-6)
+
+    completions = tuple(Completion((i,), f"draft <R> {'x' * n}", "stop") for i, n in enumerate(lengths))
+    judgement = Judgement(scores=tuple(THOUGHTS["rewards"]))
+    group = ScoredGroup(Prompt("p", (0,), "k", "w"), completions, judgement, tuple(range(len(lengths))))
+    (pair,) = registry.get("thought_po")(rho=rho).make_pairs(group)
+    assert (pair.chosen, pair.rejected) == (case["chosen"], case["rejected"])
+
+
+def test_thought_po_fits_strengths_as_the_formula_says():
+    case, separable = THOUGHTS["elo"], THOUGHTS["elo_separable"]
+    assert elo(np.array(case["battle"], float), ridge=0.0) == pytest.approx(case["elo_mle"], abs=1e-6)
+    battles = np.array(separable["battle"], float)
+    assert elo(battles, ridge=0.01) == pytest.approx(separable["elo_l2_0p01"], abs=1e-6)
+    with pytest.raises(ValueError, match="won every battle"):
+        elo(battles, ridge=0.0)

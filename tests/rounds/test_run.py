@@ -1,6 +1,7 @@
 """Rounds as a whole: what they leave, and in which forms they run."""
 
 import json
+import sys
 
 import datasets
 import pytest
@@ -111,8 +112,10 @@ def test_conductor_starts_each_stage_in_a_process_of_its_own(rounds, place, tmp_
 
     argv = rounds(tmp_path / "run", rounds__count=1, rounds__eval_prompts=0, rounds__prompts=4, train__max_steps=1)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    assert command([*argv, "--rounds.launcher", "env MARK=1 python"]) == 0
+    assert command([*argv, "--rounds.launcher", f"env MARK=1 {sys.executable}"]) == 0
     assert (tmp_path / "run/model/manifest.json").exists()
     before = (tmp_path / "run/round_01/candidates.json").stat().st_mtime_ns
-    assert command([*argv, "--rounds.launcher", "python"]) == 0  # another launcher is the same run, and all is done
+    assert (
+        command([*argv, "--rounds.launcher", sys.executable]) == 0
+    )  # another launcher is the same run, and all is done
     assert (tmp_path / "run/round_01/candidates.json").stat().st_mtime_ns == before

@@ -5,6 +5,7 @@ import json
 import datasets
 import pytest
 
+from prefopt.config import parse
 from prefopt.errors import RoundError
 from prefopt.rounds import store
 from prefopt.rounds.store import Stage
@@ -142,3 +143,17 @@ def test_manifest_that_another_process_has_begun_is_left_as_it_is(stage):
     finish(stage)
     store.write_manifest(stage.manifest_path, {"stage": "candidates", "finished": False}, only_new=True)
     assert store.read_manifest(stage.manifest_path)["finished"]
+
+
+def test_evaluation_is_not_done_while_the_run_to_compare_with_has_come_further(tmp_path):
+    mine, other = tmp_path / "mine/round_01", tmp_path / "other/round_01"
+    argv = ["--method", "sppo", "--rounds.count", "1"]
+    alone, compared = parse(argv), parse([*argv, "--rounds.compare", str(tmp_path / "other")])
+    assert not store.done(alone, mine, "evaluate")
+    store.write_manifest(mine / "evaluate.json", {"inputs": {}})
+    assert store.done(alone, mine, "evaluate")
+    assert store.done(compared, mine, "evaluate"), "there is nothing to compare with yet"
+    store.write_manifest(other / "held_out.json", {"finished": True, "shards": {}})
+    assert not store.done(compared, mine, "evaluate")
+    store.write_manifest(mine / "evaluate.json", {"inputs": {"other": "its hash"}})
+    assert store.done(compared, mine, "evaluate")

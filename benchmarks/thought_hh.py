@@ -1,0 +1,162 @@
+"""Thought PO on real text, and its direct baseline, judged by a reward model that was trained on the same pairs.
+
+    python benchmarks/thought_hh.py --data.train train.jsonl --data.eval test.jsonl --output runs/hh
+
+From the SFT policy and the reward model of `rounds_hh.py` (made here where the folder has none). A policy this small
+does not follow a thought prompt it has never seen, so it is first shown the form: one epoch on the training pairs'
+chosen sides, once as they are and once asked with the thought prompt, the first words of the answer as its draft. Both
+arms begin with that one policy, and differ in `method.thought_prompt` alone. A killed study continues.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from hh import make_base, train_sft
+from rounds_hh import LENGTH, accuracy, figures
+from study import lines, machine, train_all
+
+from prefopt.thoughts import read_format
+
+ROUNDS = 2
+ARMS = {"direct": "none", "thought": "specific"}
+DRAFT = 12  # words of the answer that stand in its thought
+TURN = "\n\nAssistant:"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data.train", dest="train", required=True, type=Path)
+    parser.add_argument("--data.eval", dest="eval", required=True, type=Path)
+    parser.add_argument("--output", default=Path("runs/hh"), type=Path, help="the folder of hh.py, or a new one")
+    parser.add_argument("--jobs", default=max(1, len(os.sched_getaffinity(0))), type=int, help="runs at the same time")
+    parser.add_argument("--prompts", default=512, type=int, help="prompts of a round")
+    parser.add_argument("--n", default=8, type=int, help="completions of a prompt")
+    parser.add_argument("--eval_prompts", default=200, type=int, help="held-out prompts")
+    parser.add_argument("--select_prompts", default=48, type=int, help="held-out prompts that choose a round's policy")
+    parser.add_argument("--max_tokens", default=128, type=int, help="most tokens of a completion")
+    parser.add_argument("--judge_lr", default=3e-4, type=float)
+    parser.add_argument("--form_lr", default=3e-4, type=float)
+    parser.add_argument("--lr", default=1e-4, type=float)
+    parser.add_argument("--beta", default=0.1, type=float)
+    args = parser.parse_args()
+    folder = args.output / "thoughts"
+    folder.mkdir(parents=True, exist_ok=True)
+
+    files = ["--data.train", str(args.train), "--data.eval", str(args.eval), "--data.on_bad_row", "skip"]
+    data = [*files, "--data.max_length", str(LENGTH)]
+    policy, _ = train_sft(make_base(args.train, args.output / "base"), data, args.output / "sft", 1e-3)
+    steps = ["--train.global_batch", "16", "--train.micro_batch", "4"]
+    judging = ["--method", "reward_model", "--model.path", str(policy), *data, *steps]
+    judging += ["--optim.lr", str(args.judge_lr), "--eval.every", "1000", "--eval.batch", "16"]
+    train_all({"reward_model": judging}, args.output / "rounds", 1)
+
+    form = ["--method", "sft", "--model.path", str(policy), "--data.max_length", str(LENGTH), *steps]
+    form += ["--data.train", str(show_form(args.train, folder / "form_train.jsonl"))]
+    form += ["--data.eval", str(show_form(args.eval, folder / "form_eval.jsonl"))]
+    form += ["--optim.lr", str(args.form_lr), "--eval.every", "1000", "--data.on_bad_row", "skip"]
+    train_all({"form": form}, folder, 1)
+
+    common = ["--method", "thought_po", "--method.beta", str(args.beta), "--model.path", str(folder / "form" / "model")]
+    common += [*data, *steps, "--optim.lr", str(args.lr), "--eval.every", "8"]
+    common += ["--judge.kind", "reward_model", "--judge.path", str(args.output / "rounds" / "reward_model" / "model")]
+    common += ["--rounds.count", str(ROUNDS), "--rounds.prompts", str(args.prompts), "--generate.n", str(args.n)]
+    common += ["--rounds.eval_prompts", str(args.eval_prompts), "--rounds.select_prompts", str(args.select_prompts)]
+    common += ["--generate.max_tokens", str(args.max_tokens), "--generate.temperature", "0.8"]
+    common += ["--generate.top_p", "0.95"]  # sampling as in the paper
+    runs = {arm: [*common, "--method.thought_prompt", prompt] for arm, prompt in ARMS.items()}
+    train_all(runs, folder, args.jobs)
+    # once both are there, the same command writes the win rates of one against the other; nothing is trained again
+    from prefopt.cli import train
+
+    status = train(
+        [
+            *runs["thought"],
+            *("--train.threads", "1", "--output", str(folder / "thought"), "--rounds.compare", str(folder / "direct")),
+        ]
+    )
+    if status != 0:
+        raise SystemExit("the comparison did not finish")
+
+    names = ("prompts", "n", "max_tokens", "judge_lr", "form_lr", "lr", "beta", "eval_prompts", "select_prompts")
+    result = {
+        "machine": machine(),
+        "settings": {name: getattr(args, name) for name in names},
+        "reward_model": accuracy(args.output / "rounds" / "reward_model"),
+        "form": {"loss": [line["loss"] for line in lines(folder / "form")]},
+        "runs": {arm: [figures(folder / arm, number) for number in range(ROUNDS + 1)] for arm in ARMS},
+        "pairs": {arm: [made(folder / arm, number) for number in range(1, ROUNDS + 1)] for arm in ARMS},
+    }
+    (folder / "result.json").write_text(json.dumps(result, indent=1))
+    table = render(result)
+    (folder / "result.md").write_text(table)
+    print(table)
+
+
+def show_form(file: Path, out: Path) -> Path:
+    """The chosen sides of a file of dialogues, as they are and in the form that a thought prompt asks for."""
+    if out.exists():
+        return out
+    form, rows = read_format(ARMS["thought"], key="benchmarks"), []
+    for line in file.read_text().splitlines():
+        dialogue = json.loads(line)["chosen"]
+        prompt, turn, answer = dialogue.rpartition(TURN)
+        if not (turn and answer.strip()) or form.response_marker in dialogue:
+            continue
+        rows.append({"prompt": prompt + turn, "completion": answer})
+        draft = " ".join(answer.split()[:DRAFT])
+        asked = form.render(prompt + turn)
+        rows.append({"prompt": asked, "completion": f" {draft} {form.response_marker}{answer}"})
+    scratch = out.with_suffix(".tmp")
+    scratch.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    scratch.replace(out)
+    return out
+
+
+def made(run: Path, number: int) -> dict[str, Any]:
+    """The pairs of a round: how many, why not more, and what the method has to say of them."""
+    manifest = json.loads((run / f"round_{number:02d}" / "pairs.json").read_text())
+    return {"counts": manifest["counts"], "figures": manifest["figures"]}
+
+
+def render(result: Mapping[str, Any]) -> str:
+    """The tables of the study in Markdown."""
+
+    def spread(row: Mapping[str, float], name: str, spec: str = ".3f") -> str:
+        if name not in row:
+            return "-"
+        return f"{row[name]:{spec}} [{row[f'{name}_low']:{spec}}, {row[f'{name}_high']:{spec}}]"
+
+    out = ["| arm | round | score [95%] | win rate vs start [95%] | vs direct [95%] | parsed | thought | response |"]
+    out += ["|---" * 8 + "|"]
+    for arm, rounds in result["runs"].items():
+        for number, row in enumerate(rounds):
+            cells = [spread(row, name) for name in ("score", "win_rate/vs_start", "win_rate/vs_other")]
+            cells += [f"{row['parsed']:.1%}", f"{row.get('thought_characters', 0):.0f}"]
+            out.append(f"| {arm} | {number} | {' | '.join(cells)} | {row['response_characters']:.0f} |")
+    out += [
+        "",
+        "| arm | round | pairs | rho | chosen | rejected | rejected without response | KL to start | distinct-1 |",
+    ]
+    out += ["|---" * 9 + "|"]
+    for arm, rounds in result["runs"].items():
+        for number, pairs in enumerate(result["pairs"][arm], 1):
+            of, row = pairs["figures"], rounds[number]
+            lengths = [
+                f"{of[name]:.0f}" if name in of else "-" for name in ("chosen_characters", "rejected_characters")
+            ]
+            cells = [f"{pairs['counts']['pairs']}", f"{of['rho']:.2f}", *lengths, f"{of['rejected_unparsed']:.1%}"]
+            cells += [f"{row['kl/to_first']:.2f}", f"{row['distinct_1']:.3f}"]
+            out.append(f"| {arm} | {number} | {' | '.join(cells)} |")
+    return "\n".join(out) + "\n"
+
+
+if __name__ == "__main__":
+    main()
