@@ -13,6 +13,7 @@ import torch
 from prefopt import cli
 from prefopt.config import GenerateConfig
 from prefopt.data.rows import RowReader
+from prefopt.engine import export
 from prefopt.generation.base import Sampling
 from prefopt.infer_config import InferConfig
 from prefopt.inference import policy
@@ -215,6 +216,14 @@ def test_stop_strings_and_terminators_of_the_generation_config_end_an_answer(pla
     (folder / "generation_config.json").write_text(json.dumps(config | {"eos_token_id": [1, token]}))
     (cut,) = find(folder).open(InferConfig()).generate([prompt], Sampling(n=1, max_tokens=30), [3])[0]
     assert cut.token_ids == whole.token_ids[: whole.token_ids.index(token) + 1]
+
+
+def test_what_training_exports_is_what_is_read_here(place, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(place / "model", folder)
+    export.describe_answers(folder, find(folder).tokenizer, {"thought": THOUGHT.to_dict()}, ("END",))
+    found = find(folder)
+    assert (found.thought, found.stop) == (THOUGHT, ("own", "END"))
 
 
 @pytest.mark.filterwarnings("ignore")
