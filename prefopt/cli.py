@@ -324,9 +324,11 @@ def _testbed_task(config: RunConfig) -> _Task:
     from prefopt.data.loader import Converted, FileBatches
     from prefopt.engine import adapters, models
     from prefopt.testbed import build_world
+    from prefopt.testbed.words import WordWorld
 
     test = config.testbed
     world = build_world(test.world, seed=test.seed, cache_dir=cache_root())
+    assert isinstance(world, WordWorld), "the settings refuse a world without pairs"
     start = adapters.Weights(str(world.base_model_path), str(world.base_model_path))
     adapters.check(config, start, models.load_config(start.base, config.model))
     batch, seed = config.train.global_batch, config.seed

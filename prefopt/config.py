@@ -305,8 +305,8 @@ class TestbedConfig:
 
     __test__ = False  # not a test class, whatever pytest thinks of its name
 
-    world: Literal["bandit", "cyclic"] = "bandit"
-    """Which world."""
+    world: Literal["bandit", "cyclic", "scratchpad"] = "bandit"
+    """Which world. In rounds cyclic, or the one that the method names."""
     pairs: int | None = None
     """Size of a fixed training set. None: a fresh stream, no pair seen twice."""
     seed: int = 0
@@ -373,7 +373,18 @@ ROUNDS_ON_TESTBED: dict[str, Any] = {
     "eval": {"every": 1000},
     "rounds": {"prompts": 1024, "eval_prompts": 256, "shard": 512},
     "generate": {"max_tokens": 4, "batch": 2560},
-    "testbed": {"world": "cyclic"},
+}
+ROUNDS_WORLD = "cyclic"  # unless the method names one
+
+# What rounds in one world depart in beside those.
+ROUNDS_IN_WORLD: dict[str, dict[str, Any]] = {
+    "scratchpad": {
+        "method": {"beta": 0.5, "thought_prompt": "scratchpad"},
+        "optim": {"lr": 5e-4},
+        "train": {"global_batch": 128, "micro_batch": 128, "train_epochs": 2},
+        "rounds": {"prompts": 1000, "shard": 500},
+        "generate": {"n": 8, "max_tokens": 20, "batch": 4000},
+    },
 }
 
 # A departure gives way when the user names the setting that it would silently overrule.
@@ -420,7 +431,9 @@ def parse(argv: Sequence[str]) -> RunConfig:
         hidden = {over for named_key, over in _GIVES_WAY.items() if _at(merged, named_key) is not None}
         departures = TESTBED_DEPARTURES
         if _at(merged, "rounds.count") not in (None, 0, "0"):
-            departures = _merge(departures, ROUNDS_ON_TESTBED)
+            world = _at(merged, "testbed.world") or method_class.testbed_world or ROUNDS_WORLD
+            rounds = _merge(ROUNDS_ON_TESTBED, ROUNDS_IN_WORLD.get(str(world), {}))
+            departures = _merge(departures, _merge(rounds, {"testbed": {"world": world}}))
         departures = {
             group: {k: v for k, v in settings.items() if f"{group}.{k}" not in hidden}
             for group, settings in departures.items()
@@ -953,6 +966,11 @@ def _validate(config: RunConfig) -> None:
         raise ConfigError(
             "model.path is given without data.train; name the pairs to train on (--data.train FILE), "
             "or neither for the testbed"
+        )
+    if config.on_testbed and config.rounds.count == 0 and config.testbed.world == "scratchpad":
+        raise ConfigError(
+            "testbed.world: 'scratchpad' has no pairs of its own, the policy makes them in rounds; name how many "
+            "(--rounds.count 3), or another world"
         )
     streamed = config.on_testbed and config.testbed.pairs is None and config.rounds.count == 0
     if streamed and config.train.max_steps is None:

@@ -107,8 +107,9 @@ def _from_testbed(config: RunConfig, cache: Path) -> _Asked:
     start = adapters.Weights(str(world.base_model_path), str(world.base_model_path))
     each, beta = config.rounds.prompts, float(getattr(config.method, "beta", 1.0))
     assert each is not None, "the testbed's departures name it"
-    prompts = world.prompts(config.rounds.count * each, config.seed)
-    held_out = world.prompts(config.rounds.eval_prompts + config.rounds.select_prompts, config.seed + 2**31)
+    render, more = config.method.render_prompt, config.rounds.eval_prompts + config.rounds.select_prompts
+    prompts = world.prompts(config.rounds.count * each, config.seed, render)
+    held_out = world.prompts(more, config.seed + 2**31, render)
     what = f"testbed world '{config.testbed.world}': {len(prompts):,} prompts drawn for {config.rounds.count} rounds"
     return _Asked(
         start, world.tokenizer, prompts, held_out, [what], world.judge(), [lambda lm: world.evaluate(lm, beta)]

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from prefopt.testbed import truth
-from prefopt.testbed.words import WordSettings, WordWorld
+from prefopt.testbed.words import WordWorld
+from prefopt.testbed.world import WorldSettings
 from prefopt.types import Judgement
 
 MOODS = ("calm", "busy")
@@ -24,7 +25,7 @@ LENGTH = 3  # words per response
 
 
 @dataclass(frozen=True)
-class BanditSettings(WordSettings):
+class BanditSettings(WorldSettings):
     """What makes one bandit world; another value of any field is another world with its own base policy."""
 
     reward_sd: float = 1.4

@@ -18,7 +18,8 @@ import torch
 
 from prefopt.errors import ConfigError
 from prefopt.testbed import truth
-from prefopt.testbed.words import WordSettings, WordWorld
+from prefopt.testbed.words import WordWorld
+from prefopt.testbed.world import WorldSettings
 from prefopt.types import Judgement
 
 PROMPTS = ("day", "night")
@@ -27,7 +28,7 @@ LENGTH = 2  # words per response
 
 
 @dataclass(frozen=True)
-class CyclicSettings(WordSettings):
+class CyclicSettings(WorldSettings):
     """What makes one cyclic world; another value of any field is another world with its own base policy."""
 
     base_steps: int = 200

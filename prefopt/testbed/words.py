@@ -9,71 +9,26 @@ causal language model over its tokenizer.
 from __future__ import annotations
 
 import abc
-import contextlib
 import functools
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
-import transformers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM
 
 from prefopt.errors import DataError, RoundError
 from prefopt.testbed import truth
-from prefopt.testbed.cache import built, cache_root
-from prefopt.types import EncodedPair, Judgement, Prompt, Question
-
-PAD, BOS, EOS, UNK = "<pad>", "<s>", "</s>", "<unk>"
-RECIPE = 1  # raise it when the code below would train another base policy from the same settings
+from prefopt.testbed.world import World, WorldSettings, evaluating, no_progress_bars
+from prefopt.types import EncodedPair, Judgement, Question
 
 
-@dataclass(frozen=True)
-class WordSettings:
-    """What every world of words can be told; another value of any field is another world with its own base policy."""
-
-    seed: int = 0
-    """Of the preferences, of the base distribution and of the base policy's initial weights."""
-    hidden: int = 48
-    """Width of the base policy."""
-    layers: int = 2
-    """Depth of the base policy."""
-    base_steps: int = 300
-    """Optimizer steps of the base policy's maximum-likelihood training."""
-
-
-def make_tokenizer(vocabulary: Sequence[str]) -> PreTrainedTokenizerFast:
-    """One id per word, split at white space; BOS is prepended as Llama's tokenizers do it, EOS is not appended."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-
-    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token=UNK))
-    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    core.post_processor = processors.TemplateProcessing(
-        single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, vocabulary.index(BOS))]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token=PAD, bos_token=BOS, eos_token=EOS, unk_token=UNK, model_max_length=64
-    )
-
-
-@contextlib.contextmanager
-def no_progress_bars() -> Iterator[None]:
-    """transformers shows a bar per file it opens, which says nothing about a file of 200 kB."""
-    shown = transformers.utils.logging.is_progress_bar_enabled()
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers.utils.logging.enable_progress_bar()
-
-
-class WordWorld(abc.ABC):
+class WordWorld(World):
     """A world of P prompts with K = words ** length responses each.
 
     Outcomes are numbered 0..K-1 in the order of `itertools.product(words, repeat=length)`; outcome K is "outside", all
@@ -87,20 +42,16 @@ class WordWorld(abc.ABC):
         base: what the base policy is trained on, log-probabilities up to a constant per prompt, (P, K).
     """
 
-    name: ClassVar[str]
     goal: ClassVar[str]  # what `optimum` is called
     columns: ClassVar[Mapping[str, tuple[str, str]]]  # of a table of policies: title -> (measure, format)
     prompt_words: ClassVar[Sequence[str]]
     words: ClassVar[Sequence[str]]
     length: ClassVar[int]  # words per response
 
-    def __init__(self, settings: WordSettings, cache_dir: Path | str | None, base: np.ndarray) -> None:
-        self.settings = settings
-        self.cache_dir = cache_root() if cache_dir is None else Path(cache_dir)
-        vocabulary = self.vocabulary = (PAD, BOS, EOS, UNK, *self.prompt_words, *self.words)
-        self.tokenizer = make_tokenizer(vocabulary)
+    def __init__(self, settings: WorldSettings, cache_dir: Path | str | None, base: np.ndarray) -> None:
+        super().__init__(settings, cache_dir, (*self.prompt_words, *self.words))
+        vocabulary = self.vocabulary
         self.base_target = torch.tensor(base).log_softmax(-1)  # (P, K), what the base policy is trained on
-        self._pad, self._bos, self._eos = (vocabulary.index(token) for token in (PAD, BOS, EOS))
         self._first_word = vocabulary.index(self.words[0])
         self.prompt_ids = [[self._bos, vocabulary.index(prompt)] for prompt in self.prompt_words]
         self.response_texts = [" ".join(some) for some in itertools.product(self.words, repeat=self.length)]
@@ -129,82 +80,38 @@ class WordWorld(abc.ABC):
 
     # ---------------------------------------------------------------------------------------------- base policy
 
-    @functools.cached_property
-    def base_model_path(self) -> Path:
-        """Folder of the base policy and its tokenizer, as `from_pretrained` opens it; trained on first use."""
-        versions = {"recipe": RECIPE, "torch": torch.__version__, "transformers": transformers.__version__}
-        world = {"world": self.name, "vocabulary": self.vocabulary, **asdict(self.settings)}
-        content = json.dumps(world | versions, sort_keys=True)
-        key = f"{self.name}-{hashlib.sha256(content.encode()).hexdigest()[:16]}"
-        return built(self.cache_dir, key, self._train_base)
-
-    def _train_base(self, folder: Path) -> None:
-        """Maximum likelihood on `base_target`: its expectation exactly, but for the last word that EOS follows, drawn.
-
-        One thread and seeds of its own make it the same on every call; the caller's threads and random state are kept.
-        """
+    def _fit(self, model: LlamaForCausalLM) -> None:
+        """Maximum likelihood on `base_target`: its expectation exactly, but for the last word that EOS follows, drawn."""
         steps, words, prompts = self.settings.base_steps, len(self.words), len(self.prompt_words)
         target = self.base_target.exp().float()  # (P, K)
         by_depth = [target]  # probability of each prefix of 0, 1, ... words
         for _ in range(self.length):
             by_depth.insert(0, by_depth[0].view(prompts, -1, words).sum(-1))
-        threads, generator = torch.get_num_threads(), torch.Generator().manual_seed(self.settings.seed)
-        try:
-            torch.set_num_threads(1)
-            with torch.random.fork_rng(devices=[]), torch.enable_grad():
-                torch.manual_seed(self.settings.seed)
-                model = LlamaForCausalLM(self._model_config())
-                # beta2 and eps are small so that the weights of tokens that never occur go on moving however small
-                # their gradients become: mass outside the world then ends near 1e-5, not 1e-3
-                optimizer = torch.optim.AdamW(
-                    model.parameters(), lr=5e-3, betas=(0.9, 0.9), eps=1e-16, weight_decay=0.0
-                )
-                prefixes = torch.tensor([*itertools.product(range(words), repeat=self.length - 1)]) + self._first_word
-                head = torch.cat(
-                    [
-                        torch.tensor(self.prompt_ids)[:, None, :].expand(-1, len(prefixes), -1),
-                        prefixes.expand(prompts, -1, -1),
-                    ],
-                    -1,
-                )
-                for step in range(steps):
-                    optimizer.param_groups[0]["lr"] = 5e-3 * min(1.0, (step + 1) / 20, (steps - step) / (0.6 * steps))
-                    last = torch.multinomial(target.reshape(-1, words), 1, generator=generator) + self._first_word
-                    rows = torch.cat([head, last.view(prompts, -1, 1)], -1).flatten(0, 1)
-                    logps = (
-                        model(input_ids=rows, use_cache=False).logits[:, 1:].log_softmax(-1)
-                    )  # (rows, 1 + length, V)
-                    likelihood = (by_depth[-2] * logps[:, -1, self._eos].view(prompts, -1)).sum()
-                    for depth, share in enumerate(by_depth[1:]):
-                        there = logps.view(prompts, words**depth, -1, *logps.shape[1:])[:, :, 0, depth]
-                        likelihood = likelihood + (share * there[..., self._first_word :].flatten(1)).sum()
-                    loss = -likelihood / prompts
-                    optimizer.zero_grad()
-                    loss.backward()
-                    optimizer.step()
-        finally:
-            torch.set_num_threads(threads)
-        with no_progress_bars():
-            model.save_pretrained(folder)
-            self.tokenizer.save_pretrained(folder)
-
-    def _model_config(self) -> LlamaConfig:
-        hidden = self.settings.hidden
-        return LlamaConfig(
-            vocab_size=len(self.vocabulary),
-            hidden_size=hidden,
-            intermediate_size=2 * hidden,
-            num_hidden_layers=self.settings.layers,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-            max_position_embeddings=64,
-            initializer_range=0.12,  # about 1 / sqrt(hidden): 0.02 is made for wide models and learns slowly here
-            tie_word_embeddings=False,
-            pad_token_id=self._pad,
-            bos_token_id=self._bos,
-            eos_token_id=self._eos,
-            dtype="float32",
+        generator = torch.Generator().manual_seed(self.settings.seed)
+        # beta2 and eps are small so that the weights of tokens that never occur go on moving however small
+        # their gradients become: mass outside the world then ends near 1e-5, not 1e-3
+        optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, betas=(0.9, 0.9), eps=1e-16, weight_decay=0.0)
+        prefixes = torch.tensor([*itertools.product(range(words), repeat=self.length - 1)]) + self._first_word
+        head = torch.cat(
+            [
+                torch.tensor(self.prompt_ids)[:, None, :].expand(-1, len(prefixes), -1),
+                prefixes.expand(prompts, -1, -1),
+            ],
+            -1,
         )
+        for step in range(steps):
+            optimizer.param_groups[0]["lr"] = 5e-3 * min(1.0, (step + 1) / 20, (steps - step) / (0.6 * steps))
+            last = torch.multinomial(target.reshape(-1, words), 1, generator=generator) + self._first_word
+            rows = torch.cat([head, last.view(prompts, -1, 1)], -1).flatten(0, 1)
+            logps = model(input_ids=rows, use_cache=False).logits[:, 1:].log_softmax(-1)  # (rows, 1 + length, V)
+            likelihood = (by_depth[-2] * logps[:, -1, self._eos].view(prompts, -1)).sum()
+            for depth, share in enumerate(by_depth[1:]):
+                there = logps.view(prompts, words**depth, -1, *logps.shape[1:])[:, :, 0, depth]
+                likelihood = likelihood + (share * there[..., self._first_word :].flatten(1)).sum()
+            loss = -likelihood / prompts
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
 
     # ---------------------------------------------------------------------------------------------- exact values
 
@@ -221,13 +128,8 @@ class WordWorld(abc.ABC):
         prompts, words, length = len(self.prompt_ids), len(self.words), self.length
         leaves = torch.tensor([p + r[:-1] for p in self.prompt_ids for r in self.response_ids])
         device = next(lm.parameters()).device
-        modes = [(module, module.training) for module in lm.modules()]
-        lm.eval()
-        try:
+        with evaluating(lm):
             logits = lm(input_ids=leaves.to(device), use_cache=False).logits[:, -1 - length :]
-        finally:
-            for module, mode in modes:
-                module.training = mode
         logps = logits.cpu().double().log_softmax(-1)  # (P * K, length + 1, V)
 
         reach = torch.zeros(prompts, 1, dtype=torch.float64)  # log-probability of each prefix of `depth` words
@@ -260,13 +162,6 @@ class WordWorld(abc.ABC):
         return self.measures(self.log_probs(lm), beta)
 
     # ---------------------------------------------------------------------------------------------- pairs
-
-    @functools.cached_property
-    def fingerprint(self) -> str:
-        """A hash of what pairs depend on: the settings and the base policy's very weights."""
-        digest = hashlib.sha256(json.dumps(asdict(self.settings), sort_keys=True).encode())
-        digest.update((self.base_model_path / "model.safetensors").read_bytes())
-        return digest.hexdigest()[:32]
 
     @functools.cached_property
     def _sampling(self) -> tuple[np.ndarray, np.ndarray]:
@@ -348,21 +243,9 @@ class WordWorld(abc.ABC):
 
     # ---------------------------------------------------------------------------------------------- rounds
 
-    def prompts(self, n: int, seed: int) -> list[Prompt]:
-        """The first `n` of an endless list of prompts: the world's own in turn, each time under a key of its own.
-
-        Asking the same again draws other answers, so it counts as another prompt. Another seed gives other keys.
-        """
-        many = len(self.prompt_words)
-        return [
-            Prompt(
-                prompt=self.prompt_words[i % many],
-                ids=tuple(self.prompt_ids[i % many]),
-                key=hashlib.sha256(f"{self.name}:{seed}:{i}".encode()).hexdigest()[:16],
-                where=f"{self.name}-{seed}:{i + 1}",
-            )
-            for i in range(n)
-        ]
+    def _texts(self, n: int, seed: int) -> list[str]:
+        """The world's own prompts in turn. Asking the same again draws other answers, so it counts as another prompt."""
+        return [self.prompt_words[i % len(self.prompt_words)] for i in range(n)]
 
     def judge(self) -> WorldJudge:
         """Who knows the preferences of this world exactly."""
