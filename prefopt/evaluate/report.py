@@ -123,7 +123,8 @@ def evaluate_round(
         round: its number; 0 for the policy before the first one.
         prompts: held-out prompts.
         completions: of `now`, and of `previous`, `first` and `other` to compare with; one list per prompt, in order,
-            and as many completions in it. Where `previous` is `first` (the same object), it is judged once.
+            and as many completions in it; none in `other` for a prompt that it was not asked. Where `previous` is
+            `first` (the same object), it is judged once.
         judge: None: no score and no win rates.
         method: says what of a completion a judge may see.
         kl: by name of the reference (`to_round_start`, `to_first`), the figures of the samples `now`, prompt by prompt.
@@ -153,7 +154,16 @@ def evaluate_round(
                 by = other if name == "other" and other is not None else method
                 their_scores = None if mine is None else scores_of(theirs, by)
                 both = None if mine is None or their_scores is None else (mine, their_scores)
-                rates[name] = judged_win_rate(judge, prompts, now, theirs, method, both, by)
+                where = [i for i, group in enumerate(theirs) if group]  # another run may have left out some prompts
+                rates[name] = judged_win_rate(
+                    judge,
+                    [prompts[i] for i in where],
+                    [now[i] for i in where],
+                    [theirs[i] for i in where],
+                    method,
+                    None if both is None else (both[0].of(where), both[1].of(where)),
+                    by,
+                )
                 problems.update(rates[name].problems)
 
     scores = known.get(id(now))

@@ -90,6 +90,10 @@ class Scores:
     values: tuple[tuple[float, ...], ...]
     problems: Mapping[str, int]
 
+    def of(self, where: Sequence[int]) -> Scores:
+        """Those of some prompts."""
+        return Scores(tuple(self.values[i] for i in where), self.problems)
+
 
 def judge_scores(judge: Judge, prompts: Sequence[Prompt], groups: Groups, method: Method) -> Scores | None:
     """The score of each completion by itself, or None from a judge that only compares.

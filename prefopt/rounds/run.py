@@ -55,6 +55,10 @@ class OtherRun:
     folder: Path
     method: Method
 
+    def held_out(self, number: int) -> Path:
+        """The folder of its round, which holds its answers to held-out prompts."""
+        return self.folder / f"round_{number:02d}"
+
 
 @dataclass
 class Rounds:
@@ -460,8 +464,9 @@ class Rounds:
         path = self.folder(number) / "evaluate.json"
         inputs: dict[str, Any] = {name: self._held_out_stage(k).hash() for name, k in self._compared(number).items()}
         inputs |= json.loads(json.dumps(self._judge_inputs()))
-        if self._other_stage(number) is not None:
-            inputs["other"] = self._other_stage(number).hash()  # type: ignore[union-attr]
+        if self._other_answers(number) is not None:
+            assert self.other is not None
+            inputs["other"] = store.sha256(self.other.held_out(number) / "held_out.json")
         manifest = store.read_manifest(path)
         if manifest is None or manifest["inputs"] != inputs:
             figures = self._figures(number)
@@ -478,9 +483,9 @@ class Rounds:
         for k in {*self._compared(number).values()}:
             said[k] = [list(stages.completions_of(row)) for row in self._held_out_stage(k).rows()]
         completions = {name: said[k] for name, k in self._compared(number).items()}
-        others = self._other_stage(number)
+        others = self._other_answers(number)
         if others is not None:
-            completions["other"] = [list(stages.completions_of(row)) for row in others.rows()]
+            completions["other"] = [others.get(prompt.key, []) for prompt in self.held_out]
         samples = [(p, c) for p, group in zip(self.held_out, completions["now"], strict=True) for c in group]
         kl: dict[str, SampleFigures] = {}
         more: dict[str, float] = {}
@@ -525,26 +530,22 @@ class Rounds:
         pairs = store.read_manifest(self.folder(number) / "pairs.json") if number else None
         return figures | {f"pairs/{name}": value for name, value in (pairs or {}).get("figures", {}).items()}
 
-    def _other_stage(self, number: int) -> Stage | None:
-        """The held-out answers of the other run after the same round; None where it has not come so far.
+    def _other_answers(self, number: int) -> dict[str, list[Completion]] | None:
+        """What the run that is compared with has answered after the same round, by prompt; None where it is not so far.
 
-        Raises: RoundError when they answer other prompts.
+        Raises: RoundError when none of its held-out prompts is one of this run's.
         """
-        if self.other is None:
-            return None
         assert self.held_out is not None
-        folder = self.other.folder / f"round_{number:02d}"
-        if not store.finished(folder, "held_out"):
+        if self.other is None or not store.finished(folder := self.other.held_out(number), "held_out"):
             return None
-        keys = [[p.key for p in shard] for shard in stages.shards_of(self.held_out, self.config.rounds.shard)]
-        stage = Stage(folder, "held_out", {}, keys)
-        if stage.missing() or [[row["key"] for row in stage.read(i)] for i in range(len(keys))] != keys:
+        rows = [row for path in sorted((folder / "held_out").glob("*.jsonl")) for row in store.read_rows(path)]
+        answers = {row["key"]: list(stages.completions_of(row)) for row in rows}
+        if not any(prompt.key in answers for prompt in self.held_out):
             raise RoundError(
-                f"rounds.compare: {folder / 'held_out'} answers other prompts than this run's "
-                f"{len(self.held_out)} held-out ones, expected a run with the same data, seed, rounds.eval_prompts and "
-                "rounds.shard"
+                f"rounds.compare: {folder / 'held_out'} answers none of this run's {len(self.held_out)} held-out "
+                "prompts, expected a run on the same data"
             )
-        return stage
+        return answers
 
     def figures(self) -> list[RoundFigures]:
         """Of the rounds that are evaluated, in order."""

@@ -119,7 +119,7 @@ class Scratchpad(World):
             optimizer.step()
 
     def _rows(self, n: int, thinks: bool, slip: float, generator: torch.Generator) -> tuple[torch.Tensor, int]:
-        """What a sloppy writer answers to random prompts: rows of tokens, padded at the end, and where answers begin."""
+        """What a sloppy writer answers to random prompts: rows of tokens, padded at the end, and where they answer."""
 
         def draw(high: int, *shape: int) -> torch.Tensor:
             return torch.randint(high, shape, generator=generator)
@@ -144,7 +144,7 @@ class Scratchpad(World):
         head = [self._bos, self.vocabulary.index(THINK)] if thinks else [self._bos]
         return torch.cat([torch.tensor([head]).expand(len(digits), -1), self._zero + digits], 1)
 
-    # ---------------------------------------------------------------------------------------------- how good a policy is
+    # -------------------------------------------------------------------------------------------- how good a policy is
 
     @functools.cached_property
     def held_out(self) -> torch.Tensor:
@@ -161,8 +161,8 @@ class Scratchpad(World):
         Args: lm: its modes are left as they were found. beta: not read, what is right does not depend on it.
         Returns: `exact/...` -> share. `accuracy`: asked with this world's thought prompt, the response is right;
             `parsed`: there is a response; `chain`: of the running sums before the marker those that are right;
-            `accuracy_direct`: asked without the thought prompt; `accuracy_no_thought`: asked with it, and the marker put
-            in the place of a thought.
+            `accuracy_direct`: asked without the thought prompt; `accuracy_no_thought`: asked with it, and the marker
+            put in the place of a thought.
         """
         digits = self.held_out
         with evaluating(lm):
@@ -238,9 +238,9 @@ class Scratchpad(World):
 class ScratchpadJudge:
     """Scores responses: 1 for a right one, 0 for any other.
 
-    A text that still holds a thought, which only a method that hands it on can cause, is graded as a whole: the share of
-    the running sums that it has right, and 1 more for a right response. That is for experiments on what it would be
-    worth to let a judge see thoughts.
+    A text that still holds a thought, which only a method that hands it on can cause, is graded as a whole: the share
+    of the running sums that it has right, and 1 more for a right response. That is for experiments on what it would
+    be worth to let a judge see thoughts.
     """
 
     def __init__(self, world: Scratchpad) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import abc
 import functools
-import hashlib
 import itertools
 import json
 from collections.abc import Mapping, Sequence
@@ -81,7 +80,7 @@ class WordWorld(World):
     # ---------------------------------------------------------------------------------------------- base policy
 
     def _fit(self, model: LlamaForCausalLM) -> None:
-        """Maximum likelihood on `base_target`: its expectation exactly, but for the last word that EOS follows, drawn."""
+        """Maximum likelihood on `base_target`: its expectation exactly, but for the word that EOS follows, drawn."""
         steps, words, prompts = self.settings.base_steps, len(self.words), len(self.prompt_words)
         target = self.base_target.exp().float()  # (P, K)
         by_depth = [target]  # probability of each prefix of 0, 1, ... words
@@ -244,7 +243,7 @@ class WordWorld(World):
     # ---------------------------------------------------------------------------------------------- rounds
 
     def _texts(self, n: int, seed: int) -> list[str]:
-        """The world's own prompts in turn. Asking the same again draws other answers, so it counts as another prompt."""
+        """The world's own prompts in turn. The same again draws other answers, so it counts as another prompt."""
         return [self.prompt_words[i % len(self.prompt_words)] for i in range(n)]
 
     def judge(self) -> WorldJudge:

@@ -154,7 +154,7 @@ class World(abc.ABC):
     def _model_config(self, **other: Any) -> LlamaConfig:
         """Of the base policy. Args: other: settings in the place of, or beside, those that all worlds have."""
         hidden = self.settings.hidden
-        usual = {
+        usual: dict[str, Any] = {
             "vocab_size": len(self.vocabulary),
             "hidden_size": hidden,
             "intermediate_size": 2 * hidden,

@@ -267,7 +267,7 @@ def test_stop_texts_of_the_rounds_go_with_the_model(run, tmp_path):
 
 
 def test_direct_baseline_is_the_same_command_without_a_thought_and_is_compared_with(run, tmp_path, straight):
-    direct = run(tmp_path, method__thought_prompt="none")
+    direct = run(tmp_path / "direct", method__thought_prompt="none")
     pairs = read_rows(direct / "round_01/pairs.jsonl")
     assert all(pair["prompt"].startswith("say ") for pair in pairs)
     assert "thought" not in json.loads((direct / "model/generation_config.json").read_text())
@@ -275,17 +275,25 @@ def test_direct_baseline_is_the_same_command_without_a_thought_and_is_compared_w
     lines = [json.loads(line) for line in (compared / "rounds.jsonl").read_text().splitlines()]
     assert all(0 <= line["win_rate/vs_other"] <= 1 for line in lines)
     assert "win rate vs other run" in (compared / "rounds.md").read_text()
+    fewer = run(tmp_path / "fewer", method__thought_prompt="none", rounds__eval_prompts=4, rounds__select_prompts=0)
+    compared = run(straight.parent, rounds__compare=fewer)
+    lines = [json.loads(line) for line in (compared / "rounds.jsonl").read_text().splitlines()]
+    counts = ("wins", "ties", "losses", "left_out")
+    assert all(sum(line[f"win_rate/vs_other_{count}"] for count in counts) == 4 for line in lines)
 
 
 def test_run_with_other_held_out_prompts_is_not_compared_with(server, place, thinking, run, tmp_path):
-    other = run(tmp_path / "other", method__thought_prompt="none", rounds__eval_prompts=4, rounds__select_prompts=0)
+    rows = [{"prompt": f"tell {i}", "chosen": "a", "rejected": "b"} for i in range(60)]
+    (tmp_path / "others.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = {"method__thought_prompt": "none", "data__train": tmp_path / "others.jsonl", "rounds__select_prompts": 0}
+    other = run(tmp_path / "other", **flags)
     here = tmp_path / "here"
     here.mkdir()
     (here / "own.py").write_text((place / "own.py").read_text())
     ended = server.train(thinking(here / "run", rounds__compare=other), cwd=here)
     assert ended.status == 2
     assert "rounds.compare: " in ended.err
-    assert "answers other prompts than this run's 8 held-out ones" in ended.err
+    assert "answers none of this run's 8 held-out prompts, expected a run on the same data" in ended.err
     ended = server.train(thinking(here / "more", rounds__compare=here / "nothing"), cwd=here)
     assert ended.status == 2
     assert "run_card.json': No such file or directory, expected the folder of a run of rounds" in ended.err
