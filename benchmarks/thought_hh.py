@@ -3,8 +3,8 @@
     python benchmarks/thought_hh.py --data.train train.jsonl --data.eval test.jsonl --output runs/hh
 
 From the SFT policy and the reward model of `rounds_hh.py` (made here where the folder has none). A policy this small
-does not follow a thought prompt it has never seen, so it is first shown the form: one epoch on the training pairs'
-chosen sides, once as they are and once asked with the thought prompt, the first words of the answer as its draft. Both
+does not follow a thought prompt it has never seen, so it is first shown the form: three epochs on the training pairs'
+chosen sides, of which the model with the lowest held-out loss is taken, once as they are and once asked with the thought prompt, the first words of the answer as its draft. Both
 arms begin with that one policy, and differ in `method.thought_prompt` alone. A killed study continues.
 """
 
@@ -38,13 +38,14 @@ def main() -> None:
     parser.add_argument("--output", default=Path("runs/hh"), type=Path, help="the folder of hh.py, or a new one")
     parser.add_argument("--jobs", default=max(1, len(os.sched_getaffinity(0))), type=int, help="runs at the same time")
     parser.add_argument("--prompts", default=512, type=int, help="prompts of a round")
-    parser.add_argument("--n", default=8, type=int, help="completions of a prompt")
+    parser.add_argument("--n", default=5, type=int, help="completions of a prompt")
     parser.add_argument("--eval_prompts", default=200, type=int, help="held-out prompts")
     parser.add_argument("--select_prompts", default=48, type=int, help="held-out prompts that choose a round's policy")
     parser.add_argument("--max_tokens", default=128, type=int, help="most tokens of a completion")
     parser.add_argument("--judge_lr", default=3e-4, type=float)
     parser.add_argument("--form_lr", default=3e-4, type=float)
-    parser.add_argument("--lr", default=1e-4, type=float)
+    parser.add_argument("--form_epochs", default=3, type=float)
+    parser.add_argument("--lr", default=3e-5, type=float)
     parser.add_argument("--beta", default=0.1, type=float)
     args = parser.parse_args()
     folder = args.output / "thoughts"
@@ -61,7 +62,8 @@ def main() -> None:
     form = ["--method", "sft", "--model.path", str(policy), "--data.max_length", str(LENGTH), *steps]
     form += ["--data.train", str(show_form(args.train, folder / "form_train.jsonl"))]
     form += ["--data.eval", str(show_form(args.eval, folder / "form_eval.jsonl"))]
-    form += ["--optim.lr", str(args.form_lr), "--eval.every", "1000", "--data.on_bad_row", "skip"]
+    form += ["--optim.lr", str(args.form_lr), "--data.on_bad_row", "skip"]
+    form += ["--train.train_epochs", str(args.form_epochs), "--eval.select", "loss", "--eval.every", "125"]
     train_all({"form": form}, folder, 1)
 
     common = ["--method", "thought_po", "--method.beta", str(args.beta), "--model.path", str(folder / "form" / "model")]
@@ -85,7 +87,18 @@ def main() -> None:
     if status != 0:
         raise SystemExit("the comparison did not finish")
 
-    names = ("prompts", "n", "max_tokens", "judge_lr", "form_lr", "lr", "beta", "eval_prompts", "select_prompts")
+    names = (
+        "prompts",
+        "n",
+        "max_tokens",
+        "judge_lr",
+        "form_lr",
+        "form_epochs",
+        "lr",
+        "beta",
+        "eval_prompts",
+        "select_prompts",
+    )
     result = {
         "machine": machine(),
         "settings": {name: getattr(args, name) for name in names},
