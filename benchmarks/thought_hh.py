@@ -4,9 +4,9 @@
 
 From the SFT policy and the reward model of `rounds_hh.py` (made here where the folder has none). A policy this small
 does not follow a thought prompt it has never seen, so it is first shown the form: the training pairs' chosen sides,
-once as they are and once asked with the thought prompt, the first words of the answer as its draft; of three epochs the model
-with the lowest held-out loss is taken. Both arms begin with that one policy, and differ in `method.thought_prompt`
-alone. A killed study continues.
+once as they are and once asked with the thought prompt, the first words of the answer as its draft. Of three epochs the
+model with the lowest held-out loss is taken. Both arms begin with that one policy, and differ in
+`method.thought_prompt` alone. A killed study continues.
 """
 
 from __future__ import annotations
