@@ -12,7 +12,7 @@ ARGS ?=
 VLLM_VENV ?= .venv-vllm
 VLLM_PYTHON ?= $(VLLM_VENV)/bin/python
 
-.PHONY: train test test-all test-engines study-cyclic check clean
+.PHONY: train test test-all test-engines study-cyclic study-thought check clean
 
 train: $(READY)
 	$(LAUNCH) scripts/train.py --method tdpo $(ARGS)
@@ -30,6 +30,9 @@ test-engines: $(READY) $(VLLM_PYTHON)
 
 study-cyclic: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/cyclic.py $(ARGS)
+
+study-thought: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/thought.py $(ARGS)
 
 check: $(READY)
 	$(BIN)/ruff check .

@@ -1,0 +1,193 @@
+"""Thought PO where a sum needs its steps written down: what thinking gains, what hiding it is worth, what rho does.
+
+    python benchmarks/thought.py --output runs/thought
+
+Each of 3 seeds is another base policy and another run of the testbed's world `scratchpad`. Six rounds each: Thought PO;
+its direct baseline, which differs in the thought prompt alone; and an arm whose judge sees the thought too. Three
+rounds each, with a judge that likes long responses: four values of rho. Writes result.json, result.md and thought.png;
+a killed study continues.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from study import machine, train_all
+
+ROUNDS, RHO_ROUNDS = 6, 3
+ARMS = {
+    "thought": ["--method", "thought_po"],
+    "direct": ["--method", "thought_po", "--method.thought_prompt", "none"],
+    "judge sees thought": ["--method", "judge_sees_thought.JudgeSeesThought"],
+}
+RHOS = ("0", "0.25", "0.5", "auto")
+ACCURACY = {"direct": "exact/accuracy_direct"}  # of the other arms: exact/accuracy
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", default=Path("runs/thought"), type=Path)
+    parser.add_argument("--seeds", default=3, type=int)
+    parser.add_argument("--jobs", default=max(1, len(os.sched_getaffinity(0))), type=int, help="runs at the same time")
+    args = parser.parse_args()
+
+    runs: dict[str, list[str]] = {}
+    for seed in range(args.seeds):
+        world = ["--testbed.world", "scratchpad", "--testbed.seed", str(seed), "--seed", str(seed)]
+        for arm, flags in ARMS.items():
+            runs[f"{arm.replace(' ', '_')}-{seed}"] = [*flags, *world, "--rounds.count", str(ROUNDS)]
+        for rho in RHOS:
+            likes = ["--judge.kind", "function", "--judge.path", "wordy_judge:score", "--method.rho", rho]
+            runs[f"rho_{rho}-{seed}"] = [*ARMS["thought"], *world, *likes, "--rounds.count", str(RHO_ROUNDS)]
+    from prefopt.testbed import build_world
+    from prefopt.testbed.cache import cache_root
+
+    for seed in range(args.seeds):  # before the runs, which would each train the base policy of their seed
+        path = build_world("scratchpad", seed=seed, cache_dir=cache_root()).base_model_path
+        print(f"base policy of seed {seed}: {path}", flush=True)
+    train_all(runs, args.output, args.jobs)
+
+    seeds = range(args.seeds)
+    result = {
+        "machine": machine(),
+        "arms": {
+            arm: [figures(args.output / f"{arm.replace(' ', '_')}-{seed}", arm) for seed in seeds] for arm in ARMS
+        },
+        "rho": {rho: [figures(args.output / f"rho_{rho}-{seed}", "thought") for seed in seeds] for rho in RHOS},
+    }
+    (args.output / "result.json").write_text(json.dumps(result, indent=1))
+    table = render(result)
+    (args.output / "result.md").write_text(table)
+    plot(args.output / "thought.png", result)
+    print(table)
+
+
+def figures(run: Path, arm: str) -> dict[str, list[float]]:
+    """Of a run, by round from the start on."""
+    rows = [json.loads(text) for text in (run / "rounds.jsonl").read_text().splitlines()]
+    names = {
+        "accuracy": ACCURACY.get(arm, "exact/accuracy"),
+        "no_thought": "exact/accuracy_no_thought",
+        "parsed": "exact/parsed",
+        "chain": "exact/chain",
+        "thought": "thought_characters",
+        "response": "response_characters",
+        "rho": "pairs/rho",
+        "kl": "kl/to_first",
+    }
+    return {key: [row.get(name) for row in rows] for key, name in names.items()}
+
+
+def over_seeds(runs: Sequence[Mapping[str, Sequence[float]]], name: str, at: int) -> tuple[float, float]:
+    """Mean of a figure after a round and half the width of its 95% interval (Student's t), over seeds."""
+    from prefopt.testbed.report import mean_and_interval
+
+    return mean_and_interval(np.array([run[name][at] for run in runs]))
+
+
+def difference(one: Sequence[Any], other: Sequence[Any], at: int = -1) -> tuple[float, float]:
+    """Of two arms' accuracy, seed by seed."""
+    from prefopt.testbed.report import mean_and_interval
+
+    return mean_and_interval(np.array([a["accuracy"][at] - b["accuracy"][at] for a, b in zip(one, other, strict=True)]))
+
+
+def render(result: Mapping[str, Any]) -> str:
+    """The tables of the study in Markdown."""
+
+    def cell(pair: tuple[float, float], spec: str = ".3f") -> str:
+        return f"{pair[0]:{spec}} ± {pair[1]:{spec}}"
+
+    arms, seeds = result["arms"], len(result["arms"]["thought"])
+    out = [
+        f"{seeds} seeds; means over seeds, 95% intervals (Student's t). {result['machine']}.",
+        "",
+        f"| exact accuracy after round | {' | '.join(map(str, range(ROUNDS + 1)))} |",
+        "|---" * (ROUNDS + 2) + "|",
+    ]
+    for arm, runs in arms.items():
+        out.append(f"| {arm} | {' | '.join(cell(over_seeds(runs, 'accuracy', k)) for k in range(ROUNDS + 1))} |")
+    out += ["", f"| thought PO after round | {' | '.join(map(str, range(ROUNDS + 1)))} |", "|---" * (ROUNDS + 2) + "|"]
+    titles = {
+        "parsed": ("holds a response", ".3f"),
+        "chain": ("running sums right", ".3f"),
+        "thought": ("thought, characters", ".1f"),
+        "response": ("response, characters", ".1f"),
+        "no_thought": ("accuracy, marker forced at once", ".3f"),
+    }
+    for name, (title, spec) in titles.items():
+        cells = [cell(over_seeds(arms["thought"], name, k), spec) for k in range(ROUNDS + 1)]
+        out.append(f"| {title} | {' | '.join(cells)} |")
+    gain = [run["accuracy"][-1] - run["accuracy"][0] for run in arms["thought"]]
+    seen = difference(arms["thought"], arms["judge sees thought"])
+    first = difference(arms["thought"], arms["judge sees thought"], 1)
+    out += [
+        "",
+        f"Gain of thought PO over its round 0, by seed: {', '.join(f'{100 * g:.1f}' for g in gain)} points. "
+        f"Over the direct baseline at the end: {cell(difference(arms['thought'], arms['direct']))}. "
+        f"Judge sees the response alone, minus judge sees the thought: {cell(first)} after round 1, {cell(seen)} at "
+        "the end.",
+        "",
+        "| rho, with a judge that likes length | response, characters: start | after each round | rho of each round | "
+        "exact accuracy at the end |",
+        "|---" * 5 + "|",
+    ]
+    for rho, runs in result["rho"].items():
+        lengths = ", ".join(cell(over_seeds(runs, "response", k), ".1f") for k in range(1, RHO_ROUNDS + 1))
+        chosen = "; ".join(", ".join(f"{run['rho'][k]:.2f}" for k in range(1, RHO_ROUNDS + 1)) for run in runs)
+        end = cell(over_seeds(runs, "accuracy", -1))
+        out.append(f"| {rho} | {cell(over_seeds(runs, 'response', 0), '.1f')} | {lengths} | {chosen} | {end} |")
+    return "\n".join(out) + "\n"
+
+
+def plot(path: Path, result: Mapping[str, Any]) -> None:
+    """Small multiples over rounds: accuracy of the arms, lengths, parse rate, and response length by rho."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    from prefopt.testbed.report import COLOURS, GREY
+
+    arms = result["arms"]
+    thinking = {arm: runs for arm, runs in arms.items() if arm != "direct"}
+    rhos = {f"rho {rho}": runs for rho, runs in result["rho"].items()}
+    panels = [
+        ("exact accuracy", "accuracy", arms),
+        ("share with a response", "parsed", thinking),
+        ("thought  [characters]", "thought", thinking),
+        ("response  [characters]", "response", arms),
+        ("response  [characters],\njudge that likes length", "response", rhos),
+        ("exact accuracy,\njudge that likes length", "accuracy", rhos),
+    ]
+    drawing = Figure(figsize=(10.5, 5.8), dpi=150, layout="constrained")
+    FigureCanvasAgg(drawing)
+    for number, (title, name, lines) in enumerate(panels):
+        axes = drawing.add_subplot(2, 3, number + 1)
+        for (label, runs), colour in zip(lines.items(), COLOURS, strict=False):
+            rounds = range(len(runs[0][name]))
+            middle, half = np.array([over_seeds(runs, name, k) for k in rounds]).T
+            axes.plot(rounds, middle, marker="o", markersize=3, color=colour, label=label)
+            axes.fill_between(rounds, middle - half, middle + half, color=colour, alpha=0.15, linewidth=0)
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel("round", color=GREY)
+        axes.set_xticks(rounds)
+        if name in ("accuracy", "parsed"):
+            axes.set_ylim(0, 1.02)
+        else:
+            axes.set_ylim(bottom=0)
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+        axes.legend(frameon=False, fontsize=8)
+    drawing.savefig(path)
+
+
+if __name__ == "__main__":
+    main()
