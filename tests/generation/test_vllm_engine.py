@@ -145,6 +145,7 @@ def test_each_prompt_is_told_as_it_is_read(policy, offline):
     assert [told[number] for number in range(len(policy.prompts))] == whole
 
 
+@pytest.mark.engines
 def test_two_copies_give_what_one_gives(policy, offline):
     sampling = Sampling(n=2, max_tokens=12)
     with vllm(policy, replicas=2) as two:
