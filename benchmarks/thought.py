@@ -159,33 +159,31 @@ def plot(path: Path, result: Mapping[str, Any]) -> None:
     arms = result["arms"]
     thinking = {arm: runs for arm, runs in arms.items() if arm != "direct"}
     rhos = {f"rho {rho}": runs for rho, runs in result["rho"].items()}
-    panels = [
-        ("exact accuracy", "accuracy", arms),
-        ("share with a response", "parsed", thinking),
-        ("thought  [characters]", "thought", thinking),
-        ("response  [characters]", "response", arms),
-        ("response  [characters],\njudge that likes length", "response", rhos),
-        ("exact accuracy,\njudge that likes length", "accuracy", rhos),
+    panels = [  # title, figure, lines, upper end of the axis, place of the legend
+        ("exact accuracy", "accuracy", arms, 1.0, "center right"),
+        ("share of completions with a response", "parsed", thinking, 1.05, "lower right"),
+        ("thought  [characters]", "thought", thinking, 16, "lower right"),
+        ("response  [characters]", "response", arms, 20, "upper right"),
+        ("response  [characters], judge that likes length", "response", rhos, 32, "upper left"),
+        ("exact accuracy, judge that likes length", "accuracy", rhos, 1.0, "lower right"),
     ]
     drawing = Figure(figsize=(10.5, 5.8), dpi=150, layout="constrained")
     FigureCanvasAgg(drawing)
-    for number, (title, name, lines) in enumerate(panels):
+    for number, (title, name, lines, top, place) in enumerate(panels):
         axes = drawing.add_subplot(2, 3, number + 1)
         for (label, runs), colour in zip(lines.items(), COLOURS, strict=False):
             rounds = range(len(runs[0][name]))
             middle, half = np.array([over_seeds(runs, name, k) for k in rounds]).T
             axes.plot(rounds, middle, marker="o", markersize=3, color=colour, label=label)
             axes.fill_between(rounds, middle - half, middle + half, color=colour, alpha=0.15, linewidth=0)
-        axes.set_title(title, fontsize=10)
-        axes.set_xlabel("round", color=GREY)
+        axes.set_title(title, fontsize=9)
+        axes.set_xlabel("round", color=GREY, fontsize=9)
         axes.set_xticks(rounds)
-        if name in ("accuracy", "parsed"):
-            axes.set_ylim(0, 1.02)
-        else:
-            axes.set_ylim(bottom=0)
+        axes.tick_params(labelsize=8)
+        axes.set_ylim(0, top)
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
-        axes.legend(frameon=False, fontsize=8)
+        axes.legend(frameon=False, fontsize=8, loc=place)
     drawing.savefig(path)
 
 
