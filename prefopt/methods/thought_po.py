@@ -32,7 +32,7 @@ class ThoughtPO(Method):
 
     nll_weight: float = 0.0
     """Weight of the likelihood of the chosen thought and response, in nats per token; >= 0."""
-    # the paper tried DPO with such a term (IRPO) and saw no difference; it holds a policy where the rate is high
+    # the paper tried DPO with such a term (IRPO) and saw no difference
 
     thought_prompt: str = "specific"
     """How thoughts are asked for in rounds: generic, specific, system, or a file; none: the direct baseline."""
