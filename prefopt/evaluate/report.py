@@ -316,6 +316,15 @@ def rounds_plot(path: Path | str, figures: Sequence[RoundFigures]) -> None:
         ("judge's score", {"": line(f.score for f in figures)}),
         ("tokens per completion", {"": line(f.texts.tokens for f in figures)}),
         ("distinct-n", {f"n = {n}": line(f.texts.distinct[i] for f in figures) for i, n in enumerate(ORDERS)}),
+        ("share with a response", {"": line(f.more.get("parsed") for f in figures)}),
+        (
+            "characters per completion",
+            {
+                part: line(f.more.get(f"{part}_characters") for f in figures)
+                for part in ("thought", "response")
+                if any("thought_characters" in f.more for f in figures)
+            },
+        ),
         (
             "KL(policy || reference)  [nats]",
             {name.replace("_", " "): line(f.kl.get(name) for f in figures) for name in references},
@@ -342,7 +351,7 @@ def rounds_plot(path: Path | str, figures: Sequence[RoundFigures]) -> None:
         if title.startswith("win rate"):  # one scale, so that the two compare
             axes.axhline(0.5, color=GREY, linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
             axes.set_ylim(max(0.5 - reach, -0.03), min(0.5 + reach, 1.03))
-        if title.startswith(("KL", "tokens", "distinct")):
+        if title.startswith(("KL", "tokens", "distinct", "share", "characters")):
             top = max(point[3] for points in lines.values() for point in points)
             axes.set_ylim(0, 1.08 * top if top > 0 else 1)
         axes.set_xlim(-0.15, last + 0.15)
