@@ -4,7 +4,8 @@
 
 Each of 3 seeds is another base policy and another run of the testbed's world `scratchpad`. Six rounds each: Thought PO;
 its direct baseline, which differs in the thought prompt alone; and an arm whose judge sees the thought too. Three
-rounds each, with a judge that likes long responses: four values of rho. Writes result.json, result.md and thought.png;
+rounds each: the first and the last of these without length control, and, with a judge that likes long responses, four
+values of rho. Writes result.json, result.md and thought.png;
 a killed study continues.
 """
 
@@ -30,6 +31,8 @@ ARMS = {
     "judge sees thought": ["--method", "judge_sees_thought.JudgeSeesThought"],
 }
 RHOS = ("0", "0.25", "0.5", "auto")
+FREE = ("thought", "judge sees thought")  # arms that also run with rho 0
+BROKEN = ("judge sees thought", "rho auto")  # lines of the plot
 ACCURACY = {"direct": "exact/accuracy_direct"}  # of the other arms: exact/accuracy
 
 
@@ -45,6 +48,9 @@ def main() -> None:
         world = ["--testbed.world", "scratchpad", "--testbed.seed", str(seed), "--seed", str(seed)]
         for arm, flags in ARMS.items():
             runs[f"{arm.replace(' ', '_')}-{seed}"] = [*flags, *world, "--rounds.count", str(ROUNDS)]
+        for arm in FREE:
+            free = [*ARMS[arm], *world, "--method.rho", "0", "--rounds.count", str(RHO_ROUNDS)]
+            runs[f"{arm.replace(' ', '_')}_rho_0-{seed}"] = free
         for rho in RHOS:
             likes = ["--judge.kind", "function", "--judge.path", "wordy_judge:score", "--method.rho", rho]
             runs[f"rho_{rho}-{seed}"] = [*ARMS["thought"], *world, *likes, "--rounds.count", str(RHO_ROUNDS)]
@@ -61,6 +67,9 @@ def main() -> None:
         "machine": machine(),
         "arms": {
             arm: [figures(args.output / f"{arm.replace(' ', '_')}-{seed}", arm) for seed in seeds] for arm in ARMS
+        },
+        "free": {
+            arm: [figures(args.output / f"{arm.replace(' ', '_')}_rho_0-{seed}", arm) for seed in seeds] for arm in FREE
         },
         "rho": {rho: [figures(args.output / f"rho_{rho}-{seed}", "thought") for seed in seeds] for rho in RHOS},
     }
@@ -101,8 +110,17 @@ def difference(one: Sequence[Any], other: Sequence[Any], at: int = -1) -> tuple[
     return mean_and_interval(np.array([a["accuracy"][at] - b["accuracy"][at] for a, b in zip(one, other, strict=True)]))
 
 
+def verdict(hidden: tuple[float, float], after: str) -> str:
+    """In words, what a mean of hidden minus seen and its interval say of hiding the thought."""
+    mean, half = hidden
+    if abs(mean) <= half:
+        return f"{after} the interval holds 0: no difference is seen between hiding the thought and showing it"
+    return f"{after} the interval does not hold 0: the judge that {'does not see' if mean > 0 else 'sees'} it is ahead"
+
+
 def render(result: Mapping[str, Any]) -> str:
     """The tables of the study in Markdown."""
+    from prefopt.testbed.report import mean_and_interval
 
     def cell(pair: tuple[float, float], spec: str = ".3f") -> str:
         return f"{pair[0]:{spec}} ± {pair[1]:{spec}}"
@@ -128,14 +146,34 @@ def render(result: Mapping[str, Any]) -> str:
         cells = [cell(over_seeds(arms["thought"], name, k), spec) for k in range(ROUNDS + 1)]
         out.append(f"| {title} | {' | '.join(cells)} |")
     gain = [run["accuracy"][-1] - run["accuracy"][0] for run in arms["thought"]]
-    seen = difference(arms["thought"], arms["judge sees thought"])
-    first = difference(arms["thought"], arms["judge sees thought"], 1)
+    hidden = [difference(arms["thought"], arms["judge sees thought"], k) for k in range(ROUNDS + 1)]
+    apart = [str(k) for k in range(1, ROUNDS) if abs(hidden[k][0]) > hidden[k][1]]
+    between = f"before that it does not hold 0 after round {', '.join(apart)}" if apart else "so it does in each round"
     out += [
         "",
-        f"Gain of thought PO over its round 0, by seed: {', '.join(f'{100 * g:.1f}' for g in gain)} points. "
+        f"| thought hidden minus seen, accuracy after round | {' | '.join(map(str, range(1, ROUNDS + 1)))} |",
+        "|---" * (ROUNDS + 1) + "|",
+        f"| seed by seed | {' | '.join(map(cell, hidden[1:]))} |",
+        "",
+        f"Gain of thought PO over its round 0: {cell(mean_and_interval(np.array(gain)))} "
+        f"(by seed: {', '.join(f'{g:.3f}' for g in gain)}). "
         f"Over the direct baseline at the end: {cell(difference(arms['thought'], arms['direct']))}. "
-        f"Judge sees the response alone, minus judge sees the thought: {cell(first)} after round 1, {cell(seen)} at "
-        "the end.",
+        f"Does hiding the thought matter? {verdict(hidden[-1], f'After round {ROUNDS}')}; {between}. The intervals are "
+        "of one round each.",
+        "",
+        f"| with rho 0, after round | {' | '.join(map(str, range(RHO_ROUNDS + 1)))} |",
+        "|---" * (RHO_ROUNDS + 2) + "|",
+    ]
+    free, steps = result["free"], range(RHO_ROUNDS + 1)
+    for arm, runs in free.items():
+        out.append(f"| {arm}: accuracy | {' | '.join(cell(over_seeds(runs, 'accuracy', k)) for k in steps)} |")
+        lengths = [cell(over_seeds(runs, "response", k), ".1f") for k in steps]
+        out.append(f"| {arm}: response, characters | {' | '.join(lengths)} |")
+    apart_free = [cell(difference(free["thought"], free["judge sees thought"], k), ".4f") for k in steps]
+    gained = [cell(difference(free["thought"], arms["thought"], k), ".4f") for k in steps]
+    out += [
+        f"| thought hidden minus seen, accuracy | {' | '.join(apart_free)} |",
+        f"| thought: rho 0 minus auto, accuracy | {' | '.join(gained)} |",
         "",
         "| rho, with a judge that likes length | response, characters: start | after each round | rho of each round | "
         "exact accuracy at the end |",
@@ -154,35 +192,37 @@ def plot(path: Path, result: Mapping[str, Any]) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    from prefopt.testbed.report import COLOURS, GREY
+    from prefopt.testbed.report import COLOURS, INK
 
     arms = result["arms"]
     thinking = {arm: runs for arm, runs in arms.items() if arm != "direct"}
     rhos = {f"rho {rho}": runs for rho, runs in result["rho"].items()}
-    panels = [  # title, figure, lines, upper end of the axis, place of the legend
-        ("exact accuracy", "accuracy", arms, 1.0, "center right"),
-        ("share of completions with a response", "parsed", thinking, 1.05, "lower right"),
-        ("thought  [characters]", "thought", thinking, 16, "lower right"),
-        ("response  [characters]", "response", arms, 20, "upper right"),
-        ("response  [characters], judge that likes length", "response", rhos, 32, "upper left"),
-        ("exact accuracy, judge that likes length", "accuracy", rhos, 1.0, "lower right"),
+    # one colour each in every panel; broken lines show what lies under them
+    styles = dict(zip([*arms, *rhos], [*COLOURS[:3], INK, *COLOURS[3:]], strict=False))
+    panels = [  # title, figure, axis, lines, upper end of the axis, place of the legend
+        ("accuracy", "accuracy", "exact accuracy", arms, 1.0, "center right"),
+        ("completions with a response", "parsed", "share", thinking, 1.05, "lower right"),
+        ("length of thoughts", "thought", "characters", thinking, 16, "lower right"),
+        ("length of responses", "response", "characters", arms, 20, "upper right"),
+        ("length of responses, judge that likes it", "response", "characters", rhos, 32, "upper left"),
+        ("accuracy, judge that likes length", "accuracy", "exact accuracy", rhos, 1.0, "lower right"),
     ]
-    drawing = Figure(figsize=(10.5, 5.8), dpi=150, layout="constrained")
+    drawing = Figure(figsize=(10.5, 6.2), dpi=150, layout="constrained")
     FigureCanvasAgg(drawing)
-    for number, (title, name, lines, top, place) in enumerate(panels):
+    for number, (title, name, unit, lines, top, place) in enumerate(panels):
         axes = drawing.add_subplot(2, 3, number + 1)
-        for (label, runs), colour in zip(lines.items(), COLOURS, strict=False):
-            rounds = range(len(runs[0][name]))
+        for label, runs in lines.items():
+            rounds, dashes = range(len(runs[0][name])), "--" if label in BROKEN else "-"
             middle, half = np.array([over_seeds(runs, name, k) for k in rounds]).T
-            axes.plot(rounds, middle, marker="o", markersize=3, color=colour, label=label)
-            axes.fill_between(rounds, middle - half, middle + half, color=colour, alpha=0.15, linewidth=0)
-        axes.set_title(title, fontsize=9)
-        axes.set_xlabel("round", color=GREY, fontsize=9)
+            axes.plot(rounds, middle, dashes, marker="o", markersize=3, color=styles[label], label=label)
+            axes.fill_between(rounds, middle - half, middle + half, color=styles[label], alpha=0.15, linewidth=0)
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel("round", fontsize=9)
+        axes.set_ylabel(unit, fontsize=9)
         axes.set_xticks(rounds)
         axes.tick_params(labelsize=8)
         axes.set_ylim(0, top)
-        for side in ("top", "right"):
-            axes.spines[side].set_visible(False)
+        axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize=8, loc=place)
     drawing.savefig(path)
 
