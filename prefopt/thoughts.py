@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from prefopt import marks
 from prefopt.errors import ConfigError, did_you_mean
 
 Messages = list[dict[str, str]]
 OnRepeat = Literal["error", "first"]
 NONE = "none"  # in the place of a thought prompt: the policy is asked as it is, and answers at once
 _FOLDER = Path(__file__).parent / "thought_prompts"
-_MARK = re.compile(r"\{([a-z_]+)\}")
 _MARKS = ("prompt", "thought_marker", "response_marker")
 _HEAD = ("thought_marker", "response_marker")
 
@@ -108,13 +107,12 @@ class ThoughtFormat:
         }
 
     def _filled(self, prompt: str) -> str:
-        values = {
-            "prompt": prompt,
-            "thought_marker": self.thought_marker,
-            "response_marker": self.response_marker,
-        }
+        return marks.filled(self.asking(), prompt=prompt)
+
+    def asking(self) -> str:
+        """The thought prompt with its markers in it; `{prompt}`, where it has that, is left to be filled."""
         assert self.template is not None
-        return _MARK.sub(lambda mark: values.get(mark[1], mark[0]), self.template)
+        return marks.filled(self.template, thought_marker=self.thought_marker, response_marker=self.response_marker)
 
 
 def names() -> list[str]:
@@ -156,10 +154,9 @@ def read_format(
             raise ConfigError(f"{key}: {path}:{number}: found '{entry}', expected 'response_marker: TEXT' or '---'")
         own[word.strip()] = value.strip()
     template = (template if line else text).strip("\n")
-    odd = sorted({*_MARK.findall(template)} - {*_MARKS})
-    if odd:
-        allowed = ", ".join(f"{{{mark}}}" for mark in _MARKS)
-        raise ConfigError(f"{key}: {path}: has {{{odd[0]}}}{did_you_mean(odd[0], _MARKS)}, expected {allowed}")
+    what = marks.problem(template, (), _MARKS)
+    if what is not None:
+        raise ConfigError(f"{key}: {path}: {what}, expected {marks.listed(_MARKS)}")
     response = own.get("response_marker", "") if response_marker is None else response_marker
     thought = own.get("thought_marker", "") if thought_marker is None else thought_marker
     if not response.strip():

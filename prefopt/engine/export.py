@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prefopt.data.encode import terminators
+from prefopt.thoughts import ThoughtFormat
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -60,7 +61,7 @@ reader. `prefopt infer --model FOLDER` asks it and shows the response alone; `--
 With other tools, put the prompt into this text where it says `{{prompt}}`; without that mark it is a system message:
 
 ```
-{_marked(thought)}
+{ThoughtFormat(**thought).asking()}
 ```
 
 and show what follows `{response}`. A completion without it, or with nothing behind it, holds no response: sample again.
@@ -72,10 +73,3 @@ answer = response.strip() if marker and {response!r} not in response else None  
 
 The same stands in `{GENERATION}` under `thought`, and `eos_token_id` there names all tokens that end an answer.
 """
-
-
-def _marked(thought: Mapping[str, Any]) -> str:
-    text: str = thought["template"]
-    for name in ("thought_marker", "response_marker"):
-        text = text.replace(f"{{{name}}}", thought[name])
-    return text

@@ -16,6 +16,7 @@ from prefopt.errors import RoundError
 from prefopt.evaluate.intervals import Interval, bootstrap
 from prefopt.evaluate.texts import ORDERS, TextFigures, describe_texts
 from prefopt.evaluate.win_rate import Groups, Scores, WinRate, judge_scores, judged_win_rate
+from prefopt.files import finite
 from prefopt.types import Prompt
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ class RoundFigures:
 
     def to_dict(self) -> dict[str, Any]:
         """As nested plain values that JSON holds; NaN is None."""
-        return _plain(asdict(self))
+        return finite(asdict(self))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> RoundFigures:
@@ -199,14 +200,6 @@ def _over_prompts(groups: Sequence[np.ndarray]) -> Interval:
 
 def _spread(name: str, interval: Interval) -> dict[str, float]:
     return {name: interval.mean, f"{name}_low": interval.low, f"{name}_high": interval.high}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {name: _plain(v) for name, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _number(value: float | None) -> float:

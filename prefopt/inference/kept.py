@@ -6,18 +6,16 @@ came of it; one that cannot be read counts as absent.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
 import math
-import os
-import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from prefopt.errors import RoundError
+from prefopt.files import finite, write_whole
 from prefopt.generation.base import Done, Engine, Sampling
 from prefopt.judges.base import Judge
 from prefopt.types import Completion, Judgement, Question
@@ -26,23 +24,10 @@ _RESPONSES = 64  # that a judge is given at a time: the most that a kill can cos
 
 
 def write_text(path: Path, text: str, *, flush: bool = True) -> None:
-    """Write a file aside, then rename it. Half of a surrogate pair becomes a question mark.
-
-    Args: flush: to the disk before that, so that not even a power cut leaves less than the whole.
-    Raises: RoundError when there is no room.
-    """
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
+    """Write a file, whole or not at all, see `write_whole`. Raises: RoundError when there is no room."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with scratch.open("wb") as file:
-            file.write(text.encode("utf-8", "replace"))
-            if flush:
-                file.flush()
-                os.fsync(file.fileno())
-        scratch.replace(path)
+        write_whole(path, [text], flush=flush)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            scratch.unlink(missing_ok=True)
         raise RoundError(
             f"{path}: cannot be written: {error.strerror}; what is done is kept: free space and run the same command "
             "again"
@@ -158,7 +143,7 @@ class KeptJudge:
             while missing and sum(len(questions[i].responses) for i in some) < _RESPONSES:
                 some.append(missing.pop(0))
             for number, judgement in zip(some, self.inner.judge([questions[i] for i in some]), strict=True):
-                self.kept.write(paths[number], _plain(dataclasses.asdict(judgement)))
+                self.kept.write(paths[number], finite(dataclasses.asdict(judgement)))
                 found[number] = judgement
         return [judgement for judgement in found if judgement is not None]
 
@@ -205,14 +190,3 @@ def _numbers(values: Any) -> tuple[float, ...] | None:
 
 def _table(rows: Any) -> tuple[tuple[float, ...], ...] | None:
     return None if rows is None else tuple(_numbers(row) or () for row in rows)
-
-
-def _plain(value: Any) -> Any:
-    """NaN and infinities as null, which every reader of JSON takes."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return value

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from prefopt import marks
 from prefopt.errors import ConfigError, did_you_mean
 from prefopt.types import Response
 
 _FOLDER = Path(__file__).parent / "templates"
-_MARK = re.compile(r"\{([a-z_]+)\}")
 _TAG = re.compile(r"</?[A-Z][A-Z_]*>")
 _OPEN, _CLOSE = "<IMPROVED_VARIABLE>", "</IMPROVED_VARIABLE>"
 # Of each file: the marks that it must have, and further ones that it may have.
@@ -40,7 +40,7 @@ class Template:
 
     def filled(self, **texts: str) -> tuple[str, str]:
         """(system text, user text); what looks like a mark in the texts is left as it is."""
-        return _filled(self.system, texts), _filled(self.user, texts)
+        return marks.filled(self.system, **texts), marks.filled(self.user, **texts)
 
 
 @dataclass(frozen=True)
@@ -136,16 +136,10 @@ def _read(path: Path, name: str) -> str:
         reason = error.strerror if isinstance(error, OSError) else "is not text"
         raise ConfigError(f"templates: '{path}': {reason}") from error
     required, more = _MARKS[name]
-    found, allowed = set(_MARK.findall(text)), required | more
-    missing, odd = sorted(required - found), sorted(found - allowed)
-    if missing or odd or not text.strip():
-        what = "is empty"
-        if missing:
-            what = f"has no {{{missing[0]}}}"
-        elif odd:
-            what = f"has {{{odd[0]}}}{did_you_mean(odd[0], allowed)}"
-        marks = ", ".join(f"{{{mark}}}" for mark in sorted(allowed)) or "a text without marks"
-        raise ConfigError(f"templates: '{path}' {what}, expected {marks}")
+    what = marks.problem(text, required, required | more) or (None if text.strip() else "is empty")
+    if what is not None:
+        expected = marks.listed(required | more) or "a text without marks"
+        raise ConfigError(f"templates: '{path}' {what}, expected {expected}")
     return text
 
 
@@ -154,7 +148,3 @@ def _parts(path: Path, text: str) -> Template:
     if not line or not system.strip() or not user.strip():
         raise ConfigError(f"templates: '{path}' has one part, expected a system part, a line '---' and a user part")
     return Template(system.strip("\n"), user.strip("\n"))
-
-
-def _filled(template: str, texts: dict[str, str]) -> str:
-    return _MARK.sub(lambda mark: texts[mark[1]], template)

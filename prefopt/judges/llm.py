@@ -18,11 +18,12 @@ from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from prefopt import marks
 from prefopt.config import JudgeConfig
 from prefopt.data.comparison import plain_text
 from prefopt.data.encode import Encoder
 from prefopt.data.rows import RowProblem
-from prefopt.errors import ConfigError, RoundError, did_you_mean
+from prefopt.errors import ConfigError, RoundError
 from prefopt.generation.base import Sampling
 from prefopt.generation.server import Server, TimedOut, TooLong, check_server
 from prefopt.testbed.cache import cache_root
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
 
 POLICY = "policy"
 _TEMPLATES = Path(__file__).parent / "templates"
-_MARK = re.compile(r"\{([a-z_]+)\}")
 _REQUIRED = {"pairwise": {"prompt", "response_a", "response_b"}, "score": {"prompt", "response"}}
 _ALLOWED = {"pairwise": _REQUIRED["pairwise"], "score": _REQUIRED["score"] | {"low", "high"}}
 _BRACKETS = re.compile(r"\[\[\s*([^\[\]]+?)\s*\]\]")
@@ -68,18 +68,11 @@ def read_template(settings: JudgeConfig) -> str:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "is not text"
         raise ConfigError(f"judge.template: '{path}': {reason}") from error
-    found, allowed = set(_MARK.findall(text)), _ALLOWED[settings.mode]
-    missing, odd = sorted(_REQUIRED[settings.mode] - found), sorted(found - allowed)
-    names = ", ".join(f"{{{name}}}" for name in sorted(allowed))
-    if missing or odd:
-        what = f"has no {{{missing[0]}}}" if missing else f"has {{{odd[0]}}}{did_you_mean(odd[0], allowed)}"
-        raise ConfigError(f"judge.template: '{path}' {what}, expected {names} in mode {settings.mode}")
+    allowed = _ALLOWED[settings.mode]
+    what = marks.problem(text, _REQUIRED[settings.mode], allowed)
+    if what is not None:
+        raise ConfigError(f"judge.template: '{path}' {what}, expected {marks.listed(allowed)} in mode {settings.mode}")
     return text
-
-
-def filled(template: str, **texts: str) -> str:
-    """The template with its marks replaced; what stands in the texts is left as it is."""
-    return _MARK.sub(lambda mark: texts[mark[1]], template)
 
 
 def verdict_of(answer: str) -> float | None:
@@ -150,7 +143,7 @@ class LLMJudge:
     def _scores(self, questions: Sequence[Question]) -> list[Judgement]:
         low, high = (f"{number:g}" for number in self.scale)
         texts = [
-            filled(self.template, prompt=plain_text(q.prompt), response=response.text, low=low, high=high)
+            marks.filled(self.template, prompt=plain_text(q.prompt), response=response.text, low=low, high=high)
             for q in questions
             for response in q.responses
         ]
@@ -170,7 +163,7 @@ class LLMJudge:
 
     def _verdicts(self, questions: Sequence[Question]) -> list[Judgement]:
         def text(question: Question, first: int, second: int) -> str:
-            return filled(
+            return marks.filled(
                 self.template,
                 prompt=plain_text(question.prompt),
                 response_a=question.responses[first].text,

@@ -6,11 +6,8 @@ Knows nothing of models, prompts or judges.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import math
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +15,7 @@ from typing import Any
 
 from prefopt.config import RunConfig
 from prefopt.errors import RoundError
+from prefopt.files import finite, write_whole
 
 Row = dict[str, Any]
 
@@ -202,12 +200,7 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
 
 def write_rows(path: Path, rows: Iterable[Row]) -> None:
     """A JSONL file, whole or not at all. NaN and infinities become null, which every reader of JSON takes."""
-    _write(path, (_line(row) for row in rows))
-
-
-def _line(row: Row) -> str:
-    text = json.dumps(_plain(row), ensure_ascii=False, allow_nan=False) + "\n"
-    return text.encode("utf-8", "replace").decode()  # a server may send half of a surrogate pair
+    _write(path, (json.dumps(finite(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -218,33 +211,10 @@ def read_rows(path: Path) -> list[Row]:
     return [json.loads(line) for line in text.split("\n")[:-1]]
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return value
-
-
 def _write(path: Path, lines: Iterable[str], only_new: bool = False) -> None:
-    """Write aside, flush to the disk, rename. Several processes may write the same manifest at the same time."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("w", encoding="utf-8") as file:
-            file.writelines(lines)
-            file.flush()
-            os.fsync(file.fileno())
-        if only_new:
-            with contextlib.suppress(FileExistsError):
-                os.link(temporary, path)
-            temporary.unlink()
-        else:
-            temporary.replace(path)
+        write_whole(path, lines, only_new=only_new)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise RoundError(
             f"{path}: cannot be written: {error.strerror}; all shards that were finished are kept: "
             "free space and run the same command again"

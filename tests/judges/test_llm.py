@@ -11,6 +11,7 @@ from prefopt import judges
 from prefopt.config import JudgeConfig
 from prefopt.errors import ConfigError, RoundError
 from prefopt.judges import llm
+from prefopt.marks import filled
 from prefopt.ranking import win_probabilities
 from prefopt.types import Completion
 from tests.helpers import CHATML, byte_bpe_tokenizer
@@ -76,7 +77,7 @@ def test_score_is_the_only_number_in_double_brackets_if_it_lies_on_the_scale(ans
 
 
 def test_template_when_filled_then_what_looks_like_a_mark_in_a_text_is_left_alone():
-    assert llm.filled("{prompt}: {response}", prompt="{response}", response="{prompt}") == "{response}: {prompt}"
+    assert filled("{prompt}: {response}", prompt="{response}", response="{prompt}") == "{response}: {prompt}"
 
 
 # Pairwise -------------------------------------------------------------------------------------------------------------

@@ -125,7 +125,7 @@ def test_disk_that_is_full_loses_no_finished_shard(stage, monkeypatch):
     def full(descriptor):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(store.os, "fsync", full)
+    monkeypatch.setattr("os.fsync", full)
     with pytest.raises(
         RoundError, match=r"00001\.jsonl: cannot be written: No space left on device; all shards that were"
     ):
