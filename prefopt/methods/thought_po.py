@@ -117,8 +117,17 @@ class ThoughtPO(Method):
         """
         if self.rho != "auto":
             return self
-        methods = [dataclasses.replace(self, rho=rho) for rho in RHOS]
-        return next((method for method in methods if method._holds_length(groups)), methods[-1])
+        measured = [self._measured(group) for group in groups]
+
+        def holds(rho: float) -> bool:
+            chosen = rejected = 0.0
+            for group, (scores, lengths) in zip(groups, measured, strict=True):
+                ends = self._ends(group, scores, lengths, rho)
+                if not isinstance(ends, str) and ends[1] is not None:
+                    chosen, rejected = chosen + lengths[ends[0]], rejected + lengths[ends[1]]
+            return chosen <= rejected
+
+        return dataclasses.replace(self, rho=next((rho for rho in RHOS if holds(rho)), RHOS[-1]))
 
     def order(self, group: ScoredGroup) -> Any:
         """Length-controlled scores of the judged responses, NaN where the judge failed, `(judged,)`.
@@ -126,26 +135,10 @@ class ThoughtPO(Method):
         `s_i = z(r_i) - rho z(l_i)`, r the judge's score, or the strength fitted to its verdicts where it compares, l
         the response's length in characters (arXiv 2410.10630, length control).
         """
-        import numpy as np
-
         from prefopt.ranking import length_controlled
 
         assert self.rho != "auto", "`tuned` has made it a number"
-        lengths = np.array([len(self._response(group, index)) for index in group.judged], dtype=np.float64)
-        return length_controlled(self._scores(group), lengths, rho=self.rho)
-
-    def _scores(self, group: ScoredGroup) -> Any:
-        """What the judge thinks of each judged response, length apart, NaN where it failed, `(judged,)`."""
-        import numpy as np
-
-        from prefopt.ranking import elo, win_probabilities
-
-        if group.judgement.scores is not None:
-            return np.array(group.judgement.scores, dtype=np.float64)
-        # both orders of a pair are two battles; a verdict that changes with the order is one win for each
-        battles = 2 * win_probabilities(group.judgement)
-        fought = np.isfinite(battles).sum(1) > 1  # against itself each has a tie
-        return np.where(fought, elo(battles, ridge=RIDGE), np.nan)
+        return length_controlled(*self._measured(group), rho=self.rho)
 
     def make_pairs(self, group: ScoredGroup) -> Sequence[ChosenPair] | str:
         """Best against worst by length-controlled score; a completion without a response is worse than any.
@@ -153,22 +146,48 @@ class ThoughtPO(Method):
         The first of equals. A prompt without a judged response gives no pair, nor one whose responses are all equal by
         the judge, unless a completion without a response stands beside them.
         """
+        assert self.rho != "auto", "`tuned` has made it a number"
+        ends = self._ends(group, *self._measured(group), self.rho)
+        if isinstance(ends, str):
+            return ends
+        best, worst = ends
+        return [ChosenPair(group.judged[best], group.unparsed[0] if worst is None else group.judged[worst])]
+
+    def _measured(self, group: ScoredGroup) -> tuple[Any, Any]:
+        """What the judge thinks of each judged response, length apart, NaN where it failed; and their lengths.
+
+        Both `(judged,)`. The verdicts of a judge that compares are fitted here, once.
+        """
         import numpy as np
 
-        order = self.order(group)
-        known = np.flatnonzero(np.isfinite(order))
+        from prefopt.ranking import elo, win_probabilities
+
+        lengths = np.array([len(self._response(group, index)) for index in group.judged], dtype=np.float64)
+        if group.judgement.scores is not None:
+            return np.array(group.judgement.scores, dtype=np.float64), lengths
+        # both orders of a pair are two battles; a verdict that changes with the order is one win for each
+        battles = 2 * win_probabilities(group.judgement)
+        fought = np.isfinite(battles).sum(1) > 1  # against itself each has a tie
+        return np.where(fought, elo(battles, ridge=RIDGE), np.nan), lengths
+
+    def _ends(self, group: ScoredGroup, scores: Any, lengths: Any, rho: float) -> tuple[int, int | None] | str:
+        """Where best and worst stand among the judged, None for a completion without a response; or why not."""
+        import numpy as np
+
+        from prefopt.ranking import length_controlled
+
+        known = np.flatnonzero(np.isfinite(scores))
         if not known.size:
             return "no candidate judged"
-        best = int(known[order[known].argmax()])
+        order = length_controlled(scores, lengths, rho=rho)[known]
+        best = int(known[order.argmax()])
         if group.unparsed:
-            return [ChosenPair(group.judged[best], group.unparsed[0])]
+            return best, None
         if known.size < 2:
             return "fewer than two judged"
-        scores = self._scores(group)[known]
-        if scores.max() == scores.min():
+        if scores[known].max() == scores[known].min():
             return "all scores equal"
-        worst = int(known[order[known].argmin()])
-        return [ChosenPair(group.judged[best], group.judged[worst])]
+        return best, int(known[order.argmin()])
 
     def round_figures(self, groups: Sequence[ScoredGroup], pairs: Sequence[Sequence[ChosenPair]]) -> dict[str, float]:
         """Of a round's candidates and pairs: lengths in characters, and how many completions hold no response."""
@@ -218,8 +237,3 @@ class ThoughtPO(Method):
             return 0.0, 0.0
         chosen, rejected = zip(*sides, strict=True)
         return sum(chosen) / len(sides), sum(rejected) / len(sides)
-
-    def _holds_length(self, groups: Sequence[ScoredGroup]) -> bool:
-        made = [self.make_pairs(group) for group in groups]
-        chosen, rejected = self._lengths(groups, [() if isinstance(some, str) else some for some in made])
-        return chosen <= rejected
