@@ -107,10 +107,10 @@ def _prompt(
     if isinstance(encoded, BadRow):
         return encoded
     answer = encoded.pair.chosen_ids[: encoder.max_length - len(ids)]  # so that training need not cut the prompt
-    return Prompt(row.prompt, tuple(ids), key, row.where, _text(row.chosen), tuple(answer))
+    return Prompt(row.prompt, tuple(ids), key, row.where, answer_text(row.chosen), tuple(answer))
 
 
-def _text(completion: str | Messages) -> str:
+def answer_text(completion: str | Messages) -> str:
     """What a judge may compare a response with: the text, or that of the assistant's turns."""
     if isinstance(completion, str):
         return completion.strip()

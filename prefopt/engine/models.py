@@ -186,6 +186,19 @@ def _load(kind: Any, path: str, settings: ModelConfig, key: str, **more: Any) ->
     return model, sorted(loaded["missing_keys"])
 
 
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """No gradients, no dropout; each module's mode is given back as it was."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
 def align(model: nn.Module) -> None:
     """Put weights where PyTorch would have put them itself, at multiples of 64 bytes.
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from prefopt.config import KernelConfig
 from prefopt.data.collate import collate
 from prefopt.engine.forward import PolicyWithReference, pair_stats, to_device
+from prefopt.engine.models import evaluating
 from prefopt.types import Completion, EncodedPair, Prompt
 
 if TYPE_CHECKING:
@@ -41,7 +41,6 @@ class SampleFigures:
     entropy: np.ndarray
 
 
-@torch.no_grad()
 def score_samples(
     policy: PreTrainedModel,
     reference: PreTrainedModel | Frozen,
@@ -73,11 +72,10 @@ def score_samples(
     table = np.zeros((4, len(samples)))
     lengths = [len(prompt.ids) + len(completion.token_ids) for prompt, completion in samples]
     order = [i for i in np.argsort(lengths, kind="stable")[::-1] if samples[i][1].token_ids]
-    modes = [(module, module.training) for module in policy.modules()]
     model = PolicyWithReference(policy, reference, kernel or KernelConfig())
     device = next(policy.parameters()).device
-    model.eval()
-    try:
+    with evaluating(policy):
+        model.eval()  # the reference too
         for first in range(0, len(order), batch):
             chunk = order[first : first + batch]
             laid = collate([_pair(*samples[i]) for i in chunk], pad_id=pad_id, need_rejected=False)
@@ -91,9 +89,6 @@ def score_samples(
             for row, column in zip(table, columns, strict=True):
                 assert column is not None
                 row[chunk] = column.double().cpu().numpy()
-    finally:
-        for module, mode in modes:
-            module.training = mode
     return SampleFigures(*table)
 
 

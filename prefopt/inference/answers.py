@@ -77,14 +77,8 @@ def answer_all(
         groups = engine.generate([list(prompts[i].ids) for i in waiting], sampling, seeds, done)
         for i, (completion,) in zip(waiting, groups, strict=True):
             found = thought.parse(completion.text)
-            good = isinstance(found, Answer)
-            answered[i] = Answered(
-                prompts[i],
-                number + 1,
-                found if isinstance(found, Answer) else None,
-                None if good else str(found),
-                completion.finish_reason,
-            )
+            answer, reason = (found, None) if isinstance(found, Answer) else (None, found)
+            answered[i] = Answered(prompts[i], number + 1, answer, reason, completion.finish_reason)
         waiting = [i for i in waiting if answered[i].answer is None]
         if not waiting:
             break

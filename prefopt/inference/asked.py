@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from prefopt.data.encode import Encoder
+from prefopt.data.prompts import answer_text
 from prefopt.data.rows import BadRow, Messages, RowProblem, RowReader, open_source
 from prefopt.errors import DataError, did_you_mean
 from prefopt.thoughts import ThoughtFormat
-from prefopt.types import PairRow, Prompt
+from prefopt.types import Prompt
 
 _TEXT = ".txt"
 NO_TEMPLATE = "chat messages, and the tokenizer has no chat template, expected one (--chat_template FILE)"
@@ -76,7 +77,8 @@ class Reader:
                 continue
             turn = isinstance(row.prompt, str) and bool(self.as_chat)
             text: Any = row.prompt
-            yield self.prompt([{"role": "user", "content": text}] if turn else text, row.where, _answer(row))
+            answer = None if row.chosen is None else answer_text(row.chosen)
+            yield self.prompt([{"role": "user", "content": text}] if turn else text, row.where, answer)
 
     def prompt(self, prompt: str | Messages, where: str, answer: str | None = None) -> Prompt | Refused:
         """One prompt. Asked again it has another key, so that it draws other answers."""
@@ -112,7 +114,10 @@ def split(found: Iterable[Prompt | Refused], limit: int | None = None) -> tuple[
     for number, one in enumerate(found):
         if number == limit:
             break
-        (prompts if isinstance(one, Prompt) else refused).append(one)  # type: ignore[arg-type]
+        if isinstance(one, Prompt):
+            prompts.append(one)
+        else:
+            refused.append(one)
     if not prompts:
         raise DataError(refused[0].message if refused else "--prompts: the file holds none")
     return prompts, refused
@@ -127,10 +132,3 @@ def _lines(path: str) -> list[str]:
     except OSError as error:
         near = [str(other) for other in file.parent.glob("*")] if file.parent.is_dir() else []
         raise DataError(f"{path}: {str(error.strerror).lower()}{did_you_mean(path, near)}") from None
-
-
-def _answer(row: PairRow) -> str | None:
-    """The file's own completion, for rewards that can be verified."""
-    if row.chosen is None or isinstance(row.chosen, str):
-        return row.chosen and row.chosen.strip()
-    return "\n".join(turn["content"] for turn in row.chosen if turn["role"] == "assistant").strip()

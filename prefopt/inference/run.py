@@ -23,6 +23,7 @@ from prefopt.inference import report
 from prefopt.inference.asked import check_file
 from prefopt.inference.prompts import read_templates
 from prefopt.testbed.cache import cache_root
+from prefopt.thoughts import Answer
 
 if TYPE_CHECKING:
     from prefopt.generation.base import Engine, Sampling
@@ -328,12 +329,11 @@ class _Run:
         from prefopt.testbed import build_world
 
         test = self.config.testbed
-        if self.config.model.path is not None:
-            return build_world(test.world, seed=test.seed, cache_dir=cache_root())
-        say(
-            f"no model is named (--model DIR): the base policy of the testbed's world '{test.world}' answers the "
-            "world's prompts"
-        )
+        if self.config.model.path is None:
+            say(
+                f"no model is named (--model DIR): the base policy of the testbed's world '{test.world}' answers the "
+                "world's prompts"
+            )
         return build_world(test.world, seed=test.seed, cache_dir=cache_root())
 
     def _positions(self) -> int | None:
@@ -429,9 +429,7 @@ def _print(one: Answered, shows: bool, name: bool = False) -> None:
     if one.answer is None:
         print(f"gave up: {one.gave_up}", flush=True)
         return
-    if shows and one.answer.thought:
-        print(f"[thought]\n{one.answer.thought}\n[response]")
-    print(one.answer.response, flush=True)
+    _show(one.answer, shows)
 
 
 def _print_best(trace: Trace, shows: bool) -> None:
@@ -439,9 +437,14 @@ def _print_best(trace: Trace, shows: bool) -> None:
     if best is None:
         print("no response with a score", flush=True)
         return
-    if shows and best.thought:
-        print(f"[thought]\n{best.thought}\n[response]")
-    print(best.text, flush=True)
+    assert best.text is not None, "it has a score"
+    _show(Answer(best.thought, best.text), shows)
+
+
+def _show(answer: Answer, shows: bool) -> None:
+    if shows and answer.thought:
+        print(f"[thought]\n{answer.thought}\n[response]")
+    print(answer.response, flush=True)
 
 
 def _best_row(trace: Trace, shows: bool) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
+from prefopt.engine.models import evaluating
 from prefopt.evaluate.win_rate import Groups, judge_scores, judged_win_rate
 from prefopt.generation.base import Engine, Sampling
 from prefopt.judges.base import Judge
@@ -47,17 +48,14 @@ class Chooser:
     _first: Groups | None = field(default=None, init=False)
 
     def __call__(self, lm: Any) -> Mapping[str, float]:
-        modes = [(module, module.training) for module in lm.modules()]
-        lm.eval()
         judge = self.judge_of(lm)
         try:
-            now = self._answers(lm)
-            with self.judging():
-                figure = self._score(judge, now)
+            with evaluating(lm):
+                now = self._answers(lm)
+                with self.judging():
+                    figure = self._score(judge, now)
         finally:
             judge.close()
-            for module, mode in modes:
-                module.training = mode
         texts = self.method.text_figures([completion.text for group in now for completion in group])
         return {CHOSEN_BY: figure, **{f"held_out/{name}": value for name, value in texts.items()}}
 

@@ -18,8 +18,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from prefopt import thoughts
+from prefopt.engine.models import evaluating
 from prefopt.errors import ConfigError, RoundError
-from prefopt.testbed.world import World, WorldSettings, evaluating
+from prefopt.testbed.world import World, WorldSettings
 from prefopt.thoughts import Answer
 from prefopt.types import Judgement, Question
 

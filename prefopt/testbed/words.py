@@ -21,9 +21,10 @@ import numpy as np
 import torch
 from transformers import LlamaForCausalLM
 
+from prefopt.engine.models import evaluating
 from prefopt.errors import DataError, RoundError
 from prefopt.testbed import truth
-from prefopt.testbed.world import World, WorldSettings, evaluating, no_progress_bars
+from prefopt.testbed.world import World, WorldSettings, no_progress_bars
 from prefopt.types import EncodedPair, Judgement, Question
 
 

@@ -14,7 +14,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import transformers
@@ -22,7 +22,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from prefopt.errors import ConfigError
 from prefopt.testbed.cache import built, cache_root
-from prefopt.types import Judgement, Prompt, Question
+from prefopt.types import Prompt
+
+if TYPE_CHECKING:
+    from prefopt.judges.base import Judge
 
 PAD, BOS, EOS, UNK = "<pad>", "<s>", "</s>", "<unk>"
 Render = Callable[[str], Any]  # a method's `render_prompt`: from the prompt that a judge sees to the one that is asked
@@ -40,16 +43,6 @@ class WorldSettings:
     """Depth of the base policy."""
     base_steps: int = 300
     """Optimizer steps of the base policy's maximum-likelihood training."""
-
-
-class Judge(Protocol):
-    """Who knows the right answers of a world."""
-
-    def judge(self, questions: Sequence[Question]) -> list[Judgement]: ...
-
-    def describe(self) -> dict[str, Any]: ...
-
-    def close(self) -> None: ...
 
 
 def make_tokenizer(vocabulary: Sequence[str]) -> PreTrainedTokenizerFast:
@@ -76,19 +69,6 @@ def no_progress_bars() -> Iterator[None]:
     finally:
         if shown:
             transformers.utils.logging.enable_progress_bar()
-
-
-@contextlib.contextmanager
-def evaluating(lm: torch.nn.Module) -> Iterator[None]:
-    """No gradients, no dropout; each module's mode is given back as it was."""
-    modes = [(module, module.training) for module in lm.modules()]
-    lm.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 class World(abc.ABC):
