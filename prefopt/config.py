@@ -498,7 +498,7 @@ def help_text(argv: Sequence[str]) -> str:
     if name is None and "config" in flags:
         name = _method_name(_read_yaml(Path(str(flags["config"]))), str(flags["config"]))
     general = [("--config", "FILE", "", "YAML file of settings; flags take precedence over it.")]
-    groups: list[tuple[str, str, list[tuple[str, str, str, str]]]] = []
+    groups: list[tuple[str, str, list[_HelpRow]]] = []
     for key, hint in _hints(RunConfig).items():
         if key not in _NOT_SETTINGS and dataclasses.is_dataclass(hint):
             folded = key in ROUND_GROUPS and not in_rounds
@@ -514,8 +514,17 @@ def help_text(argv: Sequence[str]) -> str:
     more = "" if name else " (--method NAME --help lists its own settings)"
     here = ", ".join(f"{key} {value}" for key, value in _leaves(TESTBED_DEPARTURES).items())
     groups = [(t, f"{about} Its own defaults: {here}." if t == "testbed" else about, rows) for t, about, rows in groups]
-    lines = ["usage: train.py --method NAME [--config FILE] [--GROUP.SETTING VALUE ...]", "", methods + more, ""]
-    for title, about, rows in [("run", "", general), *groups]:
+    head = ["usage: train.py --method NAME [--config FILE] [--GROUP.SETTING VALUE ...]", "", methods + more, ""]
+    return _help_page(head, [("run", "", general), *groups])
+
+
+_HelpRow = tuple[str, str, str, str]  # flag, kind, default, help
+
+
+def _help_page(head: Sequence[str], groups: Sequence[tuple[str, str, Sequence[_HelpRow]]]) -> str:
+    """The text of `--help`: its first lines, then a block per group."""
+    lines = [*head]
+    for title, about, rows in groups:
         lines.append(f"{title}: {about}" if about else title)
         lines += [
             f"  {flag + ' ' + kind:<42} {text}{f' [{default}]' if default else ''}"
@@ -525,7 +534,7 @@ def help_text(argv: Sequence[str]) -> str:
     return "\n".join(lines).rstrip()
 
 
-def _help_rows(cls: Any, prefix: str) -> list[tuple[str, str, str, str]]:
+def _help_rows(cls: Any, prefix: str) -> list[_HelpRow]:
     """(flag, kind, default, help) of each setting; the help is the string under the field."""
     kinds = {int: "INT", float: "FLOAT", str: "TEXT", bool: "BOOL"}
 

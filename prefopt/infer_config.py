@@ -10,8 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from prefopt import config, registry
 from prefopt.config import GenerateConfig, JudgeConfig, ModelConfig, TestbedConfig
 from prefopt.errors import ConfigError
@@ -76,15 +74,16 @@ class InferConfig:
     def to_dict(self) -> dict[str, Any]:
         """As nested plain values: what a YAML file that gives this very run would hold."""
         plain = {f.name: config._plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
-        del plain["generate"]["n"]
+        for key in ("generate.n", *_UNREAD):
+            group, _, leaf = key.partition(".")
+            del plain[group][leaf]
         return plain
-
-    def to_yaml(self) -> str:
-        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
 
 
 # What answers on the testbed depart in: a response is three words and a terminator.
 TESTBED_DEPARTURES: dict[str, Any] = {"limit": 64, "generate": {"max_tokens": 4, "batch": 512}}
+# Settings of a run's groups that nothing reads here.
+_UNREAD = ("generate.logprobs", "model.gradient_checkpointing", "testbed.pairs", "testbed.eval_pairs")
 # Settings that may change between the attempts at one run, beside those of any run.
 FREE_TO_CHANGE = ("thought",)
 _ABOUT = {
@@ -137,7 +136,7 @@ def _known_keys() -> list[str]:
     for name, hint in config._hints(InferConfig).items():
         group = dataclasses.is_dataclass(hint)
         keys += [f"{name}.{leaf}" for leaf in config._hints(hint)] if group else [name]
-    return [key for key in keys if key != "generate.n"]
+    return [key for key in keys if key not in ("generate.n", *_UNREAD)]
 
 
 def _completed(found: InferConfig, named: bool) -> InferConfig:
@@ -191,6 +190,7 @@ def _completed(found: InferConfig, named: bool) -> InferConfig:
     found = dataclasses.replace(
         found, judge=_named_judge(found, one), model=config._normal(found.model, "path"), **_local(found)
     )
+    _refuse_unread(found, bool(usual.depth))
     if found.output.endswith(".jsonl") and found.judged:
         raise ConfigError(
             f"--output {found.output}: strategy '{found.strategy}' with a judge writes several files, expected a folder"
@@ -198,6 +198,21 @@ def _completed(found: InferConfig, named: bool) -> InferConfig:
     if not found.output and found.judged and not found.typed:
         found = dataclasses.replace(found, output=f"runs/{_default_folder(found)}")
     return found
+
+
+def _refuse_unread(found: InferConfig, revises: bool) -> None:
+    """Raises: ConfigError for a setting that the strategy does not read."""
+    reads = {
+        "retries": not found.judged,
+        **dict.fromkeys(("critique_tokens", "quoted_tokens", "templates"), revises),
+    }
+    for key, read in reads.items():
+        value = getattr(found, key)
+        if not read and value != getattr(InferConfig(), key):
+            judge = " with a judge" if found.judged else ""
+            raise ConfigError(
+                f"{key}: found {value!r}, which strategy '{found.strategy}'{judge} does not read (leave it out)"
+            )
 
 
 def _named_judge(found: InferConfig, one: bool) -> JudgeConfig:
@@ -236,30 +251,23 @@ def infer_help() -> str:
     """The grouped `--help` of the command."""
     general = [(flag, kind, "", text) for flag, (kind, text) in _ABOUT.items()]
     general += config._help_rows(InferConfig, "")
-    lines = [
+    head = [
         "usage: infer.py [--model DIR] [--prompts FILE | --prompt TEXT] [--strategy NAME] [--GROUP.SETTING VALUE ...]",
         "",
         "strategies:",
         *(f"  {name:<42} {strategy.about}" for name, strategy in registry.strategies().items()),
         "",
     ]
-    groups: list[tuple[str, str, list[tuple[str, str, str, str]]]] = [("run", "", general)]
+    groups: list[tuple[str, str, list[config._HelpRow]]] = [("run", "", general)]
     for name, hint in config._hints(InferConfig).items():
         if dataclasses.is_dataclass(hint):
             about = _GROUPS.get(name) or (hint.__doc__ or "").strip()
             rows = [row for row in config._help_rows(hint, f"{name}.") if row[0] not in _HIDDEN]
             groups.append((name, about, rows))
-    for title, about, rows in groups:
-        lines.append(f"{title}: {about}" if about else title)
-        lines += [
-            f"  {flag + ' ' + kind:<42} {text}{f' [{default}]' if default else ''}"
-            for flag, kind, default, text in rows
-        ]
-        lines.append("")
-    return "\n".join(lines).rstrip()
+    return config._help_page(head, groups)
 
 
-_HIDDEN = ("--model.path", "--generate.n", "--testbed.pairs", "--testbed.eval_pairs")
+_HIDDEN = ("--model.path", "--generate.n", *(f"--{key}" for key in _UNREAD))
 _GROUPS = {
     "model": "How the policy is loaded.",
     "generate": "How completions are sampled.",

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from prefopt import __main__ as main
 from prefopt import registry
@@ -35,7 +36,7 @@ def test_a_file_says_the_same_and_flags_take_precedence(tmp_path):
     config = parse_infer(["--config", str(tmp_path / "c.yaml"), "--n", "4", "--model.dtype", "float64"])
     assert (config.model.path, config.strategy, config.n, config.depth) == ("path/to/model", "revision", 4, 2)
     assert config.model.dtype == "float64"
-    (tmp_path / "again.yaml").write_text(config.to_yaml())
+    (tmp_path / "again.yaml").write_text(yaml.safe_dump(config.to_dict()))
     assert parse_infer(["--config", str(tmp_path / "again.yaml")]) == config
 
 
@@ -121,6 +122,13 @@ def test_what_may_change_between_attempts_is_no_difference():
             [*MODEL, "--prompt", "x", "--strategy", "best_of_n", "--judge.kind", "length", "--output", "a.jsonl"],
             r"--output a.jsonl: strategy 'best_of_n' with a judge writes several files, expected a folder",
         ),
+        (["--generate.logprobs", "true"], r"--generate.logprobs: unknown setting"),
+        (["--model.gradient_checkpointing", "true"], r"--model.gradient_checkpointing: unknown setting"),
+        (["--testbed.pairs", "5"], r"--testbed.pairs: unknown setting"),
+        ([*MODEL, "--prompt", "x", "--quoted_tokens", "9"], r"quoted_tokens: found 9, which strategy 'plain' does not"),
+        ([*MODEL, "--prompt", "x", "--critique_tokens", "9"], r"critique_tokens: found 9, which strategy 'plain'"),
+        (["--strategy", "best_of_n", "--templates", "d"], r"templates: found 'd', which strategy 'best_of_n' with a"),
+        (["--strategy", "best_of_n", "--retries", "9"], r"retries: found 9, which strategy 'best_of_n' with a judge"),
         (["plain"], r"found 'plain', expected a flag"),
         (["--config", "nowhere.yaml"], r"--config nowhere.yaml: No such file"),
     ],
@@ -141,7 +149,8 @@ def test_help_lists_every_setting_once_and_every_strategy():
     for flag in ("--model DIR", "--strategy", "--n INT", "--depth", "--thought", "--generate.engine", "--judge.kind"):
         assert text.count(f"  {flag}") == 1, flag
     assert "--generate.n " not in text
-    assert "--model.path" not in text
+    for flag in ("--model.path", "--generate.logprobs", "--model.gradient_checkpointing", "--testbed.pairs"):
+        assert flag not in text
     for name in registry.strategies():
         assert f"\n  {name} " in text
 

@@ -455,8 +455,6 @@ class Rounds:
         assert self.held_out is not None
         sampling = dataclasses.replace(self._sampling, n=1, logprobs=False)
         stage = self._stage(number, "held_out", self.held_out, sampling, HELD_OUT, number)
-        if not self.config.method.thinks:
-            return stage
         asked = {"resample": self.config.rounds.resample, "card": dict(self.config.method.card())}
         return dataclasses.replace(stage, inputs={**stage.inputs, **asked})
 

@@ -390,7 +390,10 @@ def test_prompts_that_have_changed_are_refused(infer, place, tmp_path):
         ({"prompts": "nowhere.txt"}, "nowhere.txt: no such file or directory"),
         ({"prompts": "empty.txt"}, "--prompts: the file holds none"),
         ({"prompts": "binary.txt"}, "binary.txt: is not text, expected one prompt per line in UTF-8"),
-        ({"prompt": "x", "templates": "nowhere"}, "templates: 'nowhere' is no folder"),
+        (
+            {"prompt": "x", "templates": "nowhere", "strategy": "revision", "judge__kind": "length"},
+            "templates: 'nowhere' is no folder",
+        ),
         ({"prompt": "x", "generate__engine": "openai"}, "generate.url: found none"),
         ({"prompt": "x", "strategy": "best_of_n", "judge__kind": "reward_model"}, "judge.path: found none"),
         ({"prompt": "x", "model": "./nowhere"}, "model: './nowhere' does not exist"),
