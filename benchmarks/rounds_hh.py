@@ -32,28 +32,9 @@ ROUNDS = 2
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data.train", dest="train", required=True, type=Path)
-    parser.add_argument("--data.eval", dest="eval", required=True, type=Path)
-    parser.add_argument("--output", default=Path("runs/hh"), type=Path, help="the folder of hh.py, or a new one")
-    parser.add_argument("--jobs", default=max(1, len(os.sched_getaffinity(0))), type=int, help="runs at the same time")
-    parser.add_argument("--prompts", default=512, type=int, help="prompts of a round")
-    parser.add_argument("--eval_prompts", default=256, type=int, help="held-out prompts")
-    parser.add_argument("--max_tokens", default=96, type=int, help="most tokens of a completion")
-    parser.add_argument("--judge_lr", default=3e-4, type=float)
-    parser.add_argument("--lr", default=1e-4, type=float)
-    parser.add_argument("--beta", default=0.1, type=float)
-    args = parser.parse_args()
+    args = arguments(__doc__, prompts=512, eval_prompts=256, max_tokens=96, lr=1e-4).parse_args()
     folder = args.output / "rounds"
-    folder.mkdir(parents=True, exist_ok=True)
-
-    data = ["--data.train", str(args.train), "--data.eval", str(args.eval), "--data.on_bad_row", "skip"]
-    data += ["--data.max_length", str(LENGTH)]
-    policy, _ = train_sft(make_base(args.train, args.output / "base"), data, args.output / "sft", 1e-3)
-    common = ["--model.path", str(policy), *data, "--train.global_batch", "16", "--train.micro_batch", "4"]
-
-    judging = [*common, "--optim.lr", str(args.judge_lr), "--eval.every", "1000", "--eval.batch", "16"]
-    train_all({kind: ["--method", method, *judging] for kind, method in JUDGES.items()}, folder, args.jobs)
+    policy, common = begin(args, JUDGES)
 
     rounds = [*common, "--optim.lr", str(args.lr), "--method", "sppo", "--method.beta", str(args.beta)]
     rounds += ["--rounds.count", str(ROUNDS), "--rounds.prompts", str(args.prompts), "--generate.n", "5"]
@@ -75,6 +56,39 @@ def main() -> None:
     table = render(result)
     (folder / "result.md").write_text(table)
     print(table)
+
+
+def arguments(
+    about: str | None, *, prompts: int, eval_prompts: int, max_tokens: int, lr: float
+) -> argparse.ArgumentParser:
+    """The flags of a study of rounds on HH, with its defaults."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data.train", dest="train", required=True, type=Path)
+    parser.add_argument("--data.eval", dest="eval", required=True, type=Path)
+    parser.add_argument("--output", default=Path("runs/hh"), type=Path, help="the folder of hh.py, or a new one")
+    parser.add_argument("--jobs", default=max(1, len(os.sched_getaffinity(0))), type=int, help="runs at the same time")
+    parser.add_argument("--prompts", default=prompts, type=int, help="prompts of a round")
+    parser.add_argument("--eval_prompts", default=eval_prompts, type=int, help="held-out prompts")
+    parser.add_argument("--max_tokens", default=max_tokens, type=int, help="most tokens of a completion")
+    parser.add_argument("--judge_lr", default=3e-4, type=float)
+    parser.add_argument("--lr", default=lr, type=float)
+    parser.add_argument("--beta", default=0.1, type=float)
+    return parser
+
+
+def begin(args: argparse.Namespace, kinds: Mapping[str, str]) -> tuple[Path, list[str]]:
+    """(the SFT policy, the flags that all trainings from it share); with judges in `rounds/`, trained where none are.
+
+    Args: kinds: of judges, each with the method that trains it.
+    """
+    data = ["--data.train", str(args.train), "--data.eval", str(args.eval), "--data.on_bad_row", "skip"]
+    data += ["--data.max_length", str(LENGTH)]
+    policy, _ = train_sft(make_base(args.train, args.output / "base"), data, args.output / "sft", 1e-3)
+    common = ["--model.path", str(policy), *data, "--train.global_batch", "16", "--train.micro_batch", "4"]
+    judging = [*common, "--optim.lr", str(args.judge_lr), "--eval.every", "1000", "--eval.batch", "16"]
+    judges = {kind: ["--method", method, *judging] for kind, method in kinds.items()}
+    train_all(judges, args.output / "rounds", args.jobs)
+    return policy, common
 
 
 def accuracy(run: Path) -> dict[str, Any]:

@@ -11,17 +11,14 @@ model with the lowest held-out loss is taken. Both arms begin with that one poli
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from hh import make_base, train_sft
-from rounds_hh import LENGTH, accuracy, figures
+from rounds_hh import JUDGES, accuracy, arguments, begin, figures
 from study import lines, machine, train_all
 
 from prefopt.thoughts import read_format
@@ -33,42 +30,27 @@ TURN = "\n\nAssistant:"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data.train", dest="train", required=True, type=Path)
-    parser.add_argument("--data.eval", dest="eval", required=True, type=Path)
-    parser.add_argument("--output", default=Path("runs/hh"), type=Path, help="the folder of hh.py, or a new one")
-    parser.add_argument("--jobs", default=max(1, len(os.sched_getaffinity(0))), type=int, help="runs at the same time")
-    parser.add_argument("--prompts", default=512, type=int, help="prompts of a round")
+    parser = arguments(__doc__, prompts=512, eval_prompts=200, max_tokens=128, lr=3e-5)
     parser.add_argument("--n", default=5, type=int, help="completions of a prompt")
-    parser.add_argument("--eval_prompts", default=200, type=int, help="held-out prompts")
     parser.add_argument("--select_prompts", default=48, type=int, help="held-out prompts that choose a round's policy")
-    parser.add_argument("--max_tokens", default=128, type=int, help="most tokens of a completion")
-    parser.add_argument("--judge_lr", default=3e-4, type=float)
     parser.add_argument("--form_lr", default=3e-4, type=float)
     parser.add_argument("--form_epochs", default=3, type=float)
-    parser.add_argument("--lr", default=3e-5, type=float)
-    parser.add_argument("--beta", default=0.1, type=float)
     args = parser.parse_args()
     folder = args.output / "thoughts"
     folder.mkdir(parents=True, exist_ok=True)
+    _, flags = begin(args, {"reward_model": JUDGES["reward_model"]})
 
-    files = ["--data.train", str(args.train), "--data.eval", str(args.eval), "--data.on_bad_row", "skip"]
-    data = [*files, "--data.max_length", str(LENGTH)]
-    policy, _ = train_sft(make_base(args.train, args.output / "base"), data, args.output / "sft", 1e-3)
-    steps = ["--train.global_batch", "16", "--train.micro_batch", "4"]
-    judging = ["--method", "reward_model", "--model.path", str(policy), *data, *steps]
-    judging += ["--optim.lr", str(args.judge_lr), "--eval.every", "1000", "--eval.batch", "16"]
-    train_all({"reward_model": judging}, args.output / "rounds", 1)
+    form = flags_with(
+        flags,
+        data_train=show_form(args.train, folder / "form_train.jsonl"),
+        data_eval=show_form(args.eval, folder / "form_eval.jsonl"),
+    )
+    form += ["--method", "sft", "--optim.lr", str(args.form_lr), "--train.train_epochs", str(args.form_epochs)]
+    train_all({"form": [*form, "--eval.select", "loss", "--eval.every", "125"]}, folder, 1)
 
-    form = ["--method", "sft", "--model.path", str(policy), "--data.max_length", str(LENGTH), *steps]
-    form += ["--data.train", str(show_form(args.train, folder / "form_train.jsonl"))]
-    form += ["--data.eval", str(show_form(args.eval, folder / "form_eval.jsonl"))]
-    form += ["--optim.lr", str(args.form_lr), "--data.on_bad_row", "skip"]
-    form += ["--train.train_epochs", str(args.form_epochs), "--eval.select", "loss", "--eval.every", "125"]
-    train_all({"form": form}, folder, 1)
-
-    common = ["--method", "thought_po", "--method.beta", str(args.beta), "--model.path", str(folder / "form" / "model")]
-    common += [*data, *steps, "--optim.lr", str(args.lr), "--eval.every", "8"]
+    common = flags_with(flags, model_path=folder / "form" / "model")
+    common += ["--method", "thought_po", "--method.beta", str(args.beta), "--optim.lr", str(args.lr)]
+    common += ["--eval.every", "8"]
     common += ["--judge.kind", "reward_model", "--judge.path", str(args.output / "rounds" / "reward_model" / "model")]
     common += ["--rounds.count", str(ROUNDS), "--rounds.prompts", str(args.prompts), "--generate.n", str(args.n)]
     common += ["--rounds.eval_prompts", str(args.eval_prompts), "--rounds.select_prompts", str(args.select_prompts)]
@@ -112,6 +94,13 @@ def main() -> None:
     table = render(result)
     (folder / "result.md").write_text(table)
     print(table)
+
+
+def flags_with(flags: Sequence[str], **values: Path) -> list[str]:
+    """Flags with other values of some; `data_train` is `--data.train`."""
+    named = dict(zip(flags[::2], flags[1::2], strict=True))
+    named |= {f"--{name.replace('_', '.', 1)}": str(value) for name, value in values.items()}
+    return [word for pair in named.items() for word in pair]
 
 
 def show_form(file: Path, out: Path) -> Path:
