@@ -6,11 +6,10 @@ batch, and the token of a row depends on its own seed alone.
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import math
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +18,7 @@ import torch
 from torch import nn
 
 from prefopt.engine import adapters
+from prefopt.engine.models import evaluating
 from prefopt.engine.runtime import versions
 from prefopt.errors import RoundError
 from prefopt.generation.base import Done, Sampling, limits
@@ -117,7 +117,7 @@ class TransformersEngine:
         order = sorted(range(len(prompts)), key=lambda p: -len(prompts[p]))
         waiting = deque((p, i) for p in order for i in range(sampling.n))
         answers: list[dict[int, Completion]] = [{} for _ in prompts]
-        with self._sampling_mode():
+        with evaluating(self.lm):
             batch: _Batch | None = None
             while waiting or batch is not None:
                 free = self.batch - len(batch.rows) if batch is not None else self.batch
@@ -165,18 +165,6 @@ class TransformersEngine:
 
     def close(self) -> None:
         """Nothing is held but the model, which is the caller's."""
-
-    @contextlib.contextmanager
-    def _sampling_mode(self) -> Iterator[None]:
-        """No gradients, no dropout; training goes on afterwards as if nothing had been."""
-        modes = [(module, module.training) for module in self.lm.modules()]
-        self.lm.eval()
-        try:
-            with torch.no_grad():
-                yield
-        finally:
-            for module, training in modes:
-                module.training = training
 
     def _admit(self, batch: _Batch | None, rows: list[_Row], prompts: Sequence[Sequence[int]]) -> _Batch:
         """The batch with new rows, whose prompts have been read."""

@@ -8,7 +8,6 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
-from prefopt.engine.models import evaluating
 from prefopt.evaluate.win_rate import Groups, judge_scores, judged_win_rate
 from prefopt.generation.base import Engine, Sampling
 from prefopt.judges.base import Judge
@@ -50,10 +49,9 @@ class Chooser:
     def __call__(self, lm: Any) -> Mapping[str, float]:
         judge = self.judge_of(lm)
         try:
-            with evaluating(lm):
-                now = self._answers(lm)
-                with self.judging():
-                    figure = self._score(judge, now)
+            now = self._answers(lm)
+            with self.judging():
+                figure = self._score(judge, now)
         finally:
             judge.close()
         texts = self.method.text_figures([completion.text for group in now for completion in group])
