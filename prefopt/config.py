@@ -355,6 +355,7 @@ class RunConfig:
 
 
 ROUND_GROUPS = ("rounds", "generate", "judge")
+FOLDED = (*ROUND_GROUPS, "lora", "kernel", "track", "testbed")  # one line each in a `--help` that does not ask for them
 _NOT_SETTINGS = ("method", "method_name")
 
 # What a run on the testbed departs in from the defaults: a model of 60k parameters wants other steps than one of 8B.
@@ -490,20 +491,33 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 def help_text(argv: Sequence[str]) -> str:
     """The grouped `--help`, with the settings of the method that `argv` names if it names one.
 
-    The settings of rounds are listed where `argv` names one of them, and are one line each elsewhere.
+    The groups in `FOLDED` are one line each, but for those that `argv` asks for (`--help lora`, `--help all`) or names a
+    setting of.
     """
-    flags = _split([word for word in argv if word not in ("--help", "-h")])
-    in_rounds = any(key.partition(".")[0] in ROUND_GROUPS for key in flags)
+    words, topics = [], set()
+    for before, word in zip(["", *argv], argv, strict=False):
+        if before in ("--help", "-h") and not word.startswith("--"):
+            topics.add(word)
+        elif word not in ("--help", "-h"):
+            words.append(word)
+    hints = {key: hint for key, hint in _hints(RunConfig).items() if key not in _NOT_SETTINGS}
+    known = [key for key, hint in hints.items() if dataclasses.is_dataclass(hint)]
+    for topic in topics - {"all", *known}:
+        raise ConfigError(f"--help: found '{topic}', expected {', '.join(known)} or all{did_you_mean(topic, known)}")
+    flags = _split(words)
+    open_groups = topics | {key.partition(".")[0] for key in flags}
+    if open_groups & {*ROUND_GROUPS}:
+        open_groups |= {*ROUND_GROUPS}
     name = flags.get("method.name")
     if name is None and "config" in flags:
         name = _method_name(_read_yaml(Path(str(flags["config"]))), str(flags["config"]))
     general = [("--config", "FILE", "", "YAML file of settings; flags take precedence over it.")]
     groups: list[tuple[str, str, list[_HelpRow]]] = []
-    for key, hint in _hints(RunConfig).items():
-        if key not in _NOT_SETTINGS and dataclasses.is_dataclass(hint):
-            folded = key in ROUND_GROUPS and not in_rounds
+    for key, hint in hints.items():
+        if dataclasses.is_dataclass(hint):
+            folded = key in FOLDED and not open_groups & {key, "all"}
             rows = [] if folded else _help_rows(hint, f"{key}.")
-            more = " (listed by --rounds.count 1 --help)" if folded else ""
+            more = f" (--help {key} lists its settings)" if folded else ""
             groups.append((key, (hint.__doc__ or "").strip() + more, rows))
     general += [row for row in _help_rows(RunConfig, "") if row[0] != "--method_name"]
     if name is not None:

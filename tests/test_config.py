@@ -255,7 +255,13 @@ def test_help_names_every_setting_and_is_short(method):
     assert len(short.splitlines()) < 100
     assert "rounds: Rounds of generate, judge, pair, train." in short
     assert "--judge.kind" not in short
-    text = help_text(["--method", method, "--rounds.count", "1", "--help"])
+    assert "--judge.kind" in help_text(["--method", method, "--rounds.count", "1", "--help"])
+    for group in settings.FOLDED:
+        assert f"(--help {group} lists its settings)" in short
+        asked = help_text(["--help", group, "--method", method])
+        assert f"  --{group}." in asked
+        assert f"  --{group}." not in short
+    text = help_text(["--method", method, "--help", "all"])
     words = {word for line in text.splitlines() for word in line.split()[:1] if word.startswith("--")}
     flags = {word.removesuffix(".KEY") for word in words}  # a mapping takes any key of one's own
     known = set(settings._leaves(parse(["--method", method]).to_dict())) - {"method.name"}
@@ -263,11 +269,17 @@ def test_help_names_every_setting_and_is_short(method):
     assert {f"--{key}" for key in known} <= flags
 
 
+def test_help_on_what_is_no_group_names_the_nearest_one():
+    with pytest.raises(ConfigError, match=r"^--help: found 'lorra', expected model, .* or all; did you mean 'lora'\?"):
+        help_text(["--help", "lorra"])
+
+
 @pytest.mark.parametrize(
     "argv",
     [
         ["--help"],
         ["--method", "tdpo", "--help"],
+        ["--help", "all"],
         ["--method", "dpoo"],
         ["--method", "dpo", "--method.alpha", "1"],
         ["--method", "dpo", "--model.path", "/no/such", "--data.train", "x.jsonl"],
