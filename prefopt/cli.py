@@ -30,6 +30,8 @@ from prefopt.testbed.cache import cache_root
 if TYPE_CHECKING:
     from prefopt.data.loader import Batches
     from prefopt.engine.adapters import Frozen, Weights
+    from prefopt.engine.forward import ReferenceHead
+    from prefopt.engine.reference import ReferenceValues, Source
     from prefopt.engine.trainer import Evaluator
     from prefopt.rounds.run import Rounds
     from prefopt.testbed.words import WordWorld
@@ -115,13 +117,18 @@ def _run_once(config: RunConfig, runtime: rt.Runtime, output: Path, evaluators: 
         say("\nresolved config:\n" + config.to_yaml())
         return 0
     resume_from = runtime.from_main(_last_checkpoint(output) if runtime.is_main else None)
-    # hashing weights reads all of them: once, on one process
-    runtime.on_main(lambda: _keep_card(_run_card(config, runtime, task), output))
+
+    def keep() -> dict[str, str] | None:
+        card = _run_card(config, runtime, task)
+        _keep_card(card, output)
+        return card["reference"]
+
+    hashes = runtime.on_main(keep)  # hashing weights reads all of them: once, on one process
     if runtime.from_main(runtime.is_main and checkpoint.damage(output / "model") is None):
         say(f"{output}: this run is finished; the model is in {output / 'model'}")
         _report_testbed(config, runtime, task, output)
         return 0
-    status = _fit(config, runtime, task, output, resume_from, evaluators)
+    status = _fit(config, runtime, task, output, resume_from, evaluators, hashes)
     if status == 0:
         say(f"finished: model in {output / 'model'}, metrics in {output / 'metrics.jsonl'}")
         _report_testbed(config, runtime, task, output)
@@ -315,6 +322,7 @@ class _Task:
     train: Batches
     eval_pairs: Sequence[EncodedPair]
     eval_fingerprint: str
+    sources: Sequence[Source]
     report: list[str]
     world: WordWorld | None = None
 
@@ -323,6 +331,7 @@ def _testbed_task(config: RunConfig) -> _Task:
     from prefopt.data.comparison import BothOrders
     from prefopt.data.loader import Converted, FileBatches
     from prefopt.engine import adapters, models
+    from prefopt.engine.reference import Source
     from prefopt.testbed import build_world
     from prefopt.testbed.words import WordWorld
 
@@ -340,6 +349,7 @@ def _testbed_task(config: RunConfig) -> _Task:
     both = BothOrders(world.tokenizer, config.data.max_length) if needs.sequences == "both_orders" else None
     if both is not None:
         eval_pairs = [both.reread(pair) for pair in eval_pairs]
+    sources = [Source(eval_pairs, f"{world.fingerprint}-{test.eval_pairs}-held-out")]
     if test.pairs is None:
         train: Batches = world.stream(batch, seed)
         train = train if both is None else Converted(train, both.reread, needs.sequences)
@@ -349,6 +359,7 @@ def _testbed_task(config: RunConfig) -> _Task:
         pairs = world.file_pairs(test.pairs, seed)
         pairs = pairs if both is None else [both.reread(pair) for pair in pairs]
         train = FileBatches(pairs, batch, seed, fingerprint, config.train.group_by_length)
+        sources.append(Source(pairs, fingerprint))
         what = f"a fixed set of {test.pairs:,} pairs"
     return _Task(
         start=start,
@@ -357,6 +368,7 @@ def _testbed_task(config: RunConfig) -> _Task:
         train=train,
         eval_pairs=eval_pairs,
         eval_fingerprint=f"{world.fingerprint}-{test.eval_pairs}",
+        sources=sources,
         report=[f"no model and no data named: training on the testbed world '{test.world}', {what}"],
         world=world,
     )
@@ -368,6 +380,7 @@ def _file_task(config: RunConfig) -> _Task:
     from prefopt.data.loader import FileBatches
     from prefopt.data.split import shared_prompts, split_by_prompt
     from prefopt.engine import adapters, layouts, models
+    from prefopt.engine.reference import Source
 
     assert config.model.path is not None
     assert config.data.train is not None
@@ -416,11 +429,13 @@ def _file_task(config: RunConfig) -> _Task:
         pairs, eval_pairs = split_by_prompt(pairs, config.data.eval_fraction)
         eval_fingerprint = f"{train.fingerprint}-{config.data.eval_fraction}"
         report.append(f"held out by prompt: {len(eval_pairs):,} of {len(train.pairs):,} pairs")
-    for encoded in (train, held_out) if config.data.eval is not None else (train,):
+    files = [train, held_out] if config.data.eval is not None else [train]
+    for encoded in files:
         models.check_positions(architecture, encoded.report, config.data.max_length)
     fingerprint = f"{train.fingerprint}-{len(pairs)}"
     batches = FileBatches(pairs, config.train.global_batch, config.seed, fingerprint, config.train.group_by_length)
-    return _Task(start, reference, tokenizer, batches, eval_pairs, eval_fingerprint, report)
+    sources = [Source(encoded.pairs, encoded.fingerprint) for encoded in files]
+    return _Task(start, reference, tokenizer, batches, eval_pairs, eval_fingerprint, sources, report)
 
 
 def _fit(
@@ -430,6 +445,7 @@ def _fit(
     output: Path,
     resume_from: Path | None,
     evaluators: Sequence[Evaluator] = (),
+    hashes: Mapping[str, str] | None = None,
 ) -> int:
     from prefopt.engine import adapters, models
     from prefopt.engine.forward import PolicyWithReference, Scorer
@@ -437,8 +453,9 @@ def _fit(
 
     lm = adapters.load_policy(config, task.start, task.reference, resume_from)
     reference: Any = task.reference
-    if isinstance(reference, adapters.Weights):
-        key = "model.path" if config.reference.path is None else "reference.path"
+    key = "model.path" if config.reference.path is None else "reference.path"
+    cached = reference is not None and config.reference.cache != "none"
+    if isinstance(reference, adapters.Weights) and not cached:
         reference = adapters.load_frozen(reference, config.model, key)
     # drawn numbers are dropout's: each process has its own, whatever was drawn until here
     rt.set_seed(config.seed + runtime.rank)
@@ -450,12 +467,17 @@ def _fit(
     of_them = f", {adapter}" if adapter else ""
     say(f"policy: {name}, {parameters:,} parameters{of_them}, {threads} thread(s) per process; output: {output}")
     if task.reference is not None:
-        say(f"reference: {adapters.describe(task.reference, task.start)}")
+        say(f"reference: {adapters.describe(task.reference, task.start, config.reference)}")
     if config.model.dtype == "bfloat16" and not adapter:
         say(
             "warning: weights in bfloat16 lose updates smaller than 1/256 of a weight; "
             "float32 weights with train.mixed_precision bf16 do not"
         )
+    values: ReferenceValues | None = None
+    reference_head: ReferenceHead | None = None
+    if cached:
+        values, reference_head = _kept_reference(config, runtime, task, lm, resume_from is None, key, hashes or {})
+        reference = reference if config.reference.cache == "hidden" and reference_head is None else None
     scores = config.method.needs.output == "scores"
     if scores:
         models.set_padding(adapters.base_of(lm), task.tokenizer)
@@ -466,15 +488,45 @@ def _fit(
     trainer = Trainer(
         config=config,
         runtime=runtime,
-        policy=Scorer(lm) if scores else PolicyWithReference(lm, reference, config.kernel),
+        policy=Scorer(lm) if scores else PolicyWithReference(lm, reference, config.kernel, reference_head),
         tokenizer=task.tokenizer,
         train=task.train,
         eval_pairs=task.eval_pairs,
         output=output,
         resume_from=resume_from,
         evaluators=evaluators,
+        values=values,
     )
     return trainer.run()
+
+
+def _kept_reference(
+    config: RunConfig, runtime: rt.Runtime, task: _Task, lm: Any, fresh: bool, key: str, hashes: Mapping[str, str]
+) -> tuple[ReferenceValues, ReferenceHead | None]:
+    """(what is kept of the reference, its head where that is needed and the policy does not hold it).
+
+    Args: lm: the policy, which answers for the reference as long as it is the same. fresh: whether it has not moved.
+        key: names the reference in errors. hashes: of the reference's weights.
+    """
+    import torch
+
+    from prefopt.engine import adapters
+    from prefopt.engine.forward import ReferenceHead
+    from prefopt.engine.reference import Oracle, obtain
+
+    what = task.reference
+    assert what is not None
+    if isinstance(what, adapters.Frozen):
+        oracle = Oracle(lm, what, hashes)
+    elif fresh and what == task.start:
+        oracle = Oracle(lm, None, hashes)
+    else:
+        oracle = Oracle(adapters.load_frozen(what, config.model, key), None, hashes)
+    torch.nn.Module.to(oracle.lm, runtime.device)
+    cache_dir = Path(config.reference.cache_dir) if config.reference.cache_dir else cache_root() / "reference"
+    values = obtain(config, runtime, oracle, task.sources, cache_dir, int(task.tokenizer.pad_token_id))
+    needs_head = config.reference.cache == "hidden" and oracle.frozen is None
+    return values, ReferenceHead(oracle.lm) if needs_head else None
 
 
 def _beta(config: RunConfig) -> float:
@@ -603,10 +655,7 @@ def _run_card(config: RunConfig, runtime: rt.Runtime, task: _Task) -> dict[str, 
         what, start = task.reference, task.start
         if what is None:
             return None
-        of = what if isinstance(what, adapters.Weights) else start
-        if what is adapters.Frozen.BASE:
-            of = adapters.Weights(start.base, start.base, start.revision)
-        return {**card(of), "is": adapters.describe(what, start)}
+        return {**card(adapters.weights_of(what, start)), "is": adapters.describe(what, start, config.reference)}
 
     train = config.train
     per_pass = train.micro_batch * runtime.world

@@ -53,6 +53,16 @@ class ReferenceConfig:
 
     path: str | None = None
     """Folder or hub id. None: the policy's starting weights; with LoRA no second copy of them is held."""
+    cache: Literal["none", "logps", "hidden"] = "none"
+    """Compute its log-probabilities, or for token-level KL its hidden states, once, and keep them for all runs."""
+    cache_dir: str | None = None
+    """Where caches lie. None: `reference` in prefopt's cache."""
+    cache_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Of kept hidden states."""
+    sync_every: int | None = None
+    """Optimizer steps after which the reference is drawn to the policy. None: it never moves."""
+    sync_weight: float = 1.0
+    """Weight of the policy then; 1 replaces the reference, less mixes."""
 
 
 @dataclass(frozen=True)
@@ -393,7 +403,7 @@ _GIVES_WAY = {"optim.warmup_ratio": "optim.warmup_steps", "train.train_epochs": 
 
 # Settings that may change between the attempts at one run: they do not move the trajectory by more than rounding.
 FREE_TO_CHANGE = (
-    *("dry_run", "output", "track", "kernel", "eval.batch", "model.gradient_checkpointing"),
+    *("dry_run", "output", "track", "kernel", "eval.batch", "model.gradient_checkpointing", "reference.cache_dir"),
     *("train.show_batch", "train.keep_last", "train.save_every", "train.micro_batch", "train.threads"),
     *("train.layout", "rounds.launcher", "rounds.compare", "generate.python", "generate.url", "generate.api_key_env"),
     *("generate.concurrency", "generate.retries", "generate.timeout", "judge.url", "judge.api_key_env"),
@@ -491,8 +501,8 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 def help_text(argv: Sequence[str]) -> str:
     """The grouped `--help`, with the settings of the method that `argv` names if it names one.
 
-    The groups in `FOLDED` are one line each, but for those that `argv` asks for (`--help lora`, `--help all`) or names a
-    setting of.
+    The groups in `FOLDED` are one line each, but for those that `argv` asks for (`--help lora`, `--help all`) or names
+    a setting of.
     """
     words, topics = [], set()
     for before, word in zip(["", *argv], argv, strict=False):
@@ -909,7 +919,7 @@ def _validate(config: RunConfig) -> None:
     )
     optional = (
         *("train.schedule_epochs", "train.max_steps", "train.threads", "testbed.pairs"),
-        *("kernel.token_tile", "kernel.vocab_tile", "lora.r", "lora.alpha"),
+        *("kernel.token_tile", "kernel.vocab_tile", "lora.r", "lora.alpha", "reference.sync_every"),
     )
     seeds = ("seed", "testbed.seed")
     values = _leaves(config.to_dict())
@@ -967,6 +977,7 @@ def _validate(config: RunConfig) -> None:
             f"model.attention: 'flash_attention_2' computes in 16 bits, found {dtype} weights and "
             "train.mixed_precision 'no'; expected train.mixed_precision bf16 or fp16 (or --model.attention sdpa)"
         )
+    _validate_reference(config)
     schedule = config.train.schedule_epochs
     need(
         schedule is None or schedule >= config.train.train_epochs or config.train.max_steps is not None,
@@ -1018,6 +1029,41 @@ def _validate(config: RunConfig) -> None:
         )
     if config.on_testbed and config.data.eval is not None:
         raise ConfigError("data.eval is given without data.train; the testbed makes its own held-out pairs")
+
+
+def _validate_reference(config: RunConfig) -> None:
+    reference, plain = config.reference, ReferenceConfig()
+    for key in ("cache", "sync_every"):
+        found = getattr(reference, key)
+        if found != getattr(plain, key) and config.method.needs.reference == "none":
+            raise ConfigError(
+                f"reference.{key}: found {found!r}, but method '{config.method_name}' reads no reference; leave it out"
+            )
+    if reference.cache == "logps" and config.method.needs.reference == "token":
+        raise ConfigError(
+            f"reference.cache: found 'logps', but method '{config.method_name}' reads the reference's whole "
+            "distribution at each token; expected hidden, or none for a live reference"
+        )
+    streamed = config.on_testbed and config.testbed.pairs is None and config.rounds.count == 0
+    if reference.cache != "none" and streamed:
+        raise ConfigError(
+            f"reference.cache: found '{reference.cache}', but no pair of the testbed's stream comes twice; name the "
+            "size of a fixed set (--testbed.pairs 40000), or leave it out"
+        )
+    if reference.cache != "none" and reference.sync_every is not None:
+        raise ConfigError(
+            "reference.cache: given with reference.sync_every, but what moves cannot be kept; leave one out"
+        )
+    for key, needed in (("cache_dtype", "cache"), ("cache_dir", "cache"), ("sync_weight", "sync_every")):
+        found = getattr(reference, key)
+        if found != getattr(plain, key) and getattr(reference, needed) == getattr(plain, needed):
+            raise ConfigError(
+                f"reference.{key}: found {found!r} without reference.{needed}; name that too, or leave it out"
+            )
+    if reference.cache_dtype != plain.cache_dtype and reference.cache == "logps":
+        raise ConfigError("reference.cache_dtype: is of hidden states, found reference.cache 'logps'; leave it out")
+    if not 0 < reference.sync_weight <= 1:
+        raise ConfigError(f"reference.sync_weight: found {reference.sync_weight!r}, expected above 0, up to 1")
 
 
 def _named_judge(config: RunConfig) -> JudgeConfig:

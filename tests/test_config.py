@@ -143,6 +143,36 @@ def test_differences_when_an_adapter_has_dropout_then_the_cut_of_a_step_is_among
         (["--method", "dpoo"], f"unknown method 'dpoo'; did you mean 'dpo'? known: {NAMES} (or a dotted module path)"),
         (["--method", "xyz"], f"unknown method 'xyz'; known: {NAMES} (or a dotted module path)"),
         (["dpo"], "found 'dpo', expected a flag such as --optim.lr 1e-6"),
+        (
+            ["--method", "sft", *REAL[2:], "--reference.cache", "logps"],
+            "reference.cache: found 'logps', but method 'sft' reads no reference; leave it out",
+        ),
+        (
+            ["--method", "tdpo", *REAL[2:], "--reference.cache", "logps"],
+            "reference.cache: found 'logps', but method 'tdpo' reads the reference's whole distribution at each token; "
+            "expected hidden, or none for a live reference",
+        ),
+        (
+            ["--method", "dpo", "--reference.cache", "logps"],
+            "reference.cache: found 'logps', but no pair of the testbed's stream comes twice; name the size of a fixed "
+            "set (--testbed.pairs 40000), or leave it out",
+        ),
+        (
+            [*REAL, "--reference.cache", "logps", "--reference.sync_every", "8"],
+            "reference.cache: given with reference.sync_every, but what moves cannot be kept; leave one out",
+        ),
+        (
+            [*REAL, "--reference.sync_weight", "0.5"],
+            "reference.sync_weight: found 0.5 without reference.sync_every; name that too, or leave it out",
+        ),
+        (
+            [*REAL, "--reference.sync_every", "8", "--reference.sync_weight", "1.5"],
+            "reference.sync_weight: found 1.5, expected above 0, up to 1",
+        ),
+        (
+            [*REAL, "--reference.cache", "logps", "--reference.cache_dtype", "float32"],
+            "reference.cache_dtype: is of hidden states, found reference.cache 'logps'; leave it out",
+        ),
         ([*REAL, "--", "x"], "found '--', expected a flag such as --optim.lr 1e-6"),
         ([*REAL, "--seed", "1", "2"], "found '2', expected a flag such as --optim.lr 1e-6"),
         ([*REAL, "--seed", "1", "--seed", "1"], "--seed: given twice"),

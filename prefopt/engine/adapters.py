@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from prefopt.config import LoraConfig, ModelConfig, RunConfig
+from prefopt.config import LoraConfig, ModelConfig, ReferenceConfig, RunConfig
 from prefopt.engine import models
 from prefopt.errors import ConfigError, TrainError, did_you_mean
 from prefopt.kernels.head import make_head_aware, make_score_precise
@@ -139,8 +139,14 @@ def reference(config: RunConfig, start: Weights) -> Frozen | Weights | None:
     named = config.reference.path
     if config.method.needs.reference == "none":
         return None
+    moves = config.reference.sync_every is not None
+    if moves and named is not None and (start.adapter is not None or config.lora.r is not None):
+        raise ConfigError(
+            "reference.sync_every: found with reference.path and LoRA, where the adapter's own start is what moves; "
+            "leave reference.path out"
+        )
     if named is None or _same(named, start.path):
-        if start.adapter is not None:
+        if start.adapter is not None or (moves and config.lora.r is not None):
             return Frozen.SNAPSHOT
         return start if config.lora.r is None else Frozen.BASE
     if start.adapter is not None and _same(named, start.base):
@@ -148,15 +154,29 @@ def reference(config: RunConfig, start: Weights) -> Frozen | Weights | None:
     return find(named, config.model, "reference.path")
 
 
-def describe(reference: Frozen | Weights, start: Weights) -> str:
+def weights_of(reference: Frozen | Weights, start: Weights) -> Weights:
+    """Where the reference's weights lie. Args: start: what the policy starts from."""
+    if isinstance(reference, Weights):
+        return reference
+    return start if reference is Frozen.SNAPSHOT else Weights(start.base, start.base, start.revision)
+
+
+def describe(reference: Frozen | Weights, start: Weights, settings: ReferenceConfig) -> str:
     """What a run says of its reference."""
+    copy = "" if settings.cache != "none" else ", a copy" if settings.sync_every is not None else ", a frozen copy"
     if reference is Frozen.BASE:
-        return f"{reference.value} (no second copy), {start.base}"
-    if isinstance(reference, Frozen):
-        return f"{reference.value} (no second copy of the base weights), {start.path}"
-    what = "the policy's starting weights, a frozen copy" if reference == start else "other weights"
-    on = "" if reference.adapter is None else f" on {reference.base}"
-    return f"{what}, {reference.path}{on}"
+        said = f"{reference.value} (no second copy), {start.base}"
+    elif isinstance(reference, Frozen):
+        what = reference.value if settings.sync_every is None else "a snapshot of the adapter"
+        said = f"{what} (no second copy of the base weights), {start.path}"
+    else:
+        what = "the policy's starting weights" if reference == start else "other weights"
+        on = "" if reference.adapter is None else f" on {reference.base}"
+        said = f"{what}{copy if reference == start else ''}, {reference.path}{on}"
+    if settings.sync_every is not None:
+        weight = "replaced by" if settings.sync_weight == 1 else f"mixed with {settings.sync_weight:g} of"
+        said += f"; {weight} the policy every {settings.sync_every} steps"
+    return said
 
 
 def check(config: RunConfig, start: Weights, architecture: PretrainedConfig) -> None:
@@ -284,7 +304,7 @@ def load_policy(
     torch.manual_seed(config.seed)
     lm = _attach(lm, settings, begun, config.model)
     if reference is Frozen.SNAPSHOT:
-        _add_snapshot(lm, settings, start.path, config.model)
+        _add_snapshot(lm, settings, start.path if start.adapter is not None else None, config.model)
     return lm
 
 
@@ -367,13 +387,29 @@ def _attach(
     return adapted
 
 
-def _add_snapshot(lm: Any, settings: Any, path: str, model: ModelConfig) -> None:
-    """A second adapter on the same base, which is never trained."""
+def _add_snapshot(lm: Any, settings: Any, path: str | None, model: ModelConfig) -> None:
+    """A second adapter on the same base, which is never trained. Args: path: None: as the policy's is now."""
     with _quiet():
         lm.add_adapter(_SNAPSHOT, dataclasses.replace(settings, lora_dropout=0.0, inference_mode=True))
-    _fill(lm, _SNAPSHOT, path, model, "model.path")
+    if path is not None:
+        _fill(lm, _SNAPSHOT, path, model, "model.path")
+    else:
+        with torch.no_grad():
+            for policy, snapshot in snapshot_pairs(lm).values():
+                snapshot.copy_(policy)
     lm.set_requires_grad(_SNAPSHOT, False)
     lm.set_adapter(_POLICY)
+
+
+def snapshot_pairs(lm: nn.Module) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
+    """(the policy's weight, the snapshot's) by the snapshot's name: all that an adapter has of its own."""
+    weights = dict(lm.named_parameters())
+    found = {}
+    for name, weight in weights.items():
+        parts = name.split(".")
+        if _SNAPSHOT in parts:
+            found[name] = (weights[".".join(_POLICY if part == _SNAPSHOT else part for part in parts)], weight)
+    return found
 
 
 def _fill(lm: Any, adapter: str, path: str, model: ModelConfig, key: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -94,6 +95,25 @@ class Scorer(Policy):
         return head(hidden, precise=True).squeeze(-1)
 
 
+class ReferenceHead(nn.Module):
+    """The output head of a reference whose hidden states are kept: a frozen copy of what is needed beside them.
+
+    Args: lm: the reference, as it is while this is made.
+    """
+
+    def __init__(self, lm: PreTrainedModel) -> None:
+        super().__init__()
+        head: Any = lm.get_output_embeddings()
+        self.head = nn.Linear(head.in_features, head.out_features, bias=head.bias is not None, device="meta")
+        self.head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+        if head.bias is not None:
+            self.head.bias = nn.Parameter(head.bias.detach().clone(), requires_grad=False)
+        self.scaling = head_scaling(lm)
+
+    def get_output_embeddings(self) -> nn.Linear:
+        return self.head
+
+
 class PolicyWithReference(Policy):
     """A language model, and maybe a reference, whose forward gives token statistics.
 
@@ -102,19 +122,28 @@ class PolicyWithReference(Policy):
             with an adapter, made by `adapters`.
         reference: another one, frozen here; or which weights of `lm` itself stand still; or None.
         kernel: tile sizes and what may be kept of them.
+        reference_head: the head for hidden states of a reference that batches carry; None where that is the head of
+            the weights that stand still.
     """
 
     def __init__(
-        self, lm: PreTrainedModel, reference: PreTrainedModel | adapters.Frozen | None, kernel: KernelConfig
+        self,
+        lm: PreTrainedModel,
+        reference: PreTrainedModel | adapters.Frozen | None,
+        kernel: KernelConfig,
+        reference_head: ReferenceHead | None = None,
     ) -> None:
         super().__init__(lm, None if isinstance(reference, adapters.Frozen) else reference)
         if not adapters.has_adapter(lm):  # one with an adapter was made head-aware before the adapter came
             make_head_aware(lm)
         self.frozen = reference if isinstance(reference, adapters.Frozen) else None
         self.kernel = kernel
-        self._scaling = self._reference_scaling = _head_scaling(lm)
+        self.reference_head = reference_head
+        self._scaling = self._reference_scaling = head_scaling(lm)
         if self.reference is not None:
-            self._reference_scaling = _head_scaling(self.reference)
+            self._reference_scaling = head_scaling(self.reference)
+        elif reference_head is not None:
+            self._reference_scaling = reference_head.scaling
 
     @contextlib.contextmanager
     def as_reference(self) -> Iterator[PreTrainedModel | None]:
@@ -133,13 +162,15 @@ class PolicyWithReference(Policy):
         labels: torch.Tensor,
         want: tuple[str, ...],
         units: np.ndarray | None = None,
+        ref_hidden: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor | None, ...]:
         """Token statistics of the scored positions, in the order of TokenStats, each (N,) or None.
 
         Args: as in PairBatch; `want` names statistics beside the policy's log-probability.
         """
         rows = Rows(input_ids, attention_mask, position_ids, units)
-        ref = self._reference_request(rows, score_index) if set(want) & {"ref_logp", "kl", "reverse_kl"} else {}
+        reads = bool(set(want) & {"ref_logp", "kl", "reverse_kl"})
+        ref = self._reference_request(rows, score_index, ref_hidden) if reads else {}
         hidden = _scored_states(self.lm, self.attention, rows, score_index)
         scale, softcap = self._scaling
         request = HeadRequest(
@@ -155,18 +186,26 @@ class PolicyWithReference(Policy):
         head = cast(StatsLinear, self.lm.get_output_embeddings())
         return head(hidden, request=request)
 
-    def _reference_request(self, rows: Rows, score_index: torch.Tensor) -> dict[str, Any]:
+    def _reference_request(
+        self, rows: Rows, score_index: torch.Tensor, hidden: torch.Tensor | None = None
+    ) -> dict[str, Any]:
         """The reference's part of a request to the head; nothing where there is no reference.
 
         Its head is read while it is the reference: a policy that trains its head whole has two.
+
+        Args: hidden: its states, where they are known.
         """
         with torch.no_grad(), self.as_reference() as reference:
-            if reference is None:
+            owner = reference if self.reference_head is None else self.reference_head
+            if owner is None:
                 return {}
-            head = reference.get_output_embeddings()
+            head = owner.get_output_embeddings()
+            if hidden is None:
+                assert reference is not None, "the batch carries no hidden states of the reference"
+                hidden = _scored_states(reference, self.reference_attention, rows, score_index)
             scale, softcap = self._reference_scaling
             return {
-                "ref_hidden": _scored_states(reference, self.reference_attention, rows, score_index),
+                "ref_hidden": hidden.to(head.weight.dtype),
                 "ref_weight": head.weight,
                 "ref_bias": head.bias,
                 "ref_scale": scale,
@@ -203,7 +242,7 @@ def scored_states(lm: PreTrainedModel, kind: Kind, batch: PairBatch) -> torch.Te
     return _scored_states(lm, kind, rows, batch.score_index)
 
 
-def _head_scaling(lm: PreTrainedModel) -> tuple[float, float | None]:
+def head_scaling(lm: PreTrainedModel) -> tuple[float, float | None]:
     """(scale, soft-cap) that this architecture applies to its logits after the head.
 
     Raises: TrainError for a setting that looks like another scaling of logits and is not known here.
@@ -227,9 +266,13 @@ def token_stats_of(model: nn.Module, batch: PairBatch, want: tuple[str, ...]) ->
     Args:
         model: a PolicyWithReference, wrapped or not.
         batch: on the model's device.
-        want: statistics beside the policy's log-probability; see TokenStats.
+        want: statistics beside the policy's log-probability; see TokenStats. The reference's log-probability is taken
+            from the batch where that has it.
     """
-    return TokenStats(
+    kept = batch.ref_logps if "ref_logp" in want else None
+    if kept is not None:
+        want = tuple(name for name in want if name != "ref_logp")
+    found = TokenStats(
         *model(
             input_ids=batch.input_ids,
             attention_mask=batch.attention_mask,
@@ -238,8 +281,10 @@ def token_stats_of(model: nn.Module, batch: PairBatch, want: tuple[str, ...]) ->
             labels=batch.labels,
             want=want,
             units=batch.units,
+            ref_hidden=batch.ref_hidden,
         )
     )
+    return found if kept is None else replace(found, ref_logp=kept.to(found.logp.dtype))
 
 
 def scores_of(model: nn.Module, batch: PairBatch) -> torch.Tensor:
@@ -293,17 +338,17 @@ def statistics_for(needs: Needs) -> tuple[str, ...]:
     return {"none": (), "sequence": ("ref_logp",), "token": ("ref_logp", "kl")}[needs.reference]
 
 
-def statistics_to_evaluate(needs: Needs) -> tuple[str, ...]:
-    """What an evaluation computes: all that there is to know."""
+def statistics_to_evaluate(needs: Needs, cache: str = "none") -> tuple[str, ...]:
+    """What an evaluation computes: all that there is to know. Args: cache: what is kept of the reference."""
     if needs.output == "scores":
         return SCORES
-    return ("entropy",) if needs.reference == "none" else ALL_STATISTICS
+    if needs.reference == "none":
+        return ("entropy",)
+    return ("ref_logp", "entropy") if cache == "logps" else ALL_STATISTICS
 
 
 def to_device(batch: PairBatch, device: torch.device) -> PairBatch:
     """The batch with its tensors on `device`."""
-    from dataclasses import fields, replace
-
     moved = {
         f.name: getattr(batch, f.name).to(device)
         for f in fields(batch)

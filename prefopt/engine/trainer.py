@@ -23,9 +23,17 @@ from prefopt.data.encode import check_row_structure
 from prefopt.data.loader import Batches, padded_length
 from prefopt.data.report import show_batch
 from prefopt.engine import adapters, check, checkpoint, export, models
-from prefopt.engine.forward import Policy, pair_stats, statistics_for, statistics_to_evaluate, to_device
+from prefopt.engine.forward import (
+    Policy,
+    PolicyWithReference,
+    pair_stats,
+    statistics_for,
+    statistics_to_evaluate,
+    to_device,
+)
 from prefopt.engine.layouts import choose_layouts
 from prefopt.engine.metrics import Meter, MetricsFile, shared_metrics, write_atomically
+from prefopt.engine.reference import Moving, ReferenceValues
 from prefopt.engine.runtime import EXIT_UNFINISHED, Runtime, random_state, say, set_random_state
 from prefopt.errors import ConfigError, TrainError, did_you_mean
 from prefopt.types import EncodedPair, LossOutput, Needs, PairBatch, PairStats
@@ -35,6 +43,7 @@ if TYPE_CHECKING:
 
 Evaluator = Callable[[nn.Module], Mapping[str, float]]
 _SELECTED = "selected.json"  # which step the best model so far is of
+_REFERENCE = "moving_reference.safetensors"  # in a checkpoint
 
 
 class _Interrupted(Exception):
@@ -55,6 +64,7 @@ class Trainer:
         output: the run's folder; the lock on it is held.
         resume_from: an undamaged checkpoint whose weights `policy` holds, or None.
         evaluators: functions of the policy whose values are logged at each evaluation, such as a testbed's exact ones.
+        values: what is kept of the reference, for all pairs, where that takes the place of a live one.
     """
 
     config: RunConfig
@@ -66,6 +76,7 @@ class Trainer:
     output: Path
     resume_from: Path | None = None
     evaluators: Sequence[Evaluator] = field(default_factory=tuple)
+    values: ReferenceValues | None = None
 
     def run(self) -> int:
         """Train to the end. Returns 0 when finished, 75 when a signal asked to save and leave."""
@@ -91,6 +102,10 @@ class Trainer:
                 f"({config.train.global_batch})"
             )
         self.total = total_steps(config, self.train.steps_per_epoch)
+        self.moving: Moving | None = None
+        if config.reference.sync_every is not None:
+            assert isinstance(self.policy, PolicyWithReference), "a score has no reference"
+            self.moving = Moving(self.policy, config.reference.sync_weight)
         if config.model.gradient_checkpointing:
             models.recompute_activations(self.policy.lm)
         # a fused step would hide from the loop that the gradient scaler skipped it
@@ -189,6 +204,8 @@ class Trainer:
         if not (math.isfinite(norm) or skipped):
             self._stop_on_nonfinite(step, norm, broken)
         self.optimizer.zero_grad(set_to_none=True)
+        if self.moving is not None and (step + 1) % (config.reference.sync_every or 1) == 0:
+            self.moving.move()
         averages = meter.averages(runtime)
         pairs, scored_tokens, fed, cells = runtime.sum(tokens).tolist()
         seconds = time.perf_counter() - began
@@ -224,15 +241,17 @@ class Trainer:
             yield mine, self._collate(mine)
 
     def _collate(self, pairs: Sequence[EncodedPair], layout: str | None = None) -> PairBatch:
-        """The batch in the layout that these pairs call for, or in the one that is named."""
+        """The batch in the layout that these pairs call for, or in the one that is named, with what is kept of the
+        reference."""
         need_rejected = self.needs.rows == "pairs"
-        return collate(
+        batch = collate(
             pairs,
             pad_id=int(self.tokenizer.pad_token_id),
             need_rejected=need_rejected,
             columns=tuple(column.name for column in self.needs.columns),
             **self.layouts.settings(layout or self.layouts.of(pairs, need_rejected)),
         )
+        return batch if self.values is None else self.values.fill(batch, pairs)
 
     def _global_counts(self, batches: Sequence[PairBatch], pairs: int) -> dict[str, float]:
         """What each term is divided by: its count over all `pairs` of the step on all processes.
@@ -317,7 +336,7 @@ class Trainer:
         """Score the held-out pairs and log their averages; the last evaluation's pairs are kept in eval_pairs.jsonl."""
         began = time.perf_counter()
         self.model.eval()
-        want = statistics_to_evaluate(self.needs)
+        want = statistics_to_evaluate(self.needs, self.config.reference.cache)
         line: dict[str, Any] = {"step": step, "split": "eval"}
         if self.eval_pairs:
             rows = self._eval_rows(want)
@@ -413,13 +432,15 @@ class Trainer:
         layout = self.layouts.of(chunk, self.needs.rows == "pairs")
         batch = to_device(self._collate(few, layout), runtime.device)
         tol = check.tolerance(self.policy.lm, config.train.mixed_precision)
+        rounded = self.values is not None and self.values.in_bfloat16
+        loose = max(tol, check.tolerance(self.policy.lm, "bf16")) if rounded else tol
         with runtime.accelerator.autocast():
             # every process runs every check, whatever it has found: a wrapped model's forward may wait for the others
             structure = (f"{p.where}: {w}" for p in few if (w := check_row_structure(p, self.tokenizer)))
             problems = [
                 next(structure, None),
                 check.first_difference(self.model, self.policy, self.method, few, batch, tol),
-                check.unexpected_loss(self.model, self.method, batch, tol) if config.reference.path is None else None,
+                check.unexpected_loss(self.model, self.method, batch, loose) if config.reference.path is None else None,
             ]
         found = runtime.gather_objects([problem for problem in problems if problem])
         check.refuse(found[0] if found else None)
@@ -473,6 +494,8 @@ class Trainer:
     def _write_weights_and_optimizer(self, folder: Path) -> None:
         self._write_model(folder)
         checkpoint.save_optimizer(self.optimizer, folder / "optimizer.safetensors")
+        if self.moving is not None:
+            self.moving.save(folder / _REFERENCE)
 
     def _write_model(self, folder: Path) -> None:
         adapters.save(self.policy.lm, folder)
@@ -488,6 +511,8 @@ class Trainer:
                     f"{self.output}: the training data changed since step {state['step']}; choose another --output"
                 )
             checkpoint.load_optimizer(self.optimizer, self.resume_from / "optimizer.safetensors")
+            if self.moving is not None:
+                self.moving.load(self.resume_from / _REFERENCE)
             by_rank = state["random"]
             if self.runtime.world == len(by_rank):  # else the run's seed and this process's rank have set it
                 set_random_state(by_rank[self.runtime.rank])

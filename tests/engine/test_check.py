@@ -63,7 +63,7 @@ def test_check_when_the_head_scales_logits_otherwise_than_the_model_then_it_stop
 ):
     lm = tiny_model(name, seed=0)
     check(runtime, tokenizer, WITH_REFERENCE, (lm, lm))
-    monkeypatch.setattr(forward, "_head_scaling", lambda lm: (1.0, None))
+    monkeypatch.setattr(forward, "head_scaling", lambda lm: (1.0, None))
     with pytest.raises(TrainError, match=r"^step 0: rows:\d \(chosen\): .* an independent path gives"):
         check(runtime, tokenizer, WITH_REFERENCE, (lm, lm))
 

@@ -59,7 +59,7 @@ def test_gradient_when_any_architecture_then_it_is_that_of_its_own_logits(name):
 def test_architectures_here_when_called_scaled_then_scaling_moves_their_statistics(name, monkeypatch):
     policy, reference = tiny_model(name, seed=0), tiny_model(name, seed=1)
     expected = plain(policy, reference)["logp"]
-    monkeypatch.setattr("prefopt.engine.forward._head_scaling", lambda lm: (1.0, None))
+    monkeypatch.setattr("prefopt.engine.forward.head_scaling", lambda lm: (1.0, None))
     assert (fused(policy, reference).logp - expected).abs().max() > 1e-3
 
 

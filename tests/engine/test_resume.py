@@ -70,7 +70,8 @@ def without_clock(output):
 def assert_same_run(output, straight):
     last = sorted((straight / "checkpoints").iterdir())[-1]
     files = [*(straight / "model").glob("*.safetensors"), *last.glob("*.safetensors")]
-    assert len(files) == 3  # the model, the model again, the optimizer
+    moving = (last / "moving_reference.safetensors").exists()
+    assert len(files) == 3 + moving  # the model, the model again, the optimizer
     for path in files:
         assert (output / path.relative_to(straight)).read_bytes() == path.read_bytes()
     lines = without_clock(output)
@@ -145,12 +146,16 @@ def test_run_when_grouped_by_length_and_killed_then_ends_bit_identical(server, c
 
 
 # Runs with a state of their own: what an adapter's dropout drops, and the scale of fp16, which overflows at first here.
+# Or a reference of its own: one that moves, with all weights and with an adapter, or one that is kept.
 SETTINGS = {
+    "moving reference": {"reference__sync_every": 4, "reference__sync_weight": 0.6},
+    "moving snapshot": {"reference__sync_every": 4, "lora__r": 4, "lora__modules_to_save": "lm_head"},
+    "kept hidden states": {"reference__cache": "hidden"},
     "adapter": {"lora__r": 4, "lora__dropout": 0.3, "lora__modules_to_save": "lm_head"},
     "fp16": {"train__mixed_precision": "fp16", "method__beta": 30},
     "adapter of a classifier": {"lora__r": 4, "lora__dropout": 0.3, "train__mixed_precision": "bf16"},
 }
-METHOD_OF = {"adapter of a classifier": "reward_model"}  # dpo else
+METHOD_OF = {"adapter of a classifier": "reward_model", "kept hidden states": "tdpo"}  # dpo else
 
 
 @pytest.mark.parametrize("what", SETTINGS)

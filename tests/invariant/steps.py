@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import torch
 
-from prefopt.config import EvalConfig, KernelConfig, OptimConfig, RunConfig, TrainConfig
+from prefopt.config import EvalConfig, KernelConfig, OptimConfig, ReferenceConfig, RunConfig, TrainConfig
 from prefopt.engine.forward import PolicyWithReference, Scorer
 from prefopt.engine.metrics import MetricsFile, read_lines
 from prefopt.engine.trainer import Trainer
@@ -74,11 +74,26 @@ class Bench:
         lr: of plain gradient descent; above 0 the steps move the policy after all.
         grouped: the whole training set, if the steps are to be taken as grouped by length.
         layout: of every batch.
+        values, reference_head: what is kept of a reference, in place of a live one; then `models` holds None or what
+            stands still of the policy.
+        reference: how it moves.
     """
 
     def __init__(
-        self, runtime, method, models, tiles=(1024, 8192), tokenizer=None, lr=0.0, grouped=None, layout="padded"
+        self,
+        runtime,
+        method,
+        models,
+        tiles=(1024, 8192),
+        tokenizer=None,
+        lr=0.0,
+        grouped=None,
+        layout="padded",
+        values=None,
+        reference_head=None,
+        reference=ReferenceConfig(),  # noqa: B008 - frozen
     ):
+        settings = reference
         policy, reference = map(copy.deepcopy, models)  # one by one: they may be the same model
         needs = method.needs
         config = RunConfig(
@@ -87,17 +102,21 @@ class Bench:
             optim=OptimConfig(name="sgd", lr=lr, schedule="constant", warmup_steps=0, clip=0),
             train=TrainConfig(max_steps=1, layout=layout),
             kernel=KernelConfig(*tiles),
+            reference=settings,
         )
         self.trainer = Trainer(
             config=config,
             runtime=runtime,
             policy=Scorer(scorer_of(policy))
             if needs.output == "scores"
-            else PolicyWithReference(policy, reference if needs.reference != "none" else None, config.kernel),
+            else PolicyWithReference(
+                policy, reference if needs.reference != "none" else None, config.kernel, reference_head
+            ),
             tokenizer=tokenizer or SimpleNamespace(pad_token_id=2),
             train=SimpleNamespace(steps_per_epoch=None, fingerprint="rows", grouped=grouped),
             eval_pairs=[],
             output=Path(),
+            values=values,
         )
         self.trainer.prepare()
         self.gradients = {}

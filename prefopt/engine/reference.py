@@ -1,0 +1,529 @@
+"""What a reference says of each scored token, computed once and kept on disk; and a reference that moves.
+
+A cache is a folder named by the hash of all that its numbers depend on (weights, tokens, masks, precision, attention,
+head) and of nothing else: runs that differ in learning rate, beta, method or output share it. Values are found by the
+content of a sequence, so no order, split or mixture of the data can give one sequence the values of another.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import socket
+import time
+import zlib
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from random import SystemRandom
+from typing import IO, TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from prefopt.config import RunConfig
+from prefopt.data.collate import collate
+from prefopt.data.loader import padded_length
+from prefopt.engine import adapters
+from prefopt.engine.check import tolerance
+from prefopt.engine.forward import PolicyWithReference, head_scaling, scored_states, to_device, token_stats_of
+from prefopt.engine.layouts import choose_layouts, relative_gap
+from prefopt.engine.models import evaluating
+from prefopt.engine.runtime import Runtime, say
+from prefopt.errors import ConfigError, TrainError
+from prefopt.files import write_whole
+from prefopt.types import EncodedPair, PairBatch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+FORMAT = 1  # raise it whenever the same identity would give other numbers, or files are laid out in another way
+SAMPLE = 4  # pairs of each cache that are computed again when it is opened
+_MANIFEST, _INDEX, _PASSES = "cache.json", "index.safetensors", "passes.jsonl"
+_SHARD_BYTES = 64 << 20  # of values in one file, about: what a killed pass does again
+_SHARD_PAIRS = 4096  # at most
+
+
+@dataclass(frozen=True)
+class Source:
+    """Pairs that one pass covers. Args: fingerprint: a hash of their content and order."""
+
+    pairs: Sequence[EncodedPair]
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class Oracle:
+    """The reference itself, as long as there is something to ask it.
+
+    Args:
+        lm: on the run's device; with an adapter, or without.
+        frozen: which weights of `lm` are the reference, where `lm` is the policy and has an adapter.
+        weights: hashes of what it was loaded from, by name.
+    """
+
+    lm: PreTrainedModel
+    frozen: adapters.Frozen | None
+    weights: Mapping[str, str | None]
+
+    @contextlib.contextmanager
+    def standing(self) -> Iterator[None]:
+        with adapters.standing_still(self.lm, self.frozen) if self.frozen else contextlib.nullcontext():
+            yield
+
+
+# What a cache is of -----------------------------------------------------------------------------------------------
+
+
+def identity(config: RunConfig, oracle: Oracle) -> dict[str, Any]:
+    """All that a kept number depends on beside the tokens, by name."""
+    scale, softcap = head_scaling(oracle.lm)
+    return {
+        "format": FORMAT,
+        "kind": config.reference.cache,
+        **{f"weights.{name}": value for name, value in oracle.weights.items()},
+        "dtype": config.model.dtype,
+        "mixed_precision": config.train.mixed_precision,
+        "attention": config.model.attention,
+        "head.scale": scale,
+        "head.softcap": softcap,
+        "stored": _stored(config),
+    }
+
+
+def _stored(config: RunConfig) -> str:
+    """The dtype of kept values."""
+    if config.reference.cache == "hidden":
+        return config.reference.cache_dtype
+    return "float64" if config.model.dtype == "float64" else "float32"
+
+
+def sequence_key(prompt: Sequence[int], completion: Sequence[int], mask: Sequence[bool]) -> bytes:
+    """16 bytes that name a sequence by its tokens and by which of them are scored."""
+    digest = hashlib.blake2b(array("i", (len(prompt), len(completion))).tobytes(), digest_size=16)
+    for part in (array("i", prompt), array("i", completion), bytearray(mask)):
+        digest.update(part)
+    return digest.digest()
+
+
+def _sequences(pair: EncodedPair, need_rejected: bool) -> list[tuple[bytes, int]]:
+    """(key, scored tokens) of the chosen side and, where it is read, of the rejected one."""
+    sides = [(pair.chosen_ids, pair.chosen_mask)]
+    if need_rejected:
+        sides.append((pair.rejected_ids or [], pair.rejected_mask or []))
+    return [(sequence_key(pair.prompt_ids, ids, mask), sum(mask)) for ids, mask in sides]
+
+
+def _tokens(source: Source, need_rejected: bool, cache_dir: Path) -> dict[str, Any]:
+    """A hash of the tokens and masks of a source, and how many they are; remembered by the source's fingerprint."""
+    name = hashlib.sha256(f"{FORMAT} {source.fingerprint} {need_rejected}".encode()).hexdigest()[:32]
+    memo = cache_dir / "tokens" / f"{name}.json"
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        known = json.loads(memo.read_text())
+        return {key: known[key] for key in ("sha256", "pairs", "scored")}
+    digest, scored = hashlib.sha256(), 0
+    for pair in source.pairs:
+        for key, count in _sequences(pair, need_rejected):
+            digest.update(key)
+            scored += count
+    found = {"sha256": digest.hexdigest(), "pairs": len(source.pairs), "scored": scored}
+    write_whole(memo, [json.dumps(found)])
+    return found
+
+
+# Getting it -------------------------------------------------------------------------------------------------------
+
+
+def obtain(
+    config: RunConfig,
+    runtime: Runtime,
+    oracle: Oracle,
+    sources: Sequence[Source],
+    cache_dir: Path,
+    pad_id: int,
+) -> ReferenceValues:
+    """The values of all pairs of the sources: found on disk, or computed by one pass that a later call continues.
+
+    Of several runs that need the same cache one computes and the others wait; its processes share the work. A random
+    sample of what was found is computed again.
+
+    Args:
+        oracle: asked for what is missing and for the sample.
+        cache_dir: parent of all caches.
+        pad_id: fills batches.
+    Raises: TrainError for a cache that is not what it says it is, or a disk without room.
+    """
+    work = _Pass(config, runtime, oracle, pad_id)
+    kept = [work.folder(source, cache_dir) for source in sources if len(source.pairs)]
+    return ReferenceValues(kept, config.reference.cache)
+
+
+class _Pass:
+    """One run's way to its caches. All processes call each method together."""
+
+    def __init__(self, config: RunConfig, runtime: Runtime, oracle: Oracle, pad_id: int) -> None:
+        self.config, self.runtime, self.oracle, self.pad_id = config, runtime, oracle, pad_id
+        self.kind = config.reference.cache
+        self.need_rejected = config.method.needs.rows == "pairs"
+        self.policy = PolicyWithReference(oracle.lm, None, config.kernel)
+        self.layouts, _ = choose_layouts(config, self.policy, runtime.device)
+        self.identity = identity(config, oracle)
+        self.dtype = getattr(torch, self.identity["stored"])
+        self.width = oracle.lm.get_output_embeddings().weight.shape[1] if self.kind == "hidden" else 1
+
+    def folder(self, source: Source, cache_dir: Path) -> Kept:
+        runtime = self.runtime
+        tokens = runtime.on_main(lambda: _tokens(source, self.need_rejected, cache_dir))
+        whole = self.identity | {"tokens": tokens["sha256"]}
+        name = hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:32]
+        folder = cache_dir / name
+        found = runtime.on_main(lambda: (folder / _MANIFEST).exists())
+        if not found:
+            found = self._compute_or_wait(folder, source, whole, tokens)
+        kept = Kept(folder, whole)
+        what = {"logps": "log-probabilities", "hidden": "hidden states"}[self.kind]
+        say(f"reference: {what} of {tokens['pairs']:,} pairs {'found' if found else 'kept'} in {folder}")
+        if found:
+            runtime.on_main(lambda: self._verify(kept, source))
+        return kept
+
+    def _compute_or_wait(self, folder: Path, source: Source, whole: dict[str, Any], tokens: dict[str, Any]) -> bool:
+        """Whether another run has computed it meanwhile."""
+        runtime, lock = self.runtime, _Lock(folder.with_suffix(".lock"))
+        told = False
+        while (owner := runtime.on_main(lock.taken)) is not None:
+            if not told:
+                say(f"reference: waiting for the pass of {owner}")
+            told = True
+            time.sleep(1)
+        try:
+            if runtime.on_main(lambda: (folder / _MANIFEST).exists()):
+                return True
+            runtime.stop.enter_files()
+            self._compute(folder, source, whole, tokens)
+            runtime.stop.leave_files()
+        finally:
+            lock.release()
+        return False
+
+    def _compute(self, folder: Path, source: Source, whole: dict[str, Any], tokens: dict[str, Any]) -> None:
+        runtime, pairs = self.runtime, source.pairs
+        size = self.width * self.dtype.itemsize
+        need = tokens["scored"] * size + tokens["pairs"] * 2 * 28
+        per_pair = max(1, tokens["scored"] * size // max(1, tokens["pairs"]))
+        step = max(1, min(_SHARD_PAIRS, _SHARD_BYTES // per_pair))
+        names = {first: f"pairs_{first:09d}.safetensors" for first in range(0, len(pairs), step)}
+
+        def begin() -> list[int]:
+            folder.mkdir(parents=True, exist_ok=True)
+            missing = [first for first, name in names.items() if not (folder / name).exists()]
+            need_now = need * len(missing) // len(names)
+            free = shutil.disk_usage(folder).free
+            say(f"reference: one pass over {len(pairs):,} pairs; it takes {_size(need_now)} of disk in {folder}")
+            if free < need_now:
+                raise TrainError(
+                    f"reference.cache: {_size(need_now)} are needed in {folder}, found {_size(free)} free; free space, "
+                    "or name another place (--reference.cache_dir DIR)"
+                )
+            for left in folder.glob(".*.tmp"):
+                left.unlink()
+            with (folder / _PASSES).open("a") as file:
+                began = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+                file.write(json.dumps({"began": began, "shards": len(missing), "of": len(names)}) + "\n")
+            return missing
+
+        missing = runtime.on_main(begin)
+        mine = missing[runtime.rank :: runtime.world]
+        from tqdm import tqdm
+
+        count = sum(min(step, len(pairs) - first) for first in mine)
+        with tqdm(total=count, unit="pair", desc="reference", disable=not runtime.is_main) as bar:
+            for first in mine:
+                self._shard(folder / names[first], pairs[first : first + step], bar)
+        runtime.wait()
+        runtime.on_main(lambda: _finish(folder, list(names.values()), whole, tokens))
+
+    def _shard(self, path: Path, pairs: Sequence[EncodedPair], bar: Any) -> None:
+        """Score some pairs and keep their values in the order of the pairs, chosen before rejected."""
+        from safetensors.torch import save_file
+
+        keys: list[bytes] = []
+        values: list[torch.Tensor] = []
+        for pair, sides in zip(pairs, self._values(pairs, bar), strict=True):
+            keys += [key for key, _ in _sequences(pair, self.need_rejected)]
+            values += sides
+        tensors = {
+            "key": torch.from_numpy(np.frombuffer(b"".join(keys), np.int64).reshape(-1, 2).copy()),
+            "end": torch.tensor([len(value) for value in values]).cumsum(0),
+            "check": torch.tensor([_check(key, value) for key, value in zip(keys, values, strict=True)]),
+            "values": torch.cat(values),
+        }
+        scratch = path.with_name(f".{path.name}.tmp")
+        save_file(tensors, scratch)
+        with scratch.open("rb") as file:
+            os.fsync(file.fileno())
+        scratch.rename(path)
+
+    def _values(self, pairs: Sequence[EncodedPair], bar: Any = None) -> list[list[torch.Tensor]]:
+        """Of each pair: the values of its sides, each `(scored tokens,)` or `(scored tokens, H)`, as they are kept."""
+        out: list[list[torch.Tensor]] = [[] for _ in pairs]
+        order = sorted(range(len(pairs)), key=lambda i: padded_length(pairs[i]), reverse=True)
+        size, device = self.config.eval.batch, self.runtime.device
+        with self.oracle.standing(), evaluating(self.policy), self.runtime.accelerator.autocast():
+            for begin in range(0, len(order), size):
+                numbers = order[begin : begin + size]
+                chunk = [pairs[i] for i in numbers]
+                layout = self.layouts.of(chunk, self.need_rejected)
+                settings = self.layouts.settings(layout)
+                batch = collate(chunk, pad_id=self.pad_id, need_rejected=self.need_rejected, **settings)
+                found = self._of_tokens(to_device(batch, device))
+                rejected = () if batch.rejected_lengths is None else batch.rejected_lengths.tolist()
+                sides = found.split([*batch.chosen_lengths.tolist(), *rejected])
+                for place, side in enumerate(sides):
+                    out[numbers[place % len(numbers)]].append(side)
+                if bar is not None:
+                    bar.update(len(numbers))
+        return out
+
+    def _of_tokens(self, batch: PairBatch) -> torch.Tensor:
+        if self.kind == "hidden":
+            found = scored_states(self.oracle.lm, self.policy.attention, batch)
+        else:
+            found = token_stats_of(self.policy, batch, ()).logp
+        return found.to(self.dtype).cpu()
+
+    def _verify(self, kept: Kept, source: Source) -> None:
+        """Raises: TrainError when a random sample, computed again, is not what was kept."""
+        numbers = SystemRandom().sample(range(len(source.pairs)), min(SAMPLE, len(source.pairs)))
+        pairs = [source.pairs[i] for i in sorted(numbers)]
+        tol = tolerance(self.oracle.lm, self.config.train.mixed_precision)
+        for pair, sides in zip(pairs, self._values(pairs), strict=True):
+            for (key, _), expected in zip(_sequences(pair, self.need_rejected), sides, strict=True):
+                found = kept.of(key)
+                if found is None:
+                    raise kept.refuse(f"has no row for {pair.where or 'a pair'}")
+                if self.kind == "hidden":
+                    loose = 5e-2 if torch.bfloat16 in (self.dtype, self.oracle.lm.dtype) else tol
+                    gap, reach = relative_gap(expected.double(), found.double()), loose
+                else:
+                    gap = float((found - expected).abs().div(expected.abs().clamp(min=1.0)).max())
+                    reach = tol
+                if not gap <= reach:
+                    raise kept.refuse(f"says something else of {pair.where or 'a pair'} than the reference ({gap:.2g})")
+
+
+class _Lock:
+    """Whose pass it is. The kernel frees it when the owner dies."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.file: IO[str] | None = None
+
+    def taken(self) -> str | None:
+        """Take it and return None, or say who has it."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        file = self.path.open("a+")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            owner = file.read().strip()
+            file.close()
+            return owner or "another run"
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        self.file = file
+        return None
+
+    def release(self) -> None:
+        if self.file is not None:
+            self.file.close()
+
+
+def _size(count: float) -> str:
+    units = ("B", "kB", "MB", "GB", "TB")
+    power = min(len(units) - 1, max(0, (len(str(int(count))) - 1) // 3))
+    return f"{count / 1000**power:.3g} {units[power]}"
+
+
+def _check(key: bytes, values: torch.Tensor) -> int:
+    """A checksum that binds values to their sequence."""
+    return zlib.crc32(values.contiguous().view(torch.uint8).numpy().tobytes(), zlib.crc32(key))
+
+
+def _finish(folder: Path, names: Sequence[str], whole: Mapping[str, Any], tokens: Mapping[str, Any]) -> None:
+    """Write the index of all shards, then the manifest, with which the cache is complete."""
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    keys, places = [], []
+    for number, name in enumerate(names):
+        with safe_open(folder / name, framework="pt") as file:
+            keys.append(file.get_tensor("key").clone())
+        places.append(torch.stack((torch.full((len(keys[-1]),), number), torch.arange(len(keys[-1]))), 1))
+    key, place = torch.cat(keys), torch.cat(places)
+    order = key[:, 0].argsort(stable=True)
+    scratch = folder / f".{_INDEX}.tmp"
+    save_file({"key": key[order].contiguous(), "place": place[order].contiguous()}, scratch)
+    scratch.rename(folder / _INDEX)
+    sizes = {name: (folder / name).stat().st_size for name in (*names, _INDEX)}
+    manifest = {"identity": whole, "pairs": tokens["pairs"], "scored": tokens["scored"], "bytes": sizes}
+    write_whole(folder / _MANIFEST, [json.dumps(manifest, indent=1)])
+
+
+# Using it ---------------------------------------------------------------------------------------------------------
+
+
+class Kept:
+    """One cache folder, open.
+
+    Args: folder: a complete one. whole: what it must be of.
+    Raises: TrainError when it is of something else, or not whole.
+    """
+
+    def __init__(self, folder: Path, whole: Mapping[str, Any]) -> None:
+        from safetensors import safe_open
+
+        self.folder = folder
+        try:
+            manifest = json.loads((folder / _MANIFEST).read_text())
+            found, sizes = manifest["identity"], dict(manifest["bytes"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise self.refuse(f"has no readable {_MANIFEST} ({type(error).__name__})") from None
+        for name in sorted(found.keys() | whole.keys()):
+            if found.get(name) != whole.get(name):
+                raise self.refuse(f"is of another {name}: {found.get(name)}, expected {whole.get(name)}")
+        for name, size in sizes.items():
+            path = folder / name
+            if not path.is_file():
+                raise self.refuse(f"lacks {name}")
+            if path.stat().st_size != size:
+                raise self.refuse(f"holds {path.stat().st_size} bytes of {name}, expected {size}")
+        names = sorted(name for name in sizes if name != _INDEX)
+        try:
+            self._shards = [safe_open(folder / name, framework="pt").__enter__() for name in names]
+            index = safe_open(folder / _INDEX, framework="pt").__enter__()
+            self._key, self._place = (index.get_tensor(name).numpy() for name in ("key", "place"))
+        except Exception as error:  # whatever a damaged file raises
+            raise self.refuse(f"cannot be read: {str(error).splitlines()[0]}") from None
+        self._open: dict[int, dict[str, torch.Tensor]] = {}
+
+    def refuse(self, what: str) -> TrainError:
+        return TrainError(f"reference.cache: {self.folder} {what}; delete the folder, and it is computed again")
+
+    def of(self, key: bytes) -> torch.Tensor | None:
+        """The values of a sequence, `(scored tokens,)` or `(scored tokens, H)`; None where it is not in here.
+
+        Raises: TrainError when they are not what was written.
+        """
+        high, low = np.frombuffer(key, np.int64)
+        at = int(np.searchsorted(self._key[:, 0], high))
+        while at < len(self._key) and self._key[at, 0] == high and self._key[at, 1] != low:
+            at += 1
+        if at == len(self._key) or tuple(self._key[at]) != (high, low):
+            return None
+        shard, row = map(int, self._place[at])
+        if shard not in self._open:
+            self._open[shard] = {name: self._shards[shard].get_tensor(name) for name in ("end", "check", "values")}
+        tensors = self._open[shard]
+        begin = int(tensors["end"][row - 1]) if row else 0
+        values = tensors["values"][begin : int(tensors["end"][row])]
+        if _check(key, values) != int(tensors["check"][row]):
+            raise self.refuse("holds values that do not match their checksum")
+        return values
+
+
+class ReferenceValues:
+    """The kept values of all pairs of a run. Args: kind: `logps` or `hidden`."""
+
+    def __init__(self, kept: Sequence[Kept], kind: str) -> None:
+        self._kept, self.kind = kept, kind
+
+    @property
+    def in_bfloat16(self) -> bool:
+        """Whether the reference's part is rounded, whatever the precision of the run."""
+        return self._empty().dtype == torch.bfloat16
+
+    def fill(self, batch: PairBatch, pairs: Sequence[EncodedPair]) -> PairBatch:
+        """The batch with the reference's part in it.
+
+        Raises: TrainError for a pair that no cache of this run has.
+        """
+        need_rejected = batch.rejected_lengths is not None
+        both = [_sequences(pair, need_rejected) for pair in pairs]
+        parts = []
+        for side in range(2 if need_rejected else 1):
+            for pair, sequences in zip(pairs, both, strict=True):
+                parts.append(self._of(sequences[side][0], pair))
+        values = torch.cat(parts) if parts else self._empty()
+        return replace(batch, ref_logps=values) if self.kind == "logps" else replace(batch, ref_hidden=values)
+
+    def _empty(self) -> torch.Tensor:
+        first = self._kept[0]
+        return first._shards[0].get_slice("values")[:0]
+
+    def _of(self, key: bytes, pair: EncodedPair) -> torch.Tensor:
+        for kept in self._kept:
+            found = kept.of(key)
+            if found is not None:
+                return found
+        where = ", ".join(str(kept.folder) for kept in self._kept)
+        raise TrainError(f"{pair.where or 'a pair'}: the reference's values are in none of its caches ({where})")
+
+
+# A reference that moves -------------------------------------------------------------------------------------------
+
+
+class Moving:
+    """A live reference that is drawn towards the policy: `ref = weight * policy + (1 - weight) * ref`.
+
+    With LoRA the snapshot of the adapter is what moves.
+
+    Args: policy: holds both. weight: of the policy, above 0, at most 1.
+    Raises: ConfigError when the two are of different shape.
+    Reference: TR-DPO, Gorbatovski et al., Learn Your Reference Model for Real Good Alignment, arXiv 2404.09656: the
+        soft update (weight below 1) and the hard one (1).
+    """
+
+    def __init__(self, policy: PolicyWithReference, weight: float) -> None:
+        self.weight = weight
+        if policy.reference is None:
+            self._pairs = adapters.snapshot_pairs(policy.lm)
+        else:
+            mine, other = (dict(lm.named_parameters()) for lm in (policy.lm, policy.reference))
+            shapes, others = ({name: tuple(p.shape) for name, p in one.items()} for one in (mine, other))
+            if shapes != others:
+                raise ConfigError(
+                    "reference.sync_every: the reference is another architecture than the policy, expected one whose "
+                    "weights can be mixed with the policy's (leave reference.path out)"
+                )
+            self._pairs = {name: (mine[name], other[name]) for name in mine}
+
+    @torch.no_grad()
+    def move(self) -> None:
+        for policy, reference in self._pairs.values():
+            if self.weight == 1.0:
+                reference.copy_(policy)
+            else:
+                reference.lerp_(policy.to(reference.dtype), self.weight)
+
+    def save(self, path: Path) -> None:
+        """Write the reference's weights as safetensors."""
+        from safetensors.torch import save_file
+
+        save_file({name: ref.detach().cpu().contiguous().clone() for name, (_, ref) in self._pairs.items()}, path)
+
+    @torch.no_grad()
+    def load(self, path: Path) -> None:
+        """Undo `save`."""
+        from safetensors.torch import load_file
+
+        found = load_file(path)
+        for name, (_, reference) in self._pairs.items():
+            reference.copy_(found[name])
