@@ -50,6 +50,17 @@ class Policy(nn.Module):
     def backbone(self) -> nn.Module:
         return _backbone(self.lm)
 
+    @property
+    def config(self) -> Any:
+        """The model's: engines size their buffers by it."""
+        return adapters.base_of(self.lm).config
+
+    @property
+    def _no_split_modules(self) -> list[str]:
+        """Classes of the layers that FSDP2 shards one by one."""
+        names = getattr(adapters.base_of(self.lm), "_no_split_modules", None) or ()
+        return sorted({*names} & {type(module).__name__ for module in self.modules()})
+
     def get_input_embeddings(self) -> nn.Module:
         return self.lm.get_input_embeddings()
 

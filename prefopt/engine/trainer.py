@@ -23,6 +23,7 @@ from prefopt.data.encode import check_row_structure
 from prefopt.data.loader import Batches, padded_length
 from prefopt.data.report import show_batch
 from prefopt.engine import adapters, check, checkpoint, export, models
+from prefopt.engine.engines import make_engine
 from prefopt.engine.forward import (
     Policy,
     PolicyWithReference,
@@ -110,8 +111,9 @@ class Trainer:
             models.recompute_activations(self.policy.lm)
         # a fused step would hide from the loop that the gradient scaler skipped it
         optimizer = make_optimizer(config.optim, self.policy.lm, fused=runtime.accelerator.scaler is None)
-        self.model, self.optimizer = runtime.accelerator.prepare(self.policy, optimizer)
         self.layouts, note = choose_layouts(config, self.policy, runtime.device)
+        self.engine = make_engine(runtime, config)
+        self.model, self.optimizer = self.engine.prepare(self.policy, optimizer)
         if note is not None:
             say(note)
         whole = self.train.grouped
@@ -177,7 +179,7 @@ class Trainer:
             cells = batch.attention_mask.numel()
             tokens += torch.tensor([batch.pairs, len(batch.labels), fed, cells], dtype=torch.float64)
             last = index == len(batches) - 1
-            with contextlib.nullcontext() if last else runtime.accelerator.no_sync(self.model):
+            with self.engine.micro_batch(last):
                 batch = to_device(batch, runtime.device)
                 stats = pair_stats(self.model, batch, want)
                 output = self.method.loss(stats, batch)
@@ -185,25 +187,22 @@ class Trainer:
                     (term.weight * term.value.sum() / counts[term.name] for term in output.terms),
                     start=output.terms[0].value.new_zeros(()),
                 )
-                runtime.accelerator.backward(loss * runtime.world)  # DDP averages over processes
+                self.engine.backward(loss * runtime.world, last)  # engines average over processes
             meter.add(_terms(output) | shared_metrics(stats) | dict(output.metrics))
             broken.append((_not_finite(output), batch))
         self._leave_if_asked()
-        limit = config.optim.clip or math.inf
-        norm = float(runtime.accelerator.clip_grad_norm_(self._parameters(), limit))
+        norm = self.engine.clip(config.optim.clip or math.inf)
         anywhere = float(runtime.sum(torch.stack([rows.sum() for rows, _ in broken]).sum().double()))
         scale = self._loss_scale()
         # an overflow of scaled gradients is the scaler's business: it skips the step and halves the scale
-        if anywhere > 0 or not (math.isfinite(norm) or scale > 1):
-            self._stop_on_nonfinite(step, norm, broken)
+        if anywhere > 0 or not (norm is None or math.isfinite(norm) or scale > 1):
+            self._stop_on_nonfinite(step, math.nan if norm is None else norm, broken)
         lr = learning_rate(config, self.train.steps_per_epoch, step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
-        skipped = self.optimizer.step_was_skipped
+        self.engine.set_lr(lr)
+        skipped, found = self.engine.step()
+        norm = math.nan if found is None and norm is None else norm if found is None else found
         if not (math.isfinite(norm) or skipped):
             self._stop_on_nonfinite(step, norm, broken)
-        self.optimizer.zero_grad(set_to_none=True)
         if self.moving is not None and (step + 1) % (config.reference.sync_every or 1) == 0:
             self.moving.move()
         averages = meter.averages(runtime)
@@ -305,14 +304,11 @@ class Trainer:
         scaler = self.runtime.accelerator.scaler
         return 1.0 if scaler is None else float(scaler.get_scale())
 
-    def _parameters(self) -> list[nn.Parameter]:
-        return [p for p in self.model.parameters() if p.requires_grad]
-
     def _leave_if_asked(self) -> None:
         """Give up the step when any process was asked to stop; all of them hear it at the same point."""
         asked = torch.tensor(float(self.runtime.stop.requested is not None))
         if float(self.runtime.sum(asked)) > 0:
-            self.optimizer.zero_grad(set_to_none=True)
+            self.engine.give_up()
             raise _Interrupted
 
     def _stop_on_nonfinite(self, step: int, norm: float, broken: Sequence[tuple[torch.Tensor, PairBatch]]) -> None:

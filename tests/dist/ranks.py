@@ -15,9 +15,25 @@ def free_port():
         return server.getsockname()[1]
 
 
-def run_ranks(work, *args, world=2, timeout=300, mixed_precision="no"):
+ENGINES = {
+    "ddp": {},
+    **{
+        f"zero{stage}": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": str(stage)}
+        for stage in (1, 2, 3)
+    },
+    "fsdp2": {
+        "ACCELERATE_USE_FSDP": "true",
+        "FSDP_VERSION": "2",
+        "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+        "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+    },
+}
+
+
+def run_ranks(work, *args, world=2, timeout=300, mixed_precision="no", engine="ddp"):
     """What `work(runtime, *args)` returns on each rank, in order of rank; `work` is a function of a test module.
 
+    Args: engine: one of `ENGINES`.
     Raises: AssertionError with the rank's traceback when one fails, does not answer, or did not join the others.
     """
     context = multiprocessing.get_context("forkserver")
@@ -26,7 +42,7 @@ def run_ranks(work, *args, world=2, timeout=300, mixed_precision="no"):
     for rank in range(world):
         mine, theirs = context.Pipe(duplex=False)
         process = context.Process(
-            target=_rank, args=(theirs, rank, world, port, mixed_precision, work, args), daemon=True
+            target=_rank, args=(theirs, rank, world, port, mixed_precision, engine, work, args), daemon=True
         )
         process.start()
         theirs.close()
@@ -47,7 +63,7 @@ def _answer(rank, pipe, timeout):
     return value
 
 
-def _rank(pipe, rank, world, port, mixed_precision, work, args):
+def _rank(pipe, rank, world, port, mixed_precision, engine, work, args):
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -56,6 +72,8 @@ def _rank(pipe, rank, world, port, mixed_precision, work, args):
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",
+        **ENGINES[engine],
     }
     try:
         import torch
@@ -68,7 +86,7 @@ def _rank(pipe, rank, world, port, mixed_precision, work, args):
             rt.Stop(), seed=0, mixed_precision=mixed_precision, deterministic=False, trackers=(), output=""
         )
         # the failure to join is silent: each rank would train alone
-        assert (runtime.world, runtime.rank, runtime.engine) == (world, rank, "ddp"), runtime
+        assert (runtime.world, runtime.rank, runtime.engine) == (world, rank, engine), runtime
         assert dist.get_backend() == "gloo"
         value = work(runtime, *args)
         runtime.wait()
