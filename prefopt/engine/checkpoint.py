@@ -158,16 +158,17 @@ def load_state(folder: Path) -> dict[str, Any]:
     return state
 
 
-def save_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
+def save_optimizer(kept: dict[int, dict[str, Any]], path: Path) -> None:
     """An optimizer's state as safetensors; hyper-parameters are not kept, the config has them.
 
     Args:
+        kept: of each parameter, by its number.
         path: the safetensors file.
     """
     from safetensors.torch import save_file
 
     tensors, plain = {}, {}
-    for index, entries in optimizer.state_dict()["state"].items():
+    for index, entries in kept.items():
         for name, value in entries.items():
             if isinstance(value, torch.Tensor):
                 tensors[f"{index}.{name}"] = value.detach().cpu().contiguous()
@@ -176,8 +177,8 @@ def save_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
     save_file(tensors, path, metadata={"plain": json.dumps(plain)})
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
-    """Undo `save_optimizer`, onto an optimizer over the same parameters in the same order."""
+def load_optimizer(path: Path) -> dict[int, dict[str, Any]]:
+    """Undo `save_optimizer`."""
     from safetensors import safe_open
 
     state: dict[int, dict[str, Any]] = {}
@@ -188,5 +189,4 @@ def load_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
         for key, value in json.loads((file.metadata() or {}).get("plain", "{}")).items():
             index, _, name = key.partition(".")
             state.setdefault(int(index), {})[name] = value
-    groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
+    return state

@@ -8,14 +8,16 @@ may go on under another engine or with another number of processes.
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from prefopt.engine import adapters
+from prefopt.engine import adapters, checkpoint, models
 from prefopt.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -31,9 +33,14 @@ def make_engine(runtime: Runtime, config: RunConfig) -> Engine:
 
     Raises: ConfigError for settings that it cannot keep, with what to use instead.
     """
-    if runtime.engine.startswith("zero"):
-        return ZeroEngine(runtime, config)
-    return (Fsdp2Engine if runtime.engine == "fsdp2" else Engine)(runtime, config)
+    if runtime.engine not in ("zero3", "fsdp2"):
+        return (ZeroEngine if runtime.engine.startswith("zero") else Engine)(runtime, config)
+    if config.reference.sync_every is not None:
+        raise ConfigError(
+            f"reference.sync_every: a moving reference is not supported under {runtime.engine}, expected ddp, zero1 or "
+            "zero2 (--config_file configs/accelerate/zero2.yaml)"
+        )
+    return (Fsdp2Engine if runtime.engine == "fsdp2" else ZeroEngine)(runtime, config)
 
 
 class Engine:
@@ -43,16 +50,11 @@ class Engine:
         self.runtime, self.config = runtime, config
         self.accelerator = runtime.accelerator
 
-    @property
-    def shards(self) -> bool:
-        """Whether a process holds a part of each weight only."""
-        return False
-
     def prepare(self, policy: Policy, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, Any]:
         """(the wrapped policy, the wrapped optimizer)."""
-        self.policy = policy
-        self.names = {id(p): name for name, p in policy.lm.named_parameters()}
-        self.order = [self.names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+        self.policy, self._skeleton = policy, _Skeleton(policy)
+        names = {id(p): name for name, p in policy.lm.named_parameters()}
+        self._order = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
         self.model, self.optimizer = self.accelerator.prepare(policy, optimizer)
         return self.model, self.optimizer
 
@@ -74,31 +76,21 @@ class Engine:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
 
-    def step(self) -> tuple[bool, float | None]:
+    def step(self) -> tuple[bool, float]:
         """(whether a gradient scaler skipped it, the gradient's norm where `clip` did not know it)."""
         self.optimizer.step()
-        skipped = bool(self.optimizer.step_was_skipped)
-        self.optimizer.zero_grad(set_to_none=True)
-        return skipped, None
+        return bool(self.optimizer.step_was_skipped), math.nan
 
-    def give_up(self) -> None:
-        """Forget the gradients of a step that is not taken."""
+    def forget_gradients(self) -> None:
+        """After a step, or for one that is given up."""
         self.optimizer.zero_grad(set_to_none=True)
 
-    # Weights and state
+    # Weights and state; all processes together
 
     @contextlib.contextmanager
-    def whole(self) -> Iterator[nn.Module]:
-        """While it lasts, the policy's language model can be called by itself, on every process. No training in it."""
-        yield self.policy.lm
-
-    def not_finite(self) -> str | None:
-        """The name of a weight of the policy with a NaN or an infinity, or None; the same on every process."""
-        mine = [name for name, p in self.policy.lm.named_parameters() if not bool(self._local(p).isfinite().all())]
-        return next(iter(self.runtime.gather_objects(mine[:1])), None) if self.runtime.world > 1 else next(iter(mine), None)
-
-    def _local(self, parameter: nn.Parameter) -> torch.Tensor:
-        return parameter
+    def whole(self) -> Iterator[Policy]:
+        """While it lasts, the policy by itself, which each process may call as it is. No training in it."""
+        yield self.policy
 
     def weights(self) -> dict[str, torch.Tensor] | None:
         """All weights of the policy as they are trained, by name, on rank 0; None where the model has them itself."""
@@ -108,8 +100,12 @@ class Engine:
         """What the optimizer keeps, by the number of the parameter; on rank 0 it is whole."""
         return dict(self.optimizer.state_dict()["state"])
 
+    def load(self, folder: Path) -> None:
+        """Take up what a checkpoint has beside the weights, which the policy was loaded with."""
+        self.load_optimizer_state(checkpoint.load_optimizer(folder / "optimizer.safetensors"))
+
     def load_optimizer_state(self, state: State) -> None:
-        """Undo `optimizer_state`; the policy holds the weights of the same checkpoint."""
+        """Undo `optimizer_state`."""
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
 
@@ -121,9 +117,7 @@ class Fsdp2Engine(Engine):
         super().__init__(runtime, config)
         mixed = config.train.mixed_precision
         if mixed == "fp16":
-            raise ConfigError(
-                "train.mixed_precision: 'fp16' is not supported under fsdp2; expected bf16 or no (or another engine)"
-            )
+            raise ConfigError("train.mixed_precision: 'fp16' is not supported under fsdp2, expected bf16 or no")
         plugin: Any = self.accelerator.state.fsdp_plugin
         if mixed == "bf16":
             from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -133,77 +127,54 @@ class Fsdp2Engine(Engine):
                 param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=None, cast_forward_inputs=False
             )
 
-    @property
-    def shards(self) -> bool:
-        return True
-
     @contextlib.contextmanager
-    def whole(self) -> Iterator[nn.Module]:
-        from torch.distributed.fsdp import FSDPModule
-
-        modules = [m for m in self.model.modules() if isinstance(m, FSDPModule)]
-        for module in modules:
-            module.unshard()
-        plain = _hookless(self.policy.lm)
-        try:
-            yield plain
-        finally:
-            for module in modules:
-                module.reshard()
-
-    def _local(self, parameter: nn.Parameter) -> torch.Tensor:
-        return parameter.to_local() if hasattr(parameter, "to_local") else parameter
+    def whole(self) -> Iterator[Policy]:
+        yield self._skeleton.filled({name: _full(p) for name, p in self.policy.named_parameters()})
 
     def weights(self) -> dict[str, torch.Tensor] | None:
-        return {name: self._full(value) for name, value in self.policy.lm.state_dict().items()}
-
-    def _full(self, value: Any) -> torch.Tensor:
-        full = value.full_tensor() if hasattr(value, "full_tensor") else value
-        return full.cpu() if self.runtime.is_main else full.new_empty(0)
+        full = ((name, _full(value)) for name, value in self.policy.lm.state_dict().items())
+        return {name: value.cpu() for name, value in full if self.runtime.is_main}
 
     def optimizer_state(self) -> State:
-        found = super().optimizer_state()
         return {
-            number: {k: self._full(v) if isinstance(v, torch.Tensor) else v for k, v in entries.items()}
-            for number, entries in found.items()
+            number: {name: _full(value) if isinstance(value, torch.Tensor) else value for name, value in kept.items()}
+            for number, kept in super().optimizer_state().items()
         }
 
     def load_optimizer_state(self, state: State) -> None:
         from torch.distributed.tensor import distribute_tensor
 
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        parameters: list[Any] = [p for group in self.optimizer.param_groups for p in group["params"]]
 
-        def local(parameter: Any, value: Any) -> Any:
+        def part(parameter: Any, value: Any) -> Any:
             if not isinstance(value, torch.Tensor) or value.shape != parameter.shape:
                 return value
-            whole = value.to(parameter.device)
-            return distribute_tensor(whole, parameter.device_mesh, parameter.placements)
+            return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
 
-        sharded = {n: {k: local(parameters[n], v) for k, v in entries.items()} for n, entries in state.items()}
-        super().load_optimizer_state(sharded)
+        super().load_optimizer_state(
+            {n: {name: part(parameters[n], value) for name, value in kept.items()} for n, kept in state.items()}
+        )
 
 
 class ZeroEngine(Engine):
-    """DeepSpeed's ZeRO: stage 1 shards the optimizer's state, 2 the gradients too, 3 the weights too."""
+    """DeepSpeed's ZeRO: stage 1 shards the optimizer's state, 2 the gradients too, 3 the weights too.
+
+    Its optimizer is over flat partitions; what that keeps is addressed by the parameters that they are made of.
+    """
 
     def __init__(self, runtime: Runtime, config: RunConfig) -> None:
         super().__init__(runtime, config)
-        self.stage = int(runtime.engine[-1])
         if config.train.mixed_precision == "fp16":
             raise ConfigError(
-                f"train.mixed_precision: 'fp16' is not supported under {runtime.engine}; expected bf16 or no "
-                "(or another engine)"
+                f"train.mixed_precision: 'fp16' is not supported under {runtime.engine}, expected bf16 or no"
             )
+        self.stage = int(runtime.engine[-1])
         settings = runtime.deepspeed_settings
-        settings["train_micro_batch_size_per_gpu"] = config.train.micro_batch  # of its own counts only
+        settings["train_micro_batch_size_per_gpu"] = config.train.micro_batch  # for its own counts only
         settings["gradient_accumulation_steps"] = 1  # the loop's own
         settings["gradient_clipping"] = config.optim.clip  # left out, accelerate would put 1.0 there
         settings["zero_allow_untested_optimizer"] = True
-        settings.setdefault("steps_per_print", 10**9)
-
-    @property
-    def shards(self) -> bool:
-        return self.stage == 3
+        settings["steps_per_print"] = 10**9
 
     def micro_batch(self, last: bool) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext()
@@ -215,137 +186,117 @@ class ZeroEngine(Engine):
     def clip(self, limit: float) -> float | None:
         return None
 
-    def step(self) -> tuple[bool, float | None]:
+    def step(self) -> tuple[bool, float]:
         self.model.step()
-        norm = self.model.get_global_grad_norm()
+        norm: Any = self.model.get_global_grad_norm()
         return False, math.nan if norm is None else float(norm)
 
-    def give_up(self) -> None:
-        pass  # what was accumulated dies with the process, which leaves now
+    def forget_gradients(self) -> None:
+        """A step forgets them itself; what a given-up step has gathered dies with the process."""
 
     @contextlib.contextmanager
-    def whole(self) -> Iterator[nn.Module]:
+    def whole(self) -> Iterator[Policy]:
         if self.stage < 3:
-            yield self.policy.lm
+            yield self.policy
             return
-        import deepspeed
-
-        with deepspeed.zero.GatheredParameters(list(self.policy.lm.parameters())):
-            yield _hookless(self.policy.lm)
-
-    def _local(self, parameter: Any) -> torch.Tensor:
-        return getattr(parameter, "ds_tensor", parameter)
+        with models.gathered(self.policy):
+            yield self._skeleton.filled({name: p.detach() for name, p in self.policy.named_parameters()})
 
     def weights(self) -> dict[str, torch.Tensor] | None:
-        import deepspeed
         from deepspeed.utils import safe_get_full_fp32_param
 
-        dtype = getattr(torch, self.config.model.dtype)
-        parameters = dict(self.policy.lm.named_parameters())
+        lm = self.policy.lm
+        parameters = dict(lm.named_parameters())
         found: dict[str, torch.Tensor] = {}
         for name, parameter in parameters.items():
             full = safe_get_full_fp32_param(parameter) if parameter.requires_grad else None
             if full is None:
-                with deepspeed.zero.GatheredParameters([parameter], enabled=self.stage == 3):
+                with models.gathered_tensors([parameter]):
                     full = parameter.detach().clone()
             if self.runtime.is_main:
-                kept = torch.float32 if adapters.has_adapter(self.policy.lm) and parameter.requires_grad else dtype
+                # an adapter's own weights are float32 over a base of 16 bits
+                kept = full.dtype if adapters.has_adapter(lm) else getattr(torch, self.config.model.dtype)
                 found[name] = full.to(kept).cpu().clone()
         if self.runtime.is_main:
-            by_identity = {id(p): name for name, p in parameters.items()}
-            for name, value in self.policy.lm.state_dict(keep_vars=True).items():
+            names = {id(parameter): name for name, parameter in parameters.items()}
+            for name, value in lm.state_dict(keep_vars=True).items():
                 if name not in found:  # a tied weight, or a buffer
-                    found[name] = found[by_identity[id(value)]] if id(value) in by_identity else value.detach().cpu()
+                    found[name] = found[names[id(value)]] if id(value) in names else value.detach().cpu()
         return found
-
-    # The optimizer is over flat partitions; what it keeps is addressed by the parameters that they are made of.
 
     @property
     def _inner(self) -> torch.optim.Optimizer:
-        return self.model.optimizer.optimizer
+        inner: torch.optim.Optimizer = self.model.optimizer.optimizer
+        return inner
 
     def _trained(self) -> list[nn.Parameter]:
         parameters = dict(self.policy.lm.named_parameters())
-        return [parameters[name] for name in self.order]
-
-    def _kept(self) -> tuple[list[str], dict[str, Any]]:
-        """(names of what is kept per weight, what is kept once for all), the same on every process."""
-        per_weight: set[str] = set()
-        once: dict[str, Any] = {}
-        for flat, entries in self._inner.state.items():
-            for name, value in entries.items():
-                if isinstance(value, torch.Tensor) and value.numel() == flat.numel() and value.ndim > 0:
-                    per_weight.add(name)
-                else:
-                    once[name] = value
-        names = {name for part in self.runtime.gather_objects([sorted(per_weight)]) for name in part}
-        return sorted(names), once
+        return [parameters[name] for name in self._order]
 
     def optimizer_state(self) -> State:
         from deepspeed.utils import safe_get_full_optimizer_state
 
-        names, once = self._kept()
+        once = {name: v for kept in self._inner.state.values() for name, v in kept.items() if not _per_weight(v)}
+        mine = {name for kept in self._inner.state.values() for name, value in kept.items() if _per_weight(value)}
+        names = sorted(set(self.runtime.gather_objects(sorted(mine))))
         state: State = {}
         for number, parameter in enumerate(self._trained()):
-            entries = {name: safe_get_full_optimizer_state(parameter, name) for name in names}
+            whole = {name: safe_get_full_optimizer_state(parameter, name) for name in names}
             if self.runtime.is_main and (names or once):
-                state[number] = {name: value.cpu().clone() for name, value in entries.items()} | once
+                state[number] = {name: value.cpu().clone() for name, value in whole.items()} | once
         return state
 
     def load_optimizer_state(self, state: State) -> None:
-        """Also gives the optimizer's own copy of the weights what 16 bits could not hold."""
-        if state:
-            template = {k: v for k, v in state[0].items()}
-            shape = tuple(state[0][next(k for k, v in template.items() if _per_weight(v))].shape) if any(
-                _per_weight(v) for v in template.values()
-            ) else ()
-            for group in self._inner.param_groups:
-                for flat in group["params"]:
-                    self._inner.state[flat] = {
-                        name: torch.zeros_like(flat) if _per_weight(value) and tuple(value.shape) == shape else value
-                        for name, value in template.items()
-                    }
-            self._remap()
         from deepspeed.utils import safe_set_full_optimizer_state
 
+        if not state:
+            return
+        for group in self._inner.param_groups:
+            for flat in group["params"]:
+                self._inner.state[flat] = {
+                    name: torch.zeros_like(flat) if _per_weight(value) else _copy(value)
+                    for name, value in state[0].items()
+                }
+        if self.stage < 3:
+            self.model.optimizer._link_all_hp_params()  # else it learns of its state in its own first step only
         for number, parameter in enumerate(self._trained()):
-            for name, value in state.get(number, {}).items():
+            for name, value in state[number].items():
                 if _per_weight(value):
                     safe_set_full_optimizer_state(parameter, value.to(self.runtime.device, torch.float32), name)
 
-    def _remap(self) -> None:
-        """Tell DeepSpeed where the state is, that it looks for at its own steps only."""
-        optimizer: Any = self.model.optimizer
-        if self.stage < 3:
-            optimizer._link_all_hp_params()
-
-    def load_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
-        """The optimizer's own copy of the trained weights, in float32."""
+    def load(self, folder: Path) -> None:
         from deepspeed.utils import safe_set_full_fp32_param
 
-        for name, parameter in zip(self.order, self._trained(), strict=True):
-            safe_set_full_fp32_param(parameter, weights[name].to(self.runtime.device, torch.float32))
+        super().load(folder)
+        if self.config.train.mixed_precision != "no":  # the optimizer's own copy has more bits than the model
+            weights = adapters.saved_weights(self.policy.lm, folder)
+            for name, parameter in zip(self._order, self._trained(), strict=True):
+                safe_set_full_fp32_param(parameter, weights[name].to(self.runtime.device, torch.float32))
 
 
 def _per_weight(value: Any) -> bool:
+    """Whether what an optimizer keeps has an entry for each of a parameter's, and is no count of steps."""
     return isinstance(value, torch.Tensor) and value.ndim > 0
 
 
-def _hookless(lm: nn.Module) -> nn.Module:
-    """A model over the same tensors as `lm`, without the hooks and classes that an engine has put on its modules."""
-    import copy
-
-    memo: dict[int, Any] = {}
-    for tensor in (*lm.parameters(), *lm.buffers()):
-        memo[id(tensor)] = tensor.detach()
-    plain = copy.deepcopy(lm, memo)
-    for module in plain.modules():
-        module._forward_hooks.clear()
-        module._forward_pre_hooks.clear()
-        module._backward_hooks.clear()
-        module._backward_pre_hooks.clear()
-    return plain
+def _copy(value: Any) -> Any:
+    return value.clone() if isinstance(value, torch.Tensor) else value
 
 
-def _names(found: Sequence[str]) -> str:
-    return ", ".join(found)
+def _full(tensor: torch.Tensor) -> torch.Tensor:
+    """All of a tensor that FSDP2 may have sharded."""
+    tensor = tensor.detach()
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+class _Skeleton:
+    """A policy as it was before an engine put hooks on its modules and took their weights away, without weights."""
+
+    def __init__(self, policy: Policy) -> None:
+        hollow = {id(p): nn.Parameter(torch.empty(0, device="meta"), requires_grad=False) for p in policy.parameters()}
+        self._policy = copy.deepcopy(policy, dict(hollow))
+        self._names = {name: hollow[id(p)] for name, p in policy.named_parameters()}
+
+    def filled(self, weights: dict[str, torch.Tensor]) -> Policy:
+        """A policy with these weights, by name."""
+        return copy.deepcopy(self._policy, {id(hollow): weights[name] for name, hollow in self._names.items()})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import math
@@ -111,9 +110,10 @@ class Trainer:
             models.recompute_activations(self.policy.lm)
         # a fused step would hide from the loop that the gradient scaler skipped it
         optimizer = make_optimizer(config.optim, self.policy.lm, fused=runtime.accelerator.scaler is None)
-        self.layouts, note = choose_layouts(config, self.policy, runtime.device)
         self.engine = make_engine(runtime, config)
         self.model, self.optimizer = self.engine.prepare(self.policy, optimizer)
+        with self.engine.whole() as policy:
+            self.layouts, note = choose_layouts(config, policy, runtime.device)
         if note is not None:
             say(note)
         whole = self.train.grouped
@@ -200,7 +200,8 @@ class Trainer:
         lr = learning_rate(config, self.train.steps_per_epoch, step)
         self.engine.set_lr(lr)
         skipped, found = self.engine.step()
-        norm = math.nan if found is None and norm is None else norm if found is None else found
+        self.engine.forget_gradients()
+        norm = found if norm is None else norm
         if not (math.isfinite(norm) or skipped):
             self._stop_on_nonfinite(step, norm, broken)
         if self.moving is not None and (step + 1) % (config.reference.sync_every or 1) == 0:
@@ -308,7 +309,7 @@ class Trainer:
         """Give up the step when any process was asked to stop; all of them hear it at the same point."""
         asked = torch.tensor(float(self.runtime.stop.requested is not None))
         if float(self.runtime.sum(asked)) > 0:
-            self.engine.give_up()
+            self.engine.forget_gradients()
             raise _Interrupted
 
     def _stop_on_nonfinite(self, step: int, norm: float, broken: Sequence[tuple[torch.Tensor, PairBatch]]) -> None:
@@ -339,9 +340,10 @@ class Trainer:
             line |= {"pairs": len(rows)} | self._averages_of_rows(rows)
             if self.runtime.is_main:
                 write_atomically(self.output / "eval_pairs.jsonl", (_pair_line(step, row) for row in rows))
-        if self.runtime.is_main:
-            for evaluator in self.evaluators:
-                line |= dict(evaluator(self.policy.lm))
+        if self.evaluators:
+            with self.engine.whole() as policy:
+                for evaluator in self.evaluators if self.runtime.is_main else ():
+                    line |= dict(evaluator(policy.lm))
         line["seconds"] = time.perf_counter() - began
         if len(line) > 3:
             self._log(line)
@@ -393,9 +395,10 @@ class Trainer:
             return step > 0 and self._best() == step
 
         if self.runtime.on_main(is_best):
+            weights = self.engine.weights()
 
             def write(folder: Path) -> None:
-                self._write_export(folder)
+                self._write_export(folder, weights)
                 (folder / _SELECTED).write_text(json.dumps({"step": step, name: line.get(name)}))
 
             self.runtime.on_main(lambda: checkpoint.export(self.output / "best", write))
@@ -435,7 +438,7 @@ class Trainer:
             structure = (f"{p.where}: {w}" for p in few if (w := check_row_structure(p, self.tokenizer)))
             problems = [
                 next(structure, None),
-                check.first_difference(self.model, self.policy, self.method, few, batch, tol),
+                check.first_difference(self.model, self.engine.whole, self.method, few, batch, tol),
                 check.unexpected_loss(self.model, self.method, batch, loose) if config.reference.path is None else None,
             ]
         found = runtime.gather_objects([problem for problem in problems if problem])
@@ -464,7 +467,8 @@ class Trainer:
 
     def _save(self, step: int) -> None:
         """Write a checkpoint after `step` optimizer steps; on every process, because they wait for rank 0."""
-        bad = models.not_finite(self.policy.lm)
+        mine = models.not_finite(self.policy.lm)
+        bad = next(iter(self.runtime.gather_objects([] if mine is None else [mine])), None)
         if bad is not None:
             rows = self.train.global_batch(step - 1)
             raise TrainError(
@@ -480,21 +484,21 @@ class Trainer:
             "data": self.train.fingerprint,
         }
 
+        weights, kept = self.engine.weights(), self.engine.optimizer_state()
+
+        def write_all(folder: Path) -> None:
+            self._write_model(folder, weights)
+            checkpoint.save_optimizer(kept, folder / "optimizer.safetensors")
+            if self.moving is not None:
+                self.moving.save(folder / _REFERENCE)
+
         def write() -> None:
-            checkpoint.save(
-                self._checkpoints, step, self._write_weights_and_optimizer, state, self.config.train.keep_last
-            )
+            checkpoint.save(self._checkpoints, step, write_all, state, self.config.train.keep_last)
 
         self.runtime.on_main(write)
 
-    def _write_weights_and_optimizer(self, folder: Path) -> None:
-        self._write_model(folder)
-        checkpoint.save_optimizer(self.optimizer, folder / "optimizer.safetensors")
-        if self.moving is not None:
-            self.moving.save(folder / _REFERENCE)
-
-    def _write_model(self, folder: Path) -> None:
-        adapters.save(self.policy.lm, folder)
+    def _write_model(self, folder: Path, weights: dict[str, torch.Tensor] | None) -> None:
+        adapters.save(self.policy.lm, folder, weights)
         self.tokenizer.save_pretrained(folder)
 
     def _restore(self) -> int:
@@ -506,7 +510,7 @@ class Trainer:
                 raise TrainError(
                     f"{self.output}: the training data changed since step {state['step']}; choose another --output"
                 )
-            checkpoint.load_optimizer(self.optimizer, self.resume_from / "optimizer.safetensors")
+            self.engine.load(self.resume_from)
             if self.moving is not None:
                 self.moving.load(self.resume_from / _REFERENCE)
             by_rank = state["random"]
@@ -523,13 +527,14 @@ class Trainer:
 
     def _finish(self) -> None:
         """Export the final model, or the best one, in the format of transformers, whole or not at all."""
+        weights = self.engine.weights()
 
         def write() -> None:
             best = self.output / "best"
             if self.config.eval.select is None or self._best() is None:
                 if self.config.eval.select is not None:
                     say(f"exported: the last model, since no evaluation knew a {self.config.eval.select}")
-                checkpoint.export(self.output / "model", self._write_export)
+                checkpoint.export(self.output / "model", lambda folder: self._write_export(folder, weights))
                 return
             if checkpoint.damage(best) is not None:
                 raise TrainError(
@@ -544,8 +549,8 @@ class Trainer:
         self.runtime.on_main(write)
         finish_trackers(self.runtime)
 
-    def _write_export(self, folder: Path) -> None:
-        self._write_model(folder)
+    def _write_export(self, folder: Path, weights: dict[str, torch.Tensor] | None) -> None:
+        self._write_model(folder, weights)
         export.describe_answers(folder, self.tokenizer, self.method.card(), self.config.generate.stop)
 
 

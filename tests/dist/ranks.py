@@ -6,6 +6,8 @@ import pickle
 import socket
 import traceback
 
+from tests.fork_server import ENGINES
+
 _PRELOAD = ["torch", "transformers", "accelerate", "tqdm", "prefopt.cli", "prefopt.engine.trainer"]
 
 
@@ -13,21 +15,6 @@ def free_port():
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         return server.getsockname()[1]
-
-
-ENGINES = {
-    "ddp": {},
-    **{
-        f"zero{stage}": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": str(stage)}
-        for stage in (1, 2, 3)
-    },
-    "fsdp2": {
-        "ACCELERATE_USE_FSDP": "true",
-        "FSDP_VERSION": "2",
-        "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-        "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
-    },
-}
 
 
 def run_ranks(work, *args, world=2, timeout=300, mixed_precision="no", engine="ddp"):
