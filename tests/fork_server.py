@@ -26,6 +26,7 @@ ENGINES: dict[str, dict[str, str]] = {
     "ddp": {},
     **{
         f"zero{stage}": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": str(stage)}
+        | ({"ACCELERATE_DEEPSPEED_ZERO3_INIT": "true"} if stage == 3 else {})
         for stage in (1, 2, 3)
     },
     "fsdp2": {
@@ -76,7 +77,8 @@ class ForkServer:
     ) -> Ended:
         """Run `prefopt train ARGV` in a fork of the server and wait for its end.
 
-        Args: engine: what joins several ranks, one of `ENGINES`. ranks: processes joined by gloo; a fault happens on the one that its `rank` names, else the first; when
+        Args: engine: what joins several ranks, one of `ENGINES`.
+            ranks: processes joined by gloo; a fault happens on the one that its `rank` names, else the first; when
             one dies the others are killed, as a launcher does. What is written is the first one's.
         """
         out, err = self.folder / "out.txt", self.folder / "err.txt"

@@ -239,26 +239,35 @@ class ZeroEngine(Engine):
         once = {name: v for kept in self._inner.state.values() for name, v in kept.items() if not _per_weight(v)}
         mine = {name for kept in self._inner.state.values() for name, value in kept.items() if _per_weight(value)}
         names = sorted(set(self.runtime.gather_objects(sorted(mine))))
+        self._relink()
         state: State = {}
         for number, parameter in enumerate(self._trained()):
             whole = {name: safe_get_full_optimizer_state(parameter, name) for name in names}
             if self.runtime.is_main and (names or once):
-                state[number] = {name: value.cpu().clone() for name, value in whole.items()} | once
+                state[number] = {name: value.cpu().clone() for name, value in whole.items()}
+                state[number] |= {name: _copy(value) for name, value in once.items()}
         return state
+
+    def _relink(self) -> None:
+        """Show DeepSpeed where its state is: it looks once, after the first group's first step, and misses others."""
+        if self.stage < 3:
+            self.model.optimizer._hp_optimizer_states_linked = False
+            self.model.optimizer._lazy_init_hp_params_optimizer_state()
 
     def load_optimizer_state(self, state: State) -> None:
         from deepspeed.utils import safe_set_full_optimizer_state
 
         if not state:
             return
-        for group in self._inner.param_groups:
-            for flat in group["params"]:
-                self._inner.state[flat] = {
-                    name: torch.zeros_like(flat) if _per_weight(value) else _copy(value)
-                    for name, value in state[0].items()
-                }
-        if self.stage < 3:
-            self.model.optimizer._link_all_hp_params()  # else it learns of its state in its own first step only
+        optimizer = self.model.optimizer
+        partitions = (
+            optimizer.fp32_partitioned_groups_flat if self.stage == 3 else optimizer.single_partition_of_fp32_groups
+        )
+        for flat in partitions:
+            self._inner.state[flat] = {
+                name: torch.zeros_like(flat) if _per_weight(value) else _copy(value) for name, value in state[0].items()
+            }
+        self._relink()
         for number, parameter in enumerate(self._trained()):
             for name, value in state[number].items():
                 if _per_weight(value):

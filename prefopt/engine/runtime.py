@@ -10,7 +10,7 @@ import random
 import signal
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -169,6 +169,7 @@ class Runtime:
 
     accelerator: Accelerator
     stop: Stop = field(default_factory=Stop)
+    sharding: Any = None  # how ZeRO-3 shards what is loaded, where it does
 
     @property
     def device(self) -> torch.device:
@@ -197,6 +198,23 @@ class Runtime:
         """DeepSpeed's settings, as they will be when it is started."""
         settings: dict[str, Any] = self.accelerator.state.deepspeed_plugin.deepspeed_config
         return settings
+
+    @contextlib.contextmanager
+    def sharded_loading(self) -> Iterator[None]:
+        """While it lasts, ZeRO-3 shards the weights of a model as they are loaded: on all processes together.
+
+        At all other times it must not: what one process loads for itself would wait for the others.
+        """
+        if self.engine != "zero3" or self.sharding is None:
+            yield
+            return
+        from transformers.integrations import deepspeed as integration
+
+        integration.set_hf_deepspeed_config(self.sharding)
+        try:
+            yield
+        finally:
+            integration.unset_hf_deepspeed_config()
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """Sum of a tensor over all processes."""
@@ -327,11 +345,15 @@ def start(
             "launcher: FSDP of version 1 was asked for, expected fsdp_version 2; "
             "use --config_file configs/accelerate/fsdp2.yaml"
         )
+    sharding = None
+    if found == "zero":
+        sharding = getattr(accelerator.state.deepspeed_plugin, "dschf", None)
+        _stop_sharding()
     set_seed(seed)
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    return Runtime(accelerator, stop)
+    return Runtime(accelerator, stop, sharding)
 
 
 def _wanted_engine() -> str:
@@ -349,6 +371,12 @@ def _deepspeed_on_cpu() -> None:
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def _stop_sharding() -> None:
+    from transformers.integrations import deepspeed as integration
+
+    integration.unset_hf_deepspeed_config()
 
 
 def _fsdp2_on_cpu(joined: dict[str, Any]) -> None:
