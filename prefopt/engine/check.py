@@ -15,7 +15,7 @@ from prefopt.errors import TrainError
 from prefopt.method import Method
 from prefopt.types import EncodedPair, PairBatch, TokenStats
 
-Whole = Callable[[], contextlib.AbstractContextManager[Policy]]
+Inside = Callable[[Callable[[], Any]], Any]  # how the unwrapped policy is to be called, see `Engine.inside`
 ROWS = 4  # pairs that are checked
 # Largest difference of a token's log-probability, absolute and relative to it.
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
@@ -30,11 +30,12 @@ def tolerance(lm: nn.Module, mixed_precision: str) -> float:
 @torch.no_grad()
 def first_difference(
     model: nn.Module,
-    whole: Whole,
+    policy: Policy,
     method: Method,
     pairs: Sequence[EncodedPair],
     batch: PairBatch,
     tol: float,
+    inside: Inside = lambda run: run(),
 ) -> str | None:
     """What is wrong with the scores of a batch, naming the row, or None. On every process together.
 
@@ -42,17 +43,16 @@ def first_difference(
     the encoder marked, or a classifier's answer to the whole sequence.
 
     Args:
-        model: the wrapped policy; whole: gives the same, unwrapped, for as long as it lasts.
+        model: the wrapped policy; policy: the same, unwrapped.
         pairs: the encoded rows of `batch`, in its order.
         batch: on the model's device.
+        inside: where the unwrapped policy can be called; then all processes must be given the same rows.
     """
     if method.needs.output == "scores":
         scores = scores_of(model, batch).tolist()
-        with whole() as policy:
-            return _first_different_score(scores, policy, pairs, batch, tol)
+        return inside(lambda: _first_different_score(scores, policy, pairs, batch, tol))
     tokens = token_stats_of(model, batch, statistics_for(method.needs))
-    with whole() as policy:
-        return _first_different_token(tokens, policy, pairs, batch, tol)
+    return inside(lambda: _first_different_token(tokens, policy, pairs, batch, tol))
 
 
 def _first_different_token(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,8 @@ import torch
 from torch import nn
 
 from prefopt.engine import adapters, checkpoint, models
-from prefopt.errors import ConfigError
+from prefopt.engine.runtime import say
+from prefopt.errors import ConfigError, TrainError
 
 if TYPE_CHECKING:
     from prefopt.config import RunConfig
@@ -51,11 +52,21 @@ class Engine:
         self.accelerator = runtime.accelerator
 
     def prepare(self, policy: Policy, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, Any]:
-        """(the wrapped policy, the wrapped optimizer)."""
+        """(the wrapped policy, the wrapped optimizer).
+
+        Raises: TrainError when what the engine is there to shard was not: that would go unseen.
+        """
         self.policy, self._skeleton = policy, _Skeleton(policy)
         names = {id(p): name for name, p in policy.lm.named_parameters()}
         self._order = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
         self.model, self.optimizer = self.accelerator.prepare(policy, optimizer)
+        mine, whole, what = self.held()
+        if what:
+            say(f"{self.runtime.engine}: this process holds {mine:,} of {whole:,} entries of the {what}")
+        if self.runtime.world > 1 and what and mine >= whole:
+            raise TrainError(
+                f"launcher: {self.runtime.engine} has sharded nothing: each process holds the whole {what}"
+            )
         return self.model, self.optimizer
 
     # A step
@@ -86,6 +97,19 @@ class Engine:
         self.optimizer.zero_grad(set_to_none=True)
 
     # Weights and state; all processes together
+
+    @property
+    def shards(self) -> bool:
+        """Whether a process holds a part of each weight only."""
+        return False
+
+    def inside(self, run: Callable[[], Any]) -> Any:
+        """What `run` returns, called where the unwrapped policy can be: all processes make the same calls of it."""
+        return self.model(run=run) if self.shards else run()
+
+    def held(self) -> tuple[int, int, str]:
+        """(how many entries of what is sharded this process holds, of how many, of what)."""
+        return 0, 0, ""
 
     @contextlib.contextmanager
     def whole(self) -> Iterator[Policy]:
@@ -126,6 +150,13 @@ class Fsdp2Engine(Engine):
             plugin.mixed_precision_policy = MixedPrecisionPolicy(
                 param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=None, cast_forward_inputs=False
             )
+
+    @property
+    def shards(self) -> bool:
+        return True
+
+    def held(self) -> tuple[int, int, str]:
+        return _held_weights(self.policy)
 
     @contextlib.contextmanager
     def whole(self) -> Iterator[Policy]:
@@ -176,6 +207,16 @@ class ZeroEngine(Engine):
         settings["zero_allow_untested_optimizer"] = True
         settings["steps_per_print"] = 10**9
 
+    @property
+    def shards(self) -> bool:
+        return self.stage == 3
+
+    def held(self) -> tuple[int, int, str]:
+        if self.stage == 3:
+            return _held_weights(self.policy)
+        mine = sum(flat.numel() for flat in self.model.optimizer.single_partition_of_fp32_groups)
+        return mine, sum(p.numel() for p in self._trained()), "optimizer's state"
+
     def micro_batch(self, last: bool) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext()
 
@@ -196,7 +237,7 @@ class ZeroEngine(Engine):
 
     @contextlib.contextmanager
     def whole(self) -> Iterator[Policy]:
-        if self.stage < 3:
+        if not self.shards:
             yield self.policy
             return
         with models.gathered(self.policy):
@@ -286,6 +327,11 @@ class ZeroEngine(Engine):
 def _per_weight(value: Any) -> bool:
     """Whether what an optimizer keeps has an entry for each of a parameter's, and is no count of steps."""
     return isinstance(value, torch.Tensor) and value.ndim > 0
+
+
+def _held_weights(policy: Policy) -> tuple[int, int, str]:
+    parameters = list(policy.parameters())
+    return sum(models.held(p).numel() for p in parameters), sum(models.numel(p) for p in parameters), "weights"
 
 
 def _copy(value: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -67,6 +67,14 @@ class Policy(nn.Module):
     def get_output_embeddings(self) -> nn.Module:
         return self.lm.get_output_embeddings()
 
+    def forward(self, *, run: Callable[[], Any] | None = None, **inputs: Any) -> Any:
+        """What a loss reads of these inputs; or, given `run`, what that returns when it is called in here, where the
+        weights that an engine has sharded are gathered as modules need them."""
+        return self._outputs(**inputs) if run is None else run()
+
+    def _outputs(self, *args: Any, **inputs: Any) -> Any:
+        raise NotImplementedError
+
     @contextlib.contextmanager
     def as_reference(self) -> Iterator[PreTrainedModel | None]:
         """The model that scores as the reference while this lasts, or None. For use without gradients."""
@@ -91,7 +99,7 @@ class Scorer(Policy):
         if not adapters.has_adapter(lm):  # as in PolicyWithReference
             make_score_precise(lm)
 
-    def forward(
+    def _outputs(
         self,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor,
@@ -164,7 +172,7 @@ class PolicyWithReference(Policy):
             with adapters.standing_still(self.lm, self.frozen):
                 yield self.lm
 
-    def forward(
+    def _outputs(
         self,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor,

@@ -112,8 +112,7 @@ class Trainer:
         optimizer = make_optimizer(config.optim, self.policy.lm, fused=runtime.accelerator.scaler is None)
         self.engine = make_engine(runtime, config)
         self.model, self.optimizer = self.engine.prepare(self.policy, optimizer)
-        with self.engine.whole() as policy:
-            self.layouts, note = choose_layouts(config, policy, runtime.device)
+        self.layouts, note = choose_layouts(config, self.policy, runtime.device, self.engine.inside)
         if note is not None:
             say(note)
         whole = self.train.grouped
@@ -429,6 +428,8 @@ class Trainer:
         self.model.eval()
         few = chunk[: check.ROWS]
         layout = self.layouts.of(chunk, self.needs.rows == "pairs")
+        if self.engine.shards:  # all processes must make the same calls
+            few, layout = runtime.from_main((few, layout))
         batch = to_device(self._collate(few, layout), runtime.device)
         tol = check.tolerance(self.policy.lm, config.train.mixed_precision)
         rounded = self.values is not None and self.values.in_bfloat16
@@ -438,7 +439,7 @@ class Trainer:
             structure = (f"{p.where}: {w}" for p in few if (w := check_row_structure(p, self.tokenizer)))
             problems = [
                 next(structure, None),
-                check.first_difference(self.model, self.engine.whole, self.method, few, batch, tol),
+                check.first_difference(self.model, self.policy, self.method, few, batch, tol, self.engine.inside),
                 check.unexpected_loss(self.model, self.method, batch, loose) if config.reference.path is None else None,
             ]
         found = runtime.gather_objects([problem for problem in problems if problem])
