@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from prefopt.engine import adapters
+from prefopt.engine import adapters, quantized
 from prefopt.engine.forward import Policy, pair_stats, scores_of, statistics_for, token_stats_of
 from prefopt.errors import TrainError
 from prefopt.method import Method
@@ -23,7 +23,7 @@ _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.bfloat16: 0.1, tor
 def tolerance(lm: nn.Module, mixed_precision: str) -> float:
     """How far the two paths may be apart in this precision."""
     autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision)
-    return _TOLERANCE[autocast or next(lm.parameters()).dtype]
+    return _TOLERANCE[autocast or quantized.precision(lm)]
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from prefopt.config import OptimConfig
 from prefopt.engine import checkpoint
-from prefopt.engine.trainer import make_optimizer
+from prefopt.engine.optimizers import make_optimizer
 from prefopt.errors import TrainError
 
 
