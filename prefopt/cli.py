@@ -77,7 +77,7 @@ def _train(config: RunConfig, only: Stage | None = None) -> int:
 
 
 def _prepared(config: RunConfig, output: Path, stop: rt.Stop, only: Stage | None) -> int:
-    from prefopt.engine import layouts, optimizers
+    from prefopt.engine import compiling, layouts, optimizers
 
     runtime = rt.start(
         stop,
@@ -92,6 +92,10 @@ def _prepared(config: RunConfig, output: Path, stop: rt.Stop, only: Stage | None
         say(_first_line(config, runtime))
         optimizers.check_optimizer(config.optim, runtime.device)
         layouts.check_settings(config, runtime.device)
+        if config.train.compile:
+            compiling.check(runtime.device)
+        if config.model.offload_activations and runtime.device.type == "cpu":
+            say("warning: model.offload_activations copies what is in the host's memory already on a CPU")
         if config.rounds.count:
             return _run_rounds(config, runtime, output, only)
         return _run_once(config, runtime, output)

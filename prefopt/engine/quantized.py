@@ -47,9 +47,9 @@ def is_quantized(weight: Any) -> bool:
     return getattr(weight, "quant_state", None) is not None
 
 
-def kind(module: Any) -> str | None:
-    """How a module holds its weight: `nf4` or `fp4`; None: as it is."""
-    weight = getattr(module, "weight", None)
+def kind(module: nn.Module) -> str | None:
+    """How a module holds a weight of its own: `nf4` or `fp4`; None: as it is, or it has none."""
+    weight: Any = module._parameters.get("weight")
     return str(weight.quant_state.quant_type) if is_quantized(weight) else None
 
 
@@ -70,5 +70,5 @@ def is_finite(weight: Any) -> bool:
 def precision(lm: Any) -> torch.dtype:
     """The coarsest type that a model computes in: that of its weights, or of its quantised products."""
     found = next(p.dtype for p in lm.parameters() if p.is_floating_point())
-    computed = {m.compute_dtype for m in lm.modules() if is_quantized(getattr(m, "weight", None))}
+    computed = {m.compute_dtype for m in lm.modules() if kind(m) is not None}
     return max({found, *computed}, key=lambda dtype: torch.finfo(dtype).eps)

@@ -22,7 +22,7 @@ from prefopt.data.collate import collate
 from prefopt.data.encode import check_row_structure
 from prefopt.data.loader import Batches, padded_length
 from prefopt.data.report import show_batch
-from prefopt.engine import adapters, check, checkpoint, export, models
+from prefopt.engine import adapters, check, checkpoint, compiling, export, models, offload
 from prefopt.engine.forward import Policy, pair_stats, statistics_for, statistics_to_evaluate, to_device
 from prefopt.engine.layouts import choose_layouts
 from prefopt.engine.metrics import Meter, MetricsFile, shared_metrics, write_atomically
@@ -97,9 +97,13 @@ class Trainer:
         # a fused step would hide from the loop that the gradient scaler skipped it
         optimizer = make_optimizer(config.optim, self.policy.lm, fused=runtime.accelerator.scaler is None)
         self.model, self.optimizer = runtime.accelerator.prepare(self.policy, optimizer)
+        if config.model.offload_activations:
+            self.policy.saving = offload.Offloading(self.policy.lm, pin_memory=runtime.device.type == "cuda")
         self.layouts, note = choose_layouts(config, self.policy, runtime.device)
         if note is not None:
             say(note)
+        if config.train.compile:
+            compiling.compile_layers(self.policy.backbone)
         whole = self.train.grouped
         self._counts_per_pair = None if whole is None else self._average_counts(whole)
         self.metrics = MetricsFile(self.output / "metrics.jsonl")
@@ -326,8 +330,9 @@ class Trainer:
             if self.runtime.is_main:
                 write_atomically(self.output / "eval_pairs.jsonl", (_pair_line(step, row) for row in rows))
         if self.runtime.is_main:
-            for evaluator in self.evaluators:
-                line |= dict(evaluator(self.policy.lm))
+            with compiling.eagerly(self.policy.lm):  # what they ask has many shapes
+                for evaluator in self.evaluators:
+                    line |= dict(evaluator(self.policy.lm))
         line["seconds"] = time.perf_counter() - began
         if len(line) > 3:
             self._log(line)

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import torch
 
-from prefopt.config import EvalConfig, KernelConfig, OptimConfig, RunConfig, TrainConfig
+from prefopt.config import EvalConfig, KernelConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from prefopt.engine.forward import PolicyWithReference, Scorer
 from prefopt.engine.metrics import MetricsFile, read_lines
 from prefopt.engine.trainer import Trainer
@@ -74,18 +74,31 @@ class Bench:
         lr: of plain gradient descent; above 0 the steps move the policy after all.
         grouped: the whole training set, if the steps are to be taken as grouped by length.
         layout: of every batch.
+        model: settings of the policy, of which the trainer reads some.
+        compile: the policy's layers.
     """
 
     def __init__(
-        self, runtime, method, models, tiles=(1024, 8192), tokenizer=None, lr=0.0, grouped=None, layout="padded"
+        self,
+        runtime,
+        method,
+        models,
+        tiles=(1024, 8192),
+        tokenizer=None,
+        lr=0.0,
+        grouped=None,
+        layout="padded",
+        model=ModelConfig(),  # noqa: B008 - frozen
+        compile=False,
     ):
         policy, reference = map(copy.deepcopy, models)  # one by one: they may be the same model
         needs = method.needs
         config = RunConfig(
             method=method,
             method_name="under_test",
+            model=model,
             optim=OptimConfig(name="sgd", lr=lr, schedule="constant", warmup_steps=0, clip=0),
-            train=TrainConfig(max_steps=1, layout=layout),
+            train=TrainConfig(max_steps=1, layout=layout, compile=compile),
             kernel=KernelConfig(*tiles),
         )
         self.trainer = Trainer(
