@@ -1032,11 +1032,6 @@ def _validate_memory(config: RunConfig) -> None:
                 "(--model.quantize nf4), or leave it out"
             )
         return
-    if config.on_testbed:
-        raise ConfigError(
-            f"model.quantize: found '{model.quantize}', but the testbed trains all weights of its own policy; leave it "
-            "out"
-        )
     if model.dtype == "float64":
         raise ConfigError(
             f"model.dtype: found 'float64' with model.quantize '{model.quantize}', expected float32 or bfloat16"

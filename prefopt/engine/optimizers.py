@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from prefopt.config import OptimConfig
-from prefopt.engine import checkpoint
+from prefopt.engine import checkpoint, quantized
 from prefopt.errors import ConfigError
 
 # The short names of config.OPTIMIZERS -> (module, class).
@@ -48,6 +48,7 @@ def make_optimizer(settings: OptimConfig, lm: nn.Module, fused: bool = True) -> 
 
 def _class(name: str) -> Any:
     known = _CLASSES.get(name)
+    quantized.hush()
     module, member = known or (name.rpartition(".")[0], name.rpartition(".")[2])
     try:
         kind: Any = getattr(importlib.import_module(module), member)

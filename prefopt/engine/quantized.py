@@ -5,12 +5,18 @@ The only file that knows bitsandbytes' layers.
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
 from torch import nn
 
 from prefopt.config import ModelConfig
+
+
+def hush() -> None:
+    """bitsandbytes' word on kernels that it could fetch from a hub, which are not wanted, is not for users."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def arguments(settings: ModelConfig) -> dict[str, Any]:
@@ -20,6 +26,7 @@ def arguments(settings: ModelConfig) -> dict[str, Any]:
     """
     if settings.quantize is None:
         return {}
+    hush()
     from transformers import BitsAndBytesConfig
 
     config = BitsAndBytesConfig(
