@@ -208,9 +208,9 @@ def test_check_when_the_base_is_quantised_then_it_holds_and_a_fault_is_seen(runt
     model = ModelConfig(path=str(base), quantize="nf4")
     for name in (TOKEN, SCORES):
         policy, reference = adapted_policy(METHODS[name], model)
-        for parameter in policy.parameters():
-            if parameter.requires_grad and parameter.ndim == 2:
-                torch.nn.init.zeros_(parameter)
+        for weight_name, weight in policy.named_parameters():
+            if "lora_" in weight_name:
+                torch.nn.init.zeros_(weight)
         bench = Bench(runtime, METHODS[name], (policy, reference), tokenizer=tokenizer)
         bench.check_first_batch(random_pairs(METHODS[name].needs.columns))
         layer = [m for m in bench.trainer.policy.lm.modules() if quantized.kind(m)][-1]
