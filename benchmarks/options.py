@@ -15,18 +15,17 @@ from typing import Any
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-from measure import peak_bytes, ratio, seconds, write  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from measure import peak_bytes, ratio, seconds, write
 
-from prefopt import registry  # noqa: E402
-from prefopt.config import LoraConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig  # noqa: E402
-from prefopt.data.loader import FileBatches  # noqa: E402
-from prefopt.engine import adapters  # noqa: E402
-from prefopt.engine import runtime as rt  # noqa: E402
-from prefopt.engine.forward import PolicyWithReference  # noqa: E402
-from prefopt.engine.trainer import Trainer  # noqa: E402
-from prefopt.types import EncodedPair  # noqa: E402
+from prefopt import registry
+from prefopt.config import LoraConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
+from prefopt.data.loader import FileBatches
+from prefopt.engine import adapters
+from prefopt.engine import runtime as rt
+from prefopt.engine.forward import PolicyWithReference
+from prefopt.engine.trainer import Trainer
+from prefopt.types import EncodedPair
 
 LORA = {"lora": {"r": 16}}
 CONTESTANTS: dict[str, dict[str, Any]] = {

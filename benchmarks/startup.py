@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-from measure import write  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from measure import write
 
 EVERY = 10  # steps between checkpoints
 
@@ -91,7 +91,9 @@ def main() -> None:
         rows.append(row("start of a new run, to step 1", [new(killed, cache, metrics) for _ in range(repeats)]))
         shutil.rmtree(killed)
         until(start(killed, cache), checkpoint.exists)
-        rows.append(row("restart of a killed run, to its next step", [restart(killed, output, cache) for _ in range(repeats)]))
+        rows.append(
+            row("restart of a killed run, to its next step", [restart(killed, output, cache) for _ in range(repeats)])
+        )
     write("startup", "cpu", rows, [f"Seconds of wall clock; {repeats} processes of each, one after the other."])
 
 

@@ -28,10 +28,14 @@ def check(device: torch.device) -> None:
     if device.type == "cpu":
         compilers = [os.environ.get("CXX"), "g++", "clang++", "c++"]
         if not any(name and shutil.which(name) for name in compilers):
-            raise ConfigError("train.compile: needs a C++ compiler (g++) on a CPU, found none; install one, or leave it out")
+            raise ConfigError(
+                "train.compile: needs a C++ compiler (g++) on a CPU, found none; install one, or leave it out"
+            )
         return
     if importlib.util.find_spec("triton") is None:
-        raise ConfigError("train.compile: needs Triton on a GPU, which is not installed; pip install triton, or leave it out")
+        raise ConfigError(
+            "train.compile: needs Triton on a GPU, which is not installed; pip install triton, or leave it out"
+        )
 
 
 def compile_layers(backbone: nn.Module) -> int:

@@ -78,9 +78,7 @@ def assert_equal(expected, found, dtype, what):
 
 @each_option
 @each_method
-def test_step_when_activations_are_recomputed_or_offloaded_then_the_oracles_in_any_layout(
-    name, option, runtime, plain
-):
+def test_step_when_activations_are_recomputed_or_offloaded_then_the_oracles_in_any_layout(name, option, runtime, plain):
     method, rows = METHODS[name], random_pairs(METHODS[name].needs.columns)
     expected = oracle_step(*plain, method, rows)
     for layout in layouts_for(method):
@@ -148,7 +146,7 @@ def test_offloading_when_products_are_autocast_then_no_weight_is_copied_and_no_t
     hooks = offload.Offloading(torch.nn.ModuleList([part, side]), pin_memory=False)
     plain, found = gradients(torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)), gradients(hooks)
     assert all(torch.equal(a, b) for a, b in zip(plain, found, strict=True))
-    # two products read x, which autocast rounds twice; the tanh's outcome is saved by itself and by the product after it
+    # autocast rounds x for two products; the tanh's outcome is saved by itself and by the product after it
     assert hooks.copied == 2 * (2 * x.numel() + 10 * 64)
 
 
