@@ -1,6 +1,6 @@
 """What each option of memory and speed does to a step: time and peak memory, in turn, on one model.
 
-Whole steps of the trainer (collation, clipping and optimizer are in them), DPO with a live reference, 6M-parameter Llama,
+Whole steps of the trainer (collation, clipping and optimizer are in them), DPO with a live reference, a small Llama,
 rows of real length. On a CPU activations have nowhere to go, so offloading can only show what it costs.
 """
 

@@ -18,10 +18,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from measure import write
 
+ROOT = Path(__file__).resolve().parent.parent
 EVERY = 10  # steps between checkpoints
 
 

@@ -1023,7 +1023,7 @@ def _validate_memory(config: RunConfig) -> None:
     model = config.model
     if config.train.compile and model.attention == "flex_attention":
         raise ConfigError(
-            "train.compile: found true with model.attention 'flex_attention', which is compiled by itself; leave one out"
+            "train.compile: found true with model.attention 'flex_attention', which compiles itself; leave one out"
         )
     if model.quantize is None:
         if model.compute_dtype is not None:

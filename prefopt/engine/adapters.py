@@ -201,8 +201,8 @@ def _check_quantized(config: RunConfig, start: Weights, architecture: Pretrained
     if before is not None:
         how = before.get("quant_method") if isinstance(before, dict) else getattr(before, "quant_method", before)
         raise ConfigError(
-            f"model.path: '{start.base}' is held quantised ({getattr(how, 'value', how)}), expected the model it was made "
-            "from (--model.quantize nf4 quantises it when it is loaded)"
+            f"model.path: '{start.base}' is held quantised ({getattr(how, 'value', how)}), expected the model it was "
+            "made from (--model.quantize nf4 quantises it when it is loaded)"
         )
     if quantize is not None and config.lora.r is None and start.adapter is None:
         raise ConfigError(

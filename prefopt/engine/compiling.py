@@ -1,4 +1,4 @@
-"""torch.compile of a backbone, layer by layer: one graph for all layers, whatever layouts and lengths a run meets.
+"""torch.compile of a backbone, layer by layer: one graph for all layers, whatever lengths a run meets.
 
 Attention stays outside of the graphs: it goes unit by unit through rows whose cuts are another with each batch.
 """
@@ -19,7 +19,7 @@ from torch import nn
 from prefopt.engine.attention import BY_UNIT, attend_by_unit
 from prefopt.errors import ConfigError
 
-# Graphs of one piece of code: with and without gradients, adapter and mask, training and evaluating, of one row or more.
+# Graphs of one piece of code: with and without gradients, adapter and mask, in training or not, of one row or more.
 _GRAPHS = 64
 
 

@@ -41,8 +41,8 @@ def arguments(settings: ModelConfig) -> dict[str, Any]:
 def settle(model: nn.Module) -> None:
     """Hold the layers of a loaded model to one way of computing.
 
-    On CPUs with bfloat16 products bitsandbytes repacks a layer's weights at its first pass without gradients, to compute
-    in bfloat16 from then on, and passes no gradient on any more.
+    On CPUs with bfloat16 products bitsandbytes repacks a layer's weights when it is first evaluated, to compute in
+    bfloat16 from then on, and passes no gradient on any more.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):

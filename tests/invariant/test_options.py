@@ -1,4 +1,4 @@
-"""What saves memory or time changes no number: recomputed, offloaded, quantised, compiled, with an adapter or without."""
+"""What saves memory or time changes no number: recomputed, offloaded, quantised, compiled, with an adapter or not."""
 
 import copy
 
