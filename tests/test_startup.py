@@ -8,19 +8,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-HEAVY = {
-    "torch",
-    "transformers",
-    "accelerate",
-    "datasets",
-    "peft",
-    "trl",
-    "scipy",
-    "matplotlib",
-    "bitsandbytes",
-    "numpy",
-}
-UNUSED = {"datasets", "peft", "trl", "matplotlib", "bitsandbytes", "wandb", "tensorboard", "pandas", "openai"}
+UNUSED = {"peft", "trl", "matplotlib", "bitsandbytes", "wandb", "tensorboard", "openai"}  # by a plain run
+HEAVY = UNUSED | {"torch", "transformers", "accelerate", "datasets", "scipy", "numpy"}
 
 
 def loaded(code, *argv, among, cache=None):

@@ -37,7 +37,9 @@ def test_run_when_the_base_is_quantised_then_it_says_so_learns_and_saves_an_adap
     assert ended.status == 0, ended.err
     count = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(task.model).parameters())
     trained = sum(w.numel() for w in load_file(output / "model/adapter_model.safetensors").values())
-    assert f" {count + trained:,} parameters, the others' matrices held in nf4, {trained:,} of them trained" in ended.out
+    assert (
+        f" {count + trained:,} parameters, the others' matrices held in nf4, {trained:,} of them trained" in ended.out
+    )
     assert f"under the disabled adapter (no second copy), {task.model}, the base held in nf4\n" in ended.out
     assert "agree to 0.0001, loss 0.6931 as it must be" in ended.out
     assert "kernels" not in ended.err
