@@ -79,7 +79,7 @@ def _train(config: RunConfig, only: Stage | None = None) -> int:
 
 
 def _prepared(config: RunConfig, output: Path, stop: rt.Stop, only: Stage | None) -> int:
-    from prefopt.engine import layouts
+    from prefopt.engine import compiling, layouts, optimizers
 
     runtime = rt.start(
         stop,
@@ -92,8 +92,12 @@ def _prepared(config: RunConfig, output: Path, stop: rt.Stop, only: Stage | None
     )
     try:
         say(_first_line(config, runtime))
-        _check_optimizer(config)
+        optimizers.check_optimizer(config.optim, runtime.device)
         layouts.check_settings(config, runtime.device)
+        if config.train.compile:
+            compiling.check(runtime.device)
+        if config.model.offload_activations and runtime.device.type == "cpu":
+            say("warning: model.offload_activations copies what is in the host's memory already on a CPU")
         if config.rounds.count:
             return _run_rounds(config, runtime, output, only)
         return _run_once(config, runtime, output)
@@ -447,7 +451,7 @@ def _fit(
     evaluators: Sequence[Evaluator] = (),
     hashes: Mapping[str, str] | None = None,
 ) -> int:
-    from prefopt.engine import adapters, models
+    from prefopt.engine import adapters, models, quantized
     from prefopt.engine.forward import PolicyWithReference, Scorer
     from prefopt.engine.trainer import Trainer
 
@@ -459,7 +463,7 @@ def _fit(
         reference = adapters.load_frozen(reference, config.model, key)
     # drawn numbers are dropout's: each process has its own, whatever was drawn until here
     rt.set_seed(config.seed + runtime.rank)
-    parameters = sum(p.numel() for p in lm.parameters())
+    parameters = sum(quantized.numel(p) for p in lm.parameters())
     threads = rt.set_threads(config.train.threads, parameters)
     if resume_from is not None:
         say(f"continuing from {resume_from}")
@@ -467,7 +471,7 @@ def _fit(
     of_them = f", {adapter}" if adapter else ""
     say(f"policy: {name}, {parameters:,} parameters{of_them}, {threads} thread(s) per process; output: {output}")
     if task.reference is not None:
-        say(f"reference: {adapters.describe(task.reference, task.start, config.reference)}")
+        say(f"reference: {adapters.describe(task.reference, task.start, config)}")
     if config.model.dtype == "bfloat16" and not adapter:
         say(
             "warning: weights in bfloat16 lose updates smaller than 1/256 of a weight; "
@@ -558,21 +562,6 @@ def _report_testbed(config: RunConfig, runtime: rt.Runtime, task: _Task, output:
         say(f"\nreward-KL frontier: {output / 'frontier.png'}")
 
 
-def _check_optimizer(config: RunConfig) -> None:
-    """Refuse an optimizer that does not exist or cannot take a plain step, before data and models are loaded."""
-    import torch
-
-    from prefopt.engine.trainer import make_optimizer
-
-    probe = torch.nn.Linear(1, 1)
-    optimizer = make_optimizer(dataclasses.replace(config.optim, lr=1e-3), probe)
-    probe(torch.ones(1, 1)).sum().backward()
-    try:
-        optimizer.step()
-    except Exception as error:
-        raise ConfigError(f"optim.name: '{config.optim.name}' cannot take a plain step: {error}") from error
-
-
 # Before anything heavy is imported ------------------------------------------------------------------------------------
 
 
@@ -587,6 +576,11 @@ def _check_paths(config: RunConfig) -> None:
         if importlib.util.find_spec(tracker) is None:
             extra = f"prefopt[{tracker}]" if tracker == "wandb" else tracker
             raise ConfigError(f"track.to: '{tracker}' is not installed; pip install '{extra}', or leave it out")
+    in_bits = {"model.quantize": config.model.quantize, "optim.name": config.optim.name}
+    for key, value in in_bits.items():
+        needed = value is not None if key == "model.quantize" else str(value).endswith("adamw_8bit")
+        if needed and importlib.util.find_spec("bitsandbytes") is None:
+            raise ConfigError(f"{key}: '{value}' needs bitsandbytes; pip install 'prefopt[qlora]', or leave it out")
     for path in (config.data.train, config.data.eval):
         if path is not None and (Path(path).suffix or path.startswith((".", "/", "~"))):
             open_source(path)
@@ -655,7 +649,7 @@ def _run_card(config: RunConfig, runtime: rt.Runtime, task: _Task) -> dict[str, 
         what, start = task.reference, task.start
         if what is None:
             return None
-        return {**card(adapters.weights_of(what, start)), "is": adapters.describe(what, start, config.reference)}
+        return {**card(adapters.weights_of(what, start)), "is": adapters.describe(what, start, config)}
 
     train = config.train
     per_pass = train.micro_batch * runtime.world

@@ -41,8 +41,14 @@ class ModelConfig:
     """Precision in which weights are held and updated."""
     attention: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] = "sdpa"
     """Attention implementation, as transformers names it."""
+    quantize: Literal["nf4", "fp4"] | None = None
+    """QLoRA: hold the weights below the head in 4 bits (bitsandbytes), doubly quantised, under an adapter. None: no."""
+    compute_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Precision of products with quantised weights. None: that of train.mixed_precision, else of model.dtype."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
+    offload_activations: bool = False
+    """Keep what the backbone saves for the backward pass in the host's memory: less on the GPU, more time."""
     trust_remote_code: bool = False
     """Run model code that comes with the weights."""
 
@@ -108,7 +114,7 @@ class OptimConfig:
     """Optimizer and learning rate; the same for every method unless you say otherwise."""
 
     name: str = "adamw"
-    """adamw, rmsprop, sgd, or the dotted path of a torch optimizer class."""
+    """adamw, adamw_8bit, paged_adamw_8bit, adafactor, rmsprop, sgd, or the dotted path of a torch optimizer class."""
     lr: float = 1e-6
     """Peak learning rate."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
@@ -145,6 +151,8 @@ class TrainConfig:
     """Optimizer steps; takes the place of train_epochs. Required for an endless stream."""
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     """Autocast of the forward pass, in fp16 with a gradient scaler; statistics stay float32."""
+    compile: bool = False
+    """Compile the layers of the backbone (torch.compile); compiling takes its time at the start."""
     save_every: int = 100
     """Optimizer steps between checkpoints."""
     keep_last: int = 2
@@ -401,9 +409,13 @@ ROUNDS_IN_WORLD: dict[str, dict[str, Any]] = {
 # A departure gives way when the user names the setting that it would silently overrule.
 _GIVES_WAY = {"optim.warmup_ratio": "optim.warmup_steps", "train.train_epochs": "train.max_steps"}
 
+# Short names of optimizers; engine/optimizers.py makes them.
+OPTIMIZERS = ("adamw", "adamw_8bit", "paged_adamw_8bit", "adafactor", "rmsprop", "sgd")
+
 # Settings that may change between the attempts at one run: they do not move the trajectory by more than rounding.
 FREE_TO_CHANGE = (
     *("dry_run", "output", "track", "kernel", "eval.batch", "model.gradient_checkpointing", "reference.cache_dir"),
+    *("model.offload_activations", "train.compile"),
     *("train.show_batch", "train.keep_last", "train.save_every", "train.micro_batch", "train.threads"),
     *("train.layout", "rounds.launcher", "rounds.compare", "generate.python", "generate.url", "generate.api_key_env"),
     *("generate.concurrency", "generate.retries", "generate.timeout", "judge.url", "judge.api_key_env"),
@@ -462,7 +474,7 @@ def parse(argv: Sequence[str]) -> RunConfig:
             "method_name": name,
         },
     )
-    config = dataclasses.replace(config, judge=_named_judge(config))
+    config = dataclasses.replace(config, judge=_named_judge(config), model=_compute_dtype(config))
     _validate(config)
     _validate_rounds(config)
     config = dataclasses.replace(
@@ -489,7 +501,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """`key: old -> new` for each setting in which two runs' dictionaries differ and that may not change in a run."""
     before, after = _leaves(old), _leaves(new)
     # what dropout drops depends on how a step is cut and laid out
-    held = ("train.micro_batch", "train.layout") if before.get("lora.dropout") else ()
+    held = ("train.micro_batch", "train.layout", "train.compile") if before.get("lora.dropout") else ()
     return [
         f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
         for key in sorted(before.keys() | after.keys())
@@ -985,12 +997,12 @@ def _validate(config: RunConfig) -> None:
         schedule,
         f"at least train.train_epochs ({config.train.train_epochs})",
     )
-    known = ("adamw", "rmsprop", "sgd")
-    if config.optim.name not in known and not re.fullmatch(r"\w+(\.\w+)+", config.optim.name):
+    if config.optim.name not in OPTIMIZERS and not re.fullmatch(r"\w+(\.\w+)+", config.optim.name):
         raise ConfigError(
-            f"optim.name: found '{config.optim.name}', expected one of {', '.join(known)} or a dotted path"
-            f"{did_you_mean(config.optim.name, known)}"
+            f"optim.name: found '{config.optim.name}', expected one of {', '.join(OPTIMIZERS)} or a dotted path"
+            f"{did_you_mean(config.optim.name, OPTIMIZERS)}"
         )
+    _validate_memory(config)
     if config.data.train is not None and config.model.path is None:
         raise ConfigError(
             "data.train is given without model.path; name the model to train (--model.path DIR), "
@@ -1064,6 +1076,40 @@ def _validate_reference(config: RunConfig) -> None:
         raise ConfigError("reference.cache_dtype: is of hidden states, found reference.cache 'logps'; leave it out")
     if not 0 < reference.sync_weight <= 1:
         raise ConfigError(f"reference.sync_weight: found {reference.sync_weight!r}, expected above 0, up to 1")
+
+
+def _validate_memory(config: RunConfig) -> None:
+    """What quantised weights and compiled layers go together with."""
+    model = config.model
+    if config.train.compile and model.attention == "flex_attention":
+        raise ConfigError(
+            "train.compile: found true with model.attention 'flex_attention', which compiles itself; leave one out"
+        )
+    if model.quantize is None:
+        if model.compute_dtype is not None:
+            raise ConfigError(
+                f"model.compute_dtype: found '{model.compute_dtype}' without model.quantize; name how weights are held "
+                "(--model.quantize nf4), or leave it out"
+            )
+        return
+    if model.dtype == "float64":
+        raise ConfigError(
+            f"model.dtype: found 'float64' with model.quantize '{model.quantize}', expected float32 or bfloat16"
+        )
+    if config.train.compile:
+        raise ConfigError(
+            f"train.compile: found true with model.quantize '{model.quantize}', whose products are not compiled; leave "
+            "one out"
+        )
+
+
+def _compute_dtype(config: RunConfig) -> ModelConfig:
+    """The model's settings with the precision of quantised products named."""
+    model = config.model
+    if model.quantize is None or model.compute_dtype is not None or model.dtype == "float64":
+        return model
+    mixed: dict[str, Any] = {"bf16": "bfloat16", "fp16": "float16"}
+    return dataclasses.replace(model, compute_dtype=mixed.get(config.train.mixed_precision, model.dtype))
 
 
 def _named_judge(config: RunConfig) -> JudgeConfig:

@@ -206,7 +206,8 @@ def test_differences_when_an_adapter_has_dropout_then_the_cut_of_a_step_is_among
         ([*REAL, "--method.beta", "-1"], "method.beta: found -1.0, expected a finite number > 0"),
         (
             [*REAL, "--optim.name", "adamv"],
-            "optim.name: found 'adamv', expected one of adamw, rmsprop, sgd or a dotted path; did you mean 'adamw'?",
+            "optim.name: found 'adamv', expected one of adamw, adamw_8bit, paged_adamw_8bit, adafactor, rmsprop, sgd "
+            "or a dotted path; did you mean 'adamw'?",
         ),
         ([*REAL, "--data.eval_fraction", "1"], "data.eval_fraction: found 1.0, expected a share from 0 to below 1"),
         (
@@ -363,7 +364,21 @@ def test_testbed_departures_when_the_user_names_the_alternative_then_give_way():
         (["--testbed.seed", "-1"], "testbed.seed: found -1, expected a whole number from 0 to 2147483647"),
         (
             ["--optim.name", ".AdamW"],
-            "optim.name: found '.AdamW', expected one of adamw, rmsprop, sgd or a dotted path",
+            "optim.name: found '.AdamW', expected one of adamw, adamw_8bit, paged_adamw_8bit, adafactor, rmsprop, sgd "
+            "or a dotted path",
+        ),
+        (["--model.compute_dtype", "bfloat16"], "model.compute_dtype: found 'bfloat16' without model.quantize"),
+        (
+            ["--model.quantize", "nf4", "--model.dtype", "float64"],
+            "model.dtype: found 'float64' with model.quantize 'nf4', expected float32 or bfloat16",
+        ),
+        (
+            ["--model.quantize", "nf4", "--train.compile", "true"],
+            "train.compile: found true with model.quantize 'nf4', whose products are not compiled; leave one out",
+        ),
+        (
+            ["--model.attention", "flex_attention", "--train.compile", "true"],
+            "train.compile: found true with model.attention 'flex_attention', which compiles itself; leave one out",
         ),
     ],
 )
@@ -407,3 +422,27 @@ def test_local_paths_when_spelt_differently_then_are_one_run(tmp_path, monkeypat
 def test_help_when_only_a_config_names_the_method_then_lists_its_settings(tmp_path):
     (tmp_path / "c.yaml").write_text("method: tdpo\n")
     assert "--method.alpha" in help_text(["--config", str(tmp_path / "c.yaml"), "--help"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "dtype"),
+    [
+        ([], None),
+        (["--model.quantize", "nf4"], "float32"),
+        (["--model.quantize", "nf4", "--model.dtype", "bfloat16"], "bfloat16"),
+        (["--model.quantize", "nf4", "--train.mixed_precision", "bf16"], "bfloat16"),
+        (["--model.quantize", "fp4", "--train.mixed_precision", "bf16", "--model.compute_dtype", "float32"], "float32"),
+    ],
+)
+def test_compute_dtype_when_it_is_not_named_then_that_of_autocast_or_of_the_weights(flags, dtype):
+    assert parse([*REAL, *flags]).model.compute_dtype == dtype
+
+
+def test_run_when_it_changes_what_only_costs_time_or_memory_then_it_may_go_on_unless_dropout_would_differ():
+    plain, compiled = (parse([*REAL, "--lora.r", "4", *more]) for more in ([], ["--train.compile", "true"]))
+    offloaded = parse([*REAL, "--lora.r", "4", "--model.offload_activations", "true"])
+    assert settings.differences(plain.to_dict(), compiled.to_dict()) == []
+    assert settings.differences(plain.to_dict(), offloaded.to_dict()) == []
+    dropping = [*REAL, "--lora.r", "4", "--lora.dropout", "0.1"]
+    changed = settings.differences(parse(dropping).to_dict(), parse([*dropping, "--train.compile", "true"]).to_dict())
+    assert changed == ["train.compile: False -> True"]

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from prefopt.config import LoraConfig, ModelConfig, ReferenceConfig, RunConfig
-from prefopt.engine import models
+from prefopt.config import LoraConfig, ModelConfig, RunConfig
+from prefopt.engine import models, quantized
 from prefopt.errors import ConfigError, TrainError, did_you_mean
 from prefopt.kernels.head import make_head_aware, make_score_precise
 
@@ -161,8 +161,10 @@ def weights_of(reference: Frozen | Weights, start: Weights) -> Weights:
     return start if reference is Frozen.SNAPSHOT else Weights(start.base, start.base, start.revision)
 
 
-def describe(reference: Frozen | Weights, start: Weights, settings: ReferenceConfig) -> str:
+def describe(reference: Frozen | Weights, start: Weights, config: RunConfig) -> str:
     """What a run says of its reference."""
+    held = "" if config.model.quantize is None else f", the base held in {config.model.quantize}"
+    settings = config.reference
     copy = "" if settings.cache != "none" else ", a copy" if settings.sync_every is not None else ", a frozen copy"
     if reference is Frozen.BASE:
         said = f"{reference.value} (no second copy), {start.base}"
@@ -175,8 +177,8 @@ def describe(reference: Frozen | Weights, start: Weights, settings: ReferenceCon
         said = f"{what}{copy if reference == start else ''}, {reference.path}{on}"
     if settings.sync_every is not None:
         weight = "replaced by" if settings.sync_weight == 1 else f"mixed with {settings.sync_weight:g} of"
-        said += f"; {weight} the policy every {settings.sync_every} steps"
-    return said
+        held += f"; {weight} the policy every {settings.sync_every} steps"
+    return said + held
 
 
 def check(config: RunConfig, start: Weights, architecture: PretrainedConfig) -> None:
@@ -185,6 +187,7 @@ def check(config: RunConfig, start: Weights, architecture: PretrainedConfig) -> 
     Raises: ConfigError naming the setting.
     """
     _check_with_adapter(config.lora, start)
+    _check_quantized(config, start, architecture)
     scores = config.method.needs.output == "scores"
     if start.adapter is None and scores:
         models.check_scorer(architecture, start.base)
@@ -208,6 +211,37 @@ def check(config: RunConfig, start: Weights, architecture: PretrainedConfig) -> 
         models.check_head(hollow)
     if config.lora.r is not None:
         _check_modules(config.lora, hollow)
+        if config.model.quantize is not None:
+            _check_trained_whole(config, hollow)
+
+
+def _check_quantized(config: RunConfig, start: Weights, architecture: PretrainedConfig) -> None:
+    """Weights in few bits stand still: something else must be trained."""
+    quantize = config.model.quantize
+    before: Any = getattr(architecture, "quantization_config", None)
+    if before is not None:
+        how = before.get("quant_method") if isinstance(before, dict) else getattr(before, "quant_method", before)
+        raise ConfigError(
+            f"model.path: '{start.base}' is held quantised ({getattr(how, 'value', how)}), expected the model it was "
+            "made from (--model.quantize nf4 quantises it when it is loaded)"
+        )
+    if quantize is not None and config.lora.r is None and start.adapter is None:
+        raise ConfigError(
+            f"model.quantize: found '{quantize}' without LoRA; quantised weights stand still, so name a rank "
+            "(--lora.r 16) or an adapter as model.path, or leave it out"
+        )
+
+
+def _check_trained_whole(config: RunConfig, lm: PreTrainedModel) -> None:
+    """Only what is not quantised can be trained whole."""
+    head = _head(lm)
+    for name, module in lm.named_modules():
+        named = next((target for target in config.lora.modules_to_save if name.endswith(target)), None)
+        if named is not None and any(_linear(part) and part is not head for part in module.modules()):
+            raise ConfigError(
+                f"lora.modules_to_save: '{named}' is held in {config.model.quantize}, which cannot be trained; "
+                "expected the output head or an embedding (or give it an adapter by lora.target_modules)"
+            )
 
 
 def _check_with_adapter(lora: LoraConfig, start: Weights) -> None:
@@ -468,7 +502,9 @@ def describe_policy(lm: Any) -> str:
     names = targets if isinstance(targets, str) else ", ".join(sorted(targets))
     whole = sorted({name for name in settings.modules_to_save or () if any(name in n for n, _ in lm.named_modules())})
     saved = f", and {', '.join(whole)} whole" if whole else ""
-    return f"{trained:,} of them trained (LoRA r {settings.r}, alpha {settings.lora_alpha} on {names}{saved})"
+    quantize = {q for m in lm.modules() if (q := quantized.kind(m)) is not None}
+    held = "".join(f"the others' matrices held in {kind}, " for kind in sorted(quantize))
+    return f"{held}{trained:,} of them trained (LoRA r {settings.r}, alpha {settings.lora_alpha} on {names}{saved})"
 
 
 def save(lm: Any, folder: Path) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from prefopt.config import ModelConfig
+from prefopt.engine import quantized
 from prefopt.errors import TrainError, did_you_mean
 
 if TYPE_CHECKING:
@@ -170,10 +171,12 @@ def _load(kind: Any, path: str, settings: ModelConfig, key: str, **more: Any) ->
                 trust_remote_code=settings.trust_remote_code,
                 dtype=getattr(torch, settings.dtype),
                 output_loading_info=True,
+                **quantized.arguments(settings),
                 **more,
             )
     except Exception as error:
         raise refuse(key, path, error) from error
+    quantized.settle(model)
     align(model)
     bad = not_finite(model)
     if bad is not None:
@@ -212,7 +215,7 @@ def align(model: nn.Module) -> None:
 
 def not_finite(model: nn.Module) -> str | None:
     """The name of the first weight that has a NaN or an infinity, or None."""
-    return next((name for name, weight in model.named_parameters() if not bool(weight.isfinite().all())), None)
+    return next((name for name, weight in model.named_parameters() if not quantized.is_finite(weight)), None)
 
 
 def recompute_activations(model: Any) -> None:

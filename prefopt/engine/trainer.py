@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from prefopt.config import OptimConfig, RunConfig
+from prefopt.config import RunConfig
 from prefopt.data.collate import collate
 from prefopt.data.encode import check_row_structure
 from prefopt.data.loader import Batches, padded_length
 from prefopt.data.report import show_batch
-from prefopt.engine import adapters, check, checkpoint, export, models
+from prefopt.engine import adapters, check, checkpoint, compiling, export, models, offload
 from prefopt.engine.forward import (
     Policy,
     PolicyWithReference,
@@ -33,6 +33,7 @@ from prefopt.engine.forward import (
 )
 from prefopt.engine.layouts import choose_layouts
 from prefopt.engine.metrics import Meter, MetricsFile, shared_metrics, write_atomically
+from prefopt.engine.optimizers import make_optimizer
 from prefopt.engine.reference import Moving, ReferenceValues
 from prefopt.engine.runtime import EXIT_UNFINISHED, Runtime, random_state, say, set_random_state
 from prefopt.errors import ConfigError, TrainError, did_you_mean
@@ -111,9 +112,13 @@ class Trainer:
         # a fused step would hide from the loop that the gradient scaler skipped it
         optimizer = make_optimizer(config.optim, self.policy.lm, fused=runtime.accelerator.scaler is None)
         self.model, self.optimizer = runtime.accelerator.prepare(self.policy, optimizer)
+        if config.model.offload_activations:
+            self.policy.saving = offload.Offloading(self.policy.lm, pin_memory=runtime.device.type == "cuda")
         self.layouts, note = choose_layouts(config, self.policy, runtime.device)
         if note is not None:
             say(note)
+        if config.train.compile:
+            compiling.compile_layers(self.policy.backbone)
         whole = self.train.grouped
         self._counts_per_pair = None if whole is None else self._average_counts(whole)
         self.metrics = MetricsFile(self.output / "metrics.jsonl")
@@ -344,8 +349,9 @@ class Trainer:
             if self.runtime.is_main:
                 write_atomically(self.output / "eval_pairs.jsonl", (_pair_line(step, row) for row in rows))
         if self.runtime.is_main:
-            for evaluator in self.evaluators:
-                line |= dict(evaluator(self.policy.lm))
+            with compiling.eagerly(self.policy.lm):  # what they ask has many shapes
+                for evaluator in self.evaluators:
+                    line |= dict(evaluator(self.policy.lm))
         line["seconds"] = time.perf_counter() - began
         if len(line) > 3:
             self._log(line)
@@ -612,41 +618,6 @@ def learning_rate(config: RunConfig, steps_per_epoch: int | None, step: int) -> 
         return optim.lr
     done = min(1.0, (step - warmup) / max(1, length - warmup))
     return optim.lr * (1 - done if optim.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done)))
-
-
-def make_optimizer(settings: OptimConfig, lm: nn.Module, fused: bool = True) -> torch.optim.Optimizer:
-    """The optimizer by name over the trainable weights; vectors (norms, biases) are not decayed.
-
-    Args: fused: whether adamw goes over the weights once, which is faster, unless `settings.args` say how.
-    Raises: ConfigError for a class that does not exist or arguments it does not take.
-    """
-    import importlib
-
-    short = {"adamw": torch.optim.AdamW, "rmsprop": torch.optim.RMSprop, "sgd": torch.optim.SGD}
-    kind: Any = short.get(settings.name)
-    if kind is None:
-        module, _, name = settings.name.rpartition(".")
-        try:
-            kind = getattr(importlib.import_module(module), name)
-        except (ImportError, AttributeError, ValueError) as error:
-            raise ConfigError(f"optim.name: '{settings.name}' cannot be imported: {error}") from error
-        if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)):
-            raise ConfigError(
-                f"optim.name: '{settings.name}' is no optimizer, expected a subclass of torch.optim.Optimizer"
-            )
-    args = dict(settings.args)
-    if settings.name == "adamw" and not args.keys() & {"fused", "foreach", "differentiable"}:
-        args["fused"] = fused
-    trainable = [p for p in lm.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": settings.weight_decay},
-        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    try:
-        return kind([g for g in groups if g["params"]], lr=settings.lr, **args)
-    except (TypeError, ValueError) as error:
-        key, given = ("optim.args", f" with {settings.args}") if settings.args else ("optim.name", "")
-        raise ConfigError(f"{key}: {settings.name} cannot be made{given}: {error}") from error
 
 
 def _terms(output: LossOutput) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:

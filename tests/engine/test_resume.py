@@ -145,8 +145,10 @@ def test_run_when_grouped_by_length_and_killed_then_ends_bit_identical(server, c
     assert_same_run(tmp_path / "killed", tmp_path / "straight")
 
 
-# Runs with a state of their own: what an adapter's dropout drops, and the scale of fp16, which overflows at first here.
-# Or a reference of its own: one that moves, with all weights and with an adapter, or one that is kept.
+# Runs with a state of their own: what an adapter's dropout drops, the scale of fp16, which overflows at first here, an
+# optimizer's tables, a reference that moves, with all weights and with an adapter, or is kept; and runs that compute in
+# another way.
+OFFLOADED = {"model__gradient_checkpointing": True, "model__offload_activations": True}
 SETTINGS = {
     "moving reference": {"reference__sync_every": 4, "reference__sync_weight": 0.6},
     "moving snapshot": {"reference__sync_every": 4, "lora__r": 4, "lora__modules_to_save": "lm_head"},
@@ -154,11 +156,20 @@ SETTINGS = {
     "adapter": {"lora__r": 4, "lora__dropout": 0.3, "lora__modules_to_save": "lm_head"},
     "fp16": {"train__mixed_precision": "fp16", "method__beta": 30},
     "adapter of a classifier": {"lora__r": 4, "lora__dropout": 0.3, "train__mixed_precision": "bf16"},
+    "quantised": {"lora__r": 4, "lora__dropout": 0.3, "model__quantize": "nf4", **OFFLOADED},
+    "quantised classifier": {"lora__r": 4, "model__quantize": "nf4", "optim__name": "adamw_8bit"},
+    "recomputed and offloaded": OFFLOADED,
+    "optimizer in 8 bits": {"optim__name": "adamw_8bit"},
+    "optimizer of few numbers": {"optim__name": "adafactor"},
+    "compiled": {"train__compile": True},
 }
-METHOD_OF = {"adapter of a classifier": "reward_model", "kept hidden states": "tdpo"}  # dpo else
+METHOD_OF = {"adapter of a classifier": "reward_model", "quantised classifier": "reward_model"}  # dpo else
+METHOD_OF |= {"kept hidden states": "tdpo"}
 
 
-@pytest.mark.parametrize("what", SETTINGS)
+@pytest.mark.parametrize(
+    "what", [pytest.param(what, marks=pytest.mark.slow) if what == "compiled" else what for what in SETTINGS]
+)
 def test_run_when_it_has_more_state_and_is_killed_and_restarted_then_ends_bit_identical(
     what, server, command, uninterrupted, tmp_path
 ):

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import torch
 
-from prefopt.config import EvalConfig, KernelConfig, OptimConfig, ReferenceConfig, RunConfig, TrainConfig
+from prefopt.config import EvalConfig, KernelConfig, ModelConfig, OptimConfig, ReferenceConfig, RunConfig, TrainConfig
 from prefopt.engine.forward import PolicyWithReference, Scorer
 from prefopt.engine.metrics import MetricsFile, read_lines
 from prefopt.engine.trainer import Trainer
@@ -77,6 +77,8 @@ class Bench:
         values, reference_head: what is kept of a reference, in place of a live one; then `models` holds None or what
             stands still of the policy.
         reference: how it moves.
+        model: settings of the policy, of which the trainer reads some.
+        compile: the policy's layers.
     """
 
     def __init__(
@@ -92,6 +94,8 @@ class Bench:
         values=None,
         reference_head=None,
         reference=ReferenceConfig(),  # noqa: B008 - frozen
+        model=ModelConfig(),  # noqa: B008 - frozen
+        compile=False,
     ):
         settings = reference
         policy, reference = map(copy.deepcopy, models)  # one by one: they may be the same model
@@ -99,8 +103,9 @@ class Bench:
         config = RunConfig(
             method=method,
             method_name="under_test",
+            model=model,
             optim=OptimConfig(name="sgd", lr=lr, schedule="constant", warmup_steps=0, clip=0),
-            train=TrainConfig(max_steps=1, layout=layout),
+            train=TrainConfig(max_steps=1, layout=layout, compile=compile),
             kernel=KernelConfig(*tiles),
             reference=settings,
         )
