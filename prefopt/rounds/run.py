@@ -23,11 +23,12 @@ from prefopt.config import FREE_TO_CHANGE, GenerateConfig, JudgeConfig, RoundsCo
 from prefopt.data.encode import terminators, tokenizer_content
 from prefopt.data.prompts import hold_out, slices
 from prefopt.engine import adapters, checkpoint
+from prefopt.engine.metrics import Evaluation, Evaluator
 from prefopt.engine.runtime import Stop
 from prefopt.errors import DataError, RoundError
 from prefopt.evaluate.report import RoundFigures, evaluate_round, write_report
 from prefopt.evaluate.samples import SampleFigures, score_samples
-from prefopt.generation.base import Engine, Sampling
+from prefopt.generation.base import Engine, Sampling, seeds_of
 from prefopt.judges.base import Judge
 from prefopt.method import Method
 from prefopt.rounds import stages, store
@@ -40,9 +41,6 @@ from prefopt.types import Completion, Prompt
 STAGES = ("generate", "judge", "pair", "train", "evaluate")
 POLICY = "policy"  # the judge's path where the policy judges itself
 HELD_OUT = 0  # in the place of a round's number in seeds: held-out prompts are answered with the same ones every time
-
-
-Evaluator = Callable[[Any], Mapping[str, float]]
 
 
 @dataclass(frozen=True)
@@ -230,7 +228,7 @@ class Rounds:
 
             def sample(shard: int, again: int, which: Sequence[int]) -> list[store.Row]:
                 where = f"{seed}" if again == 0 else f"{seed}, again {again}"
-                seeds = stages.seeds_of(self.config.seed, where, shard, len(shards[shard]), sampling.n)
+                seeds = seeds_of(self.config.seed, where, shard, len(shards[shard]), sampling.n)
                 with self._autocast():
                     return stages.generate_rows(
                         engine, [shards[shard][i] for i in which], sampling, [seeds[i] for i in which]
@@ -395,7 +393,7 @@ class Rounds:
 
         return Chooser(
             prompts=self._choosing,
-            seeds=stages.seeds_of(self.config.seed, "choosing", number, len(self._choosing), 1),
+            seeds=seeds_of(self.config.seed, "choosing", number, len(self._choosing), 1),
             sampling=Sampling.of(self.config.generate, n=1, logprobs=False),
             method=self.config.method,
             engine_of=engine_of,
@@ -489,7 +487,8 @@ class Rounds:
         more: dict[str, float] = {}
         lm = self._load(number)
         for evaluator in self.evaluators:
-            more |= dict(evaluator(lm))
+            found = evaluator(lm)
+            more |= dict(found.figures if isinstance(found, Evaluation) else found)
         more |= self._method_figures(number, completions["now"])
         if number:
             for name, k in {"to_round_start": number - 1, "to_first": 0}.items():
