@@ -134,6 +134,8 @@ def _objective(known: Facts) -> list[str]:
     """The loss, its settings and where it comes from."""
     method = known.method
     lines = ["## Objective", " ".join((type(method).__doc__ or "").strip().partition("\n\n")[0].split())]
+    if method.describe():
+        lines[-1] += f" Here: {method.describe()}."
     if method.equation():
         lines.append(f"```\n{method.equation()}\n```")
     settings = {f.name: getattr(method, f.name) for f in dataclasses.fields(method) if f.init}

@@ -73,7 +73,7 @@ class Trackers:
         import wandb
 
         # it would keep the command line as it was typed
-        settings = wandb.Settings(init_timeout=_INIT, x_disable_meta=self._hidden(sys.argv) != sys.argv)
+        settings = wandb.Settings(init_timeout=_INIT, quiet=True, x_disable_meta=self._hidden(sys.argv) != sys.argv)
         if self.config.track.wandb_mode == "offline":
             return {"mode": "offline", "settings": settings}
         reason = _no_server(wandb)

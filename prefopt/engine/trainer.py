@@ -161,8 +161,8 @@ class Trainer:
             return False
         by = Selection.of(select)
         over = bool(self.runtime.from_main(self.runtime.is_main and by.stale(self.metrics.lines()) >= patience))
-        if over and done < self.total:
-            say(f"stopped at step {done} of {self.total}: no better {by.metric} in {patience} evaluations")
+        if over and done < self.total and self.runtime.is_main:
+            _say_beside_the_bar(f"stopped at step {done} of {self.total}: no better {by.metric} in {patience} evaluations")
         return over
 
     def _step(self, step: int) -> dict[str, Any]:
@@ -370,7 +370,7 @@ class Trainer:
                     if self.trackers is not None:
                         self.trackers.table(name, rows, step)
                 if whole.shown:
-                    _say_beside_the_bar(f"step {step}: {whole.shown}")
+                    _say_beside_the_bar(f"\nstep {step}: {whole.shown}\n")
             return figures
 
         figures = self.runtime.on_main_at_length(work)
