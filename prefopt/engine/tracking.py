@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import html
 import json
+import re
 import socket
 import sys
 import urllib.parse
@@ -54,9 +55,12 @@ class Trackers:
         try:
             accelerator.init_trackers(track.project, init_kwargs=kwargs)
         except Exception as error:
+            accelerator.trackers = []
             if kwargs.get("wandb", {}).get("mode") != "online" or not type(error).__module__.startswith("wandb"):
                 raise
-            accelerator.trackers = []
+            import wandb
+
+            wandb.teardown()  # its process still holds the run's id
             _say_offline(str(error).splitlines()[0] if str(error) else type(error).__name__)
             kwargs["wandb"]["mode"] = "offline"
             accelerator.init_trackers(track.project, init_kwargs=kwargs)
@@ -208,4 +212,5 @@ def _markdown(columns: Sequence[str], data: Sequence[Sequence[Any]]) -> str:
 
 def _cell(value: Any) -> str:
     text = f"{value:.4g}" if isinstance(value, float) else str(value)
-    return html.escape(text, quote=False).replace("|", "\\|").replace("\n", " ⏎ ") or " "
+    line = html.escape(" ⏎ ".join(text.splitlines()), quote=False)
+    return re.sub(r"([\\`*_\[\]|~])", r"\\\1", line) or " "
