@@ -90,6 +90,38 @@ def facts(
     )
 
 
+def facts_of_rounds(
+    config: RunConfig, tokenizer: Any, figures: Sequence[Mapping[str, float]], fingerprint: str, *, adapter: bool
+) -> Facts:
+    """The facts of a run of rounds.
+
+    Args: figures: on held-out prompts, of the policy before the first round and after each; maybe none. fingerprint: of
+        the prompts. adapter: as in `Facts`.
+    """
+    rounds = config.rounds
+    path = config.judge.path
+    judge = f"`{config.judge.kind}`" if path is None else f"`{config.judge.kind}` {_hub_id(path) or Path(path).name}"
+    data = [
+        f"{rounds.count} rounds: the policy answered prompts of {_named(config.data.train, config)} (fingerprint "
+        f"`{fingerprint}`), judge: {judge}, pairs: `{rounds.pairs}`.",
+    ]
+    if figures and "prompts" in figures[-1]:
+        data.append(f"Held-out prompts: {int(figures[-1]['prompts']):,}.")
+    return Facts(
+        method=config.method,
+        method_name=config.method_name,
+        base=_base(config),
+        base_id=_hub_id(config.model.path),
+        datasets=[one for one in (_hub_id(config.data.train),) if one is not None],
+        data=data,
+        adapter=adapter,
+        merged=config.lora.merge and not adapter,
+        chat=bool(tokenizer.chat_template),
+        start={name: value for name, value in figures[0].items() if name != "prompts"} if figures else {},
+        end={name: value for name, value in figures[-1].items() if name != "prompts"} if figures else {},
+    )
+
+
 def page(known: Facts) -> str:
     """The card, in the Markdown of the hub with its YAML in front."""
     name = known.method_name.rpartition(".")[2]

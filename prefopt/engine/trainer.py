@@ -162,7 +162,8 @@ class Trainer:
         by = Selection.of(select)
         over = bool(self.runtime.from_main(self.runtime.is_main and by.stale(self.metrics.lines()) >= patience))
         if over and done < self.total and self.runtime.is_main:
-            _say_beside_the_bar(f"stopped at step {done} of {self.total}: no better {by.metric} in {patience} evaluations")
+            in_vain = f"no better {by.metric} in {patience} evaluations"
+            _say_beside_the_bar(f"stopped at step {done} of {self.total}: {in_vain}")
         return over
 
     def _step(self, step: int) -> dict[str, Any]:

@@ -108,7 +108,7 @@ def test_function_without_a_docstring_gives_no_equation(tmp_path, monkeypatch):
     assert (method.equation(), method.paper()) == ("", "")
 
 
-# The cards of real runs ------------------------------------------------------------------------------------------------
+# The cards of real runs -----------------------------------------------------------------------------------------------
 
 CHOICES = {name: registry.get(name)().needs for name in registry.names()}
 CASES = {

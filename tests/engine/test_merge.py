@@ -16,7 +16,7 @@ from prefopt.engine.metrics import read_lines
 from tests.helpers import tiny_llama
 
 # what peft says of itself and of a tied head when others use it as it is
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:.*tie_word_embeddings.*", "ignore:.*torch_dtype.*")
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:.*tie_word_embeddings.*")
 RUN = {"lora__r": 4, "lora__merge": "true", "train__max_steps": 6}
 JUDGE = next(n for n in registry.names() if registry.get(n)().needs.output == "scores")
 
@@ -126,3 +126,18 @@ def test_merging_without_an_adapter_is_refused(server, command, tmp_path):
     ended = server.train(command("dpo", tmp_path / "run", lora__merge="true"))
     assert ended.status == 2
     assert "lora.merge: found True without lora.r; name the rank (--lora.r 16) to turn LoRA on" in ended.err
+
+
+def test_rounds_merge_their_last_policy_and_go_on_from_adapters(server, command, task, tmp_path):
+    flags = {"rounds__count": 2, "rounds__prompts": 6, "rounds__eval_prompts": 4, "judge__kind": "length"}
+    flags |= {"generate__n": 3, "generate__max_tokens": 8, "data__max_length": 256, "lora__r": 4, "lora__merge": "true"}
+    argv = command("dpo", tmp_path / "run", without=("data.eval_fraction", "train.max_steps"), **flags)
+    ended = server.train(argv)
+    assert ended.status == 0, ended.err
+    assert (tmp_path / "run/round_02/train/model/adapter_model.safetensors").exists()
+    assert_same_logits(*opened(tmp_path / "run"))
+    page = (tmp_path / "run/model/README.md").read_text()
+    assert "- 2 rounds: the policy answered prompts of `pairs.jsonl`" in page
+    assert "Trained from `model` on preferences" in page
+    assert "| `tokens` |" in page
+    assert "library_name: peft" in (tmp_path / "run/adapter/README.md").read_text()

@@ -51,7 +51,7 @@ def test_table_has_a_row_per_evaluation_and_prompt_and_the_reference_always_says
     assert len({row["prompt"] for row in first}) == 3
     assert all(row["prompt"].startswith("Human: name colour") for row in first), "BOS is no text to read"
     assert [row["reference"] for row in rows] == [row["reference"] for row in first] * len(STEPS)
-    assert all(row["policy"] == row["reference"] and row["kl"] == 0 for row in first), "the same weights, the same seeds"
+    assert all(row["policy"] == row["reference"] and row["kl"] == 0 for row in first), "equal weights, equal seeds"
     assert any(row["policy"] != row["reference"] for row in last)
     assert all(0 < row["tokens"] <= 12 for row in rows)
 
