@@ -371,7 +371,7 @@ class Trainer:
                     if self.trackers is not None:
                         self.trackers.table(name, rows, step)
                 if whole.shown:
-                    _say_beside_the_bar(f"\nstep {step}: {whole.shown}\n")
+                    _say_beside_the_bar(f"\nstep {step}: {whole.shown}")
             return figures
 
         figures = self.runtime.on_main_at_length(work)

@@ -80,7 +80,7 @@ class Sampler:
     def _answers(self, lm: Any) -> list[Completion]:
         engine = TransformersEngine(lm, self.tokenizer, batch=self.config.generate.batch)
         sampling = Sampling.of(self.config.generate, n=1, logprobs=False)
-        seeds = seeds_of(self.config.seed, TABLE, 0, len(self.prompts), 1)
+        seeds = [seeds_of(self.config.seed, TABLE, i, 1, 1)[0] for i in range(len(self.prompts))]  # however many
         with self.precision():
             return [one for (one,) in engine.generate([prompt.ids for prompt in self.prompts], sampling, seeds)]
 

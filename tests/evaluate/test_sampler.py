@@ -78,7 +78,7 @@ def test_samples_are_those_of_policy_and_reference_asked_alone(kind):
     found = ask(policy.lm)
     assert policy.lm.training, "modes are given back"
     engine = TransformersEngine(policy.lm, TOKENIZER)
-    sampling, seeds = Sampling(n=1, max_tokens=8), seeds_of(3, "samples", 0, 3, 1)
+    sampling, seeds = Sampling(n=1, max_tokens=8), [seeds_of(3, "samples", i, 1, 1)[0] for i in range(3)]
     said = [one for (one,) in engine.generate(ids, sampling, seeds)]
     assert [row["policy"] for row in found.tables["samples"]] == [one.text for one in said]
     if plain is None:
