@@ -28,10 +28,15 @@ def hidden(value: Any, variables: Iterable[str] = ()) -> Any:
     return _hidden(value, sorted((text for text in known if len(text) >= _SHORTEST), key=len, reverse=True))
 
 
+def names_a_secret(setting: str) -> bool:
+    """Whether a setting's value is a secret, by its name alone."""
+    return _SETTINGS.search(setting) is not None
+
+
 def _hidden(value: Any, known: list[str]) -> Any:
     if isinstance(value, Mapping):
         return {
-            key: HIDDEN if _SETTINGS.search(str(key)) and isinstance(item, str) and item else _hidden(item, known)
+            key: HIDDEN if names_a_secret(str(key)) and isinstance(item, str) and item else _hidden(item, known)
             for key, item in value.items()
         }
     if isinstance(value, (list, tuple)):

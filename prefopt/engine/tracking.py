@@ -16,7 +16,7 @@ from typing import Any
 
 from prefopt.config import RunConfig
 from prefopt.engine.runtime import Runtime, say
-from prefopt.engine.secrets import hidden
+from prefopt.engine.secrets import hidden, names_a_secret
 
 _CONNECT = 5.0  # seconds to reach wandb's server
 _INIT = 30.0  # seconds for it to answer
@@ -68,7 +68,8 @@ class Trackers:
             if tracker.name == "tensorboard":
                 tracker.store_init_configuration(flat)
         if self.card is not None and self.runtime.is_main and self.card.is_file():
-            self.page("run_card", f"```json\n{self.card.read_text()}\n```", 0)
+            card = self._hidden(json.loads(self.card.read_text()))
+            self.page("run_card", f"```json\n{json.dumps(card, indent=1)}\n```", 0)
 
     def _wandb_mode(self) -> dict[str, Any]:
         """wandb's mode and settings: offline, with one line that says why, where its server cannot be used."""
@@ -77,7 +78,8 @@ class Trackers:
         import wandb
 
         # it would keep the command line as it was typed
-        settings = wandb.Settings(init_timeout=_INIT, quiet=True, x_disable_meta=self._hidden(sys.argv) != sys.argv)
+        typed = self._hidden(sys.argv) != sys.argv or any(names_a_secret(word.partition("=")[0]) for word in sys.argv)
+        settings = wandb.Settings(init_timeout=_INIT, quiet=True, x_disable_meta=typed)
         if self.config.track.wandb_mode == "offline":
             return {"mode": "offline", "settings": settings}
         reason = _no_server(wandb)

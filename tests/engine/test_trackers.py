@@ -1,5 +1,6 @@
 """Trackers see what metrics.jsonl has, under the same names, and no key."""
 
+import dataclasses
 import http.server
 import importlib.util
 import json
@@ -13,7 +14,10 @@ from pathlib import Path
 import pytest
 
 from prefopt.cli import train
+from prefopt.config import parse
 from prefopt.engine.metrics import read_lines
+from prefopt.engine.runtime import Runtime
+from prefopt.engine.tracking import Trackers
 
 ROOT = Path(__file__).resolve().parents[2]
 KEY, LOGIN, TOKEN = "sk-of-the-server-4711", "anna:open-sesame", "hf_of_the_hub_0815"
@@ -127,6 +131,24 @@ def test_no_tracker_has_a_key_a_token_or_a_login(run):
     hparams = next(path for path in files if path.name == "hparams.yml").read_text()
     assert "model.revision: https://***@host/x?api_key=***" in hparams
     assert "generate.api_key_env: OPENAI_API_KEY" in hparams, "the variable's name is no secret"
+
+
+def test_value_of_a_setting_with_a_secret_name_is_in_no_tracker(tmp_path, monkeypatch):
+    from accelerate import Accelerator
+
+    secret = "what-only-the-engine-may-know"
+    config = parse(["--method", "dpo", "--track.to", "wandb,tensorboard"])
+    config = dataclasses.replace(config, generate=dataclasses.replace(config.generate, args={"hf_token": secret}))
+    (tmp_path / "run_card.json").write_text(json.dumps({"config": config.to_dict()}))
+    monkeypatch.setattr(sys, "argv", ["train.py", "--generate.args.hf_token", secret])
+    runtime = Runtime(Accelerator(cpu=True, log_with=["wandb", "tensorboard"], project_dir=str(tmp_path)))
+    trackers = Trackers(runtime, config, tmp_path, tmp_path / "run_card.json")
+    trackers.start()
+    trackers.log({"loss": 1.0}, 1)
+    trackers.finish()
+    files = [path for name in ("wandb", "prefopt") for path in (tmp_path / name).rglob("*") if path.is_file()]
+    assert len(files) > 3
+    assert not [path for path in files if secret.encode() in path.read_bytes()]
 
 
 def test_wandb_online_without_a_key_then_goes_on_offline_and_says_so_once(command, task, tmp_path):
