@@ -31,8 +31,9 @@ if TYPE_CHECKING:
     from prefopt.data.loader import Batches
     from prefopt.engine.adapters import Frozen, Weights
     from prefopt.engine.forward import ReferenceHead
+    from prefopt.engine.metrics import Evaluator
     from prefopt.engine.reference import ReferenceValues, Source
-    from prefopt.engine.trainer import Evaluator
+    from prefopt.engine.tracking import Trackers
     from prefopt.rounds.run import Rounds
     from prefopt.testbed.words import WordWorld
     from prefopt.types import EncodedPair
@@ -113,6 +114,7 @@ def _prepared(config: RunConfig, output: Path, stop: rt.Stop, only: Stage | None
 def _run_once(config: RunConfig, runtime: rt.Runtime, output: Path, evaluators: Sequence[Evaluator] = ()) -> int:
     """One training, from its data to its model."""
     from prefopt.engine import checkpoint
+    from prefopt.engine.tracking import Trackers
 
     task = runtime.on_main_first(lambda: _testbed_task(config)) if config.on_testbed else _file_task(config)
     for line in task.report:
@@ -132,10 +134,15 @@ def _run_once(config: RunConfig, runtime: rt.Runtime, output: Path, evaluators: 
         say(f"{output}: this run is finished; the model is in {output / 'model'}")
         _report_testbed(config, runtime, task, output)
         return 0
-    status = _fit(config, runtime, task, output, resume_from, evaluators, hashes)
-    if status == 0:
-        say(f"finished: model in {output / 'model'}, metrics in {output / 'metrics.jsonl'}")
-        _report_testbed(config, runtime, task, output)
+    trackers, failed = Trackers(runtime, config, output, output / CARD), True
+    try:
+        status = _fit(config, runtime, task, output, resume_from, evaluators, trackers, hashes)
+        if status == 0:
+            say(f"finished: model in {output / 'model'}, metrics in {output / 'metrics.jsonl'}")
+            _report_testbed(config, runtime, task, output, trackers)
+        failed = False
+    finally:
+        trackers.finish(failed)
     return status
 
 
@@ -144,7 +151,7 @@ def _run_once(config: RunConfig, runtime: rt.Runtime, output: Path, evaluators: 
 
 def _run_rounds(config: RunConfig, runtime: rt.Runtime, output: Path, only: Stage | None = None) -> int:
     """All rounds in the processes of this run, or one stage of one of them."""
-    from prefopt.engine.trainer import finish_trackers, start_trackers
+    from prefopt.engine.tracking import Trackers
     from prefopt.rounds.setup import set_up
     from prefopt.rounds.work import Workers
 
@@ -162,10 +169,10 @@ def _run_rounds(config: RunConfig, runtime: rt.Runtime, output: Path, only: Stag
             runtime.accelerator.free_memory()
 
     def track(figures: Mapping[str, float], number: int) -> None:
-        if config.track.to:
-            start_trackers(runtime, config, output)
-            runtime.accelerator.log({f"rounds/{name}": value for name, value in figures.items()}, step=number)
-            finish_trackers(runtime)
+        trackers = Trackers(runtime, config, output, output / CARD)
+        trackers.start()
+        trackers.log({f"rounds/{name}": value for name, value in figures.items()}, number)
+        trackers.finish()
 
     rounds, report = set_up(
         config,
@@ -449,6 +456,7 @@ def _fit(
     output: Path,
     resume_from: Path | None,
     evaluators: Sequence[Evaluator] = (),
+    trackers: Trackers | None = None,
     hashes: Mapping[str, str] | None = None,
 ) -> int:
     from prefopt.engine import adapters, models, quantized
@@ -481,7 +489,7 @@ def _fit(
     reference_head: ReferenceHead | None = None
     if cached:
         values, reference_head = _kept_reference(config, runtime, task, lm, resume_from is None, key, hashes or {})
-        reference = reference if config.reference.cache == "hidden" and reference_head is None else None
+        reference = reference if isinstance(reference, adapters.Frozen) else None
     scores = config.method.needs.output == "scores"
     if scores:
         models.set_padding(adapters.base_of(lm), task.tokenizer)
@@ -489,10 +497,15 @@ def _fit(
     if task.world is not None and not scores:  # a world's truth is about what a policy writes
         world, beta = task.world, _beta(config)
         evaluators.append(lambda policy: world.evaluate(policy, beta))
+    policy = Scorer(lm) if scores else PolicyWithReference(lm, reference, config.kernel, reference_head)
+    if config.eval.generate and isinstance(policy, PolicyWithReference):
+        from prefopt.evaluate.sampler import sampler
+
+        evaluators.append(sampler(config, policy, task.tokenizer, task.eval_pairs, runtime.accelerator.autocast))
     trainer = Trainer(
         config=config,
         runtime=runtime,
-        policy=Scorer(lm) if scores else PolicyWithReference(lm, reference, config.kernel, reference_head),
+        policy=policy,
         tokenizer=task.tokenizer,
         train=task.train,
         eval_pairs=task.eval_pairs,
@@ -500,6 +513,7 @@ def _fit(
         resume_from=resume_from,
         evaluators=evaluators,
         values=values,
+        trackers=trackers,
     )
     return trainer.run()
 
@@ -538,7 +552,9 @@ def _beta(config: RunConfig) -> float:
     return float(getattr(config.method, "beta", settings.TESTBED_DEPARTURES["method"]["beta"]))
 
 
-def _report_testbed(config: RunConfig, runtime: rt.Runtime, task: _Task, output: Path) -> None:
+def _report_testbed(
+    config: RunConfig, runtime: rt.Runtime, task: _Task, output: Path, trackers: Trackers | None = None
+) -> None:
     """The table at the end of a run on the testbed, and the frontier plot where there is a frontier."""
     if task.world is None or not runtime.is_main or not (output / "metrics.jsonl").exists():
         return
@@ -556,10 +572,14 @@ def _report_testbed(config: RunConfig, runtime: rt.Runtime, task: _Task, output:
         )
         return
     beta = _beta(config)
-    say("\n" + summary_table(task.world, lines[0], lines[-1], beta))
+    table = summary_table(task.world, lines[0], lines[-1], beta)
+    say("\n" + table)
     if isinstance(task.world, Bandit):
         frontier_plot(output / "frontier.png", task.world, [Run(_described(config), beta, lines)])
         say(f"\nreward-KL frontier: {output / 'frontier.png'}")
+    if trackers is not None:
+        trackers.page("testbed/end", f"```\n{table}\n```", lines[-1]["step"])
+        trackers.picture("testbed/frontier", output / "frontier.png", lines[-1]["step"])
 
 
 # Before anything heavy is imported ------------------------------------------------------------------------------------

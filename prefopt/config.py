@@ -87,6 +87,8 @@ class LoraConfig:
     """Names of the linear layers that get an adapter, e.g. q_proj,v_proj. None named: all but the output head."""
     modules_to_save: tuple[str, ...] = ()
     """Modules trained whole beside the adapter, and saved with it, e.g. lm_head."""
+    merge: bool = False
+    """Export a plain model, the adapter merged into its weights; the adapter itself goes to `adapter/` beside it."""
 
 
 @dataclass(frozen=True)
@@ -176,8 +178,12 @@ class EvalConfig:
     batch: int = 16
     """Pairs per forward pass and process."""
     select: str | None = None
-    """Export the model of the evaluation with the best of this metric: the lowest loss, the highest of any other. None:
-    the last model."""
+    """Export the model of the evaluation with the best of this metric: the lowest loss, the highest of any other, or as
+    `kl/chosen:min` or `samples/kl:max` say. None: the last model."""
+    patience: int | None = None
+    """Stop after so many evaluations in a row without a better eval.select. None: train to the end."""
+    generate: int = 0
+    """Held-out prompts that policy and reference answer at each evaluation, as generate.* says. 0: none."""
 
 
 @dataclass(frozen=True)
@@ -222,7 +228,7 @@ class RoundsConfig:
 
 @dataclass(frozen=True)
 class GenerateConfig:
-    """How completions are sampled in rounds."""
+    """How completions are sampled: in rounds, and at evaluations where eval.generate asks for samples."""
 
     engine: Literal["transformers", "vllm", "openai"] = "transformers"
     """In process; vLLM in a process and an environment of its own; or a server with OpenAI's interface."""
@@ -374,6 +380,7 @@ class RunConfig:
 
 ROUND_GROUPS = ("rounds", "generate", "judge")
 FOLDED = (*ROUND_GROUPS, "lora", "kernel", "track", "testbed")  # one line each in a `--help` that does not ask for them
+SAMPLES_READ = ("temperature", "top_p", "top_k", "max_tokens", "stop", "batch")  # of `generate`, by eval.generate
 _NOT_SETTINGS = ("method", "method_name")
 
 # What a run on the testbed departs in from the defaults: a model of 60k parameters wants other steps than one of 8B.
@@ -537,7 +544,8 @@ def help_text(argv: Sequence[str]) -> str:
     groups: list[tuple[str, str, list[_HelpRow]]] = []
     for key, hint in hints.items():
         if dataclasses.is_dataclass(hint):
-            folded = key in FOLDED and not open_groups & {key, "all"}
+            asked = open_groups & {key, "all"} or (key == "generate" and "eval.generate" in flags)
+            folded = key in FOLDED and not asked
             rows = [] if folded else _help_rows(hint, f"{key}.")
             more = f" (--help {key} lists its settings)" if folded else ""
             groups.append((key, (hint.__doc__ or "").strip() + more, rows))
@@ -930,7 +938,7 @@ def _validate(config: RunConfig) -> None:
         "train.train_epochs",
     )
     optional = (
-        *("train.schedule_epochs", "train.max_steps", "train.threads", "testbed.pairs"),
+        *("train.schedule_epochs", "train.max_steps", "train.threads", "testbed.pairs", "eval.patience"),
         *("kernel.token_tile", "kernel.vocab_tile", "lora.r", "lora.alpha", "reference.sync_every"),
     )
     seeds = ("seed", "testbed.seed")
@@ -1041,6 +1049,40 @@ def _validate(config: RunConfig) -> None:
         )
     if config.on_testbed and config.data.eval is not None:
         raise ConfigError("data.eval is given without data.train; the testbed makes its own held-out pairs")
+    _validate_evaluation(config)
+
+
+def _validate_evaluation(config: RunConfig) -> None:
+    """What is chosen by, and what is sampled. Raises: ConfigError."""
+    select, patience, samples = config.eval.select, config.eval.patience, config.eval.generate
+    metric, colon, direction = (select or "loss").partition(":")
+    if not metric or (colon and direction not in ("min", "max")):
+        raise ConfigError(
+            f"eval.select: found '{select}', expected a metric's name, or it with a direction, such as "
+            f"{metric or 'kl/chosen'}:min or {metric or 'kl/chosen'}:max"
+        )
+    if patience is not None and select is None and not (config.rounds.count and config.rounds.select_prompts):
+        mend = "eval.select, e.g. --eval.select loss" if config.rounds.count == 0 else "rounds.select_prompts"
+        raise ConfigError(f"eval.patience: found {patience}, but nothing says what better means; name {mend}")
+    if samples < 0:
+        raise ConfigError(f"eval.generate: found {samples}, expected a number >= 0")
+    if samples == 0:
+        return
+    if config.rounds.count:
+        raise ConfigError(
+            f"eval.generate: found {samples}, with rounds, which answer rounds.eval_prompts prompts after each; "
+            "leave it out"
+        )
+    if config.method.needs.output == "scores":
+        raise ConfigError(
+            f"eval.generate: found {samples}, but method '{config.method_name}' trains a judge, which answers no "
+            "prompts; leave it out"
+        )
+    if not config.on_testbed and config.data.eval is None and config.data.eval_fraction == 0:
+        raise ConfigError(
+            f"eval.generate: found {samples}, but nothing is held out to ask; name data.eval or data.eval_fraction"
+        )
+    _validate_sampling(config.to_dict())
 
 
 def _validate_reference(config: RunConfig) -> None:
@@ -1139,9 +1181,18 @@ def _validate_rounds(config: RunConfig) -> None:
             group = getattr(config, name)
             plain = type(group)()
             for f in dataclasses.fields(group):
-                if getattr(group, f.name) != getattr(plain, f.name):
+                if getattr(group, f.name) == getattr(plain, f.name):
+                    continue
+                if name != "generate" or f.name not in SAMPLES_READ:
+                    also = f" (eval.generate reads {', '.join(SAMPLES_READ)})" if name == "generate" else ""
                     raise ConfigError(
                         f"{name}.{f.name}: given without rounds; name how many (--rounds.count 3), or leave it out"
+                        f"{also if config.eval.generate else ''}"
+                    )
+                if config.eval.generate == 0:
+                    raise ConfigError(
+                        f"{name}.{f.name}: given without rounds and without samples at evaluations; name how many "
+                        "(--rounds.count 3 or --eval.generate 8), or leave it out"
                     )
         return
     need(rounds.shard >= 1, "rounds.shard", "a number >= 1")
@@ -1218,6 +1269,9 @@ def _validate_sampling(settings: Mapping[str, Any]) -> None:
     for key in ("generate.temperature", "judge.temperature"):
         need(0 <= _at(settings, key) < float("inf"), key, "a number >= 0")
     need(all(_at(settings, "generate.stop")), "generate.stop", "texts of at least one character")
+    for key in ("generate.api_key_env", "judge.api_key_env"):
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", _at(settings, key)):
+            raise ConfigError(f"{key}: expected the name of an environment variable (what was found is not shown)")
     need(0 < _at(settings, "generate.top_p") <= 1, "generate.top_p", "a share above 0, up to 1")
 
 

@@ -247,15 +247,16 @@ def _check_trained_whole(config: RunConfig, lm: PreTrainedModel) -> None:
 def _check_with_adapter(lora: LoraConfig, start: Weights) -> None:
     """What of `lora` is given must be true of the adapter; without one, nothing may be given but with a rank."""
     adapter = start.adapter
-    for name in ("r", "alpha", "use_rslora", "dropout", "target_modules", "modules_to_save"):
+    runs_own = ("dropout", "merge")  # not the adapter's
+    for name in ("r", "alpha", "use_rslora", "dropout", "target_modules", "modules_to_save", "merge"):
         given = getattr(lora, name)
-        if given is None or given == () or (name == "dropout" and not given):
+        if given is None or given == () or (name in runs_own and not given):
             continue
         if adapter is None and lora.r is None:
             raise ConfigError(
                 f"lora.{name}: found {given!r} without lora.r; name the rank (--lora.r 16) to turn LoRA on"
             )
-        if adapter is None or name == "dropout":  # dropout is the run's, not the adapter's
+        if adapter is None or name in runs_own:
             continue
         its = getattr(adapter, {"alpha": "lora_alpha"}.get(name, name))
         its = its or () if isinstance(given, tuple) else its
@@ -515,3 +516,21 @@ def save(lm: Any, folder: Path) -> None:
             lm.save_pretrained(folder, selected_adapters=[_POLICY], save_embedding_layers=False)
         else:
             lm.save_pretrained(folder)
+
+
+def merge(lm: Any, adapter: Path, model: ModelConfig) -> None:
+    """Put an exported adapter of this policy into the weights below it, for good; `save_merged` writes what remains."""
+    _fill(lm, _POLICY, str(adapter), model, "lora.merge")
+    with _quiet():
+        lm.merge_and_unload(adapter_names=[_POLICY])
+
+
+def save_merged(lm: Any, folder: Path) -> None:
+    """Write what `merge` has left of a policy, as a model that knows of no adapter."""
+    base = base_of(lm)
+    head, words = _head(base), base.get_input_embeddings()
+    if head is not None and getattr(head, "weight", None) is not getattr(words, "weight", None):
+        base.config.get_text_config().tie_word_embeddings = False  # a head that was trained whole is one of its own
+        base.config.tie_word_embeddings = False
+    with models.quiet():
+        base.save_pretrained(folder)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
+import functools
 import json
 import math
 import os
@@ -22,7 +22,8 @@ from prefopt.data.collate import collate
 from prefopt.data.encode import check_row_structure
 from prefopt.data.loader import Batches, padded_length
 from prefopt.data.report import show_batch
-from prefopt.engine import adapters, check, checkpoint, compiling, export, models, offload
+from prefopt.engine import adapters, card, check, checkpoint, compiling, export, models, offload
+from prefopt.engine.best import Selection
 from prefopt.engine.forward import (
     Policy,
     PolicyWithReference,
@@ -32,17 +33,17 @@ from prefopt.engine.forward import (
     to_device,
 )
 from prefopt.engine.layouts import choose_layouts
-from prefopt.engine.metrics import Meter, MetricsFile, shared_metrics, write_atomically
+from prefopt.engine.metrics import Evaluation, Evaluator, Meter, MetricsFile, shared_metrics, write_atomically
 from prefopt.engine.optimizers import make_optimizer
 from prefopt.engine.reference import Moving, ReferenceValues
 from prefopt.engine.runtime import EXIT_UNFINISHED, Runtime, random_state, say, set_random_state
+from prefopt.engine.tracking import Trackers
 from prefopt.errors import ConfigError, TrainError, did_you_mean
 from prefopt.types import EncodedPair, LossOutput, Needs, PairBatch, PairStats
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Evaluator = Callable[[nn.Module], Mapping[str, float]]
 _SELECTED = "selected.json"  # which step the best model so far is of
 _REFERENCE = "moving_reference.safetensors"  # in a checkpoint
 
@@ -64,8 +65,10 @@ class Trainer:
         eval_pairs: held-out pairs, maybe none.
         output: the run's folder; the lock on it is held.
         resume_from: an undamaged checkpoint whose weights `policy` holds, or None.
-        evaluators: functions of the policy whose values are logged at each evaluation, such as a testbed's exact ones.
+        evaluators: functions of the policy whose values are logged at each evaluation, such as a testbed's exact ones;
+            they are called on the first process alone.
         values: what is kept of the reference, for all pairs, where that takes the place of a live one.
+        trackers: who else is told; the caller closes them. None: nobody.
     """
 
     config: RunConfig
@@ -78,12 +81,14 @@ class Trainer:
     resume_from: Path | None = None
     evaluators: Sequence[Evaluator] = field(default_factory=tuple)
     values: ReferenceValues | None = None
+    trackers: Trackers | None = None
 
     def run(self) -> int:
         """Train to the end. Returns 0 when finished, 75 when a signal asked to save and leave."""
         self.prepare()
         start = self._restore()
-        start_trackers(self.runtime, self.config, self.output)
+        if self.trackers is not None:
+            self.trackers.start()
         try:
             self._loop(start)
         except _Interrupted:
@@ -133,8 +138,9 @@ class Trainer:
                 self._first_batch()
             if start == 0 or self._evaluation_is_due(start):
                 self._evaluate(start)
+            over = self._patience_is_over(start)
             with self._progress_bar(start) as bar:
-                for step in range(start, self.total):
+                for step in range(start, start if over else self.total):
                     line = self._step(step)
                     done = step + 1
                     self._log(line)
@@ -142,9 +148,12 @@ class Trainer:
                     bar.update()
                     if self._evaluation_is_due(done):
                         self._evaluate(done)
-                    if done % self.config.train.save_every == 0 or done == self.total:
+                        over = self._patience_is_over(done)
+                    if done % self.config.train.save_every == 0 or done == self.total or over:
                         self._save(done)
                         saved = done
+                    if over:
+                        break
         except _Interrupted:
             if done > saved:
                 self._save(done)
@@ -164,6 +173,18 @@ class Trainer:
         """After every `eval.every` steps and the last one, unless an attempt before this one has logged it."""
         due = done % self.config.eval.every == 0 or done == self.total
         return due and not self.runtime.from_main(self.metrics.has(done, "eval"))
+
+    def _patience_is_over(self, done: int) -> bool:
+        """Whether the last `eval.patience` evaluations were no better than one before them; it is said, once."""
+        patience, select = self.config.eval.patience, self.config.eval.select
+        if patience is None or select is None:
+            return False
+        by = Selection.of(select)
+        over = bool(self.runtime.from_main(self.runtime.is_main and by.stale(self.metrics.lines()) >= patience))
+        if over and done < self.total and self.runtime.is_main:
+            in_vain = f"no better {by.metric} in {patience} evaluations"
+            _say_beside_the_bar(f"stopped at step {done} of {self.total}: {in_vain}")
+        return over
 
     def _step(self, step: int) -> dict[str, Any]:
         """One optimizer step. Returns its metrics line."""
@@ -348,16 +369,55 @@ class Trainer:
             line |= {"pairs": len(rows)} | self._averages_of_rows(rows)
             if self.runtime.is_main:
                 write_atomically(self.output / "eval_pairs.jsonl", (_pair_line(step, row) for row in rows))
-        if self.runtime.is_main:
-            with compiling.eagerly(self.policy.lm):  # what they ask has many shapes
-                for evaluator in self.evaluators:
-                    line |= dict(evaluator(self.policy.lm))
+        line |= self._say_of_evaluators(step) if self.evaluators else {}
         line["seconds"] = time.perf_counter() - began
         if len(line) > 3:
             self._log(line)
         if self.config.eval.select is not None:
             self._keep_if_best(step, line)
         self.model.train()
+
+    def _say_of_evaluators(self, step: int) -> dict[str, float]:
+        """Their figures, once their tables are kept and shown. A signal that asks to save gives them up."""
+
+        def work() -> dict[str, float] | None:
+            try:
+                with self._stoppable(), compiling.eagerly(self.policy.lm):  # what they ask has many shapes
+                    found = [evaluator(self.policy.lm) for evaluator in self.evaluators]
+            except _Interrupted:
+                return None
+            figures: dict[str, float] = {}
+            for one in found:
+                whole = one if isinstance(one, Evaluation) else Evaluation(one)
+                figures |= dict(whole.figures)
+                for name, rows in whole.tables.items():
+                    MetricsFile(self.output / f"{name}.jsonl").replace(step, rows)
+                    if self.trackers is not None:
+                        self.trackers.table(name, rows, step)
+                if whole.shown:
+                    _say_beside_the_bar(f"\nstep {step}: {whole.shown}")
+            return figures
+
+        figures = self.runtime.on_main_at_length(work)
+        if figures is None:
+            raise _Interrupted
+        return figures
+
+    @contextlib.contextmanager
+    def _stoppable(self) -> Iterator[None]:
+        """While it lasts, a wish to stop ends whoever calls the models, however often they are still to be called."""
+
+        def stop(*_: Any) -> None:
+            if self.runtime.stop.requested is not None:
+                raise _Interrupted
+
+        models_here = [model for model in (self.policy.lm, self.policy.reference) if model is not None]
+        hooks = [model.register_forward_pre_hook(stop) for model in models_here]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def _eval_rows(self, want: tuple[str, ...]) -> list[dict[str, Any]]:
         """One record per held-out pair, in the order of the file, whatever batches and processes there are."""
@@ -390,38 +450,24 @@ class Trainer:
 
     def _keep_if_best(self, step: int, line: Mapping[str, Any]) -> None:
         """Write the model aside where no evaluation after a step was better. The start is no candidate."""
-        name = self.config.eval.select
-        assert name is not None
+        by = Selection.of(str(self.config.eval.select))
 
         def is_best() -> bool:
-            if name not in line:
+            if by.metric not in line:
                 known = sorted(set(line) - {"step", "split", "seconds", "pairs"})
                 raise ConfigError(
-                    f"eval.select: found '{name}', expected a metric of the evaluations: {', '.join(known) or 'none'}"
-                    f"{did_you_mean(name, known)}"
+                    f"eval.select: found '{by.metric}', expected a metric of the evaluations: "
+                    f"{', '.join(known) or 'none'}{did_you_mean(by.metric, known)}"
                 )
-            return step > 0 and self._best() == step
+            return step > 0 and by.best(self.metrics.lines()) == step
 
         if self.runtime.on_main(is_best):
 
             def write(folder: Path) -> None:
                 self._write_export(folder)
-                (folder / _SELECTED).write_text(json.dumps({"step": step, name: line.get(name)}))
+                (folder / _SELECTED).write_text(json.dumps({"step": step, by.metric: line.get(by.metric)}))
 
             self.runtime.on_main(lambda: checkpoint.export(self.output / "best", write))
-
-    def _best(self) -> int | None:
-        """The step of the best evaluation so far, the first of equals; None before there is one."""
-        name = self.config.eval.select
-        found = [
-            (float(line[name]), int(line["step"]))
-            for line in self.metrics.lines()
-            if line["split"] == "eval" and line["step"] > 0 and name in line and math.isfinite(line[name])
-        ]
-        if not found:
-            return None
-        lower = name == "loss" or str(name).startswith("loss/")
-        return min(found, key=lambda one: (one[0] if lower else -one[0], one[1]))[1]
 
     # Before the first step --------------------------------------------------------------------------------------------
 
@@ -463,8 +509,8 @@ class Trainer:
         self.metrics.write(line)
         prefix = "eval/" if line["split"] == "eval" else ""
         values = {f"{prefix}{k}": v for k, v in line.items() if k not in ("step", "split")}
-        if self.config.track.to:
-            self.runtime.accelerator.log(values, step=int(line["step"]))
+        if self.trackers is not None:
+            self.trackers.log(values, int(line["step"]))
 
     # Saving -----------------------------------------------------------------------------------------------------------
 
@@ -535,57 +581,55 @@ class Trainer:
         """Export the final model, or the best one, in the format of transformers, whole or not at all."""
 
         def write() -> None:
-            best = self.output / "best"
-            if self.config.eval.select is None or self._best() is None:
-                if self.config.eval.select is not None:
-                    say(f"exported: the last model, since no evaluation knew a {self.config.eval.select}")
-                checkpoint.export(self.output / "model", self._write_export)
-                return
-            if checkpoint.damage(best) is not None:
-                raise TrainError(
-                    f"{best}: the model that eval.select chose is damaged or missing; delete {self.output} and train "
-                    "again"
-                )
-            name, chosen = self.config.eval.select, json.loads((best / _SELECTED).read_text())
-            say(f"exported: the model of step {chosen['step']}, with the best {name}: {chosen[name]:.4g}")
-            checkpoint.export(self.output / "model", lambda folder: checkpoint.copy(best, folder, without=(_SELECTED,)))
-            shutil.rmtree(best)
+            best, select = self.output / "best", self.config.eval.select
+            source: Callable[[Path], None] = self._write_export
+            step = None
+            if select is not None and Selection.of(select).best(self.metrics.lines()) is None:
+                say(f"exported: the last model, since no evaluation knew a {Selection.of(select).metric}")
+            elif select is not None:
+                if checkpoint.damage(best) is not None:
+                    raise TrainError(
+                        f"{best}: the model that eval.select chose is damaged or missing; delete {self.output} and "
+                        "train again"
+                    )
+                name, chosen = Selection.of(select).metric, json.loads((best / _SELECTED).read_text())
+                step = int(chosen["step"])
+                say(f"exported: the model of step {step}, with the best {name}: {chosen[name]:.4g}")
+                source = functools.partial(checkpoint.copy, best, without=(_SELECTED,))
+            if self.config.lora.merge:
+                adapter = self.output / "adapter"
+                checkpoint.export(adapter, source)
+                adapters.merge(self.policy.lm, adapter, self.config.model)
+                say(f"merged: the adapter itself is in {adapter}")
+                source = functools.partial(self._write_merged, step=step)
+            checkpoint.export(self.output / "model", source)
+            shutil.rmtree(best, ignore_errors=True)
 
         self.runtime.on_main(write)
-        finish_trackers(self.runtime)
 
     def _write_export(self, folder: Path) -> None:
         self._write_model(folder)
+        self._describe(folder)
+
+    def _write_merged(self, folder: Path, step: int | None) -> None:
+        """What `adapters.merge` has left of the policy, which is that of `step`, None for the last one."""
+        adapters.save_merged(self.policy.lm, folder)
+        self.tokenizer.save_pretrained(folder)
+        self._describe(folder, step, merged=True)
+
+    def _describe(self, folder: Path, step: int | None = None, merged: bool = False) -> None:
         export.describe_answers(folder, self.tokenizer, self.method.card(), self.config.generate.stop)
+        lines = [line for line in self.metrics.lines() if step is None or line["step"] <= step]
+        adapter = adapters.has_adapter(self.policy.lm) and not merged
+        facts = card.facts(self.config, self.tokenizer, lines, self.train.fingerprint, adapter=adapter, merged=merged)
+        (folder / card.FILE).write_text(card.page(facts), encoding="utf-8")
 
 
-# Trackers -------------------------------------------------------------------------------------------------------------
+def _say_beside_the_bar(text: str) -> None:
+    """Print on the first process without tearing the progress bar."""
+    from tqdm import tqdm
 
-
-def start_trackers(runtime: Runtime, config: RunConfig, output: Path) -> None:
-    """Open the trackers that the settings name for the run of this folder; a continued run goes on in its own."""
-    track = config.track
-    if not track.to:
-        return
-    path = str(output.resolve())
-    run_id = hashlib.sha256(path.encode()).hexdigest()[:16]  # the same when the run is continued, no other run's
-    in_round = output.parent.name.startswith("round_")
-    name = f"{output.parent.parent.name}-{output.parent.name}" if in_round else output.name
-    wandb = {"name": name, "id": run_id, "resume": "allow", "dir": path, "mode": track.wandb_mode}
-    kwargs = {"wandb": wandb}
-    flat = json.loads(json.dumps(config.to_dict(), default=str))
-    if any(tracker != "wandb" for tracker in track.to):
-        flat = {k: str(v) for k, v in flat.items()}  # tensorboard takes plain values only
-    runtime.accelerator.init_trackers(
-        track.project, config=flat, init_kwargs={k: v for k, v in kwargs.items() if k in track.to}
-    )
-
-
-def finish_trackers(runtime: Runtime) -> None:
-    """Close them. accelerate's own way would part the processes, which may go on to another round."""
-    for tracker in runtime.accelerator.trackers:
-        tracker.finish()
-    runtime.accelerator.trackers = []
+    tqdm.write(text)
 
 
 # Pure pieces ----------------------------------------------------------------------------------------------------------

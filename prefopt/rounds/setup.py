@@ -15,10 +15,11 @@ from prefopt.config import RunConfig, from_dict
 from prefopt.data.encode import pad_token
 from prefopt.data.prompts import read_prompts
 from prefopt.engine import adapters, layouts, models
+from prefopt.engine.metrics import Evaluator
 from prefopt.engine.runtime import Stop, set_threads
 from prefopt.errors import ConfigError, TrainError
 from prefopt.judges.base import Judge
-from prefopt.rounds.run import Evaluator, OtherRun, Rounds
+from prefopt.rounds.run import OtherRun, Rounds
 from prefopt.rounds.work import Workers
 from prefopt.types import Prompt
 

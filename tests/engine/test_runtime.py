@@ -170,3 +170,35 @@ def test_steps_when_epochs_are_broken_then_rounded_up_and_a_stream_needs_a_numbe
     assert str(caught.value) == (
         "train.max_steps: found none, expected a number of steps for an endless stream of pairs"
     )
+
+
+def _waits(runtime):
+    """On each rank: what came of work that outlasts the patience of ordinary waiting, and of work that failed."""
+    from datetime import timedelta
+
+    import torch.distributed as dist
+
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=2))
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+
+    def work():
+        time.sleep(4)
+        torch.rand(3)
+        return "done"
+
+    def fails():
+        raise TrainError("no")
+
+    said = runtime.on_main_at_length(work)
+    try:
+        runtime.on_main_at_length(fails)
+    except TrainError as error:
+        said += f" {error}"
+    return said, bool((torch.get_rng_state() == before).all())
+
+
+def test_work_of_the_first_process_may_outlast_what_others_usually_wait_and_moves_no_random_state():
+    from tests.dist.ranks import run_ranks
+
+    assert run_ranks(_waits) == [("done no", True)] * 2
