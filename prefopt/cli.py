@@ -348,7 +348,8 @@ def _testbed_task(config: RunConfig) -> _Task:
         fingerprint = f"{world.fingerprint}-{test.pairs}-{seed}"
         pairs = world.file_pairs(test.pairs, seed)
         pairs = pairs if both is None else [both.reread(pair) for pair in pairs]
-        train = FileBatches(pairs, batch, seed, fingerprint, config.train.group_by_length)
+        group, tokens = config.train.group_by_length, config.train.tokens_per_batch
+        train = FileBatches(pairs, batch, seed, fingerprint, group, tokens)
         what = f"a fixed set of {test.pairs:,} pairs"
     return _Task(
         start=start,
@@ -364,13 +365,13 @@ def _testbed_task(config: RunConfig) -> _Task:
 
 def _file_task(config: RunConfig) -> _Task:
     from prefopt.data.comparison import encoder_for
-    from prefopt.data.encode import encode_file, pad_token
+    from prefopt.data.encode import encode_file, joined, pad_token
     from prefopt.data.loader import FileBatches
+    from prefopt.data.mixture import mixture_of
     from prefopt.data.split import shared_prompts, split_by_prompt
     from prefopt.engine import adapters, layouts, models
 
     assert config.model.path is not None
-    assert config.data.train is not None
     start = adapters.find(config.model.path, config.model)
     architecture = models.load_config(start.base, start.base_settings(config.model))
     adapters.check(config, start, architecture)
@@ -400,10 +401,15 @@ def _file_task(config: RunConfig) -> _Task:
         report.extend(encoded.report.lines())
         return encoded
 
-    train = encode(config.data.train)
+    weights = config.data.weights or (1.0,) * len(settings.sources(config.data.train))
+    named = {name: w for name, w in zip(settings.sources(config.data.train), weights, strict=True) if w > 0}
+    sources = [encode(name) for name in named]
+    train = joined(sources)
     pairs: Sequence[EncodedPair] = train.pairs
     if config.data.eval is not None:
-        held_out = encode(config.data.eval)
+        more = [encode(name) for name in settings.sources(config.data.eval)]
+        held_out = joined(more)
+        sources += more
         eval_pairs, eval_fingerprint = held_out.pairs, held_out.fingerprint
         shared = shared_prompts(pairs, eval_pairs)
         if shared:
@@ -416,10 +422,23 @@ def _file_task(config: RunConfig) -> _Task:
         pairs, eval_pairs = split_by_prompt(pairs, config.data.eval_fraction)
         eval_fingerprint = f"{train.fingerprint}-{config.data.eval_fraction}"
         report.append(f"held out by prompt: {len(eval_pairs):,} of {len(train.pairs):,} pairs")
-    for encoded in (train, held_out) if config.data.eval is not None else (train,):
+    for encoded in sources:
         models.check_positions(architecture, encoded.report, config.data.max_length)
-    fingerprint = f"{train.fingerprint}-{len(pairs)}"
-    batches = FileBatches(pairs, config.train.global_batch, config.seed, fingerprint, config.train.group_by_length)
+    mixture = None
+    if config.data.weights is not None:
+        mixture = mixture_of(pairs, named, config.seed)
+        report += mixture.lines(named)
+    batches = FileBatches(
+        pairs,
+        config.train.global_batch,
+        config.seed,
+        f"{train.fingerprint}-{len(pairs)}",
+        config.train.group_by_length,
+        config.train.tokens_per_batch,
+        mixture,
+    )
+    if config.train.tokens_per_batch is not None:
+        report.append(batches.described())
     return _Task(start, reference, tokenizer, batches, eval_pairs, eval_fingerprint, report)
 
 
@@ -535,8 +554,8 @@ def _check_paths(config: RunConfig) -> None:
         if importlib.util.find_spec(tracker) is None:
             extra = f"prefopt[{tracker}]" if tracker == "wandb" else tracker
             raise ConfigError(f"track.to: '{tracker}' is not installed; pip install '{extra}', or leave it out")
-    for path in (config.data.train, config.data.eval):
-        if path is not None and (Path(path).suffix or path.startswith((".", "/", "~"))):
+    for path in settings.sources(config.data.train) + settings.sources(config.data.eval):
+        if Path(path).suffix or path.startswith((".", "/", "~")):
             open_source(path)
 
 
@@ -608,17 +627,10 @@ def _run_card(config: RunConfig, runtime: rt.Runtime, task: _Task) -> dict[str, 
             of = adapters.Weights(start.base, start.base, start.revision)
         return {**card(of), "is": adapters.describe(what, start)}
 
-    train = config.train
-    per_pass = train.micro_batch * runtime.world
     return {
         "method": _described(config),
         "config": config.to_dict(),
-        "batch": {
-            "pairs_per_step": train.global_batch,
-            "processes": runtime.world,
-            "pairs_per_pass_and_process": min(train.micro_batch, -(-train.global_batch // runtime.world)),
-            "passes_per_step": -(-train.global_batch // per_pass),
-        },
+        "batch": _batch_card(config.train, runtime.world),
         "data": {
             "train": task.train.fingerprint,
             "order": task.train.order_hash,
@@ -628,6 +640,19 @@ def _run_card(config: RunConfig, runtime: rt.Runtime, task: _Task) -> dict[str, 
         "model": card(task.start),
         "reference": reference_card(),
         **_circumstances(runtime),
+    }
+
+
+def _batch_card(train: settings.TrainConfig, world: int) -> dict[str, int]:
+    """What a step takes. Where tokens bound it, how many pairs and passes that are differs from step to step."""
+    card = {"processes": world}
+    if train.tokens_per_batch is not None:
+        return card | {"tokens_per_step": train.tokens_per_batch, "most_pairs_per_pass_and_process": train.micro_batch}
+    return {
+        "pairs_per_step": train.global_batch,
+        **card,
+        "pairs_per_pass_and_process": min(train.micro_batch, -(-train.global_batch // world)),
+        "passes_per_step": -(-train.global_batch // (train.micro_batch * world)),
     }
 
 

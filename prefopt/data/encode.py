@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from prefopt.data.chat import Rendered, end_tokens, render, render_prompt
-from prefopt.data.pairs import BLOCK, View
+from prefopt.data.pairs import BLOCK, Concatenated, View
 from prefopt.data.report import EXAMPLES, DataReport
 from prefopt.data.rows import MAX_ROW_BYTES, BadRow, Messages, OnBadRow, RowProblem, RowReader, first_bad_row
 from prefopt.errors import DataError
@@ -390,6 +390,22 @@ class Encoded:
     pairs: Sequence[EncodedPair]
     report: DataReport
     fingerprint: str
+
+
+@dataclass(frozen=True)
+class Joined:
+    """Several data files as one set of pairs. `fingerprint` is a hash of theirs, in their order."""
+
+    pairs: Sequence[EncodedPair]
+    fingerprint: str
+
+
+def joined(sources: Sequence[Encoded]) -> Joined:
+    """Data files one after the other. One alone is what it was."""
+    if len(sources) == 1:
+        return Joined(sources[0].pairs, sources[0].fingerprint)
+    fingerprint = hashlib.sha256("\n".join(one.fingerprint for one in sources).encode()).hexdigest()
+    return Joined(Concatenated([one.pairs for one in sources]), fingerprint)
 
 
 def encode_file(

@@ -115,6 +115,16 @@ class FileBatches:
         self._firsts = [0]  # the first step of each epoch that was looked at, where epochs differ
         self._plan: tuple[int, np.ndarray, np.ndarray] = (-1, np.empty(0), np.empty(0))
 
+    def described(self) -> str:
+        """What the steps of a token budget are, in one line."""
+        rows, edges = self.plan(0)
+        pairs = np.diff(edges)
+        tokens = np.add.reduceat(self._tokens[rows], edges[:-1]) if self._tokens is not None else pairs
+        return (
+            f"steps of up to {self.budget:,} tokens: {len(pairs):,} in the first epoch, of {pairs.min():,} to "
+            f"{pairs.max():,} pairs, {tokens.mean() / (self.budget or 1):.1%} full"
+        )
+
     # How long it is.
 
     @property

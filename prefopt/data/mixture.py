@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
 
-from prefopt.data.pairs import Subset
+from prefopt.data.pairs import Concatenated, Subset
+from prefopt.errors import DataError
 from prefopt.types import EncodedPair
 
 
@@ -54,6 +55,13 @@ class Mixture:
             (draws / len(self), Subset(pairs, np.arange(begin, end, dtype=np.int32))) for begin, end, draws in ranges
         ]
 
+    def lines(self, names: Iterable[str]) -> list[str]:
+        """What an epoch takes of each source, one line each."""
+        out = [f"an epoch takes {len(self):,} pairs by weight:"]
+        for name, draws, size in zip(names, self.draws, self.sizes, strict=True):
+            out.append(f"  {name}: {draws:,} ({draws / len(self):.1%}), each of its {size:,} {draws / size:.3g} times")
+        return out
+
     def _pass(self, source: int, turn: int, size: int) -> torch.Tensor:
         digest = hashlib.sha256(f"{self.seed}:{source}:{turn}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
@@ -75,11 +83,20 @@ def apportion(total: int, weights: Sequence[float]) -> list[int]:
     return whole
 
 
-def described(names: Sequence[str], mixture: Mixture) -> list[str]:
-    """What an epoch takes of each source, one line each."""
-    drawn = np.array(mixture.draws) / np.array(mixture.sizes)
-    return [
-        f"  {name}: {draws:,} of {len(mixture):,} pairs of an epoch ({draws / len(mixture):.1%}), each of its {size:,} "
-        f"{times:.3g} times"
-        for name, draws, size, times in zip(names, mixture.draws, mixture.sizes, drawn.tolist(), strict=True)
-    ]
+def mixture_of(pairs: Sequence[EncodedPair], weights: Mapping[str, float], seed: int) -> Mixture:
+    """The mixture of what is left of several sources.
+
+    Args: pairs: of all sources, one after the other, or some of them; weights: of each source, above 0, in that order.
+    Raises: DataError when nothing is left of a source.
+    """
+    whole = pairs.pairs if isinstance(pairs, Subset) else pairs
+    bounds = whole.bounds if isinstance(whole, Concatenated) else [0, len(whole)]
+    if isinstance(pairs, Subset):
+        bounds = pairs.rows.searchsorted(bounds).tolist()
+    for name, begin, end in zip(weights, bounds, bounds[1:], strict=False):
+        if begin == end:
+            raise DataError(
+                f"data.weights: nothing is left of {name} to train on, all its prompts are held out (--data.eval FILE, "
+                "a smaller data.eval_fraction, or weight 0)"
+            )
+    return Mixture(bounds, list(weights.values()), seed)

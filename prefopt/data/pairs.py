@@ -9,7 +9,7 @@ import hashlib
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
-from typing import Any, overload
+from typing import overload
 
 import numpy as np
 
@@ -166,8 +166,3 @@ class ConvertedPairs(View):
 
     def _at(self, i: int) -> EncodedPair:
         return self.convert(self.pairs[i])
-
-
-def joined(parts: Sequence[Any]) -> Any:
-    """One set of the pairs of all parts."""
-    return parts[0] if len(parts) == 1 else Concatenated(parts)

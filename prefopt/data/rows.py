@@ -613,8 +613,8 @@ def _hub(name: str, base: str, split: str) -> _Table:
     except Exception as error:
         raise DataError(
             f"{name}: neither a file or folder here nor a dataset that can be reached on the hub ({_line(error)}); "
-            f"download it where there is a network (hf download --repo-type dataset {base} --local-dir DIR) and name DIR "
-            "here; with HF_HUB_OFFLINE=1 only what was downloaded before is looked for"
+            f"download it where there is a network (hf download --repo-type dataset {base} --local-dir DIR) and name "
+            "DIR here; with HF_HUB_OFFLINE=1 only what was downloaded before is looked for"
         ) from None
     return _Table(name, _one_split(name, table, split))
 
