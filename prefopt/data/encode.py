@@ -130,8 +130,14 @@ class Encoder:
         return render(row.prompt, side, self.tokenizer, key, ends=self.ends)
 
     def _tokenize(self, texts: list[str]) -> list[list[int]]:
-        # Some tokenizers have no fast form and cannot take an empty list.
-        return self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+        """The ids of each text; one that stands there twice, as the prompt of both sides, is tokenised once."""
+        if not texts:  # some tokenizers have no fast form and cannot take an empty list
+            return []
+        once = list(dict.fromkeys(texts))
+        bare = {"return_attention_mask": False, "return_token_type_ids": False}
+        ids = self.tokenizer(once, add_special_tokens=False, verbose=False, **bare)["input_ids"]
+        known = dict(zip(once, ids, strict=True))
+        return [known[text] for text in texts]
 
     def _pair(self, row: PairRow, sides: list[Rendered], parts: list[list[list[int]]]) -> CutPair:
         keys = [key for key, _ in _sides(row)]
