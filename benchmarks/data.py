@@ -15,8 +15,8 @@ BPE tokenizer of 2,000 tokens that is trained on them. Each phase runs in a proc
 
 Memory. `anonymous` is the most that a process held beyond its file mappings at any time (RssAnon of /proc/self/status,
 read every 5 ms), what counts against the machine. `above imports` is the same less what it was when the imports were
-done. `mapped` is RssFile at the end: pages of the cache file (and of libraries) that the kernel takes back when it needs
-the room.
+done. `mapped` is RssFile at the end: pages of the cache file and of libraries, which the kernel takes back when it
+needs the room.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ MAX_LENGTH, BATCH = 512, 64
 
 
 def write_pairs(path: Path, pairs: int) -> None:
-    """Random words: prompts of 5 to 200 (mean 30), completions of 2 to 100 (mean 14); every tenth prompt is repeated."""
+    """Random words: prompts of 5 to 200 (mean 30), completions of 2 to 100 (mean 14); every tenth repeats a prompt."""
     draw = random.Random(0)
     words = ["".join(draw.choice("abcdefghijklmnopqrstuvwxyz") for _ in range(draw.randint(2, 9))) for _ in range(3000)]
 
@@ -130,9 +130,7 @@ def phase(name: str, source: Path, cache: Path, tokenizer_folder: Path) -> dict[
         return result
 
     with Memory() as memory:
-        encoded = timed(
-            "open", lambda: encode_file(str(source), tokenizer, max_length=MAX_LENGTH, cache_dir=cache)
-        )
+        encoded = timed("open", lambda: encode_file(str(source), tokenizer, max_length=MAX_LENGTH, cache_dir=cache))
         if name == "steps":
             began = time.perf_counter()
             pairs, held_out = timed("split", lambda: split_by_prompt(encoded.pairs, 0.05))
@@ -232,7 +230,9 @@ def measure(pairs: int, work: Path, ranks: bool) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", nargs="+", type=int, default=[1_000, 10_000, 100_000, 1_000_000])
-    parser.add_argument("--ranks", type=int, default=100_000, help="two ranks up to so many pairs; they cost a cold start")
+    parser.add_argument(
+        "--ranks", type=int, default=100_000, help="two ranks up to so many pairs; they cost a cold start"
+    )
     parser.add_argument("--work", type=Path, help="folder for files and cache, kept; a temporary one by default")
     parser.add_argument("--output", type=Path, help="folder; benchmarks/results by default")
     parser.add_argument("--phase", nargs=4, help=argparse.SUPPRESS)
@@ -249,8 +249,8 @@ def main() -> None:
         rows = [measure(pairs, work, pairs <= args.ranks) for pairs in args.pairs]
     by_pairs = {row["pairs"]: row for row in rows}
     notes = [
-        f"Synthetic pairs as `benchmarks/data.py` describes them, max_length {MAX_LENGTH}, {BATCH} pairs per step, token "
-        "budget 65,536; one process, tokenisers' own threads. MB are 10^6 bytes.",
+        f"Synthetic pairs as `benchmarks/data.py` describes them, max_length {MAX_LENGTH}, {BATCH} pairs per step, "
+        "token budget 65,536; one process, tokenisers' own threads. MB are 10^6 bytes.",
         "anonymous: largest RssAnon (memory that is no file's), sampled every 5 ms; mapped: RssFile, which holds the "
         "libraries too and which the kernel may take back.",
     ]

@@ -29,6 +29,7 @@ from prefopt.testbed.cache import cache_root
 
 if TYPE_CHECKING:
     from prefopt.data.loader import Batches
+    from prefopt.data_config import LookConfig
     from prefopt.engine.adapters import Frozen, Weights
     from prefopt.engine.trainer import Evaluator
     from prefopt.rounds.run import Rounds
@@ -749,3 +750,81 @@ def infer(argv: Sequence[str]) -> int:
         return run(config)
     except PrefoptError as error:
         return rt.fail(error)
+
+
+# Looking at data ------------------------------------------------------------------------------------------------------
+
+
+def data(argv: Sequence[str]) -> int:
+    """The `data` command: what training would say of the data, and some rows with their masks. Status as `infer`."""
+    from prefopt.data_config import look_help, parse_look
+
+    try:
+        if "--help" in argv or "-h" in argv:
+            with contextlib.suppress(BrokenPipeError):
+                print(look_help())
+            return 0
+        return _look(parse_look(argv))
+    except PrefoptError as error:
+        return rt.fail(error)
+
+
+def _look(config: LookConfig) -> int:
+    from prefopt import registry
+    from prefopt.data.rows import open_source
+    from prefopt.types import Needs
+
+    if config.model.path is not None:
+        rt.check_path("model.path", config.model.path)
+    if config.tokenizer is not None:
+        rt.check_path("tokenizer", config.tokenizer)
+    for name in config.sources:
+        if Path(name).suffix or name.startswith((".", "/", "~")):
+            open_source(name)
+
+    from prefopt.data.comparison import encoder_for
+    from prefopt.data.encode import encode_file, joined, pad_token
+    from prefopt.data.look import page, shown, spread, terminal
+    from prefopt.engine import adapters, models
+    from prefopt.files import write_whole
+
+    vocab_rows = None
+    if config.model.path is not None:
+        start = adapters.find(config.model.path, config.model)
+        vocab_rows = models.vocabulary(models.load_config(start.base, start.base_settings(config.model)))
+        path, at = adapters.tokenizer_path(start, config.model)
+        tokenizer = models.load_tokenizer(path, at, config.data.chat_template)
+    else:
+        assert config.tokenizer is not None
+        tokenizer = models.load_tokenizer(config.tokenizer, config.model, config.data.chat_template, key="tokenizer")
+    tokenizer.pad_token_id, _ = pad_token(tokenizer)
+    needs = Needs(reference="none") if config.method is None else registry.get(config.method)().needs
+    sources = [
+        encode_file(
+            name,
+            tokenizer,
+            max_length=config.data.max_length,
+            kind=encoder_for(needs),
+            need_rejected=needs.rows == "pairs",
+            extra=needs.columns,
+            columns=config.data.columns,
+            on_bad_row=config.data.on_bad_row,
+            vocab_rows=vocab_rows,
+            cache_dir=cache_root() / "encoded",
+        )
+        for name in config.sources
+    ]
+    report = [line for source in sources for line in source.report.lines()]
+    pairs = joined(sources).pairs
+    rows = [shown(pairs[i], tokenizer) for i in spread(config.rows, len(pairs))]
+    if config.html is not None:
+        try:
+            write_whole(Path(config.html), [page(", ".join(config.sources), report, rows)])
+        except OSError as error:
+            raise TrainError(f"--html: '{config.html}' cannot be written: {error.strerror}") from None
+        print("\n".join([*report, f"written: {config.html}"]))
+        return 0
+    color = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    with contextlib.suppress(BrokenPipeError):
+        print("\n".join([*report, *(["", terminal(rows, color=color)] if rows else [])]))
+    return 0
