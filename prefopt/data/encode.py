@@ -31,6 +31,7 @@ from prefopt.types import Column, EncodedPair, PairRow
 
 FORMAT_VERSION = 3  # raise it whenever the same file and settings would give other ids, masks or counts
 _BATCH = 512  # rows tokenised at a time
+_WRITTEN = 4096  # rows in one piece of the cache file
 
 
 # One row.
