@@ -899,6 +899,9 @@ def _type_name(hint: Any) -> str:
         return names[hint]
     if typing.get_origin(hint) is Literal:
         return "one of " + ", ".join(map(str, typing.get_args(hint)))
+    if typing.get_origin(hint) is tuple:
+        kind = _type_name(typing.get_args(hint)[0]).removeprefix("a ")
+        return f"a list of {kind}s" if kind != "text" else "a list"
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
         return " or ".join(_type_name(a) for a in typing.get_args(hint))
     return str(hint)

@@ -524,11 +524,15 @@ def _parquet(path: Path, name: str, max_row_bytes: int) -> Iterator[tuple[int, o
     number = 0
     try:
         with parquet.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            twice = [key for i, key in enumerate(names) if key in names[:i]]
+            if twice:
+                raise DataError(f"{name}: two columns are named '{twice[0]}', expected a name of its own for each")
             for batch in file.iter_batches(batch_size=256):
                 for row in batch.to_pylist():
                     number += 1
                     yield number, row
-    except (OSError, ValueError, KeyError, pyarrow.ArrowException) as error:  # such as a name given to two columns
+    except (OSError, ValueError, KeyError, pyarrow.ArrowException) as error:
         place = f" behind row {number:,}" if number else ""
         raise DataError(f"{name}: cannot be read as Parquet{place}: {_line(error)}") from None
     if not number:
