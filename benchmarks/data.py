@@ -185,6 +185,15 @@ def two_ranks(*args: object) -> float:
 # All of them ----------------------------------------------------------------------------------------------------------
 
 
+def measured(pairs: int, work: Path, ranks: bool) -> dict[str, Any]:
+    """`measure`, or what it has found in this folder before."""
+    note = work / f"{pairs}.json"
+    if not note.exists():
+        note.write_text(json.dumps(measure(pairs, work, ranks)))
+    row: dict[str, Any] = json.loads(note.read_text())
+    return row
+
+
 def measure(pairs: int, work: Path, ranks: bool) -> dict[str, Any]:
     """One row of the table."""
     source, cache, tokenizer = work / f"{pairs}.jsonl", work / "cache", work / "tokenizer"
@@ -233,7 +242,9 @@ def main() -> None:
     parser.add_argument(
         "--ranks", type=int, default=100_000, help="two ranks up to so many pairs; they cost a cold start"
     )
-    parser.add_argument("--work", type=Path, help="folder for files and cache, kept; a temporary one by default")
+    parser.add_argument(
+        "--work", type=Path, help="folder that keeps files, cache and what was measured; a temporary one by default"
+    )
     parser.add_argument("--output", type=Path, help="folder; benchmarks/results by default")
     parser.add_argument("--phase", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -246,7 +257,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         work = args.work or Path(temporary)
         work.mkdir(parents=True, exist_ok=True)
-        rows = [measure(pairs, work, pairs <= args.ranks) for pairs in args.pairs]
+        rows = [measured(pairs, work, pairs <= args.ranks) for pairs in args.pairs]
     by_pairs = {row["pairs"]: row for row in rows}
     notes = [
         f"Synthetic pairs as `benchmarks/data.py` describes them, max_length {MAX_LENGTH}, {BATCH} pairs per step, "

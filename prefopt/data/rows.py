@@ -523,7 +523,7 @@ def _parquet(path: Path, name: str, max_row_bytes: int) -> Iterator[tuple[int, o
 
     number = 0
     try:
-        with parquet.ParquetFile(path) as file:
+        with parquet.ParquetFile(path, memory_map=True) as file:
             names = file.schema_arrow.names
             twice = [key for i, key in enumerate(names) if key in names[:i]]
             if twice:
