@@ -350,6 +350,8 @@ def _testbed_task(config: RunConfig) -> _Task:
         pairs = world.file_pairs(test.pairs, seed)
         pairs = pairs if both is None else [both.reread(pair) for pair in pairs]
         group, tokens = config.train.group_by_length, config.train.tokens_per_batch
+        if tokens is not None and needs.rows == "chosen_only":  # it counts what is fed
+            pairs = [dataclasses.replace(pair, rejected_ids=None, rejected_mask=None) for pair in pairs]
         train = FileBatches(pairs, batch, seed, fingerprint, group, tokens)
         what = f"a fixed set of {test.pairs:,} pairs"
     return _Task(
