@@ -1,5 +1,6 @@
 """Weighted sources: how often each pair comes, and that it is a function of (seed, epoch)."""
 
+import json
 from collections import Counter
 
 import numpy as np
@@ -89,3 +90,32 @@ def test_mixture_of_what_a_split_has_left_knows_where_each_source_ends():
         DataError, match=r"^data.weights: nothing is left of a to train on, all its prompts are held out"
     ):
         mixture_of(Subset(whole, np.array([12, 13])), {"a": 1.0, "b": 1.0}, 0)
+
+
+def test_run_when_sources_have_weights_then_its_report_says_what_an_epoch_takes(server, command, task, tmp_path):
+    lines = task.pairs.read_text().splitlines(keepends=True)
+    for name, part in (("few.jsonl", lines[:10]), ("many.jsonl", lines[10:40]), ("none.jsonl", ["{\n"])):
+        (tmp_path / name).write_text("".join(part))
+    settings = {"data__train": "few.jsonl,many.jsonl,none.jsonl", "data__weights": "3,1,0", "data__eval_fraction": 0}
+    settings |= {"train__tokens_per_batch": 400, "dry_run": "true"}
+    ended = server.train(command("dpo", tmp_path / "run", **settings), cwd=tmp_path)
+    assert ended.status == 0, ended.err
+    assert "none.jsonl" not in ended.out.partition("resolved config")[0], "a source of weight 0 is left out"
+    assert (
+        "an epoch takes 40 pairs by weight:\n"
+        "  few.jsonl: 30 (75.0%), each of its 10 3 times\n"
+        "  many.jsonl: 10 (25.0%), each of its 30 0.333 times\n"
+        "steps of up to 400 tokens: "
+    ) in ended.out
+
+
+def test_held_out_files_when_several_are_named_then_all_are_evaluated(server, command, task, tmp_path):
+    lines = task.pairs.read_text().splitlines(keepends=True)
+    for name, part in (("a.jsonl", lines[:3]), ("b.jsonl", lines[3:8])):
+        (tmp_path / name).write_text("".join(part))
+    argv = command("dpo", tmp_path / "run", data__eval="a.jsonl,b.jsonl", train__max_steps=1)
+    ended = server.train(argv, cwd=tmp_path)
+    assert ended.status == 0, ended.err
+    assert "warning: 8 of 8 eval pairs have a prompt that is in the training data" in ended.out
+    places = [json.loads(line)["where"] for line in (tmp_path / "run/eval_pairs.jsonl").read_text().splitlines()]
+    assert places == ["a.jsonl:1", "a.jsonl:2", "a.jsonl:3", *(f"b.jsonl:{i}" for i in range(1, 6))]
