@@ -29,6 +29,7 @@ from prefopt.testbed.cache import cache_root
 
 if TYPE_CHECKING:
     from prefopt.data.loader import Batches
+    from prefopt.data_config import LookConfig
     from prefopt.engine.adapters import Frozen, Weights
     from prefopt.engine.forward import ReferenceHead
     from prefopt.engine.metrics import Evaluator
@@ -369,7 +370,10 @@ def _testbed_task(config: RunConfig) -> _Task:
         fingerprint = f"{world.fingerprint}-{test.pairs}-{seed}"
         pairs = world.file_pairs(test.pairs, seed)
         pairs = pairs if both is None else [both.reread(pair) for pair in pairs]
-        train = FileBatches(pairs, batch, seed, fingerprint, config.train.group_by_length)
+        group, tokens = config.train.group_by_length, config.train.tokens_per_batch
+        if tokens is not None and needs.rows == "chosen_only":  # it counts what is fed
+            pairs = [dataclasses.replace(pair, rejected_ids=None, rejected_mask=None) for pair in pairs]
+        train = FileBatches(pairs, batch, seed, fingerprint, group, tokens)
         sources.append(Source(pairs, fingerprint))
         what = f"a fixed set of {test.pairs:,} pairs"
     return _Task(
@@ -387,14 +391,14 @@ def _testbed_task(config: RunConfig) -> _Task:
 
 def _file_task(config: RunConfig) -> _Task:
     from prefopt.data.comparison import encoder_for
-    from prefopt.data.encode import encode_file, pad_token
+    from prefopt.data.encode import encode_file, joined, pad_token
     from prefopt.data.loader import FileBatches
+    from prefopt.data.mixture import mixture_of
     from prefopt.data.split import shared_prompts, split_by_prompt
     from prefopt.engine import adapters, layouts, models
     from prefopt.engine.reference import Source
 
     assert config.model.path is not None
-    assert config.data.train is not None
     start = adapters.find(config.model.path, config.model)
     architecture = models.load_config(start.base, start.base_settings(config.model))
     adapters.check(config, start, architecture)
@@ -424,10 +428,15 @@ def _file_task(config: RunConfig) -> _Task:
         report.extend(encoded.report.lines())
         return encoded
 
-    train = encode(config.data.train)
+    weights = config.data.weights or (1.0,) * len(settings.sources(config.data.train))
+    named = {name: w for name, w in zip(settings.sources(config.data.train), weights, strict=True) if w > 0}
+    files = [encode(name) for name in named]
+    train = joined(files)
     pairs: Sequence[EncodedPair] = train.pairs
     if config.data.eval is not None:
-        held_out = encode(config.data.eval)
+        more = [encode(name) for name in settings.sources(config.data.eval)]
+        held_out = joined(more)
+        files += more
         eval_pairs, eval_fingerprint = held_out.pairs, held_out.fingerprint
         shared = shared_prompts(pairs, eval_pairs)
         if shared:
@@ -440,11 +449,23 @@ def _file_task(config: RunConfig) -> _Task:
         pairs, eval_pairs = split_by_prompt(pairs, config.data.eval_fraction)
         eval_fingerprint = f"{train.fingerprint}-{config.data.eval_fraction}"
         report.append(f"held out by prompt: {len(eval_pairs):,} of {len(train.pairs):,} pairs")
-    files = [train, held_out] if config.data.eval is not None else [train]
     for encoded in files:
         models.check_positions(architecture, encoded.report, config.data.max_length)
-    fingerprint = f"{train.fingerprint}-{len(pairs)}"
-    batches = FileBatches(pairs, config.train.global_batch, config.seed, fingerprint, config.train.group_by_length)
+    mixture = None
+    if config.data.weights is not None:
+        mixture = mixture_of(pairs, named, config.seed)
+        report += mixture.lines(named)
+    batches = FileBatches(
+        pairs,
+        config.train.global_batch,
+        config.seed,
+        f"{train.fingerprint}-{len(pairs)}",
+        config.train.group_by_length,
+        config.train.tokens_per_batch,
+        mixture,
+    )
+    if config.train.tokens_per_batch is not None:
+        report.append(batches.described())
     sources = [Source(encoded.pairs, encoded.fingerprint) for encoded in files]
     return _Task(start, reference, tokenizer, batches, eval_pairs, eval_fingerprint, sources, report)
 
@@ -601,8 +622,8 @@ def _check_paths(config: RunConfig) -> None:
         needed = value is not None if key == "model.quantize" else str(value).endswith("adamw_8bit")
         if needed and importlib.util.find_spec("bitsandbytes") is None:
             raise ConfigError(f"{key}: '{value}' needs bitsandbytes; pip install 'prefopt[qlora]', or leave it out")
-    for path in (config.data.train, config.data.eval):
-        if path is not None and (Path(path).suffix or path.startswith((".", "/", "~"))):
+    for path in settings.sources(config.data.train) + settings.sources(config.data.eval):
+        if Path(path).suffix or path.startswith((".", "/", "~")):
             open_source(path)
 
 
@@ -671,17 +692,10 @@ def _run_card(config: RunConfig, runtime: rt.Runtime, task: _Task) -> dict[str, 
             return None
         return {**card(adapters.weights_of(what, start)), "is": adapters.describe(what, start, config)}
 
-    train = config.train
-    per_pass = train.micro_batch * runtime.world
     return {
         "method": _described(config),
         "config": config.to_dict(),
-        "batch": {
-            "pairs_per_step": train.global_batch,
-            "processes": runtime.world,
-            "pairs_per_pass_and_process": min(train.micro_batch, -(-train.global_batch // runtime.world)),
-            "passes_per_step": -(-train.global_batch // per_pass),
-        },
+        "batch": _batch_card(config.train, runtime.world),
         "data": {
             "train": task.train.fingerprint,
             "order": task.train.order_hash,
@@ -691,6 +705,19 @@ def _run_card(config: RunConfig, runtime: rt.Runtime, task: _Task) -> dict[str, 
         "model": card(task.start),
         "reference": reference_card(),
         **_circumstances(runtime),
+    }
+
+
+def _batch_card(train: settings.TrainConfig, world: int) -> dict[str, int]:
+    """What a step takes. Where tokens bound it, how many pairs and passes that are differs from step to step."""
+    card = {"processes": world}
+    if train.tokens_per_batch is not None:
+        return card | {"tokens_per_step": train.tokens_per_batch, "most_pairs_per_pass_and_process": train.micro_batch}
+    return {
+        "pairs_per_step": train.global_batch,
+        **card,
+        "pairs_per_pass_and_process": min(train.micro_batch, -(-train.global_batch // world)),
+        "passes_per_step": -(-train.global_batch // (train.micro_batch * world)),
     }
 
 
@@ -787,3 +814,81 @@ def infer(argv: Sequence[str]) -> int:
         return run(config)
     except PrefoptError as error:
         return rt.fail(error)
+
+
+# Looking at data ------------------------------------------------------------------------------------------------------
+
+
+def data(argv: Sequence[str]) -> int:
+    """The `data` command: what training would say of the data, and some rows with their masks. Status as `infer`."""
+    from prefopt.data_config import look_help, parse_look
+
+    try:
+        if "--help" in argv or "-h" in argv:
+            with contextlib.suppress(BrokenPipeError):
+                print(look_help())
+            return 0
+        return _look(parse_look(argv))
+    except PrefoptError as error:
+        return rt.fail(error)
+
+
+def _look(config: LookConfig) -> int:
+    from prefopt import registry
+    from prefopt.data.rows import open_source
+    from prefopt.types import Needs
+
+    if config.model.path is not None:
+        rt.check_path("model.path", config.model.path)
+    if config.tokenizer is not None:
+        rt.check_path("tokenizer", config.tokenizer)
+    for name in config.sources:
+        if Path(name).suffix or name.startswith((".", "/", "~")):
+            open_source(name)
+
+    from prefopt.data.comparison import encoder_for
+    from prefopt.data.encode import encode_file, joined, pad_token
+    from prefopt.data.look import page, shown, spread, terminal
+    from prefopt.engine import adapters, models
+    from prefopt.files import write_whole
+
+    vocab_rows = None
+    if config.model.path is not None:
+        start = adapters.find(config.model.path, config.model)
+        vocab_rows = models.vocabulary(models.load_config(start.base, start.base_settings(config.model)))
+        path, at = adapters.tokenizer_path(start, config.model)
+        tokenizer = models.load_tokenizer(path, at, config.data.chat_template)
+    else:
+        assert config.tokenizer is not None
+        tokenizer = models.load_tokenizer(config.tokenizer, config.model, config.data.chat_template, key="tokenizer")
+    tokenizer.pad_token_id, _ = pad_token(tokenizer)
+    needs = Needs(reference="none") if config.method is None else registry.get(config.method)().needs
+    sources = [
+        encode_file(
+            name,
+            tokenizer,
+            max_length=config.data.max_length,
+            kind=encoder_for(needs),
+            need_rejected=needs.rows == "pairs",
+            extra=needs.columns,
+            columns=config.data.columns,
+            on_bad_row=config.data.on_bad_row,
+            vocab_rows=vocab_rows,
+            cache_dir=cache_root() / "encoded",
+        )
+        for name in config.sources
+    ]
+    report = [line for source in sources for line in source.report.lines()]
+    pairs = joined(sources).pairs
+    rows = [shown(pairs[i], tokenizer) for i in spread(config.rows, len(pairs))]
+    if config.html is not None:
+        try:
+            write_whole(Path(config.html), [page(", ".join(config.sources), report, rows)])
+        except OSError as error:
+            raise TrainError(f"--html: '{config.html}' cannot be written: {error.strerror}") from None
+        print("\n".join([*report, f"written: {config.html}"]))
+        return 0
+    color = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    with contextlib.suppress(BrokenPipeError):
+        print("\n".join([*report, *(["", terminal(rows, color=color)] if rows else [])]))
+    return 0

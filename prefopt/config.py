@@ -96,9 +96,11 @@ class DataConfig:
     """Pairs and how they become tokens."""
 
     train: str | None = None
-    """JSONL file, local folder or hub id. None: the testbed's pairs."""
+    """JSONL or Parquet file, folder or hub id; several with commas between. None: the testbed's pairs."""
+    weights: tuple[float, ...] | None = None
+    """Of each source of data.train, its share of the pairs of an epoch. None: each pair once."""
     eval: str | None = None
-    """Held-out pairs. None: a share of the training file, split by prompt."""
+    """Held-out pairs, named like data.train. None: a share of the training pairs, split by prompt."""
     eval_fraction: float = 0.05
     """Share of prompts held out where no eval file is named; 0 holds out none."""
     columns: dict[str, str] = field(default_factory=dict)
@@ -139,6 +141,8 @@ class TrainConfig:
 
     global_batch: int = 64
     """Pairs per optimizer step over all processes; accumulation is derived from it."""
+    tokens_per_batch: int | None = None
+    """Tokens per step: as many pairs as fit, prompts counted with either completion. Takes global_batch's place."""
     micro_batch: int = 8
     """Pairs per forward pass and process: memory only, the result does not depend on it."""
     layout: Literal["auto", "padded", "packed", "prefix_shared", "packed_prefix_shared"] = "auto"
@@ -455,7 +459,7 @@ def parse(argv: Sequence[str]) -> RunConfig:
     merged: dict[str, Any] = {}
     for where, layer in layers:
         _check_keys(layer, name, method_class, where)
-        merged = _merge(merged, layer)
+        merged = _merge(merged, _with_sources(layer, where))
     if _at(merged, "model.path") is None and _at(merged, "data.train") is None:
         known = {f.name for f in dataclasses.fields(method_class)}
         hidden = {over for named_key, over in _GIVES_WAY.items() if _at(merged, named_key) is not None}
@@ -488,12 +492,19 @@ def parse(argv: Sequence[str]) -> RunConfig:
         config,
         model=_normal(config.model, "path"),
         reference=_normal(config.reference, "path"),
-        data=_normal(config.data, "train", "eval", "chat_template"),
+        data=_normal(_normal_sources(config.data), "chat_template"),
         rounds=_normal(config.rounds, "compare"),
     )
     if not config.output:
         config = dataclasses.replace(config, output=f"runs/{_default_folder(config)}")
     return config
+
+
+def sources(named: str | None) -> tuple[str, ...]:
+    """What data.train or data.eval names: one source, or several with commas between."""
+    if named is None:
+        return ()
+    return (named,) if Path(named).exists() else tuple(part.strip() for part in named.split(","))
 
 
 def from_dict(settings: Mapping[str, Any]) -> RunConfig:
@@ -742,6 +753,22 @@ def _at(mapping: Mapping[str, Any], dotted: str) -> Any:
     return value
 
 
+def _with_sources(layer: dict[str, Any], where: str) -> dict[str, Any]:
+    """The layer with a list of sources written as a flag is: with commas between."""
+    for key in ("train", "eval"):
+        named = _at(layer, f"data.{key}")
+        if isinstance(named, (list, tuple)):
+            texts = [str(item) for item in named]
+            bad = next((text for text in texts if "," in text or not text.strip()), None)
+            if bad is not None or not texts:
+                found = "an empty list" if bad is None else repr(bad)
+                raise ConfigError(
+                    f"{_source(where, f'data.{key}')}: found {found}, expected names of sources without a comma"
+                )
+            layer = {**layer, "data": {**layer["data"], key: ",".join(texts)}}
+    return layer
+
+
 def _method_name(layer: dict[str, Any], where: str) -> str | None:
     group = layer.get("method")
     if group is not None and not isinstance(group, dict):
@@ -916,6 +943,9 @@ def _type_name(hint: Any) -> str:
         return names[hint]
     if typing.get_origin(hint) is Literal:
         return "one of " + ", ".join(map(str, typing.get_args(hint)))
+    if typing.get_origin(hint) is tuple:
+        kind = _type_name(typing.get_args(hint)[0]).removeprefix("a ")
+        return f"a list of {kind}s" if kind != "text" else "a list"
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
         return " or ".join(_type_name(a) for a in typing.get_args(hint))
     return str(hint)
@@ -938,8 +968,8 @@ def _validate(config: RunConfig) -> None:
         "train.train_epochs",
     )
     optional = (
-        *("train.schedule_epochs", "train.max_steps", "train.threads", "testbed.pairs", "eval.patience"),
-        *("kernel.token_tile", "kernel.vocab_tile", "lora.r", "lora.alpha", "reference.sync_every"),
+        *("train.schedule_epochs", "train.max_steps", "train.threads", "train.tokens_per_batch", "testbed.pairs"),
+        *("kernel.token_tile", "kernel.vocab_tile", "lora.r", "lora.alpha", "reference.sync_every", "eval.patience"),
     )
     seeds = ("seed", "testbed.seed")
     values = _leaves(config.to_dict())
@@ -1047,6 +1077,17 @@ def _validate(config: RunConfig) -> None:
             f"train.group_by_length: method '{config.method_name}' compares the pairs of a batch with each other, so "
             "which pairs meet there changes what is learned (leave it out)"
         )
+    if config.train.tokens_per_batch is not None and streamed:
+        raise ConfigError(
+            "train.tokens_per_batch: the testbed's stream of pairs has no lengths to plan by (name the size of a fixed "
+            "set, testbed.pairs, or leave it out)"
+        )
+    if config.train.tokens_per_batch is not None and config.method.needs.coupled:
+        raise ConfigError(
+            f"train.tokens_per_batch: method '{config.method_name}' compares the pairs of a batch with each other, and "
+            "such steps have now more of them, now fewer (leave it out)"
+        )
+    _validate_sources(config)
     if config.on_testbed and config.data.eval is not None:
         raise ConfigError("data.eval is given without data.train; the testbed makes its own held-out pairs")
     _validate_evaluation(config)
@@ -1152,6 +1193,32 @@ def _compute_dtype(config: RunConfig) -> ModelConfig:
         return model
     mixed: dict[str, Any] = {"bf16": "bfloat16", "fp16": "float16"}
     return dataclasses.replace(model, compute_dtype=mixed.get(config.train.mixed_precision, model.dtype))
+
+
+def _validate_sources(config: RunConfig) -> None:
+    weights, named = config.data.weights, {key: sources(getattr(config.data, key)) for key in ("train", "eval")}
+    for key, names in named.items():
+        for i, name in enumerate(names):
+            if not name:
+                raise ConfigError(f"data.{key}: found a comma with nothing before or behind it, expected a source")
+            if name in names[:i]:
+                raise ConfigError(f"data.{key}: '{name}' is named twice (a larger share is for data.weights to give)")
+    if weights is None:
+        return
+    if config.rounds.count:
+        raise ConfigError("data.weights: given with rounds, which ask each prompt once; leave it out")
+    if not named["train"]:
+        raise ConfigError("data.weights: given without data.train, expected the sources that they are of")
+    if len(weights) != len(named["train"]):
+        raise ConfigError(
+            f"data.weights: found {len(weights)} numbers, expected one for each of the {len(named['train'])} sources "
+            f"of data.train ({', '.join(named['train'])})"
+        )
+    for name, weight in zip(named["train"], weights, strict=True):
+        if not 0 <= weight < float("inf"):
+            raise ConfigError(f"data.weights: found {weight:g} for '{name}', expected a finite number >= 0")
+    if not any(weights):
+        raise ConfigError("data.weights: all are 0, expected one above it at least")
 
 
 def _named_judge(config: RunConfig) -> JudgeConfig:
@@ -1282,6 +1349,15 @@ def _normal(group: Any, *names: str) -> Any:
     return dataclasses.replace(group, **local)
 
 
+def _normal_sources(data: DataConfig) -> DataConfig:
+    """The same of data.train and data.eval, source by source."""
+    spelt: dict[str, Any] = {
+        key: ",".join(str(Path(name)) if Path(name).exists() else name for name in sources(getattr(data, key))) or None
+        for key in ("train", "eval")
+    }
+    return dataclasses.replace(data, **spelt)
+
+
 def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
@@ -1298,5 +1374,5 @@ def _default_folder(config: RunConfig) -> str:
         if not any(k == free or k.startswith(free + ".") for free in FREE_TO_CHANGE)
     }
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:8]
-    task = "testbed" if config.on_testbed else Path(str(config.data.train)).stem
+    task = "testbed" if config.on_testbed else "-".join(Path(name).stem for name in sources(config.data.train)[:3])
     return f"{task}-{config.method_name.rpartition('.')[2]}-{digest}"

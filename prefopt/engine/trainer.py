@@ -20,7 +20,8 @@ from torch import nn
 from prefopt.config import RunConfig
 from prefopt.data.collate import collate
 from prefopt.data.encode import check_row_structure
-from prefopt.data.loader import Batches, padded_length
+from prefopt.data.loader import Batches, Shares
+from prefopt.data.pairs import BLOCK, facts, fed_tokens, padded_lengths
 from prefopt.data.report import show_batch
 from prefopt.engine import adapters, card, check, checkpoint, compiling, export, models, offload
 from prefopt.engine.best import Selection
@@ -37,6 +38,7 @@ from prefopt.engine.metrics import Evaluation, Evaluator, Meter, MetricsFile, sh
 from prefopt.engine.optimizers import make_optimizer
 from prefopt.engine.reference import Moving, ReferenceValues
 from prefopt.engine.runtime import EXIT_UNFINISHED, Runtime, random_state, say, set_random_state
+from prefopt.engine.share import micro_batches
 from prefopt.engine.tracking import Trackers
 from prefopt.errors import ConfigError, TrainError, did_you_mean
 from prefopt.types import EncodedPair, LossOutput, Needs, PairBatch, PairStats
@@ -107,7 +109,8 @@ class Trainer:
                 "looks at the batch as a whole, expected one process and micro_batch = global_batch "
                 f"({config.train.global_batch})"
             )
-        self.total = total_steps(config, self.train.steps_per_epoch)
+        self._steps = None if self.train.steps_per_epoch is None else self.train.steps
+        self.total = total_steps(config, self._steps)
         self.moving: Moving | None = None
         if config.reference.sync_every is not None:
             assert isinstance(self.policy, PolicyWithReference), "a score has no reference"
@@ -193,7 +196,9 @@ class Trainer:
         self.model.train()
         pairs_of_step = self.train.global_batch(step)
         batches = list(self._micro_batches(pairs_of_step, config.train.micro_batch))
-        counts = self._global_counts([batch for _, batch in batches], len(pairs_of_step))
+        grouped = self._counts_per_pair is not None
+        counted = self.train.counted_pairs(step) if grouped else len(pairs_of_step)
+        counts = self._global_counts([batch for _, batch in batches], counted)
         meter, want = Meter(), statistics_for(self.needs)
         broken: list[tuple[torch.Tensor, PairBatch]] = []
         tokens = torch.zeros(4, dtype=torch.float64)  # pairs, scored tokens, tokens fed, cells that hold a token or not
@@ -222,7 +227,7 @@ class Trainer:
         # an overflow of scaled gradients is the scaler's business: it skips the step and halves the scale
         if anywhere > 0 or not (math.isfinite(norm) or scale > 1):
             self._stop_on_nonfinite(step, norm, broken)
-        lr = learning_rate(config, self.train.steps_per_epoch, step)
+        lr = learning_rate(config, self._steps, step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
@@ -237,7 +242,7 @@ class Trainer:
         seconds = time.perf_counter() - began
         line: dict[str, Any] = {"step": step + 1, "split": "train"}
         if self.train.steps_per_epoch:
-            line["epoch"] = (step + 1) / self.train.steps_per_epoch
+            line["epoch"] = self.train.epochs(step + 1)
         line |= {"loss": _total_loss(output, averages)}
         line |= {
             name: value for name, value in averages.items() if len(output.terms) > 1 or not name.startswith("loss/")
@@ -252,19 +257,12 @@ class Trainer:
             line["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 2**30
         return line
 
-    def _micro_batches(self, pairs: Sequence[EncodedPair], size: int) -> Iterator[tuple[list[EncodedPair], PairBatch]]:
-        """This process's share of a batch, cut so that rows of one micro-batch are of like length.
-
-        Sorting happens inside one optimizer step, whose gradient is a sum: it saves padding and changes nothing. Every
-        process gets the same number of micro-batches; one of no pairs is legal.
-        """
-        world, rank = self.runtime.world, self.runtime.rank
-        ordered = sorted(pairs, key=padded_length, reverse=True)
-        cuts = world * max(1, math.ceil(len(ordered) / (size * world)))
-        edges = [len(ordered) * i // cuts for i in range(cuts + 1)]
-        for i in range(rank, cuts, world):
-            mine = ordered[edges[i] : edges[i + 1]]
-            yield mine, self._collate(mine)
+    def _micro_batches(self, pairs: Sequence[EncodedPair], size: int) -> Iterator[tuple[list[int], PairBatch]]:
+        """This process's share of a batch, as (which of the pairs, their batch); see `share.micro_batches`."""
+        shares = micro_batches(padded_lengths(pairs), fed_tokens(pairs), size, self.runtime.world)
+        for mine in shares[self.runtime.rank]:
+            numbers = mine.tolist()
+            yield numbers, self._collate([pairs[i] for i in numbers])
 
     def _collate(self, pairs: Sequence[EncodedPair], layout: str | None = None) -> PairBatch:
         """The batch in the layout that these pairs call for, or in the one that is named, with what is kept of the
@@ -279,7 +277,7 @@ class Trainer:
         )
         return batch if self.values is None else self.values.fill(batch, pairs)
 
-    def _global_counts(self, batches: Sequence[PairBatch], pairs: int) -> dict[str, float]:
+    def _global_counts(self, batches: Sequence[PairBatch], pairs: float) -> dict[str, float]:
         """What each term is divided by: its count over all `pairs` of the step on all processes.
 
         Where batches are grouped by length, their own counts would make a token in a batch of short completions weigh
@@ -303,28 +301,30 @@ class Trainer:
                 totals[term.name] = totals.get(term.name, 0.0) + float(term.count.double().sum())
         return totals
 
-    def _average_counts(self, pairs: Sequence[EncodedPair]) -> dict[str, float]:
-        """The count of each term per pair, over all of these."""
+    def _average_counts(self, shares: Shares) -> dict[str, float]:
+        """The count of each term per pair of an epoch."""
+        averages: dict[str, float] = {}
+        for share, pairs in shares:
+            for name, count in self._counts(self._bare(pairs)).items():
+                averages[name] = averages.get(name, 0.0) + share * count / len(pairs)
+        return {name: count if count > 0 else 1.0 for name, count in averages.items()}
+
+    def _bare(self, pairs: Sequence[EncodedPair]) -> Iterator[PairBatch]:
+        """Lengths and columns of pairs without their tokens, which are all that a count can depend on."""
         empty = self._collate([])
+        for begin in range(0, len(pairs), BLOCK):
+            end = min(begin + BLOCK, len(pairs))
 
-        def bare(some: Sequence[EncodedPair]) -> PairBatch:
-            """Their lengths and columns without their tokens, which are all that a count can depend on."""
-            chosen = torch.tensor([sum(pair.chosen_mask) for pair in some])
-            rejected = torch.tensor([sum(pair.rejected_mask or ()) for pair in some])
-            return replace(
+            def of(name: str, begin: int = begin, end: int = end) -> torch.Tensor:
+                return torch.from_numpy(facts(pairs, name, begin, end).copy())
+
+            yield replace(
                 empty,
-                chosen_lengths=chosen,
-                rejected_lengths=None if empty.rejected_lengths is None else rejected,
-                columns={
-                    name: torch.tensor([pair.columns[name] for pair in some], dtype=torch.float64)
-                    for name in empty.columns
-                },
-                where=tuple(pair.where for pair in some),
+                chosen_lengths=of("chosen_scored"),
+                rejected_lengths=None if empty.rejected_lengths is None else of("rejected_scored"),
+                columns={name: of(f"column.{name}") for name in empty.columns},
+                where=("",) * (end - begin),
             )
-
-        chunks = (pairs[begin : begin + 4096] for begin in range(0, len(pairs), 4096))
-        totals = self._counts(map(bare, chunks))
-        return {name: count / len(pairs) if count > 0 else 1.0 for name, count in totals.items()}
 
     def _loss_scale(self) -> float:
         """What fp16 multiplies the loss by, so that small gradients do not vanish; 1 in any other precision."""
@@ -421,19 +421,17 @@ class Trainer:
 
     def _eval_rows(self, want: tuple[str, ...]) -> list[dict[str, Any]]:
         """One record per held-out pair, in the order of the file, whatever batches and processes there are."""
-        pairs = list(self.eval_pairs)
-        numbered = {id(pair): i for i, pair in enumerate(pairs)}
         mine: list[dict[str, Any]] = []
-        for chunk, batch in self._micro_batches(pairs, self.config.eval.batch):
+        for numbers, batch in self._micro_batches(self.eval_pairs, self.config.eval.batch):
             self._leave_if_asked()
             batch = to_device(batch, self.runtime.device)
             stats = pair_stats(self.model, batch, want)
             output = self.method.loss(stats, batch)
             values = _terms(output) | shared_metrics(stats) | dict(output.metrics)
             table = {name: (v.double().cpu().tolist(), c.double().cpu().tolist()) for name, (v, c) in values.items()}
-            for i, pair in enumerate(chunk):
+            for i, (number, where) in enumerate(zip(numbers, batch.where, strict=True)):
                 cells = {name: (v[i], c[i]) for name, (v, c) in table.items()}
-                mine.append({"index": numbered[id(pair)], "where": pair.where, "cells": cells})
+                mine.append({"index": number, "where": where, "cells": cells})
             self._eval_terms = [(term.name, term.weight) for term in output.terms]
         return sorted(self.runtime.gather_objects(mine), key=lambda row: row["index"])
 
@@ -474,7 +472,9 @@ class Trainer:
     def _first_batch(self) -> None:
         """Show the first batch if asked to, and prove that its scores are right."""
         config, runtime = self.config, self.runtime
-        chunk, batch = next(self._micro_batches(self.train.global_batch(0), config.train.micro_batch))
+        pairs = self.train.global_batch(0)
+        numbers, batch = next(self._micro_batches(pairs, config.train.micro_batch))
+        chunk = [pairs[i] for i in numbers]
         if config.train.show_batch:
             say(show_batch(batch, self.tokenizer))
         if not config.train.check_first_batch:
@@ -635,26 +635,27 @@ def _say_beside_the_bar(text: str) -> None:
 # Pure pieces ----------------------------------------------------------------------------------------------------------
 
 
-def total_steps(config: RunConfig, steps_per_epoch: int | None) -> int:
-    """Optimizer steps of the run. Raises: ConfigError for an endless stream without max_steps."""
+def total_steps(config: RunConfig, steps: Callable[[float], int] | None) -> int:
+    """Optimizer steps of the run.
+
+    Args: steps: how many so many epochs from the start are; None for an endless stream.
+    Raises: ConfigError for an endless stream without max_steps.
+    """
     if config.train.max_steps is not None:
         return config.train.max_steps
-    if steps_per_epoch is None:
+    if steps is None:
         raise ConfigError("train.max_steps: found none, expected a number of steps for an endless stream of pairs")
-    return math.ceil(config.train.train_epochs * steps_per_epoch)
+    return steps(config.train.train_epochs)
 
 
-def learning_rate(config: RunConfig, steps_per_epoch: int | None, step: int) -> float:
+def learning_rate(config: RunConfig, steps: Callable[[float], int] | None, step: int) -> float:
     """The learning rate of optimizer step `step`, counted from 0.
 
     Warm-up reaches the peak on its last step; linear and cosine then fall to 0 at the end of the schedule, which may
-    lie beyond the end of training.
+    lie beyond the end of training. Args: steps: as in `total_steps`.
     """
     optim, epochs = config.optim, config.train.schedule_epochs
-    if epochs is not None and steps_per_epoch is not None:
-        length = math.ceil(epochs * steps_per_epoch)
-    else:
-        length = total_steps(config, steps_per_epoch)
+    length = steps(epochs) if epochs is not None and steps is not None else total_steps(config, steps)
     warmup = optim.warmup_steps if optim.warmup_steps is not None else math.ceil(optim.warmup_ratio * length)
     if step < warmup:
         return optim.lr * (step + 1) / warmup

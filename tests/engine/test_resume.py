@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -141,6 +142,33 @@ def test_run_when_grouped_by_length_and_killed_then_ends_bit_identical(server, c
     assert (
         server.train(killed, fault((ENGINE + "trainer:Trainer._step", "before", 1), count=9)).status == -signal.SIGKILL
     )
+    assert server.train(killed).status == 0
+    assert_same_run(tmp_path / "killed", tmp_path / "straight")
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_run_when_steps_have_a_token_budget_and_sources_weights_and_killed_then_ends_bit_identical(
+    grouped, server, command, task, tmp_path
+):
+    lines = task.pairs.read_text().splitlines(keepends=True)
+    (tmp_path / "few.jsonl").write_text("".join(lines[:15]))
+    (tmp_path / "many.jsonl").write_text("".join(lines[15:]))
+    settings = {"data__train": f"{tmp_path}/few.jsonl,{tmp_path}/many.jsonl", "data__weights": "2,1"}
+    settings |= {"train__tokens_per_batch": 300, "train__group_by_length": grouped, "train__train_epochs": 2.5}
+    straight, killed = (
+        command("dpo", tmp_path / name, without=("train.max_steps",), **settings) for name in ("straight", "killed")
+    )
+    ended = server.train(straight)
+    assert ended.status == 0, ended.err
+    steps = [line for line in read_lines(tmp_path / "straight" / "metrics.jsonl") if line["split"] == "train"]
+    assert max(line["tokens_fed"] for line in steps) <= 300
+    assert len({line["pairs"] for line in steps}) > 1
+    assert steps[-1]["epoch"] >= 2.5 > steps[-2]["epoch"]
+    falls = [before["lr"] - after["lr"] for before, after in pairwise(steps[len(steps) // 2 :])]
+    assert steps[-1]["lr"] == pytest.approx(falls[0]), "the linear schedule ends one step after the last"
+    for count in (4, 9):
+        wanted = fault((ENGINE + "trainer:Trainer._step", "before", 1), count=count)
+        assert server.train(killed, wanted).status == -signal.SIGKILL
     assert server.train(killed).status == 0
     assert_same_run(tmp_path / "killed", tmp_path / "straight")
 

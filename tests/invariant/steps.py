@@ -118,7 +118,7 @@ class Bench:
                 policy, reference if needs.reference != "none" else None, config.kernel, reference_head
             ),
             tokenizer=tokenizer or SimpleNamespace(pad_token_id=2),
-            train=SimpleNamespace(steps_per_epoch=None, fingerprint="rows", grouped=grouped),
+            train=SimpleNamespace(steps_per_epoch=None, fingerprint="rows", grouped=grouped and [(1.0, grouped)]),
             eval_pairs=[],
             output=Path(),
             values=values,
@@ -134,11 +134,15 @@ class Bench:
             name: p.grad.clone() for name, p in self.trainer.policy.lm.named_parameters() if p.requires_grad
         }
 
-    def step(self, pairs, micro):
-        """(loss, gradient by parameter name) of one optimizer step on `pairs`, `micro` at a time on each process."""
+    def step(self, pairs, micro, counted=None):
+        """(loss, gradient by parameter name) of one optimizer step on `pairs`, `micro` at a time on each process.
+
+        Args: counted: by how many pairs a grouped step is divided; None: by its own.
+        """
         train = replace(self.trainer.config.train, global_batch=len(pairs), micro_batch=micro)
         self.trainer.config = replace(self.trainer.config, train=train)
         self.trainer.train.global_batch = lambda step: list(pairs)
+        self.trainer.train.counted_pairs = lambda step: len(pairs) if counted is None else counted
         known = self.trainer.runtime.accelerator._optimizers
         known[:] = [self.trainer.optimizer]  # whose gradients a scaler unscales before they are clipped
         line = self.trainer._step(0)
