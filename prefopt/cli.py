@@ -29,10 +29,12 @@ from prefopt.testbed.cache import cache_root
 
 if TYPE_CHECKING:
     from prefopt.data.loader import Batches
+    from prefopt.data_config import LookConfig
     from prefopt.engine.adapters import Frozen, Weights
     from prefopt.engine.forward import ReferenceHead
+    from prefopt.engine.metrics import Evaluator
     from prefopt.engine.reference import ReferenceValues, Source
-    from prefopt.engine.trainer import Evaluator
+    from prefopt.engine.tracking import Trackers
     from prefopt.rounds.run import Rounds
     from prefopt.testbed.words import WordWorld
     from prefopt.types import EncodedPair
@@ -79,7 +81,7 @@ def _train(config: RunConfig, only: Stage | None = None) -> int:
 
 
 def _prepared(config: RunConfig, output: Path, stop: rt.Stop, only: Stage | None) -> int:
-    from prefopt.engine import layouts
+    from prefopt.engine import compiling, layouts, optimizers
 
     runtime = rt.start(
         stop,
@@ -92,8 +94,12 @@ def _prepared(config: RunConfig, output: Path, stop: rt.Stop, only: Stage | None
     )
     try:
         say(_first_line(config, runtime))
-        _check_optimizer(config)
+        optimizers.check_optimizer(config.optim, runtime.device)
         layouts.check_settings(config, runtime.device)
+        if config.train.compile:
+            compiling.check(runtime.device)
+        if config.model.offload_activations and runtime.device.type == "cpu":
+            say("warning: model.offload_activations copies what is in the host's memory already on a CPU")
         if config.rounds.count:
             return _run_rounds(config, runtime, output, only)
         return _run_once(config, runtime, output)
@@ -109,6 +115,7 @@ def _prepared(config: RunConfig, output: Path, stop: rt.Stop, only: Stage | None
 def _run_once(config: RunConfig, runtime: rt.Runtime, output: Path, evaluators: Sequence[Evaluator] = ()) -> int:
     """One training, from its data to its model."""
     from prefopt.engine import checkpoint
+    from prefopt.engine.tracking import Trackers
 
     task = runtime.on_main_first(lambda: _testbed_task(config)) if config.on_testbed else _file_task(config)
     for line in task.report:
@@ -128,10 +135,15 @@ def _run_once(config: RunConfig, runtime: rt.Runtime, output: Path, evaluators: 
         say(f"{output}: this run is finished; the model is in {output / 'model'}")
         _report_testbed(config, runtime, task, output)
         return 0
-    status = _fit(config, runtime, task, output, resume_from, evaluators, hashes)
-    if status == 0:
-        say(f"finished: model in {output / 'model'}, metrics in {output / 'metrics.jsonl'}")
-        _report_testbed(config, runtime, task, output)
+    trackers, failed = Trackers(runtime, config, output, output / CARD), True
+    try:
+        status = _fit(config, runtime, task, output, resume_from, evaluators, trackers, hashes)
+        if status == 0:
+            say(f"finished: model in {output / 'model'}, metrics in {output / 'metrics.jsonl'}")
+            _report_testbed(config, runtime, task, output, trackers)
+        failed = False
+    finally:
+        trackers.finish(failed)
     return status
 
 
@@ -140,7 +152,7 @@ def _run_once(config: RunConfig, runtime: rt.Runtime, output: Path, evaluators: 
 
 def _run_rounds(config: RunConfig, runtime: rt.Runtime, output: Path, only: Stage | None = None) -> int:
     """All rounds in the processes of this run, or one stage of one of them."""
-    from prefopt.engine.trainer import finish_trackers, start_trackers
+    from prefopt.engine.tracking import Trackers
     from prefopt.rounds.setup import set_up
     from prefopt.rounds.work import Workers
 
@@ -158,10 +170,10 @@ def _run_rounds(config: RunConfig, runtime: rt.Runtime, output: Path, only: Stag
             runtime.accelerator.free_memory()
 
     def track(figures: Mapping[str, float], number: int) -> None:
-        if config.track.to:
-            start_trackers(runtime, config, output)
-            runtime.accelerator.log({f"rounds/{name}": value for name, value in figures.items()}, step=number)
-            finish_trackers(runtime)
+        trackers = Trackers(runtime, config, output, output / CARD)
+        trackers.start()
+        trackers.log({f"rounds/{name}": value for name, value in figures.items()}, number)
+        trackers.finish()
 
     rounds, report = set_up(
         config,
@@ -358,7 +370,10 @@ def _testbed_task(config: RunConfig) -> _Task:
         fingerprint = f"{world.fingerprint}-{test.pairs}-{seed}"
         pairs = world.file_pairs(test.pairs, seed)
         pairs = pairs if both is None else [both.reread(pair) for pair in pairs]
-        train = FileBatches(pairs, batch, seed, fingerprint, config.train.group_by_length)
+        group, tokens = config.train.group_by_length, config.train.tokens_per_batch
+        if tokens is not None and needs.rows == "chosen_only":  # it counts what is fed
+            pairs = [dataclasses.replace(pair, rejected_ids=None, rejected_mask=None) for pair in pairs]
+        train = FileBatches(pairs, batch, seed, fingerprint, group, tokens)
         sources.append(Source(pairs, fingerprint))
         what = f"a fixed set of {test.pairs:,} pairs"
     return _Task(
@@ -376,14 +391,14 @@ def _testbed_task(config: RunConfig) -> _Task:
 
 def _file_task(config: RunConfig) -> _Task:
     from prefopt.data.comparison import encoder_for
-    from prefopt.data.encode import encode_file, pad_token
+    from prefopt.data.encode import encode_file, joined, pad_token
     from prefopt.data.loader import FileBatches
+    from prefopt.data.mixture import mixture_of
     from prefopt.data.split import shared_prompts, split_by_prompt
     from prefopt.engine import adapters, layouts, models
     from prefopt.engine.reference import Source
 
     assert config.model.path is not None
-    assert config.data.train is not None
     start = adapters.find(config.model.path, config.model)
     architecture = models.load_config(start.base, start.base_settings(config.model))
     adapters.check(config, start, architecture)
@@ -413,10 +428,15 @@ def _file_task(config: RunConfig) -> _Task:
         report.extend(encoded.report.lines())
         return encoded
 
-    train = encode(config.data.train)
+    weights = config.data.weights or (1.0,) * len(settings.sources(config.data.train))
+    named = {name: w for name, w in zip(settings.sources(config.data.train), weights, strict=True) if w > 0}
+    files = [encode(name) for name in named]
+    train = joined(files)
     pairs: Sequence[EncodedPair] = train.pairs
     if config.data.eval is not None:
-        held_out = encode(config.data.eval)
+        more = [encode(name) for name in settings.sources(config.data.eval)]
+        held_out = joined(more)
+        files += more
         eval_pairs, eval_fingerprint = held_out.pairs, held_out.fingerprint
         shared = shared_prompts(pairs, eval_pairs)
         if shared:
@@ -429,11 +449,23 @@ def _file_task(config: RunConfig) -> _Task:
         pairs, eval_pairs = split_by_prompt(pairs, config.data.eval_fraction)
         eval_fingerprint = f"{train.fingerprint}-{config.data.eval_fraction}"
         report.append(f"held out by prompt: {len(eval_pairs):,} of {len(train.pairs):,} pairs")
-    files = [train, held_out] if config.data.eval is not None else [train]
     for encoded in files:
         models.check_positions(architecture, encoded.report, config.data.max_length)
-    fingerprint = f"{train.fingerprint}-{len(pairs)}"
-    batches = FileBatches(pairs, config.train.global_batch, config.seed, fingerprint, config.train.group_by_length)
+    mixture = None
+    if config.data.weights is not None:
+        mixture = mixture_of(pairs, named, config.seed)
+        report += mixture.lines(named)
+    batches = FileBatches(
+        pairs,
+        config.train.global_batch,
+        config.seed,
+        f"{train.fingerprint}-{len(pairs)}",
+        config.train.group_by_length,
+        config.train.tokens_per_batch,
+        mixture,
+    )
+    if config.train.tokens_per_batch is not None:
+        report.append(batches.described())
     sources = [Source(encoded.pairs, encoded.fingerprint) for encoded in files]
     return _Task(start, reference, tokenizer, batches, eval_pairs, eval_fingerprint, sources, report)
 
@@ -445,6 +477,7 @@ def _fit(
     output: Path,
     resume_from: Path | None,
     evaluators: Sequence[Evaluator] = (),
+    trackers: Trackers | None = None,
     hashes: Mapping[str, str] | None = None,
 ) -> int:
     from prefopt.engine import adapters, models
@@ -469,7 +502,7 @@ def _fit(
     of_them = f", {adapter}" if adapter else ""
     say(f"policy: {name}, {parameters:,} parameters{of_them}, {threads} thread(s) per process; output: {output}")
     if task.reference is not None:
-        say(f"reference: {adapters.describe(task.reference, task.start, config.reference)}")
+        say(f"reference: {adapters.describe(task.reference, task.start, config)}")
     if config.model.dtype == "bfloat16" and not adapter:
         say(
             "warning: weights in bfloat16 lose updates smaller than 1/256 of a weight; "
@@ -479,7 +512,7 @@ def _fit(
     reference_head: ReferenceHead | None = None
     if cached:
         values, reference_head = _kept_reference(config, runtime, task, lm, resume_from is None, key, hashes or {})
-        reference = reference if config.reference.cache == "hidden" and reference_head is None else None
+        reference = reference if isinstance(reference, adapters.Frozen) else None
     scores = config.method.needs.output == "scores"
     if scores:
         models.set_padding(adapters.base_of(lm), task.tokenizer)
@@ -487,10 +520,15 @@ def _fit(
     if task.world is not None and not scores:  # a world's truth is about what a policy writes
         world, beta = task.world, _beta(config)
         evaluators.append(lambda policy: world.evaluate(policy, beta))
+    policy = Scorer(lm) if scores else PolicyWithReference(lm, reference, config.kernel, reference_head)
+    if config.eval.generate and isinstance(policy, PolicyWithReference):
+        from prefopt.evaluate.sampler import sampler
+
+        evaluators.append(sampler(config, policy, task.tokenizer, task.eval_pairs, runtime.accelerator.autocast))
     trainer = Trainer(
         config=config,
         runtime=runtime,
-        policy=Scorer(lm) if scores else PolicyWithReference(lm, reference, config.kernel, reference_head),
+        policy=policy,
         tokenizer=task.tokenizer,
         train=task.train,
         eval_pairs=task.eval_pairs,
@@ -498,6 +536,7 @@ def _fit(
         resume_from=resume_from,
         evaluators=evaluators,
         values=values,
+        trackers=trackers,
     )
     return trainer.run()
 
@@ -536,7 +575,9 @@ def _beta(config: RunConfig) -> float:
     return float(getattr(config.method, "beta", settings.TESTBED_DEPARTURES["method"]["beta"]))
 
 
-def _report_testbed(config: RunConfig, runtime: rt.Runtime, task: _Task, output: Path) -> None:
+def _report_testbed(
+    config: RunConfig, runtime: rt.Runtime, task: _Task, output: Path, trackers: Trackers | None = None
+) -> None:
     """The table at the end of a run on the testbed, and the frontier plot where there is a frontier."""
     if task.world is None or not runtime.is_main or not (output / "metrics.jsonl").exists():
         return
@@ -554,25 +595,14 @@ def _report_testbed(config: RunConfig, runtime: rt.Runtime, task: _Task, output:
         )
         return
     beta = _beta(config)
-    say("\n" + summary_table(task.world, lines[0], lines[-1], beta))
+    table = summary_table(task.world, lines[0], lines[-1], beta)
+    say("\n" + table)
     if isinstance(task.world, Bandit):
         frontier_plot(output / "frontier.png", task.world, [Run(_described(config), beta, lines)])
         say(f"\nreward-KL frontier: {output / 'frontier.png'}")
-
-
-def _check_optimizer(config: RunConfig) -> None:
-    """Refuse an optimizer that does not exist or cannot take a plain step, before data and models are loaded."""
-    import torch
-
-    from prefopt.engine.trainer import make_optimizer
-
-    probe = torch.nn.Linear(1, 1)
-    optimizer = make_optimizer(dataclasses.replace(config.optim, lr=1e-3), probe)
-    probe(torch.ones(1, 1)).sum().backward()
-    try:
-        optimizer.step()
-    except Exception as error:
-        raise ConfigError(f"optim.name: '{config.optim.name}' cannot take a plain step: {error}") from error
+    if trackers is not None:
+        trackers.page("testbed/end", f"```\n{table}\n```", lines[-1]["step"])
+        trackers.picture("testbed/frontier", output / "frontier.png", lines[-1]["step"])
 
 
 # Before anything heavy is imported ------------------------------------------------------------------------------------
@@ -589,8 +619,13 @@ def _check_paths(config: RunConfig) -> None:
         if importlib.util.find_spec(tracker) is None:
             extra = f"prefopt[{tracker}]" if tracker == "wandb" else tracker
             raise ConfigError(f"track.to: '{tracker}' is not installed; pip install '{extra}', or leave it out")
-    for path in (config.data.train, config.data.eval):
-        if path is not None and (Path(path).suffix or path.startswith((".", "/", "~"))):
+    in_bits = {"model.quantize": config.model.quantize, "optim.name": config.optim.name}
+    for key, value in in_bits.items():
+        needed = value is not None if key == "model.quantize" else str(value).endswith("adamw_8bit")
+        if needed and importlib.util.find_spec("bitsandbytes") is None:
+            raise ConfigError(f"{key}: '{value}' needs bitsandbytes; pip install 'prefopt[qlora]', or leave it out")
+    for path in settings.sources(config.data.train) + settings.sources(config.data.eval):
+        if Path(path).suffix or path.startswith((".", "/", "~")):
             open_source(path)
 
 
@@ -657,19 +692,12 @@ def _run_card(config: RunConfig, runtime: rt.Runtime, task: _Task) -> dict[str, 
         what, start = task.reference, task.start
         if what is None:
             return None
-        return {**card(adapters.weights_of(what, start)), "is": adapters.describe(what, start, config.reference)}
+        return {**card(adapters.weights_of(what, start)), "is": adapters.describe(what, start, config)}
 
-    train = config.train
-    per_pass = train.micro_batch * runtime.world
     return {
         "method": _described(config),
         "config": config.to_dict(),
-        "batch": {
-            "pairs_per_step": train.global_batch,
-            "processes": runtime.world,
-            "pairs_per_pass_and_process": min(train.micro_batch, -(-train.global_batch // runtime.world)),
-            "passes_per_step": -(-train.global_batch // per_pass),
-        },
+        "batch": _batch_card(config.train, runtime.world),
         "data": {
             "train": task.train.fingerprint,
             "order": task.train.order_hash,
@@ -679,6 +707,19 @@ def _run_card(config: RunConfig, runtime: rt.Runtime, task: _Task) -> dict[str, 
         "model": card(task.start),
         "reference": reference_card(),
         **_circumstances(runtime),
+    }
+
+
+def _batch_card(train: settings.TrainConfig, world: int) -> dict[str, int]:
+    """What a step takes. Where tokens bound it, how many pairs and passes that are differs from step to step."""
+    card = {"processes": world}
+    if train.tokens_per_batch is not None:
+        return card | {"tokens_per_step": train.tokens_per_batch, "most_pairs_per_pass_and_process": train.micro_batch}
+    return {
+        "pairs_per_step": train.global_batch,
+        **card,
+        "pairs_per_pass_and_process": min(train.micro_batch, -(-train.global_batch // world)),
+        "passes_per_step": -(-train.global_batch // (train.micro_batch * world)),
     }
 
 
@@ -775,3 +816,81 @@ def infer(argv: Sequence[str]) -> int:
         return run(config)
     except PrefoptError as error:
         return rt.fail(error)
+
+
+# Looking at data ------------------------------------------------------------------------------------------------------
+
+
+def data(argv: Sequence[str]) -> int:
+    """The `data` command: what training would say of the data, and some rows with their masks. Status as `infer`."""
+    from prefopt.data_config import look_help, parse_look
+
+    try:
+        if "--help" in argv or "-h" in argv:
+            with contextlib.suppress(BrokenPipeError):
+                print(look_help())
+            return 0
+        return _look(parse_look(argv))
+    except PrefoptError as error:
+        return rt.fail(error)
+
+
+def _look(config: LookConfig) -> int:
+    from prefopt import registry
+    from prefopt.data.rows import open_source
+    from prefopt.types import Needs
+
+    if config.model.path is not None:
+        rt.check_path("model.path", config.model.path)
+    if config.tokenizer is not None:
+        rt.check_path("tokenizer", config.tokenizer)
+    for name in config.sources:
+        if Path(name).suffix or name.startswith((".", "/", "~")):
+            open_source(name)
+
+    from prefopt.data.comparison import encoder_for
+    from prefopt.data.encode import encode_file, joined, pad_token
+    from prefopt.data.look import page, shown, spread, terminal
+    from prefopt.engine import adapters, models
+    from prefopt.files import write_whole
+
+    vocab_rows = None
+    if config.model.path is not None:
+        start = adapters.find(config.model.path, config.model)
+        vocab_rows = models.vocabulary(models.load_config(start.base, start.base_settings(config.model)))
+        path, at = adapters.tokenizer_path(start, config.model)
+        tokenizer = models.load_tokenizer(path, at, config.data.chat_template)
+    else:
+        assert config.tokenizer is not None
+        tokenizer = models.load_tokenizer(config.tokenizer, config.model, config.data.chat_template, key="tokenizer")
+    tokenizer.pad_token_id, _ = pad_token(tokenizer)
+    needs = Needs(reference="none") if config.method is None else registry.get(config.method)().needs
+    sources = [
+        encode_file(
+            name,
+            tokenizer,
+            max_length=config.data.max_length,
+            kind=encoder_for(needs),
+            need_rejected=needs.rows == "pairs",
+            extra=needs.columns,
+            columns=config.data.columns,
+            on_bad_row=config.data.on_bad_row,
+            vocab_rows=vocab_rows,
+            cache_dir=cache_root() / "encoded",
+        )
+        for name in config.sources
+    ]
+    report = [line for source in sources for line in source.report.lines()]
+    pairs = joined(sources).pairs
+    rows = [shown(pairs[i], tokenizer) for i in spread(config.rows, len(pairs))]
+    if config.html is not None:
+        try:
+            write_whole(Path(config.html), [page(", ".join(config.sources), report, rows)])
+        except OSError as error:
+            raise TrainError(f"--html: '{config.html}' cannot be written: {error.strerror}") from None
+        print("\n".join([*report, f"written: {config.html}"]))
+        return 0
+    color = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    with contextlib.suppress(BrokenPipeError):
+        print("\n".join([*report, *(["", terminal(rows, color=color)] if rows else [])]))
+    return 0

@@ -41,8 +41,14 @@ class ModelConfig:
     """Precision in which weights are held and updated."""
     attention: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] = "sdpa"
     """Attention implementation, as transformers names it."""
+    quantize: Literal["nf4", "fp4"] | None = None
+    """QLoRA: hold the weights below the head in 4 bits (bitsandbytes), doubly quantised, under an adapter. None: no."""
+    compute_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Precision of products with quantised weights. None: that of train.mixed_precision, else of model.dtype."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
+    offload_activations: bool = False
+    """Keep what the backbone saves for the backward pass in the host's memory: less on the GPU, more time."""
     trust_remote_code: bool = False
     """Run model code that comes with the weights."""
 
@@ -81,6 +87,8 @@ class LoraConfig:
     """Names of the linear layers that get an adapter, e.g. q_proj,v_proj. None named: all but the output head."""
     modules_to_save: tuple[str, ...] = ()
     """Modules trained whole beside the adapter, and saved with it, e.g. lm_head."""
+    merge: bool = False
+    """Export a plain model, the adapter merged into its weights; the adapter itself goes to `adapter/` beside it."""
 
 
 @dataclass(frozen=True)
@@ -88,9 +96,11 @@ class DataConfig:
     """Pairs and how they become tokens."""
 
     train: str | None = None
-    """JSONL file, local folder or hub id. None: the testbed's pairs."""
+    """JSONL or Parquet file, folder or hub id; several with commas between. None: the testbed's pairs."""
+    weights: tuple[float, ...] | None = None
+    """Of each source of data.train, its share of the pairs of an epoch. None: each pair once."""
     eval: str | None = None
-    """Held-out pairs. None: a share of the training file, split by prompt."""
+    """Held-out pairs, named like data.train. None: a share of the training pairs, split by prompt."""
     eval_fraction: float = 0.05
     """Share of prompts held out where no eval file is named; 0 holds out none."""
     columns: dict[str, str] = field(default_factory=dict)
@@ -108,7 +118,7 @@ class OptimConfig:
     """Optimizer and learning rate; the same for every method unless you say otherwise."""
 
     name: str = "adamw"
-    """adamw, rmsprop, sgd, or the dotted path of a torch optimizer class."""
+    """adamw, adamw_8bit, paged_adamw_8bit, adafactor, rmsprop, sgd, or the dotted path of a torch optimizer class."""
     lr: float = 1e-6
     """Peak learning rate."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
@@ -131,6 +141,8 @@ class TrainConfig:
 
     global_batch: int = 64
     """Pairs per optimizer step over all processes; accumulation is derived from it."""
+    tokens_per_batch: int | None = None
+    """Tokens per step: as many pairs as fit, prompts counted with either completion. Takes global_batch's place."""
     micro_batch: int = 8
     """Pairs per forward pass and process: memory only, the result does not depend on it."""
     layout: Literal["auto", "padded", "packed", "prefix_shared", "packed_prefix_shared"] = "auto"
@@ -145,6 +157,8 @@ class TrainConfig:
     """Optimizer steps; takes the place of train_epochs. Required for an endless stream."""
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     """Autocast of the forward pass, in fp16 with a gradient scaler; statistics stay float32."""
+    compile: bool = False
+    """Compile the layers of the backbone (torch.compile); compiling takes its time at the start."""
     save_every: int = 100
     """Optimizer steps between checkpoints."""
     keep_last: int = 2
@@ -168,8 +182,12 @@ class EvalConfig:
     batch: int = 16
     """Pairs per forward pass and process."""
     select: str | None = None
-    """Export the model of the evaluation with the best of this metric: the lowest loss, the highest of any other. None:
-    the last model."""
+    """Export the model of the evaluation with the best of this metric: the lowest loss, the highest of any other, or as
+    `kl/chosen:min` or `samples/kl:max` say. None: the last model."""
+    patience: int | None = None
+    """Stop after so many evaluations in a row without a better eval.select. None: train to the end."""
+    generate: int = 0
+    """Held-out prompts that policy and reference answer at each evaluation, as generate.* says. 0: none."""
 
 
 @dataclass(frozen=True)
@@ -214,7 +232,7 @@ class RoundsConfig:
 
 @dataclass(frozen=True)
 class GenerateConfig:
-    """How completions are sampled in rounds."""
+    """How completions are sampled: in rounds, and at evaluations where eval.generate asks for samples."""
 
     engine: Literal["transformers", "vllm", "openai"] = "transformers"
     """In process; vLLM in a process and an environment of its own; or a server with OpenAI's interface."""
@@ -366,6 +384,7 @@ class RunConfig:
 
 ROUND_GROUPS = ("rounds", "generate", "judge")
 FOLDED = (*ROUND_GROUPS, "lora", "kernel", "track", "testbed")  # one line each in a `--help` that does not ask for them
+SAMPLES_READ = ("temperature", "top_p", "top_k", "max_tokens", "stop", "batch")  # of `generate`, by eval.generate
 _NOT_SETTINGS = ("method", "method_name")
 
 # What a run on the testbed departs in from the defaults: a model of 60k parameters wants other steps than one of 8B.
@@ -401,9 +420,13 @@ ROUNDS_IN_WORLD: dict[str, dict[str, Any]] = {
 # A departure gives way when the user names the setting that it would silently overrule.
 _GIVES_WAY = {"optim.warmup_ratio": "optim.warmup_steps", "train.train_epochs": "train.max_steps"}
 
+# Short names of optimizers; engine/optimizers.py makes them.
+OPTIMIZERS = ("adamw", "adamw_8bit", "paged_adamw_8bit", "adafactor", "rmsprop", "sgd")
+
 # Settings that may change between the attempts at one run: they do not move the trajectory by more than rounding.
 FREE_TO_CHANGE = (
     *("dry_run", "output", "track", "kernel", "eval.batch", "model.gradient_checkpointing", "reference.cache_dir"),
+    *("model.offload_activations", "train.compile"),
     *("train.show_batch", "train.keep_last", "train.save_every", "train.micro_batch", "train.threads"),
     *("train.layout", "rounds.launcher", "rounds.compare", "generate.python", "generate.url", "generate.api_key_env"),
     *("generate.concurrency", "generate.retries", "generate.timeout", "judge.url", "judge.api_key_env"),
@@ -436,7 +459,7 @@ def parse(argv: Sequence[str]) -> RunConfig:
     merged: dict[str, Any] = {}
     for where, layer in layers:
         _check_keys(layer, name, method_class, where)
-        merged = _merge(merged, layer)
+        merged = _merge(merged, _with_sources(layer, where))
     if _at(merged, "model.path") is None and _at(merged, "data.train") is None:
         known = {f.name for f in dataclasses.fields(method_class)}
         hidden = {over for named_key, over in _GIVES_WAY.items() if _at(merged, named_key) is not None}
@@ -462,19 +485,26 @@ def parse(argv: Sequence[str]) -> RunConfig:
             "method_name": name,
         },
     )
-    config = dataclasses.replace(config, judge=_named_judge(config))
+    config = dataclasses.replace(config, judge=_named_judge(config), model=_compute_dtype(config))
     _validate(config)
     _validate_rounds(config)
     config = dataclasses.replace(
         config,
         model=_normal(config.model, "path"),
         reference=_normal(config.reference, "path"),
-        data=_normal(config.data, "train", "eval", "chat_template"),
+        data=_normal(_normal_sources(config.data), "chat_template"),
         rounds=_normal(config.rounds, "compare"),
     )
     if not config.output:
         config = dataclasses.replace(config, output=f"runs/{_default_folder(config)}")
     return config
+
+
+def sources(named: str | None) -> tuple[str, ...]:
+    """What data.train or data.eval names: one source, or several with commas between."""
+    if named is None:
+        return ()
+    return (named,) if Path(named).exists() else tuple(part.strip() for part in named.split(","))
 
 
 def from_dict(settings: Mapping[str, Any]) -> RunConfig:
@@ -489,7 +519,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """`key: old -> new` for each setting in which two runs' dictionaries differ and that may not change in a run."""
     before, after = _leaves(old), _leaves(new)
     # what dropout drops depends on how a step is cut and laid out
-    held = ("train.micro_batch", "train.layout") if before.get("lora.dropout") else ()
+    held = ("train.micro_batch", "train.layout", "train.compile") if before.get("lora.dropout") else ()
     return [
         f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
         for key in sorted(before.keys() | after.keys())
@@ -525,7 +555,8 @@ def help_text(argv: Sequence[str]) -> str:
     groups: list[tuple[str, str, list[_HelpRow]]] = []
     for key, hint in hints.items():
         if dataclasses.is_dataclass(hint):
-            folded = key in FOLDED and not open_groups & {key, "all"}
+            asked = open_groups & {key, "all"} or (key == "generate" and "eval.generate" in flags)
+            folded = key in FOLDED and not asked
             rows = [] if folded else _help_rows(hint, f"{key}.")
             more = f" (--help {key} lists its settings)" if folded else ""
             groups.append((key, (hint.__doc__ or "").strip() + more, rows))
@@ -722,6 +753,22 @@ def _at(mapping: Mapping[str, Any], dotted: str) -> Any:
     return value
 
 
+def _with_sources(layer: dict[str, Any], where: str) -> dict[str, Any]:
+    """The layer with a list of sources written as a flag is: with commas between."""
+    for key in ("train", "eval"):
+        named = _at(layer, f"data.{key}")
+        if isinstance(named, (list, tuple)):
+            texts = [str(item) for item in named]
+            bad = next((text for text in texts if "," in text or not text.strip()), None)
+            if bad is not None or not texts:
+                found = "an empty list" if bad is None else repr(bad)
+                raise ConfigError(
+                    f"{_source(where, f'data.{key}')}: found {found}, expected names of sources without a comma"
+                )
+            layer = {**layer, "data": {**layer["data"], key: ",".join(texts)}}
+    return layer
+
+
 def _method_name(layer: dict[str, Any], where: str) -> str | None:
     group = layer.get("method")
     if group is not None and not isinstance(group, dict):
@@ -896,6 +943,9 @@ def _type_name(hint: Any) -> str:
         return names[hint]
     if typing.get_origin(hint) is Literal:
         return "one of " + ", ".join(map(str, typing.get_args(hint)))
+    if typing.get_origin(hint) is tuple:
+        kind = _type_name(typing.get_args(hint)[0]).removeprefix("a ")
+        return f"a list of {kind}s" if kind != "text" else "a list"
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
         return " or ".join(_type_name(a) for a in typing.get_args(hint))
     return str(hint)
@@ -918,8 +968,8 @@ def _validate(config: RunConfig) -> None:
         "train.train_epochs",
     )
     optional = (
-        *("train.schedule_epochs", "train.max_steps", "train.threads", "testbed.pairs"),
-        *("kernel.token_tile", "kernel.vocab_tile", "lora.r", "lora.alpha", "reference.sync_every"),
+        *("train.schedule_epochs", "train.max_steps", "train.threads", "train.tokens_per_batch", "testbed.pairs"),
+        *("kernel.token_tile", "kernel.vocab_tile", "lora.r", "lora.alpha", "reference.sync_every", "eval.patience"),
     )
     seeds = ("seed", "testbed.seed")
     values = _leaves(config.to_dict())
@@ -985,12 +1035,12 @@ def _validate(config: RunConfig) -> None:
         schedule,
         f"at least train.train_epochs ({config.train.train_epochs})",
     )
-    known = ("adamw", "rmsprop", "sgd")
-    if config.optim.name not in known and not re.fullmatch(r"\w+(\.\w+)+", config.optim.name):
+    if config.optim.name not in OPTIMIZERS and not re.fullmatch(r"\w+(\.\w+)+", config.optim.name):
         raise ConfigError(
-            f"optim.name: found '{config.optim.name}', expected one of {', '.join(known)} or a dotted path"
-            f"{did_you_mean(config.optim.name, known)}"
+            f"optim.name: found '{config.optim.name}', expected one of {', '.join(OPTIMIZERS)} or a dotted path"
+            f"{did_you_mean(config.optim.name, OPTIMIZERS)}"
         )
+    _validate_memory(config)
     if config.data.train is not None and config.model.path is None:
         raise ConfigError(
             "data.train is given without model.path; name the model to train (--model.path DIR), "
@@ -1027,8 +1077,53 @@ def _validate(config: RunConfig) -> None:
             f"train.group_by_length: method '{config.method_name}' compares the pairs of a batch with each other, so "
             "which pairs meet there changes what is learned (leave it out)"
         )
+    if config.train.tokens_per_batch is not None and streamed:
+        raise ConfigError(
+            "train.tokens_per_batch: the testbed's stream of pairs has no lengths to plan by (name the size of a fixed "
+            "set, testbed.pairs, or leave it out)"
+        )
+    if config.train.tokens_per_batch is not None and config.method.needs.coupled:
+        raise ConfigError(
+            f"train.tokens_per_batch: method '{config.method_name}' compares the pairs of a batch with each other, and "
+            "such steps have now more of them, now fewer (leave it out)"
+        )
+    _validate_sources(config)
     if config.on_testbed and config.data.eval is not None:
         raise ConfigError("data.eval is given without data.train; the testbed makes its own held-out pairs")
+    _validate_evaluation(config)
+
+
+def _validate_evaluation(config: RunConfig) -> None:
+    """What is chosen by, and what is sampled. Raises: ConfigError."""
+    select, patience, samples = config.eval.select, config.eval.patience, config.eval.generate
+    metric, colon, direction = (select or "loss").partition(":")
+    if not metric or (colon and direction not in ("min", "max")):
+        raise ConfigError(
+            f"eval.select: found '{select}', expected a metric's name, or it with a direction, such as "
+            f"{metric or 'kl/chosen'}:min or {metric or 'kl/chosen'}:max"
+        )
+    if patience is not None and select is None and not (config.rounds.count and config.rounds.select_prompts):
+        mend = "eval.select, e.g. --eval.select loss" if config.rounds.count == 0 else "rounds.select_prompts"
+        raise ConfigError(f"eval.patience: found {patience}, but nothing says what better means; name {mend}")
+    if samples < 0:
+        raise ConfigError(f"eval.generate: found {samples}, expected a number >= 0")
+    if samples == 0:
+        return
+    if config.rounds.count:
+        raise ConfigError(
+            f"eval.generate: found {samples}, with rounds, which answer rounds.eval_prompts prompts after each; "
+            "leave it out"
+        )
+    if config.method.needs.output == "scores":
+        raise ConfigError(
+            f"eval.generate: found {samples}, but method '{config.method_name}' trains a judge, which answers no "
+            "prompts; leave it out"
+        )
+    if not config.on_testbed and config.data.eval is None and config.data.eval_fraction == 0:
+        raise ConfigError(
+            f"eval.generate: found {samples}, but nothing is held out to ask; name data.eval or data.eval_fraction"
+        )
+    _validate_sampling(config.to_dict())
 
 
 def _validate_reference(config: RunConfig) -> None:
@@ -1066,6 +1161,66 @@ def _validate_reference(config: RunConfig) -> None:
         raise ConfigError(f"reference.sync_weight: found {reference.sync_weight!r}, expected above 0, up to 1")
 
 
+def _validate_memory(config: RunConfig) -> None:
+    """What quantised weights and compiled layers go together with."""
+    model = config.model
+    if config.train.compile and model.attention == "flex_attention":
+        raise ConfigError(
+            "train.compile: found true with model.attention 'flex_attention', which compiles itself; leave one out"
+        )
+    if model.quantize is None:
+        if model.compute_dtype is not None:
+            raise ConfigError(
+                f"model.compute_dtype: found '{model.compute_dtype}' without model.quantize; name how weights are held "
+                "(--model.quantize nf4), or leave it out"
+            )
+        return
+    if model.dtype == "float64":
+        raise ConfigError(
+            f"model.dtype: found 'float64' with model.quantize '{model.quantize}', expected float32 or bfloat16"
+        )
+    if config.train.compile:
+        raise ConfigError(
+            f"train.compile: found true with model.quantize '{model.quantize}', whose products are not compiled; leave "
+            "one out"
+        )
+
+
+def _compute_dtype(config: RunConfig) -> ModelConfig:
+    """The model's settings with the precision of quantised products named."""
+    model = config.model
+    if model.quantize is None or model.compute_dtype is not None or model.dtype == "float64":
+        return model
+    mixed: dict[str, Any] = {"bf16": "bfloat16", "fp16": "float16"}
+    return dataclasses.replace(model, compute_dtype=mixed.get(config.train.mixed_precision, model.dtype))
+
+
+def _validate_sources(config: RunConfig) -> None:
+    weights, named = config.data.weights, {key: sources(getattr(config.data, key)) for key in ("train", "eval")}
+    for key, names in named.items():
+        for i, name in enumerate(names):
+            if not name:
+                raise ConfigError(f"data.{key}: found a comma with nothing before or behind it, expected a source")
+            if name in names[:i]:
+                raise ConfigError(f"data.{key}: '{name}' is named twice (a larger share is for data.weights to give)")
+    if weights is None:
+        return
+    if config.rounds.count:
+        raise ConfigError("data.weights: given with rounds, which ask each prompt once; leave it out")
+    if not named["train"]:
+        raise ConfigError("data.weights: given without data.train, expected the sources that they are of")
+    if len(weights) != len(named["train"]):
+        raise ConfigError(
+            f"data.weights: found {len(weights)} numbers, expected one for each of the {len(named['train'])} sources "
+            f"of data.train ({', '.join(named['train'])})"
+        )
+    for name, weight in zip(named["train"], weights, strict=True):
+        if not 0 <= weight < float("inf"):
+            raise ConfigError(f"data.weights: found {weight:g} for '{name}', expected a finite number >= 0")
+    if not any(weights):
+        raise ConfigError("data.weights: all are 0, expected one above it at least")
+
+
 def _named_judge(config: RunConfig) -> JudgeConfig:
     """The judge's settings with its kind named, where rounds leave no choice."""
     if config.judge.kind is not None or config.rounds.count < 1:
@@ -1093,9 +1248,18 @@ def _validate_rounds(config: RunConfig) -> None:
             group = getattr(config, name)
             plain = type(group)()
             for f in dataclasses.fields(group):
-                if getattr(group, f.name) != getattr(plain, f.name):
+                if getattr(group, f.name) == getattr(plain, f.name):
+                    continue
+                if name != "generate" or f.name not in SAMPLES_READ:
+                    also = f" (eval.generate reads {', '.join(SAMPLES_READ)})" if name == "generate" else ""
                     raise ConfigError(
                         f"{name}.{f.name}: given without rounds; name how many (--rounds.count 3), or leave it out"
+                        f"{also if config.eval.generate else ''}"
+                    )
+                if config.eval.generate == 0:
+                    raise ConfigError(
+                        f"{name}.{f.name}: given without rounds and without samples at evaluations; name how many "
+                        "(--rounds.count 3 or --eval.generate 8), or leave it out"
                     )
         return
     need(rounds.shard >= 1, "rounds.shard", "a number >= 1")
@@ -1172,6 +1336,9 @@ def _validate_sampling(settings: Mapping[str, Any]) -> None:
     for key in ("generate.temperature", "judge.temperature"):
         need(0 <= _at(settings, key) < float("inf"), key, "a number >= 0")
     need(all(_at(settings, "generate.stop")), "generate.stop", "texts of at least one character")
+    for key in ("generate.api_key_env", "judge.api_key_env"):
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", _at(settings, key)):
+            raise ConfigError(f"{key}: expected the name of an environment variable (what was found is not shown)")
     need(0 < _at(settings, "generate.top_p") <= 1, "generate.top_p", "a share above 0, up to 1")
 
 
@@ -1180,6 +1347,15 @@ def _normal(group: Any, *names: str) -> Any:
     paths = {name: getattr(group, name) for name in names}
     local = {name: str(Path(path)) for name, path in paths.items() if path is not None and Path(path).exists()}
     return dataclasses.replace(group, **local)
+
+
+def _normal_sources(data: DataConfig) -> DataConfig:
+    """The same of data.train and data.eval, source by source."""
+    spelt: dict[str, Any] = {
+        key: ",".join(str(Path(name)) if Path(name).exists() else name for name in sources(getattr(data, key))) or None
+        for key in ("train", "eval")
+    }
+    return dataclasses.replace(data, **spelt)
 
 
 def _plain(value: Any) -> Any:
@@ -1198,5 +1374,5 @@ def _default_folder(config: RunConfig) -> str:
         if not any(k == free or k.startswith(free + ".") for free in FREE_TO_CHANGE)
     }
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:8]
-    task = "testbed" if config.on_testbed else Path(str(config.data.train)).stem
+    task = "testbed" if config.on_testbed else "-".join(Path(name).stem for name in sources(config.data.train)[:3])
     return f"{task}-{config.method_name.rpartition('.')[2]}-{digest}"

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, get_args
@@ -92,6 +95,23 @@ class Method:
         """What an exported model's user must know of how it was asked, as JSON values by name."""
         return {}
 
+    def equation(self) -> str:
+        """The loss in the words of its page: what an exported model's card says of it; "" where nobody wrote it down.
+
+        It is what stands between the first sentence and `Args:` in the docstring of the function that has the name of
+        the method's file, where there is one.
+        """
+        return _part(self._function, "equation")
+
+    def paper(self) -> str:
+        """Where the loss comes from: the `Reference:` of the same docstring."""
+        return _part(self._function, "Reference")
+
+    @property
+    def _function(self) -> Any:
+        module = sys.modules[type(self).__module__]
+        return getattr(module, module.__name__.rpartition(".")[2], None)
+
     def describe(self) -> str:
         """What a run prints of this method in its first line: the name of the variant where there are several."""
         return ""
@@ -110,6 +130,17 @@ class Method:
         choices = get_args(literal)
         near = did_you_mean(str(getattr(self, key)), choices)
         self._require(getattr(self, key) in choices, key, f"one of {', '.join(choices)}{near}")
+
+
+def _part(function: Any, name: str) -> str:
+    """A part of a function's docstring, without its indentation: `equation`, or the paragraph that `name:` begins."""
+    text = inspect.getdoc(function) or "" if inspect.isfunction(function) else ""
+    _, _, rest = text.partition("\n\n")
+    if name == "equation":
+        head, found, _ = rest.partition("Args:\n")
+        return head.strip("\n ") if found else ""
+    found_at = re.search(rf"^{name}:(.*(?:\n[ \t]+.*)*)", rest, re.MULTILINE)
+    return " ".join(found_at[1].split()) if found_at else ""
 
 
 def pair_term(losses: torch.Tensor, name: str = "loss", weight: float = 1.0) -> Term:

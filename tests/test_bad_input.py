@@ -86,6 +86,69 @@ def test_data_when_the_chat_template_file_is_missing_then_it_is_named(error):
     assert error(data__chat_template="chat.jinja") == "data.chat_template: 'chat.jinja': No such file or directory"
 
 
+# Several sources, steps of so many tokens ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("weights", "found"),
+    [
+        ("0,0", "data.weights: all are 0, expected one above it at least"),
+        ("1,-2", "data.weights: found -2 for '{b}', expected a finite number >= 0"),
+        ("nan,1", "data.weights: found nan for '{a}', expected a finite number >= 0"),
+        ("1,inf", "data.weights: found inf for '{b}', expected a finite number >= 0"),
+        ("1", "data.weights: found 1 numbers, expected one for each of the 2 sources of data.train ({a}, {b})"),
+        ("1,2,3", "data.weights: found 3 numbers, expected one for each of the 2 sources of data.train ({a}, {b})"),
+    ],
+)
+def test_weights_when_they_are_no_shares_then_says_which(error, task, tmp_path, weights, found):
+    other = tmp_path / "other.jsonl"
+    shutil.copy(task.pairs, other)
+    said = error(data__train=f"{task.pairs},{other}", data__weights=weights)
+    assert said == found.format(a=task.pairs, b=other)
+
+
+@pytest.mark.parametrize(
+    ("named", "found"),
+    [
+        ("{a},{a}", "data.train: '{a}' is named twice (a larger share is for data.weights to give)"),
+        ("{a},", "data.train: found a comma with nothing before or behind it, expected a source"),
+        ("{a},gone.jsonl", "gone.jsonl: no such file or folder"),
+    ],
+)
+def test_sources_when_one_is_wrong_then_it_is_named(error, task, named, found):
+    assert error(data__train=named.format(a=task.pairs)) == found.format(a=task.pairs)
+
+
+def test_weights_when_a_source_is_left_without_pairs_then_it_is_named(error, task, tmp_path):
+    (tmp_path / "one.jsonl").write_text(task.pairs.read_text().partition("\n")[0] + "\n")  # its prompt is held out
+    found = error(data__train=f"{task.pairs},one.jsonl", data__weights="1,1", data__eval_fraction=0.9)
+    assert found.startswith("data.weights: nothing is left of one.jsonl to train on, all its prompts are held out")
+
+
+def test_tokens_when_the_budget_is_smaller_than_a_pair_then_row_and_length_are_named(error, task):
+    found = error(train__tokens_per_batch=40, data__eval_fraction=0)
+    place, _, rest = found.removeprefix("train.tokens_per_batch: found 40, but ").partition(" alone has ")
+    assert place.startswith(f"{task.pairs}:")
+    assert int(rest.split()[0]) > 40
+    assert rest.endswith("tokens in its sequences, expected at least as many (raise it, or lower data.max_length)")
+
+
+@pytest.mark.parametrize("value", ["0", "-5", "1.5"])
+def test_tokens_when_they_are_no_number_of_tokens_then_says_so(error, value):
+    assert error(train__tokens_per_batch=value).endswith(
+        "expected a number > 0, or none" if value != "1.5" else "expected a whole number or none"
+    )
+
+
+def test_tokens_when_the_testbed_streams_then_says_so(server, tmp_path):
+    ended = server.train(["--method", "dpo", "--train.tokens_per_batch", "500", "--output", str(tmp_path / "run")])
+    assert ended.status == 2
+    assert ended.err == (
+        "error: train.tokens_per_batch: the testbed's stream of pairs has no lengths to plan by (name the size of a "
+        "fixed set, testbed.pairs, or leave it out)\n"
+    )
+
+
 # Models ---------------------------------------------------------------------------------------------------------------
 
 
@@ -184,7 +247,8 @@ def test_beta_when_not_positive_and_finite_then_refused(error, beta):
     [
         (
             {"optim.name": "adamv"},
-            "optim.name: found 'adamv', expected one of adamw, rmsprop, sgd or a dotted path; did you mean 'adamw'?",
+            "optim.name: found 'adamv', expected one of adamw, adamw_8bit, paged_adamw_8bit, adafactor, rmsprop, sgd "
+            "or a dotted path; did you mean 'adamw'?",
         ),
         (
             {"optim.name": "torch.optim.Adamx"},

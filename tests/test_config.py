@@ -10,7 +10,7 @@ import yaml
 
 from prefopt import config as settings
 from prefopt import registry
-from prefopt.config import from_dict, help_text, parse
+from prefopt.config import from_dict, help_text, parse, sources
 from prefopt.errors import ConfigError
 
 REAL = ["--method", "dpo", "--model.path", "m", "--data.train", "d.jsonl"]
@@ -206,7 +206,8 @@ def test_differences_when_an_adapter_has_dropout_then_the_cut_of_a_step_is_among
         ([*REAL, "--method.beta", "-1"], "method.beta: found -1.0, expected a finite number > 0"),
         (
             [*REAL, "--optim.name", "adamv"],
-            "optim.name: found 'adamv', expected one of adamw, rmsprop, sgd or a dotted path; did you mean 'adamw'?",
+            "optim.name: found 'adamv', expected one of adamw, adamw_8bit, paged_adamw_8bit, adafactor, rmsprop, sgd "
+            "or a dotted path; did you mean 'adamw'?",
         ),
         ([*REAL, "--data.eval_fraction", "1"], "data.eval_fraction: found 1.0, expected a share from 0 to below 1"),
         (
@@ -363,7 +364,21 @@ def test_testbed_departures_when_the_user_names_the_alternative_then_give_way():
         (["--testbed.seed", "-1"], "testbed.seed: found -1, expected a whole number from 0 to 2147483647"),
         (
             ["--optim.name", ".AdamW"],
-            "optim.name: found '.AdamW', expected one of adamw, rmsprop, sgd or a dotted path",
+            "optim.name: found '.AdamW', expected one of adamw, adamw_8bit, paged_adamw_8bit, adafactor, rmsprop, sgd "
+            "or a dotted path",
+        ),
+        (["--model.compute_dtype", "bfloat16"], "model.compute_dtype: found 'bfloat16' without model.quantize"),
+        (
+            ["--model.quantize", "nf4", "--model.dtype", "float64"],
+            "model.dtype: found 'float64' with model.quantize 'nf4', expected float32 or bfloat16",
+        ),
+        (
+            ["--model.quantize", "nf4", "--train.compile", "true"],
+            "train.compile: found true with model.quantize 'nf4', whose products are not compiled; leave one out",
+        ),
+        (
+            ["--model.attention", "flex_attention", "--train.compile", "true"],
+            "train.compile: found true with model.attention 'flex_attention', which compiles itself; leave one out",
         ),
     ],
 )
@@ -386,6 +401,11 @@ def test_grouping_when_the_method_looks_at_the_batch_as_a_whole_then_is_refused(
     assert found.startswith(
         "train.group_by_length: method 'sorted_pairs.Sorted' compares the pairs of a batch with each other"
     )
+    found = message(*real, "--train.tokens_per_batch", "1000")
+    assert found == (
+        "train.tokens_per_batch: method 'sorted_pairs.Sorted' compares the pairs of a batch with each other, and such "
+        "steps have now more of them, now fewer (leave it out)"
+    )
 
 
 def test_yaml_when_a_key_is_dotted_and_nested_then_it_is_given_twice(tmp_path):
@@ -402,8 +422,75 @@ def test_local_paths_when_spelt_differently_then_are_one_run(tmp_path, monkeypat
         for name in ("pairs.jsonl", "./pairs.jsonl")
     ]
     assert runs[0] == runs[1]
+    runs = [
+        parse(["--method", "dpo", "--model.path", "m", "--data.train", name])
+        for name in ("pairs.jsonl,who/what:test", "./pairs.jsonl, who/what:test")
+    ]
+    assert runs[0] == runs[1]
+    assert runs[0].output.startswith("runs/pairs-what:test-dpo-")
+
+
+def test_sources_when_a_list_in_yaml_then_are_what_a_flag_with_commas_names(tmp_path):
+    (tmp_path / "c.yaml").write_text(
+        "data: {train: [a.jsonl, b/c], weights: [1, 0.5], eval: [x, y]}\ntrain: {tokens_per_batch: 65536}\n"
+    )
+    flags = ["--data.train", "a.jsonl,b/c", "--data.weights", "1,0.5", "--data.eval", "x,y"]
+    flags += ["--train.tokens_per_batch", "65536"]
+    found = parse(["--method", "dpo", "--model.path", "m", "--config", str(tmp_path / "c.yaml")])
+    assert found == parse(["--method", "dpo", "--model.path", "m", *flags])
+    assert sources(found.data.train) == ("a.jsonl", "b/c")
+    assert found.data.weights == (1.0, 0.5)
+    assert from_dict(found.to_dict()) == found
+    for text in ("[]", "['a,b', c]", "[a, '']"):
+        (tmp_path / "c.yaml").write_text(f"data: {{train: {text}}}\n")
+        with pytest.raises(ConfigError, match=r": data.train: found .*, expected names of sources without a comma$"):
+            parse(["--method", "dpo", "--model.path", "m", "--config", str(tmp_path / "c.yaml")])
+
+
+def test_source_when_a_file_has_a_comma_in_its_name_then_is_one(tmp_path):
+    (tmp_path / "a,b.jsonl").touch()
+    assert sources(str(tmp_path / "a,b.jsonl")) == (str(tmp_path / "a,b.jsonl"),)
+    assert sources("a,b.jsonl") == ("a", "b.jsonl")
+    assert sources(None) == ()
+
+
+@pytest.mark.parametrize(
+    ("flags", "found"),
+    [
+        (["--data.weights", "1,two"], "--data.weights: found '1,two', expected a list of numbers or none"),
+        (["--rounds.count", "2", "--judge.kind", "length"], "data.weights: given with rounds, which ask each prompt"),
+    ],
+)
+def test_weights_when_they_cannot_be_used_then_are_refused(flags, found):
+    weights = [] if flags[0] == "--data.weights" else ["--data.weights", "1,1"]
+    said = message("--method", "dpo", "--model.path", "m", "--data.train", "a,b", *weights, *flags)
+    assert said.startswith(found)
 
 
 def test_help_when_only_a_config_names_the_method_then_lists_its_settings(tmp_path):
     (tmp_path / "c.yaml").write_text("method: tdpo\n")
     assert "--method.alpha" in help_text(["--config", str(tmp_path / "c.yaml"), "--help"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "dtype"),
+    [
+        ([], None),
+        (["--model.quantize", "nf4"], "float32"),
+        (["--model.quantize", "nf4", "--model.dtype", "bfloat16"], "bfloat16"),
+        (["--model.quantize", "nf4", "--train.mixed_precision", "bf16"], "bfloat16"),
+        (["--model.quantize", "fp4", "--train.mixed_precision", "bf16", "--model.compute_dtype", "float32"], "float32"),
+    ],
+)
+def test_compute_dtype_when_it_is_not_named_then_that_of_autocast_or_of_the_weights(flags, dtype):
+    assert parse([*REAL, *flags]).model.compute_dtype == dtype
+
+
+def test_run_when_it_changes_what_only_costs_time_or_memory_then_it_may_go_on_unless_dropout_would_differ():
+    plain, compiled = (parse([*REAL, "--lora.r", "4", *more]) for more in ([], ["--train.compile", "true"]))
+    offloaded = parse([*REAL, "--lora.r", "4", "--model.offload_activations", "true"])
+    assert settings.differences(plain.to_dict(), compiled.to_dict()) == []
+    assert settings.differences(plain.to_dict(), offloaded.to_dict()) == []
+    dropping = [*REAL, "--lora.r", "4", "--lora.dropout", "0.1"]
+    changed = settings.differences(parse(dropping).to_dict(), parse([*dropping, "--train.compile", "true"]).to_dict())
+    assert changed == ["train.compile: False -> True"]

@@ -11,18 +11,19 @@ import os
 import shutil
 import tempfile
 from array import array
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from itertools import islice, pairwise
+from itertools import accumulate, islice, pairwise
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 
 from prefopt.data.chat import Rendered, end_tokens, render, render_prompt
+from prefopt.data.pairs import BLOCK, Concatenated, View
 from prefopt.data.report import EXAMPLES, DataReport
 from prefopt.data.rows import MAX_ROW_BYTES, BadRow, Messages, OnBadRow, RowProblem, RowReader, first_bad_row
 from prefopt.errors import DataError
@@ -30,6 +31,7 @@ from prefopt.types import Column, EncodedPair, PairRow
 
 FORMAT_VERSION = 3  # raise it whenever the same file and settings would give other ids, masks or counts
 _BATCH = 512  # rows tokenised at a time
+_WRITTEN = 4096  # rows in one piece of the cache file
 
 
 # One row.
@@ -129,8 +131,14 @@ class Encoder:
         return render(row.prompt, side, self.tokenizer, key, ends=self.ends)
 
     def _tokenize(self, texts: list[str]) -> list[list[int]]:
-        # Some tokenizers have no fast form and cannot take an empty list.
-        return self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+        """The ids of each text; one that stands there twice, as the prompt of both sides, is tokenised once."""
+        if not texts:  # some tokenizers have no fast form and cannot take an empty list
+            return []
+        once = list(dict.fromkeys(texts))
+        bare = {"return_attention_mask": False, "return_token_type_ids": False}
+        ids = self.tokenizer(once, add_special_tokens=False, verbose=False, **bare)["input_ids"]
+        known = dict(zip(once, ids, strict=True))
+        return [known[text] for text in texts]
 
     def _pair(self, row: PairRow, sides: list[Rendered], parts: list[list[list[int]]]) -> CutPair:
         keys = [key for key, _ in _sides(row)]
@@ -293,7 +301,7 @@ def check_row_structure(pair: EncodedPair, tokenizer: Any) -> str | None:
 # A file, in the cache.
 
 
-class MappedPairs(Sequence[EncodedPair]):
+class MappedPairs(View):
     """The encoded pairs of a cache folder, memory-mapped: any number of them costs no memory, one costs microseconds.
 
     Args:
@@ -302,32 +310,24 @@ class MappedPairs(Sequence[EncodedPair]):
     """
 
     def __init__(self, folder: Path, path: str) -> None:
-        import datasets
+        import pyarrow
 
         self.folder, self.path = folder, path
-        table = datasets.Dataset.from_file(str(folder / "rows.arrow"), in_memory=False).data.table
-        self._names = [name.removeprefix("column.") for name in table.column_names if name.startswith("column.")]
         self._starts, self._chunks, rows = [], [], 0
-        for batch in table.to_batches():
-            if batch.num_rows:
-                self._starts.append(rows)
-                self._chunks.append({name: _view(batch.column(name)) for name in batch.schema.names})
-                rows += batch.num_rows
+        with pyarrow.ipc.open_stream(pyarrow.memory_map(str(folder / "rows.arrow"))) as stream:
+            for batch in stream:
+                if batch.num_rows:
+                    self._starts.append(rows)
+                    self._chunks.append({name: _view(batch.column(name)) for name in batch.schema.names})
+                    rows += batch.num_rows
+            names = stream.schema.names
+        self._names = [name.removeprefix("column.") for name in names if name.startswith("column.")]
         self._len = rows
 
     def __len__(self) -> int:
         return self._len
 
-    @overload
-    def __getitem__(self, i: int) -> EncodedPair: ...
-    @overload
-    def __getitem__(self, i: slice) -> list[EncodedPair]: ...
-    def __getitem__(self, i: int | slice) -> EncodedPair | list[EncodedPair]:
-        if isinstance(i, slice):
-            return [self[j] for j in range(*i.indices(len(self)))]
-        if not -self._len <= i < self._len:
-            raise IndexError(f"row {i} of {self._len}")
-        i %= self._len
+    def _at(self, i: int) -> EncodedPair:
         at = bisect_right(self._starts, i) - 1
         chunk, i = self._chunks[at], i - self._starts[at]
         rejected = _ids(chunk["rejected_ids"], i)
@@ -343,9 +343,13 @@ class MappedPairs(Sequence[EncodedPair]):
             prompt_key=f"{chunk['prompt_key'][i]:016x}",
         )
 
-    def prompt_keys(self) -> Iterator[str]:
-        """`prompt_key` of every row, without reading the rows."""
-        return (f"{key:016x}" for chunk in self._chunks for key in chunk["prompt_key"].tolist())
+    def facts(self, name: str, begin: int, end: int) -> np.ndarray:
+        """See `pairs.facts`: read from the file's own tables of lengths, numbers and keys."""
+        found = [np.empty(0, np.int64)]
+        for at in range(max(bisect_right(self._starts, begin) - 1, 0), bisect_left(self._starts, end)):
+            start, size = self._starts[at], len(self._chunks[at]["where"])
+            found.append(_fact(self._chunks[at], name, max(begin - start, 0), min(end - start, size)))
+        return np.concatenate(found[1:] or found)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return MappedPairs, (self.folder, self.path)
@@ -358,6 +362,22 @@ def _view(column: Any) -> Any:
     if pyarrow.types.is_list(column.type):
         return column.offsets.to_numpy(), column.values.to_numpy()
     return column if pyarrow.types.is_string(column.type) else column.to_numpy()
+
+
+def _fact(chunk: Mapping[str, Any], name: str, begin: int, end: int) -> np.ndarray:
+    """One fact of the rows `begin` to `end` of a chunk, see `pairs.facts`."""
+    if name in ("prompt", "chosen", "rejected"):
+        lengths: np.ndarray = np.diff(chunk[f"{name}_ids"][0][begin : end + 1]).astype(np.int64)
+        return lengths
+    if name in ("chosen_scored", "rejected_scored"):
+        side = name.removesuffix("_scored")
+        offsets, marks = chunk[f"{side}_mask"]
+        before = np.concatenate(([0], marks[offsets[begin] : offsets[end]].cumsum(dtype=np.int64)))
+        at = offsets[begin : end + 1] - offsets[begin]
+        # nothing is stored where all tokens are scored
+        return np.where(np.diff(at) > 0, np.diff(before[at]), _fact(chunk, side, begin, end))
+    values: np.ndarray = chunk[name][begin:end]
+    return values
 
 
 def _ids(view: tuple[np.ndarray, np.ndarray], i: int) -> list[int]:
@@ -377,6 +397,22 @@ class Encoded:
     pairs: Sequence[EncodedPair]
     report: DataReport
     fingerprint: str
+
+
+@dataclass(frozen=True)
+class Joined:
+    """Several data files as one set of pairs. `fingerprint` is a hash of theirs, in their order."""
+
+    pairs: Sequence[EncodedPair]
+    fingerprint: str
+
+
+def joined(sources: Sequence[Encoded]) -> Joined:
+    """Data files one after the other. One alone is what it was."""
+    if len(sources) == 1:
+        return Joined(sources[0].pairs, sources[0].fingerprint)
+    fingerprint = hashlib.sha256("\n".join(one.fingerprint for one in sources).encode()).hexdigest()
+    return Joined(Concatenated([one.pairs for one in sources]), fingerprint)
 
 
 def encode_file(
@@ -426,7 +462,7 @@ def encode_file(
         on_bad_row,
         max_row_bytes,
     ]
-    key = _cache_key(reader, tokenizer, settings)
+    key = _cache_key(reader.source.content(Path(cache_dir).expanduser() / "hashes"), tokenizer, settings)
     folder = Path(cache_dir).expanduser() / key
     loaded = _load(folder, name)
     if loaded is None:
@@ -459,16 +495,13 @@ def _no_vocab_row(pairs: Sequence[EncodedPair], rows: int, tokenizer: Any) -> Da
     raise AssertionError("the largest id of the file is in none of its rows")
 
 
-def _cache_key(reader: RowReader, tokenizer: Any, settings: list[Any]) -> str:
+def _cache_key(content: str, tokenizer: Any, settings: list[Any]) -> str:
     import tokenizers
     import transformers
 
-    digest = hashlib.sha256()
-    for block in reader.source.content():
-        digest.update(block)
     versions = [FORMAT_VERSION, transformers.__version__, tokenizers.__version__]
-    digest.update(json.dumps([versions, settings, tokenizer_content(tokenizer)], default=str).encode())
-    return digest.hexdigest()[:32]
+    parts = [content, versions, settings, tokenizer_content(tokenizer)]
+    return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()[:32]
 
 
 def tokenizer_content(tokenizer: Any) -> str:
@@ -527,7 +560,9 @@ def _build(folder: Path, reader: RowReader, encoder: Encoder, name: str, on_bad_
     count: Counter[str] = Counter()
     dropped: Counter[str] = Counter()
     examples: dict[str, list[str]] = {}
-    lengths = {side: array("q") for side in ("prompt", "chosen", *(["rejected"] if reader.need_rejected else []))}
+    lengths: dict[str, Counter[int]] = {
+        side: Counter() for side in ("prompt", "chosen", *(["rejected"] if reader.need_rejected else []))
+    }
     seen = array("Q")
     content = hashlib.sha256()
     items = iter(reader)
@@ -560,7 +595,7 @@ def _build(folder: Path, reader: RowReader, encoder: Encoder, name: str, on_bad_
             count.update(unterminated=encoded.unterminated, completions=len(encoded.lengths) - 1)
             count["identical"] += pair.chosen_ids == pair.rejected_ids
             for side, length in zip(lengths, encoded.lengths, strict=True):
-                lengths[side].append(length)
+                lengths[side][length] += 1
             count["largest"] = max(
                 count["largest"], max(pair.prompt_ids), max(pair.chosen_ids), max(pair.rejected_ids or (0,))
             )
@@ -594,7 +629,7 @@ def _build(folder: Path, reader: RowReader, encoder: Encoder, name: str, on_bad_
         cut_completions=count["cut_completions"],
         completions=count["completions"],
         unterminated=count["unterminated"],
-        duplicates=count["kept"] - len(np.unique(np.frombuffer(seen, np.uint64))),
+        duplicates=_repeated(seen),
         identical=count["identical"],
         notes=tuple(notes),
     )
@@ -603,9 +638,24 @@ def _build(folder: Path, reader: RowReader, encoder: Encoder, name: str, on_bad_
     (folder / "report.json").write_text(json.dumps(kept, indent=1))
 
 
-def _percentiles(values: array[int]) -> tuple[int, int, int, int]:
-    p5, p50, p95, top = np.percentile(np.frombuffer(values, np.int64), [5, 50, 95, 100], method="nearest").tolist()
+def _percentiles(counted: Mapping[int, int]) -> tuple[int, int, int, int]:
+    """p5, p50, p95 and the largest of numbers that were counted: values among them, nearest to the share."""
+    values = sorted(counted)
+    behind = [*accumulate(counted[value] for value in values)]  # how many are at most as large
+    p5, p50, p95, top = (
+        values[bisect_right(behind, round((behind[-1] - 1) * share))] for share in (0.05, 0.5, 0.95, 1)
+    )
     return p5, p50, p95, top
+
+
+def _repeated(seen: array[int]) -> int:
+    """How many of the numbers are there already; sorts them in place."""
+    hashes = np.frombuffer(seen, np.uint64)
+    hashes.sort()
+    return sum(
+        int((hashes[i + 1 : i + BLOCK + 1] == hashes[i : i + BLOCK][: len(hashes) - i - 1]).sum())
+        for i in range(0, len(hashes), BLOCK)
+    )
 
 
 def _schema(extra: tuple[Column, ...]) -> Any:

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Protocol
 
+import numpy as np
 import torch
 
+from prefopt.data.mixture import Mixture
+from prefopt.data.pairs import ConvertedPairs, fed_tokens, padded_lengths
+from prefopt.errors import DataError
 from prefopt.types import EncodedPair
 
 POOL = 50  # steps whose pairs are sorted together: more save little padding, and leave fewer ways to fall into batches
+Shares = Sequence[tuple[float, Sequence[EncodedPair]]]  # sets of pairs, and what share of an epoch's pairs each has
 
 
 def padded_length(pair: EncodedPair) -> int:
@@ -24,7 +32,13 @@ class Batches(Protocol):
 
     @property
     def steps_per_epoch(self) -> int | None:
-        """None for an endless stream."""
+        """Of the first epoch, where others may have some more or less; None for an endless stream."""
+
+    def steps(self, epochs: float) -> int:
+        """Optimizer steps of so many epochs from the start, rounded up. Not for an endless stream."""
+
+    def epochs(self, steps: int) -> float:
+        """How many epochs so many steps from the start are. Not for an endless stream."""
 
     @property
     def fingerprint(self) -> str:
@@ -35,8 +49,11 @@ class Batches(Protocol):
         """A hash of which pairs make up which step; recorded in the run card, and the same when a run is continued."""
 
     @property
-    def grouped(self) -> Sequence[EncodedPair] | None:
+    def grouped(self) -> Shares | None:
         """All pairs, where those of a batch are of like length and so no random sample of all; None where they are."""
+
+    def counted_pairs(self, step: int) -> float:
+        """By how many pairs a grouped step is divided, so that every pair has the same weight. Of grouped ones only."""
 
     def global_batch(self, step: int) -> list[EncodedPair]:
         """The pairs of optimizer step `step`, counted from 0 over the whole run."""
@@ -50,9 +67,11 @@ class Converted:
 
     def __init__(self, batches: Batches, convert: Callable[[EncodedPair], EncodedPair], form: str) -> None:
         self.batches, self.convert = batches, convert
-        self.steps_per_epoch = batches.steps_per_epoch
+        self.steps_per_epoch, self.steps, self.epochs = batches.steps_per_epoch, batches.steps, batches.epochs
         self.fingerprint, self.order_hash = f"{batches.fingerprint}-{form}", batches.order_hash
-        self.grouped = None if batches.grouped is None else [convert(pair) for pair in batches.grouped]
+        self.counted_pairs = batches.counted_pairs
+        shares = batches.grouped
+        self.grouped = None if shares is None else [(share, ConvertedPairs(pairs, convert)) for share, pairs in shares]
 
     def global_batch(self, step: int) -> list[EncodedPair]:
         return [self.convert(pair) for pair in self.batches.global_batch(step)]
@@ -61,12 +80,19 @@ class Converted:
 class FileBatches:
     """A fixed set of pairs, shuffled anew in each epoch; one batch of an epoch may be smaller, no pair is dropped.
 
+    Nothing is held but a few numbers per pair: lengths where they are needed, and the order of one epoch.
+
     Args:
         pairs: the encoded rows.
         global_batch: pairs per optimizer step, over all processes.
         seed: of the shuffling.
         fingerprint: content hash of `pairs`.
         group_by_length: whether the pairs of a batch are of like length.
+        tokens_per_batch: tokens that a step may have, see `pairs.fed_tokens`; it takes the place of `global_batch`. A
+            step then takes pairs in their order for as long as there is room, so epochs differ in steps.
+        mixture: what an epoch takes of which source; None: each pair once.
+
+    Raises: DataError when a pair alone has more tokens than a step may have.
     """
 
     def __init__(
@@ -76,42 +102,150 @@ class FileBatches:
         seed: int,
         fingerprint: str,
         group_by_length: bool = False,
+        tokens_per_batch: int | None = None,
+        mixture: Mixture | None = None,
     ) -> None:
         self.pairs, self.size, self.seed, self.fingerprint = pairs, global_batch, seed, fingerprint
-        self.grouped = pairs if group_by_length else None
-        self._lengths = torch.tensor([padded_length(pair) for pair in pairs]) if group_by_length else None
-        self._order: tuple[int, list[list[int]]] = (-1, [])
+        self.budget, self.mixture = tokens_per_batch, mixture
+        self._padded = padded_lengths(pairs) if group_by_length else None
+        self._tokens = None if tokens_per_batch is None else fed_tokens(pairs)
+        if tokens_per_batch is not None and self._tokens is not None:
+            _refuse_longest(pairs, self._tokens, tokens_per_batch)
+            self.size = max(1, int(tokens_per_batch / self._tokens.mean()))  # of pools
+        self._firsts = [0]  # the first step of each epoch that was looked at, where epochs differ
+        self._plan: tuple[int, np.ndarray, np.ndarray] = (-1, np.empty(0), np.empty(0))
+
+    def described(self) -> str:
+        """What the steps of a token budget are, in one line."""
+        rows, edges = self.plan(0)
+        pairs = np.diff(edges)
+        tokens = np.add.reduceat(self._tokens[rows], edges[:-1]) if self._tokens is not None else pairs
+        return (
+            f"steps of up to {self.budget:,} tokens: {len(pairs):,} in the first epoch, of {pairs.min():,} to "
+            f"{pairs.max():,} pairs, {tokens.mean() / (self.budget or 1):.1%} full"
+        )
+
+    # How long it is.
 
     @property
     def steps_per_epoch(self) -> int:
-        return -(-len(self.pairs) // self.size)
+        return self._first_step(1)
+
+    def steps(self, epochs: float) -> int:
+        whole = math.floor(epochs)
+        if self.budget is None:
+            return math.ceil(epochs * self.steps_per_epoch)
+        first = self._first_step(whole)
+        return first if epochs == whole else first + math.ceil((epochs - whole) * (self._first_step(whole + 1) - first))
+
+    def epochs(self, steps: int) -> float:
+        if self.budget is None:
+            return steps / self.steps_per_epoch
+        epoch, position = self._place(steps)
+        return epoch + position / (self._first_step(epoch + 1) - self._first_step(epoch))
+
+    def _first_step(self, epoch: int) -> int:
+        """The number of the first step of an epoch."""
+        if self.budget is None:
+            return epoch * -(-len(self.pairs) // self.size)
+        while len(self._firsts) <= epoch:
+            _, edges = self.plan(len(self._firsts) - 1)
+            self._firsts.append(self._firsts[-1] + len(edges) - 1)
+        return self._firsts[epoch]
+
+    def _place(self, step: int) -> tuple[int, int]:
+        """(epoch, step within it)."""
+        if self.budget is None:
+            return divmod(step, self.steps_per_epoch)
+        while self._firsts[-1] <= step:
+            self._first_step(len(self._firsts))
+        epoch = bisect_right(self._firsts, step) - 1
+        return epoch, step - self._firsts[epoch]
+
+    # Which pairs.
 
     @property
     def order_hash(self) -> str:
         """Of the first epoch; the later ones follow from the same seed."""
-        return hashlib.sha256(json.dumps(self.order(0)).encode()).hexdigest()
+        digest, (rows, edges) = hashlib.sha256(), self.plan(0)
+        for position, (begin, end) in enumerate(pairwise(edges.tolist())):
+            digest.update((", " if position else "[").encode() + json.dumps(rows[begin:end].tolist()).encode())
+        digest.update(b"]")
+        return digest.hexdigest()
 
     def order(self, epoch: int) -> list[list[int]]:
-        """The numbers of the pairs of each step of an epoch.
+        """The numbers of the pairs of each step of an epoch."""
+        rows, edges = self.plan(epoch)
+        return [rows[begin:end].tolist() for begin, end in pairwise(edges.tolist())]
+
+    def plan(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """(the numbers of the pairs of an epoch in their order, (n,) int32; where each step begins, and the end).
 
         Grouped by length: pools of `POOL` steps are drawn at random, sorted and cut into batches, and the batches are
         shuffled. Which pairs make up the smaller batch is drawn before any length is looked at: its pairs weigh more
         than others, so each pair must have the same chance to be among them. Then every pair has the same expected
         weight in every step.
         """
+        if self._plan[0] != epoch:
+            self._plan = (epoch, *self._planned(epoch))
+        return self._plan[1:]
+
+    def _planned(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-        rows = torch.randperm(len(self.pairs), generator=generator)
-        if self._lengths is None:
-            return [batch.tolist() for batch in rows.split(self.size)]
-        smaller = len(rows) % self.size
-        batches = [rows[:smaller]] if smaller else []
+        order = torch.randperm(len(self.pairs), generator=generator, dtype=torch.int32)
+        if self.mixture is not None:
+            order = self.mixture.rows(epoch)[order]
+        rows = order.numpy()
+        if self._padded is None:
+            return rows, self._cut(rows)
+        smaller = 0 if self.budget is not None else len(rows) % self.size
+        edges = [np.array([0, smaller] if smaller else [0])]
         for begin in range(smaller, len(rows), POOL * self.size):
             pool = rows[begin : begin + POOL * self.size]
-            batches += pool[self._lengths[pool].argsort(stable=True)].split(self.size)
-        return [batches[i].tolist() for i in torch.randperm(len(batches), generator=generator)]
+            pool[:] = pool[self._padded[pool].argsort(kind="stable")]
+            edges.append(begin + self._cut(pool)[1:])
+        ends = np.concatenate(edges)
+        steps = torch.randperm(len(ends) - 1, generator=generator).numpy()
+        rows = np.concatenate([rows[ends[step] : ends[step + 1]] for step in steps])
+        return rows, np.concatenate(([0], np.diff(ends)[steps].cumsum()))
+
+    def _cut(self, rows: np.ndarray) -> np.ndarray:
+        """Where the steps begin that take these pairs in this order, and the end."""
+        if self.budget is None or self._tokens is None:
+            return np.append(np.arange(0, len(rows), self.size), len(rows))
+        ends = self._tokens[rows].cumsum(dtype=np.int64)
+        edges = [0]
+        while edges[-1] < len(rows):
+            before = int(ends[edges[-1] - 1]) if edges[-1] else 0
+            edges.append(int(ends.searchsorted(before + self.budget, "right")))
+        return np.array(edges)
+
+    @property
+    def grouped(self) -> Shares | None:
+        if self._padded is None:
+            return None
+        if self.mixture is None:
+            return [(1.0, self.pairs)]
+        return self.mixture.shares(self.pairs)
+
+    def counted_pairs(self, step: int) -> float:
+        epoch, position = self._place(step)
+        rows, edges = self.plan(epoch)
+        if self.budget is not None:  # as many as a step has on average, since one of short pairs has more of them
+            return len(rows) / (len(edges) - 1)
+        return int(edges[position + 1] - edges[position])
 
     def global_batch(self, step: int) -> list[EncodedPair]:
-        epoch, position = divmod(step, self.steps_per_epoch)
-        if self._order[0] != epoch:
-            self._order = (epoch, self.order(epoch))
-        return [self.pairs[i] for i in self._order[1][position]]
+        epoch, position = self._place(step)
+        rows, edges = self.plan(epoch)
+        return [self.pairs[i] for i in rows[edges[position] : edges[position + 1]].tolist()]
+
+
+def _refuse_longest(pairs: Sequence[EncodedPair], tokens: np.ndarray, budget: int) -> None:
+    longest = int(tokens.argmax())
+    if tokens[longest] > budget:
+        raise DataError(
+            f"train.tokens_per_batch: found {budget:,}, but {pairs[longest].where or f'pair {longest}'} alone has "
+            f"{tokens[longest]:,} tokens in its sequences, expected at least as many (raise it, or lower "
+            "data.max_length)"
+        )

@@ -6,6 +6,8 @@ Every complaint is one line, `file:line: 'key': what was found, what was expecte
 from __future__ import annotations
 
 import difflib
+import hashlib
+import io
 import json
 import math
 import re
@@ -15,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from prefopt.data.content import file_hash
 from prefopt.errors import DataError, did_you_mean
 from prefopt.types import Column, PairRow
 
@@ -372,7 +375,8 @@ def _kind(value: object) -> str:
         return f"the truth value {str(value).lower()}"
     if isinstance(value, int | float):
         return f"the number {value}"
-    names = {"str": "a string", "list": "a list", "dict": "an object"}
+    names = {"str": "a string", "list": "a list", "dict": "an object", "bytes": "binary data", "tuple": "a map's entry"}
+    names |= {"Decimal": f"the decimal {value}", "datetime": "a time", "date": "a date", "timedelta": "a duration"}
     return names.get(type(value).__name__, f"a {type(value).__name__}")
 
 
@@ -409,15 +413,10 @@ class _Files:
     def __init__(self, files: Sequence[tuple[str, Path]], max_row_bytes: int) -> None:
         self.files, self.max_row_bytes = files, max_row_bytes
 
-    def content(self) -> Iterator[bytes]:
-        for _, path in self.files:
-            yield b"parquet" if path.suffix == ".parquet" else b"jsonl"
-            try:
-                with path.open("rb") as file:
-                    while block := file.read(1 << 20):
-                        yield block
-            except OSError as error:
-                raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+    def content(self, memory: Path | None = None) -> str:
+        """A hash of what the files hold; `memory` as in `file_hash`."""
+        hashes = [f"{path.suffix == '.parquet'} {file_hash(path, memory)}" for _, path in self.files]
+        return hashlib.sha256("\n".join(hashes).encode()).hexdigest()
 
     def records(self) -> Iterator[tuple[str, object]]:
         for name, path in self.files:
@@ -432,14 +431,47 @@ class _Table:
     def __init__(self, name: str, table: Any) -> None:
         self.name, self.table = name, table
 
-    def content(self) -> Iterator[bytes]:
-        # The table's own fingerprint may change with its place, so the rows are hashed.
-        for batch in self.table.with_format("arrow").iter(1000):
-            yield json.dumps(batch.to_pylist(), sort_keys=True, default=str).encode()
+    def content(self, memory: Path | None = None) -> str:
+        """A hash of the rows: of the files that they are mapped from, where there are such."""
+        files = [Path(file["filename"]) for file in self.table.cache_files]
+        if files and self.table._indices is None:
+            hashes = "\n".join(file_hash(file, memory) for file in files)
+            return hashlib.sha256(f"arrow {len(self.table)}\n{hashes}".encode()).hexdigest()
+        import pyarrow
+
+        digest = _Digest()
+        with pyarrow.ipc.new_stream(pyarrow.PythonFile(digest, mode="w"), self.table.features.arrow_schema) as writer:
+            for batch in self._batches():
+                writer.write_table(batch)
+        return digest.hexdigest()
 
     def records(self) -> Iterator[tuple[str, object]]:
-        for number, row in enumerate(self.table, 1):
-            yield f"{self.name}:{number}", row
+        number = 0
+        for batch in self._batches():
+            for row in batch.to_pylist():
+                number += 1
+                yield f"{self.name}:{number}", row
+
+    def _batches(self) -> Iterator[Any]:
+        """Tables of some hundred rows, as they are stored: nothing in them is decoded."""
+        return iter(self.table.with_format("arrow").iter(256))
+
+
+class _Digest(io.RawIOBase):
+    """A file that keeps nothing but the hash of what is written to it."""
+
+    def __init__(self) -> None:
+        self._digest = hashlib.sha256()
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        self._digest.update(data)
+        return len(data)
+
+    def hexdigest(self) -> str:
+        return self._digest.hexdigest()
 
 
 def _jsonl(path: Path, name: str, max_row_bytes: int) -> Iterator[tuple[int, object]]:
@@ -489,15 +521,20 @@ def _parquet(path: Path, name: str, max_row_bytes: int) -> Iterator[tuple[int, o
     import pyarrow
     from pyarrow import parquet
 
+    number = 0
     try:
-        number = 0
-        with parquet.ParquetFile(path) as file:
+        with parquet.ParquetFile(path, memory_map=True) as file:
+            names = file.schema_arrow.names
+            twice = [key for i, key in enumerate(names) if key in names[:i]]
+            if twice:
+                raise DataError(f"{name}: two columns are named '{twice[0]}', expected a name of its own for each")
             for batch in file.iter_batches(batch_size=256):
                 for row in batch.to_pylist():
                     number += 1
                     yield number, row
-    except (OSError, pyarrow.ArrowException) as error:
-        raise DataError(f"{name}: cannot be read as Parquet: {str(error).splitlines()[0]}") from None
+    except (OSError, ValueError, KeyError, pyarrow.ArrowException) as error:
+        place = f" behind row {number:,}" if number else ""
+        raise DataError(f"{name}: cannot be read as Parquet{place}: {_line(error)}") from None
     if not number:
         raise DataError(f"{name}: the file has no rows")
 
@@ -579,7 +616,9 @@ def _hub(name: str, base: str, split: str) -> _Table:
         table = datasets.load_dataset(base)
     except Exception as error:
         raise DataError(
-            f"{name}: neither a file or folder here nor a dataset that can be reached on the hub ({_line(error)})"
+            f"{name}: neither a file or folder here nor a dataset that can be reached on the hub ({_line(error)}); "
+            f"download it where there is a network (hf download --repo-type dataset {base} --local-dir DIR) and name "
+            "DIR here; with HF_HUB_OFFLINE=1 only what was downloaded before is looked for"
         ) from None
     return _Table(name, _one_split(name, table, split))
 

@@ -4,40 +4,22 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from typing import overload
 
+import numpy as np
+
+from prefopt.data.pairs import Subset, blocks, facts
 from prefopt.errors import DataError
 from prefopt.types import EncodedPair
 
 
-class Subset(Sequence[EncodedPair]):
-    """Some of the pairs of a sequence, in its order."""
-
-    def __init__(self, pairs: Sequence[EncodedPair], rows: Sequence[int]) -> None:
-        self.pairs, self.rows = pairs, rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    @overload
-    def __getitem__(self, i: int) -> EncodedPair: ...
-    @overload
-    def __getitem__(self, i: slice) -> list[EncodedPair]: ...
-    def __getitem__(self, i: int | slice) -> EncodedPair | list[EncodedPair]:
-        if isinstance(i, slice):
-            return [self.pairs[j] for j in self.rows[i]]
-        return self.pairs[self.rows[i]]
-
-    def prompt_keys(self) -> Iterator[str]:
-        keys = list(prompt_keys(self.pairs))
-        return (keys[j] for j in self.rows)
+def _keys(pairs: Sequence[EncodedPair]) -> Iterator[tuple[int, np.ndarray]]:
+    """(number of the first pair, keys) of one stretch of pairs after the other."""
+    return ((begin, facts(pairs, "prompt_key", begin, end)) for begin, end in blocks(pairs))
 
 
 def prompt_keys(pairs: Sequence[EncodedPair]) -> Iterator[str]:
     """The key of each pair's prompt; pairs that do not come from a file are keyed by the prompt's ids."""
-    if hasattr(pairs, "prompt_keys"):
-        return pairs.prompt_keys()
-    return (pair.prompt_key or hashlib.sha256(str(pair.prompt_ids).encode()).hexdigest()[:16] for pair in pairs)
+    return (f"{key:016x}" for _, keys in _keys(pairs) for key in keys.tolist())
 
 
 def split_by_prompt(pairs: Sequence[EncodedPair], fraction: float, *, seed: int = 0) -> tuple[Subset, Subset]:
@@ -52,20 +34,34 @@ def split_by_prompt(pairs: Sequence[EncodedPair], fraction: float, *, seed: int 
     """
     if not 0 < fraction < 1:
         raise DataError(f"data.eval_fraction: found {fraction:g}, expected a number between 0 and 1")
-    keys = list(prompt_keys(pairs))
-    place = {
-        key: int.from_bytes(hashlib.sha256(f"{seed}:{key}".encode()).digest()[:8], "big") / 2**64 for key in set(keys)
-    }
-    if len(place) < 2:
-        raise DataError(f"a split by prompt needs two prompts, found {len(place)} (give eval rows a file: --data.eval)")
-    order = sorted(place, key=lambda key: place[key])
-    held_out = {key for key in order if place[key] < fraction} or {order[0]}
-    held_out -= {order[-1]} if len(held_out) == len(order) else set()
-    train = [i for i, key in enumerate(keys) if key not in held_out]
-    return Subset(pairs, train), Subset(pairs, [i for i, key in enumerate(keys) if key in held_out])
+
+    def place(key: int) -> float:
+        return int.from_bytes(hashlib.sha256(f"{seed}:{key:016x}".encode()).digest()[:8], "big") / 2**64
+
+    held_out = np.zeros(len(pairs), bool)
+    lowest, highest = (2.0, 0), (-1.0, 0)  # (place, key)
+    for begin, keys in _keys(pairs):
+        known, row_of = np.unique(keys, return_inverse=True)
+        places = [place(key) for key in known.tolist()]
+        held_out[begin : begin + len(keys)] = (np.array(places) < fraction)[row_of]
+        found = [*zip(places, known.tolist(), strict=True)]
+        lowest, highest = min(lowest, *found), max(highest, *found)
+    if lowest[1] == highest[1]:
+        raise DataError(
+            f"a split by prompt needs two prompts, found {min(len(pairs), 1)} (give eval rows a file: --data.eval)"
+        )
+    if not held_out.any() or held_out.all():
+        key, side = (lowest[1], True) if not held_out.any() else (highest[1], False)
+        for begin, keys in _keys(pairs):
+            held_out[begin : begin + len(keys)][keys == key] = side
+    train, rest = (np.flatnonzero(side).astype(np.int32) for side in (~held_out, held_out))
+    return Subset(pairs, train), Subset(pairs, rest)
 
 
 def shared_prompts(train: Sequence[EncodedPair], held_out: Sequence[EncodedPair]) -> int:
     """How many of the held-out pairs have a prompt that is trained on as well."""
-    seen = set(prompt_keys(train))
-    return sum(key in seen for key in prompt_keys(held_out))
+    known = np.unique(np.concatenate([np.empty(0, np.uint64), *(keys for _, keys in _keys(held_out))]))
+    seen = np.zeros(len(known), bool)
+    for _, keys in _keys(train):
+        seen |= np.isin(known, keys)
+    return int(sum(seen[np.searchsorted(known, keys)].sum() for _, keys in _keys(held_out)))

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from prefopt.config import LoraConfig, ModelConfig, ReferenceConfig, RunConfig
-from prefopt.engine import models
+from prefopt.config import LoraConfig, ModelConfig, RunConfig
+from prefopt.engine import models, quantized
 from prefopt.errors import ConfigError, TrainError, did_you_mean
 from prefopt.kernels.head import make_head_aware, make_score_precise
 
@@ -161,8 +161,10 @@ def weights_of(reference: Frozen | Weights, start: Weights) -> Weights:
     return start if reference is Frozen.SNAPSHOT else Weights(start.base, start.base, start.revision)
 
 
-def describe(reference: Frozen | Weights, start: Weights, settings: ReferenceConfig) -> str:
+def describe(reference: Frozen | Weights, start: Weights, config: RunConfig) -> str:
     """What a run says of its reference."""
+    held = "" if config.model.quantize is None else f", the base held in {config.model.quantize}"
+    settings = config.reference
     copy = "" if settings.cache != "none" else ", a copy" if settings.sync_every is not None else ", a frozen copy"
     if reference is Frozen.BASE:
         said = f"{reference.value} (no second copy), {start.base}"
@@ -175,8 +177,8 @@ def describe(reference: Frozen | Weights, start: Weights, settings: ReferenceCon
         said = f"{what}{copy if reference == start else ''}, {reference.path}{on}"
     if settings.sync_every is not None:
         weight = "replaced by" if settings.sync_weight == 1 else f"mixed with {settings.sync_weight:g} of"
-        said += f"; {weight} the policy every {settings.sync_every} steps"
-    return said
+        held += f"; {weight} the policy every {settings.sync_every} steps"
+    return said + held
 
 
 def check(config: RunConfig, start: Weights, architecture: PretrainedConfig) -> None:
@@ -185,6 +187,7 @@ def check(config: RunConfig, start: Weights, architecture: PretrainedConfig) -> 
     Raises: ConfigError naming the setting.
     """
     _check_with_adapter(config.lora, start)
+    _check_quantized(config, start, architecture)
     scores = config.method.needs.output == "scores"
     if start.adapter is None and scores:
         models.check_scorer(architecture, start.base)
@@ -208,20 +211,52 @@ def check(config: RunConfig, start: Weights, architecture: PretrainedConfig) -> 
         models.check_head(hollow)
     if config.lora.r is not None:
         _check_modules(config.lora, hollow)
+        if config.model.quantize is not None:
+            _check_trained_whole(config, hollow)
+
+
+def _check_quantized(config: RunConfig, start: Weights, architecture: PretrainedConfig) -> None:
+    """Weights in few bits stand still: something else must be trained."""
+    quantize = config.model.quantize
+    before: Any = getattr(architecture, "quantization_config", None)
+    if before is not None:
+        how = before.get("quant_method") if isinstance(before, dict) else getattr(before, "quant_method", before)
+        raise ConfigError(
+            f"model.path: '{start.base}' is held quantised ({getattr(how, 'value', how)}), expected the model it was "
+            "made from (--model.quantize nf4 quantises it when it is loaded)"
+        )
+    if quantize is not None and config.lora.r is None and start.adapter is None:
+        raise ConfigError(
+            f"model.quantize: found '{quantize}' without LoRA; quantised weights stand still, so name a rank "
+            "(--lora.r 16) or an adapter as model.path, or leave it out"
+        )
+
+
+def _check_trained_whole(config: RunConfig, lm: PreTrainedModel) -> None:
+    """Only what is not quantised can be trained whole."""
+    head = _head(lm)
+    for name, module in lm.named_modules():
+        named = next((target for target in config.lora.modules_to_save if name.endswith(target)), None)
+        if named is not None and any(_linear(part) and part is not head for part in module.modules()):
+            raise ConfigError(
+                f"lora.modules_to_save: '{named}' is held in {config.model.quantize}, which cannot be trained; "
+                "expected the output head or an embedding (or give it an adapter by lora.target_modules)"
+            )
 
 
 def _check_with_adapter(lora: LoraConfig, start: Weights) -> None:
     """What of `lora` is given must be true of the adapter; without one, nothing may be given but with a rank."""
     adapter = start.adapter
-    for name in ("r", "alpha", "use_rslora", "dropout", "target_modules", "modules_to_save"):
+    runs_own = ("dropout", "merge")  # not the adapter's
+    for name in ("r", "alpha", "use_rslora", "dropout", "target_modules", "modules_to_save", "merge"):
         given = getattr(lora, name)
-        if given is None or given == () or (name == "dropout" and not given):
+        if given is None or given == () or (name in runs_own and not given):
             continue
         if adapter is None and lora.r is None:
             raise ConfigError(
                 f"lora.{name}: found {given!r} without lora.r; name the rank (--lora.r 16) to turn LoRA on"
             )
-        if adapter is None or name == "dropout":  # dropout is the run's, not the adapter's
+        if adapter is None or name in runs_own:
             continue
         its = getattr(adapter, {"alpha": "lora_alpha"}.get(name, name))
         its = its or () if isinstance(given, tuple) else its
@@ -468,7 +503,9 @@ def describe_policy(lm: Any) -> str:
     names = targets if isinstance(targets, str) else ", ".join(sorted(targets))
     whole = sorted({name for name in settings.modules_to_save or () if any(name in n for n, _ in lm.named_modules())})
     saved = f", and {', '.join(whole)} whole" if whole else ""
-    return f"{trained:,} of them trained (LoRA r {settings.r}, alpha {settings.lora_alpha} on {names}{saved})"
+    quantize = {q for m in lm.modules() if (q := quantized.kind(m)) is not None}
+    held = "".join(f"the others' matrices held in {kind}, " for kind in sorted(quantize))
+    return f"{held}{trained:,} of them trained (LoRA r {settings.r}, alpha {settings.lora_alpha} on {names}{saved})"
 
 
 def save(lm: Any, folder: Path, weights: dict[str, torch.Tensor] | None = None) -> None:
@@ -503,3 +540,21 @@ def saved_weights(lm: Any, folder: Path) -> dict[str, torch.Tensor]:
         )
     names = list(parameters)
     return {names[int(number)]: found[name] for name, number in renamed.items()}
+
+
+def merge(lm: Any, adapter: Path, model: ModelConfig) -> None:
+    """Put an exported adapter of this policy into the weights below it, for good; `save_merged` writes what remains."""
+    _fill(lm, _POLICY, str(adapter), model, "lora.merge")
+    with _quiet():
+        lm.merge_and_unload(adapter_names=[_POLICY])
+
+
+def save_merged(lm: Any, folder: Path) -> None:
+    """Write what `merge` has left of a policy, as a model that knows of no adapter."""
+    base = base_of(lm)
+    head, words = _head(base), base.get_input_embeddings()
+    if head is not None and getattr(head, "weight", None) is not getattr(words, "weight", None):
+        base.config.get_text_config().tie_word_embeddings = False  # a head that was trained whole is one of its own
+        base.config.tie_word_embeddings = False
+    with models.quiet():
+        base.save_pretrained(folder)

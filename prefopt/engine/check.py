@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from prefopt.engine import adapters
+from prefopt.engine import adapters, compiling, quantized
 from prefopt.engine.forward import Policy, pair_stats, scores_of, statistics_for, token_stats_of
 from prefopt.errors import TrainError
 from prefopt.method import Method
@@ -24,7 +24,7 @@ _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.bfloat16: 0.1, tor
 def tolerance(lm: nn.Module, mixed_precision: str) -> float:
     """How far the two paths may be apart in this precision."""
     autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision)
-    return _TOLERANCE[autocast or next(lm.parameters()).dtype]
+    return _TOLERANCE[autocast or quantized.precision(lm)]
 
 
 @torch.no_grad()
@@ -64,7 +64,7 @@ def _first_different_token(
         mine = batch.sequence_index == sequence
         for name, scorer in (("logp", contextlib.nullcontext(policy.lm)), ("ref_logp", policy.as_reference())):
             scored = getattr(tokens, name)
-            with scorer as lm:
+            with scorer as lm, compiling.eagerly(policy):
                 if scored is None or lm is None:
                     continue
                 expected = _plain_scores(lm, pair.prompt_ids, completion, mask)
@@ -85,7 +85,8 @@ def _first_different_score(
     scores: Sequence[float], policy: Policy, pairs: Sequence[EncodedPair], batch: PairBatch, tol: float
 ) -> str | None:
     for sequence, (pair, side) in enumerate(_sequences(pairs, batch)):
-        expected = _plain_score(policy.lm, [*pair.prompt_ids, *getattr(pair, f"{side}_ids")])
+        with compiling.eagerly(policy):
+            expected = _plain_score(policy.lm, [*pair.prompt_ids, *getattr(pair, f"{side}_ids")])
         if not abs(scores[sequence] - expected) <= tol * max(1.0, abs(expected)):
             where = f"{pair.where or f'pair {sequence % len(pairs)}'} ({side})"
             return f"{where}: the score is {scores[sequence]:.6f}, an independent path gives {expected:.6f}"

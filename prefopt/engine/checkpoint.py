@@ -158,8 +158,40 @@ def load_state(folder: Path) -> dict[str, Any]:
     return state
 
 
-def save_optimizer(kept: dict[int, dict[str, Any]], path: Path) -> None:
-    """An optimizer's state as safetensors; hyper-parameters are not kept, the config has them.
+# The optimizer --------------------------------------------------------------------------------------------------------
+
+State = dict[int, dict[str, Any]]  # what an optimizer keeps of each parameter, by the parameter's number
+
+
+def pack_state(kept: State) -> tuple[dict[str, torch.Tensor], str]:
+    """(the tensors of an optimizer's state by name, all else as JSON in which a name stands for its tensor).
+
+    Raises: TypeError for a state that is no tensor, number, text, list or mapping of names to such.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    seen: set[int] = set()
+
+    def pack(value: Any, name: str) -> Any:
+        if isinstance(value, torch.Tensor):
+            kept = value.detach().cpu().contiguous()
+            if kept.numel() and kept.untyped_storage().data_ptr() in seen:
+                kept = kept.clone()  # parameters may share a table; a file holds one of each
+            seen.add(kept.untyped_storage().data_ptr())
+            tensors[name] = kept
+            return {"tensor": name}
+        if isinstance(value, dict):
+            if not all(isinstance(key, str) for key in value):
+                raise TypeError(f"{name} has keys that are no names")
+            return {"members": {key: pack(member, f"{name}.{key}") for key, member in value.items()}}
+        if isinstance(value, (list, tuple)):
+            return [pack(member, f"{name}.{i}") for i, member in enumerate(value)]
+        return value
+
+    return tensors, json.dumps({str(index): pack(entries, str(index)) for index, entries in kept.items()})
+
+
+def save_optimizer(kept: State, path: Path) -> None:
+    """An optimizer's state as safetensors, bit by bit; hyper-parameters are not kept, the config has them.
 
     Args:
         kept: of each parameter, by its number.
@@ -167,26 +199,22 @@ def save_optimizer(kept: dict[int, dict[str, Any]], path: Path) -> None:
     """
     from safetensors.torch import save_file
 
-    tensors, plain = {}, {}
-    for index, entries in kept.items():
-        for name, value in entries.items():
-            if isinstance(value, torch.Tensor):
-                tensors[f"{index}.{name}"] = value.detach().cpu().contiguous()
-            else:
-                plain[f"{index}.{name}"] = value
-    save_file(tensors, path, metadata={"plain": json.dumps(plain)})
+    tensors, state = pack_state(kept)
+    save_file(tensors, path, metadata={"state": state})
 
 
-def load_optimizer(path: Path) -> dict[int, dict[str, Any]]:
+def load_optimizer(path: Path) -> State:
     """Undo `save_optimizer`."""
     from safetensors import safe_open
 
-    state: dict[int, dict[str, Any]] = {}
     with safe_open(path, framework="pt") as file:
-        for key in file.keys():  # noqa: SIM118 - not a mapping
-            index, _, name = key.partition(".")
-            state.setdefault(int(index), {})[name] = file.get_tensor(key)
-        for key, value in json.loads((file.metadata() or {}).get("plain", "{}")).items():
-            index, _, name = key.partition(".")
-            state.setdefault(int(index), {})[name] = value
-    return state
+
+        def unpack(value: Any) -> Any:
+            if isinstance(value, dict):
+                members = value.get("members")
+                if members is None:
+                    return file.get_tensor(value["tensor"])
+                return {key: unpack(member) for key, member in members.items()}
+            return [unpack(member) for member in value] if isinstance(value, list) else value
+
+        return {int(i): unpack(entries) for i, entries in json.loads(file.metadata()["state"]).items()}

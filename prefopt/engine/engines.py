@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from prefopt.engine import adapters, checkpoint, models
+from prefopt.engine.checkpoint import State
 from prefopt.engine.runtime import say
 from prefopt.errors import ConfigError, TrainError
 
@@ -26,22 +27,50 @@ if TYPE_CHECKING:
     from prefopt.engine.forward import Policy
     from prefopt.engine.runtime import Runtime
 
-State = dict[int, dict[str, Any]]  # of an optimizer: what it keeps of each parameter, by the parameter's number
-
 
 def make_engine(runtime: Runtime, config: RunConfig) -> Engine:
     """The engine that the launcher started.
 
     Raises: ConfigError for settings that it cannot keep, with what to use instead.
     """
-    if runtime.engine not in ("zero3", "fsdp2"):
-        return (ZeroEngine if runtime.engine.startswith("zero") else Engine)(runtime, config)
-    if config.reference.sync_every is not None:
-        raise ConfigError(
-            f"reference.sync_every: a moving reference is not supported under {runtime.engine}, expected ddp, zero1 or "
-            "zero2 (--config_file configs/accelerate/zero2.yaml)"
-        )
-    return (Fsdp2Engine if runtime.engine == "fsdp2" else ZeroEngine)(runtime, config)
+    kind = {"one process": Engine, "ddp": Engine, "fsdp2": Fsdp2Engine}.get(runtime.engine, ZeroEngine)
+    if kind is not Engine:
+        _refuse(config, runtime.engine)
+    return kind(runtime, config)
+
+
+def _refuse(config: RunConfig, engine: str) -> None:
+    """Raises: ConfigError for what an engine that shards cannot do, or where nobody has tried whether it can."""
+    plain = ("adamw", "rmsprop", "sgd")  # of one entry at a time: where a weight is cut does not matter
+    shards = engine in ("zero3", "fsdp2")
+    small = "another engine (configs/accelerate/ddp.yaml)"
+    for wrong, key, found, expected in (
+        (config.train.mixed_precision == "fp16", "train.mixed_precision", "fp16", "bf16 or no"),
+        (config.model.quantize is not None, "model.quantize", config.model.quantize, f"none, or {small}"),
+        (
+            "." not in config.optim.name and config.optim.name not in plain,
+            "optim.name",
+            config.optim.name,
+            f"{', '.join(plain)}, or {small}",
+        ),
+        (config.train.compile, "train.compile", "true", f"false, or {small}"),
+        (shards and config.model.offload_activations, "model.offload_activations", "true", f"false, or {small}"),
+        (
+            shards and config.eval.generate > 0,
+            "eval.generate",
+            config.eval.generate,
+            "0, or zero2 (configs/accelerate/zero2.yaml)",
+        ),
+        (shards and config.lora.merge, "lora.merge", "true", "false (merge the exported adapter with peft)"),
+        (
+            shards and config.reference.sync_every is not None,
+            "reference.sync_every",
+            config.reference.sync_every,
+            "none, or zero2 (configs/accelerate/zero2.yaml)",
+        ),
+    ):
+        if wrong:
+            raise ConfigError(f"{key}: found {found}, which is not supported under {engine}, expected {expected}")
 
 
 class Engine:
@@ -132,6 +161,12 @@ class Engine:
         """Undo `optimizer_state`."""
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+        # torch gives a floating state the dtype of its parameter, whatever it was saved in
+        for number, kept in self.optimizer.state_dict()["state"].items():
+            for name, value in kept.items():
+                saved = state[number][name]
+                if isinstance(value, torch.Tensor) and value.dtype != saved.dtype:
+                    kept[name] = saved.to(value.device)
 
 
 class Fsdp2Engine(Engine):
@@ -140,8 +175,6 @@ class Fsdp2Engine(Engine):
     def __init__(self, runtime: Runtime, config: RunConfig) -> None:
         super().__init__(runtime, config)
         mixed = config.train.mixed_precision
-        if mixed == "fp16":
-            raise ConfigError("train.mixed_precision: 'fp16' is not supported under fsdp2, expected bf16 or no")
         plugin: Any = self.accelerator.state.fsdp_plugin
         if mixed == "bf16":
             from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -195,10 +228,6 @@ class ZeroEngine(Engine):
 
     def __init__(self, runtime: Runtime, config: RunConfig) -> None:
         super().__init__(runtime, config)
-        if config.train.mixed_precision == "fp16":
-            raise ConfigError(
-                f"train.mixed_precision: 'fp16' is not supported under {runtime.engine}, expected bf16 or no"
-            )
         self.stage = int(runtime.engine[-1])
         settings = runtime.deepspeed_settings
         settings["train_micro_batch_size_per_gpu"] = config.train.micro_batch  # for its own counts only

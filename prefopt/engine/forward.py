@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -41,6 +42,8 @@ class Policy(nn.Module):
             _check_backbone(model)
         self.lm = lm
         self.reference = reference
+        # around the passes whose activations wait for the backward pass
+        self.saving: AbstractContextManager[Any] = contextlib.nullcontext()
         self.attention = self.reference_attention = attention_kind(adapters.base_of(lm))
         if reference is not None:
             reference.requires_grad_(False).eval()
@@ -109,7 +112,8 @@ class Scorer(Policy):
     ) -> torch.Tensor:
         """The score of each sequence, (S,), in float32 or better. Args: as in PairBatch."""
         rows = Rows(input_ids, attention_mask, position_ids, units)
-        hidden = _scored_states(self.lm, self.attention, rows, last_index)
+        with self.saving:
+            hidden = _scored_states(self.lm, self.attention, rows, last_index)
         head: Any = adapters.base_of(self.lm).score
         return head(hidden, precise=True).squeeze(-1)
 
@@ -190,7 +194,8 @@ class PolicyWithReference(Policy):
         rows = Rows(input_ids, attention_mask, position_ids, units)
         reads = bool(set(want) & {"ref_logp", "kl", "reverse_kl"})
         ref = self._reference_request(rows, score_index, ref_hidden) if reads else {}
-        hidden = _scored_states(self.lm, self.attention, rows, score_index)
+        with self.saving:
+            hidden = _scored_states(self.lm, self.attention, rows, score_index)
         scale, softcap = self._scaling
         request = HeadRequest(
             labels=labels,

@@ -17,7 +17,7 @@ import torch
 from prefopt.config import RunConfig
 from prefopt.data.collate import collate
 from prefopt.data.layouts import LAYOUTS, PADDED, rows_of, shares_prompts, units_of, width_of
-from prefopt.engine import adapters
+from prefopt.engine import adapters, quantized
 from prefopt.engine.attention import MASKED, Kind, ends_a_square
 from prefopt.engine.forward import Policy, scored_states, to_device
 from prefopt.engine.models import vocabulary
@@ -81,7 +81,7 @@ def shape_of(lm: PreTrainedModel) -> Shape:
     heads, head = getattr(config, "num_attention_heads", 1), getattr(config, "head_dim", None)
     width = heads * head if head else config.hidden_size
     embedding = lm.get_input_embeddings().weight
-    weights = sum(p.numel() for p in lm.base_model.parameters() if p.ndim >= 2 and p is not embedding)
+    weights = sum(quantized.numel(p) for p in lm.base_model.parameters() if p.ndim >= 2 and p is not embedding)
     return Shape(config.num_hidden_layers, width, weights)
 
 
@@ -297,12 +297,13 @@ def _inexact(lm: PreTrainedModel, kind: Kind, layout: str, device: torch.device,
     # only flash attention needs to be tried in the run's own precision, which blurs what is to be seen
     own = {"no": lm.dtype, "bf16": torch.bfloat16, "fp16": torch.float16}[mixed]
     precision = own if kind == "varlen" else lm.dtype
+    tolerance = max(_TOLERANCE[precision], _TOLERANCE[quantized.precision(lm)])
     plain = probe_states(lm, kind, PADDED, device, precision)  # what fails here is not the layout's fault
     try:
         gap = relative_gap(plain, probe_states(lm, kind, layout, device, precision))
     except Exception as error:
         return f"its forward does not take the layout ({type(error).__name__}: {' '.join(str(error).split())[:100]})"
-    return None if gap <= _TOLERANCE[precision] else f"hidden states differ from those of padded rows by {gap:.1g}"
+    return None if gap <= tolerance else f"hidden states differ from those of padded rows by {gap:.1g}"
 
 
 # Largest relative difference of a scored hidden state; transformers computes norms in float32 for any dtype.

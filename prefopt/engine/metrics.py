@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from prefopt.types import PairStats
 
@@ -17,6 +19,25 @@ if TYPE_CHECKING:
 
 # Keys of a metrics line that depend on the machine and the moment, not on the run.
 WALL_CLOCK_KEYS = ("seconds", "tokens_per_second", "pairs_per_second", "peak_memory_gb")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What an evaluator says of a policy beside plain figures.
+
+    Args:
+        figures: by name, for the metrics line.
+        tables: by name, rows with the same keys in each, of text and numbers: each goes to a file `NAME.jsonl` in the
+            output folder, a line per row with the step before it, and to the trackers.
+        shown: lines to print.
+    """
+
+    figures: Mapping[str, float]
+    tables: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
+    shown: str = ""
+
+
+Evaluator = Callable[[nn.Module], Mapping[str, float] | Evaluation]
 
 
 class Meter:
@@ -75,6 +96,12 @@ class MetricsFile:
             return
         kept = [line for line in read_lines(self.path) if line["step"] <= step]
         write_atomically(self.path, (json.dumps(line) + "\n" for line in kept))
+
+    def replace(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Write the rows of `step` behind those of earlier steps; what stood there of this step or later is gone."""
+        self.rewind(step - 1)
+        with self.path.open("a") as file:
+            file.writelines(json.dumps({"step": step, **row}) + "\n" for row in rows)
 
     def lines(self) -> list[dict[str, Any]]:
         """All that was written and not forgotten."""

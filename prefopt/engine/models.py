@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from prefopt.config import ModelConfig
+from prefopt.engine import quantized
 from prefopt.errors import TrainError, did_you_mean
 
 if TYPE_CHECKING:
@@ -170,10 +171,12 @@ def _load(kind: Any, path: str, settings: ModelConfig, key: str, **more: Any) ->
                 trust_remote_code=settings.trust_remote_code,
                 dtype=getattr(torch, settings.dtype),
                 output_loading_info=True,
+                **quantized.arguments(settings),
                 **more,
             )
     except Exception as error:
         raise refuse(key, path, error) from error
+    quantized.settle(model)
     align(model)
     bad = not_finite(model)
     if bad is not None:
@@ -218,12 +221,12 @@ def held(parameter: Any) -> torch.Tensor:
 
 def numel(parameter: Any) -> int:
     """How many entries a weight has, over all processes."""
-    return int(getattr(parameter, "ds_numel", parameter.numel()))
+    return int(parameter.ds_numel) if hasattr(parameter, "ds_numel") else quantized.numel(parameter)
 
 
 def not_finite(model: nn.Module) -> str | None:
     """The name of the first weight that has a NaN or an infinity in what this process holds of it, or None."""
-    return next((name for name, weight in model.named_parameters() if not bool(held(weight).isfinite().all())), None)
+    return next((name for name, weight in model.named_parameters() if not quantized.is_finite(held(weight))), None)
 
 
 @contextlib.contextmanager

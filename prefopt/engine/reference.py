@@ -90,6 +90,8 @@ def identity(config: RunConfig, oracle: Oracle) -> dict[str, Any]:
         "dtype": config.model.dtype,
         "mixed_precision": config.train.mixed_precision,
         "attention": config.model.attention,
+        "quantize": config.model.quantize,
+        "compute_dtype": config.model.compute_dtype,
         "head.scale": scale,
         "head.softcap": softcap,
         "stored": _stored(config),

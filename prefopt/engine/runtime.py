@@ -26,6 +26,7 @@ EXIT_UNFINISHED = 75  # EX_TEMPFAIL: saved, not finished, run the same command a
 # accelerate's names -> ours; of DeepSpeed's stages each has its own
 _ENGINES = {"NO": "one process", "MULTI_CPU": "ddp", "MULTI_GPU": "ddp", "DEEPSPEED": "zero", "FSDP": "fsdp2"}
 FOLLOW = "PREFOPT_FOLLOW_PARENT"  # set for processes that must not outlive the one that started them
+_PATIENCE = timedelta(hours=24)
 SAVE_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
@@ -170,6 +171,7 @@ class Runtime:
     accelerator: Accelerator
     stop: Stop = field(default_factory=Stop)
     sharding: Any = None  # how ZeRO-3 shards what is loaded, where it does
+    _patient: Any = field(default=None, init=False)  # a group of all processes that wait for hours
 
     @property
     def device(self) -> torch.device:
@@ -258,6 +260,32 @@ class Runtime:
             except PrefoptError as error:
                 failure = error
         result, failure = self.from_main((result, failure))
+        if failure is not None:
+            raise failure
+        return result
+
+    def on_main_at_length(self, work: Callable[[], Any]) -> Any:
+        """`on_main` for work that may take longer than processes usually wait for each other, such as sampling.
+
+        The random generators stand afterwards as they stood before, whatever the work draws. All processes call it.
+        """
+        if self.world == 1:
+            with random_state_kept():
+                return work()
+        import torch.distributed as dist
+
+        if self._patient is None:  # gloo waits on the CPU, whatever joins the processes otherwise
+            self._patient = dist.new_group(backend="gloo", timeout=_PATIENCE)
+        result, failure = None, None
+        if self.is_main:
+            try:
+                with random_state_kept():
+                    result = work()
+            except PrefoptError as error:
+                failure = error
+        box = [(result, failure)]
+        dist.broadcast_object_list(box, src=0, group=self._patient)
+        result, failure = box[0]
         if failure is not None:
             raise failure
         return result
@@ -449,6 +477,16 @@ def set_random_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(tensor(state["torch"]))
     if "cuda" in state and torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all([tensor(text) for text in state["cuda"]])
+
+
+@contextlib.contextmanager
+def random_state_kept() -> Iterator[None]:
+    """Every random generator stands afterwards as it stood before."""
+    state = random_state()
+    try:
+        yield
+    finally:
+        set_random_state(state)
 
 
 def check_path(key: str, path: str) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
+import functools
 import json
 import math
 import os
@@ -14,14 +15,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
-from prefopt.config import OptimConfig, RunConfig
+from prefopt.config import RunConfig
 from prefopt.data.collate import collate
 from prefopt.data.encode import check_row_structure
-from prefopt.data.loader import Batches, padded_length
+from prefopt.data.loader import Batches, Shares
+from prefopt.data.pairs import BLOCK, facts, fed_tokens, padded_lengths
 from prefopt.data.report import show_batch
-from prefopt.engine import adapters, check, checkpoint, export, models
+from prefopt.engine import adapters, card, check, checkpoint, compiling, export, models, offload
+from prefopt.engine.best import Selection
 from prefopt.engine.engines import make_engine
 from prefopt.engine.forward import (
     Policy,
@@ -32,16 +34,18 @@ from prefopt.engine.forward import (
     to_device,
 )
 from prefopt.engine.layouts import choose_layouts
-from prefopt.engine.metrics import Meter, MetricsFile, shared_metrics, write_atomically
+from prefopt.engine.metrics import Evaluation, Evaluator, Meter, MetricsFile, shared_metrics, write_atomically
+from prefopt.engine.optimizers import make_optimizer
 from prefopt.engine.reference import Moving, ReferenceValues
 from prefopt.engine.runtime import EXIT_UNFINISHED, Runtime, random_state, say, set_random_state
+from prefopt.engine.share import micro_batches
+from prefopt.engine.tracking import Trackers
 from prefopt.errors import ConfigError, TrainError, did_you_mean
 from prefopt.types import EncodedPair, LossOutput, Needs, PairBatch, PairStats
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Evaluator = Callable[[nn.Module], Mapping[str, float]]
 _SELECTED = "selected.json"  # which step the best model so far is of
 _REFERENCE = "moving_reference.safetensors"  # in a checkpoint
 
@@ -63,8 +67,10 @@ class Trainer:
         eval_pairs: held-out pairs, maybe none.
         output: the run's folder; the lock on it is held.
         resume_from: an undamaged checkpoint whose weights `policy` holds, or None.
-        evaluators: functions of the policy whose values are logged at each evaluation, such as a testbed's exact ones.
+        evaluators: functions of the policy whose values are logged at each evaluation, such as a testbed's exact ones;
+            they are called on the first process alone.
         values: what is kept of the reference, for all pairs, where that takes the place of a live one.
+        trackers: who else is told; the caller closes them. None: nobody.
     """
 
     config: RunConfig
@@ -77,12 +83,14 @@ class Trainer:
     resume_from: Path | None = None
     evaluators: Sequence[Evaluator] = field(default_factory=tuple)
     values: ReferenceValues | None = None
+    trackers: Trackers | None = None
 
     def run(self) -> int:
         """Train to the end. Returns 0 when finished, 75 when a signal asked to save and leave."""
         self.prepare()
         start = self._restore()
-        start_trackers(self.runtime, self.config, self.output)
+        if self.trackers is not None:
+            self.trackers.start()
         try:
             self._loop(start)
         except _Interrupted:
@@ -101,7 +109,8 @@ class Trainer:
                 "looks at the batch as a whole, expected one process and micro_batch = global_batch "
                 f"({config.train.global_batch})"
             )
-        self.total = total_steps(config, self.train.steps_per_epoch)
+        self._steps = None if self.train.steps_per_epoch is None else self.train.steps
+        self.total = total_steps(config, self._steps)
         self.moving: Moving | None = None
         if config.reference.sync_every is not None:
             assert isinstance(self.policy, PolicyWithReference), "a score has no reference"
@@ -112,9 +121,13 @@ class Trainer:
         optimizer = make_optimizer(config.optim, self.policy.lm, fused=runtime.accelerator.scaler is None)
         self.engine = make_engine(runtime, config)
         self.model, self.optimizer = self.engine.prepare(self.policy, optimizer)
+        if config.model.offload_activations:
+            self.policy.saving = offload.Offloading(self.policy.lm, pin_memory=runtime.device.type == "cuda")
         self.layouts, note = choose_layouts(config, self.policy, runtime.device, self.engine.inside)
         if note is not None:
             say(note)
+        if config.train.compile:
+            compiling.compile_layers(self.policy.backbone)
         whole = self.train.grouped
         self._counts_per_pair = None if whole is None else self._average_counts(whole)
         self.metrics = MetricsFile(self.output / "metrics.jsonl")
@@ -129,8 +142,9 @@ class Trainer:
                 self._first_batch()
             if start == 0 or self._evaluation_is_due(start):
                 self._evaluate(start)
+            over = self._patience_is_over(start)
             with self._progress_bar(start) as bar:
-                for step in range(start, self.total):
+                for step in range(start, start if over else self.total):
                     line = self._step(step)
                     done = step + 1
                     self._log(line)
@@ -138,9 +152,12 @@ class Trainer:
                     bar.update()
                     if self._evaluation_is_due(done):
                         self._evaluate(done)
-                    if done % self.config.train.save_every == 0 or done == self.total:
+                        over = self._patience_is_over(done)
+                    if done % self.config.train.save_every == 0 or done == self.total or over:
                         self._save(done)
                         saved = done
+                    if over:
+                        break
         except _Interrupted:
             if done > saved:
                 self._save(done)
@@ -161,6 +178,18 @@ class Trainer:
         due = done % self.config.eval.every == 0 or done == self.total
         return due and not self.runtime.from_main(self.metrics.has(done, "eval"))
 
+    def _patience_is_over(self, done: int) -> bool:
+        """Whether the last `eval.patience` evaluations were no better than one before them; it is said, once."""
+        patience, select = self.config.eval.patience, self.config.eval.select
+        if patience is None or select is None:
+            return False
+        by = Selection.of(select)
+        over = bool(self.runtime.from_main(self.runtime.is_main and by.stale(self.metrics.lines()) >= patience))
+        if over and done < self.total and self.runtime.is_main:
+            in_vain = f"no better {by.metric} in {patience} evaluations"
+            _say_beside_the_bar(f"stopped at step {done} of {self.total}: {in_vain}")
+        return over
+
     def _step(self, step: int) -> dict[str, Any]:
         """One optimizer step. Returns its metrics line."""
         began = time.perf_counter()
@@ -168,7 +197,9 @@ class Trainer:
         self.model.train()
         pairs_of_step = self.train.global_batch(step)
         batches = list(self._micro_batches(pairs_of_step, config.train.micro_batch))
-        counts = self._global_counts([batch for _, batch in batches], len(pairs_of_step))
+        grouped = self._counts_per_pair is not None
+        counted = self.train.counted_pairs(step) if grouped else len(pairs_of_step)
+        counts = self._global_counts([batch for _, batch in batches], counted)
         meter, want = Meter(), statistics_for(self.needs)
         broken: list[tuple[torch.Tensor, PairBatch]] = []
         tokens = torch.zeros(4, dtype=torch.float64)  # pairs, scored tokens, tokens fed, cells that hold a token or not
@@ -196,7 +227,7 @@ class Trainer:
         # an overflow of scaled gradients is the scaler's business: it skips the step and halves the scale
         if anywhere > 0 or not (norm is None or math.isfinite(norm) or scale > 1):
             self._stop_on_nonfinite(step, math.nan if norm is None else norm, broken)
-        lr = learning_rate(config, self.train.steps_per_epoch, step)
+        lr = learning_rate(config, self._steps, step)
         self.engine.set_lr(lr)
         skipped, found = self.engine.step()
         self.engine.forget_gradients()
@@ -210,7 +241,7 @@ class Trainer:
         seconds = time.perf_counter() - began
         line: dict[str, Any] = {"step": step + 1, "split": "train"}
         if self.train.steps_per_epoch:
-            line["epoch"] = (step + 1) / self.train.steps_per_epoch
+            line["epoch"] = self.train.epochs(step + 1)
         line |= {"loss": _total_loss(output, averages)}
         line |= {
             name: value for name, value in averages.items() if len(output.terms) > 1 or not name.startswith("loss/")
@@ -225,19 +256,12 @@ class Trainer:
             line["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 2**30
         return line
 
-    def _micro_batches(self, pairs: Sequence[EncodedPair], size: int) -> Iterator[tuple[list[EncodedPair], PairBatch]]:
-        """This process's share of a batch, cut so that rows of one micro-batch are of like length.
-
-        Sorting happens inside one optimizer step, whose gradient is a sum: it saves padding and changes nothing. Every
-        process gets the same number of micro-batches; one of no pairs is legal.
-        """
-        world, rank = self.runtime.world, self.runtime.rank
-        ordered = sorted(pairs, key=padded_length, reverse=True)
-        cuts = world * max(1, math.ceil(len(ordered) / (size * world)))
-        edges = [len(ordered) * i // cuts for i in range(cuts + 1)]
-        for i in range(rank, cuts, world):
-            mine = ordered[edges[i] : edges[i + 1]]
-            yield mine, self._collate(mine)
+    def _micro_batches(self, pairs: Sequence[EncodedPair], size: int) -> Iterator[tuple[list[int], PairBatch]]:
+        """This process's share of a batch, as (which of the pairs, their batch); see `share.micro_batches`."""
+        shares = micro_batches(padded_lengths(pairs), fed_tokens(pairs), size, self.runtime.world)
+        for mine in shares[self.runtime.rank]:
+            numbers = mine.tolist()
+            yield numbers, self._collate([pairs[i] for i in numbers])
 
     def _collate(self, pairs: Sequence[EncodedPair], layout: str | None = None) -> PairBatch:
         """The batch in the layout that these pairs call for, or in the one that is named, with what is kept of the
@@ -252,7 +276,7 @@ class Trainer:
         )
         return batch if self.values is None else self.values.fill(batch, pairs)
 
-    def _global_counts(self, batches: Sequence[PairBatch], pairs: int) -> dict[str, float]:
+    def _global_counts(self, batches: Sequence[PairBatch], pairs: float) -> dict[str, float]:
         """What each term is divided by: its count over all `pairs` of the step on all processes.
 
         Where batches are grouped by length, their own counts would make a token in a batch of short completions weigh
@@ -276,28 +300,30 @@ class Trainer:
                 totals[term.name] = totals.get(term.name, 0.0) + float(term.count.double().sum())
         return totals
 
-    def _average_counts(self, pairs: Sequence[EncodedPair]) -> dict[str, float]:
-        """The count of each term per pair, over all of these."""
+    def _average_counts(self, shares: Shares) -> dict[str, float]:
+        """The count of each term per pair of an epoch."""
+        averages: dict[str, float] = {}
+        for share, pairs in shares:
+            for name, count in self._counts(self._bare(pairs)).items():
+                averages[name] = averages.get(name, 0.0) + share * count / len(pairs)
+        return {name: count if count > 0 else 1.0 for name, count in averages.items()}
+
+    def _bare(self, pairs: Sequence[EncodedPair]) -> Iterator[PairBatch]:
+        """Lengths and columns of pairs without their tokens, which are all that a count can depend on."""
         empty = self._collate([])
+        for begin in range(0, len(pairs), BLOCK):
+            end = min(begin + BLOCK, len(pairs))
 
-        def bare(some: Sequence[EncodedPair]) -> PairBatch:
-            """Their lengths and columns without their tokens, which are all that a count can depend on."""
-            chosen = torch.tensor([sum(pair.chosen_mask) for pair in some])
-            rejected = torch.tensor([sum(pair.rejected_mask or ()) for pair in some])
-            return replace(
+            def of(name: str, begin: int = begin, end: int = end) -> torch.Tensor:
+                return torch.from_numpy(facts(pairs, name, begin, end).copy())
+
+            yield replace(
                 empty,
-                chosen_lengths=chosen,
-                rejected_lengths=None if empty.rejected_lengths is None else rejected,
-                columns={
-                    name: torch.tensor([pair.columns[name] for pair in some], dtype=torch.float64)
-                    for name in empty.columns
-                },
-                where=tuple(pair.where for pair in some),
+                chosen_lengths=of("chosen_scored"),
+                rejected_lengths=None if empty.rejected_lengths is None else of("rejected_scored"),
+                columns={name: of(f"column.{name}") for name in empty.columns},
+                where=("",) * (end - begin),
             )
-
-        chunks = (pairs[begin : begin + 4096] for begin in range(0, len(pairs), 4096))
-        totals = self._counts(map(bare, chunks))
-        return {name: count / len(pairs) if count > 0 else 1.0 for name, count in totals.items()}
 
     def _loss_scale(self) -> float:
         """What fp16 multiplies the loss by, so that small gradients do not vanish; 1 in any other precision."""
@@ -339,10 +365,7 @@ class Trainer:
             line |= {"pairs": len(rows)} | self._averages_of_rows(rows)
             if self.runtime.is_main:
                 write_atomically(self.output / "eval_pairs.jsonl", (_pair_line(step, row) for row in rows))
-        if self.evaluators:
-            with self.engine.whole() as policy:
-                for evaluator in self.evaluators if self.runtime.is_main else ():
-                    line |= dict(evaluator(policy.lm))
+        line |= self._say_of_evaluators(step) if self.evaluators else {}
         line["seconds"] = time.perf_counter() - began
         if len(line) > 3:
             self._log(line)
@@ -350,21 +373,62 @@ class Trainer:
             self._keep_if_best(step, line)
         self.model.train()
 
+    def _say_of_evaluators(self, step: int) -> dict[str, float]:
+        """Their figures, once their tables are kept and shown. A signal that asks to save gives them up."""
+
+        def work(policy: Policy) -> dict[str, float] | None:
+            try:
+                with self._stoppable(policy), compiling.eagerly(policy.lm):  # what they ask has many shapes
+                    found = [evaluator(policy.lm) for evaluator in self.evaluators]
+            except _Interrupted:
+                return None
+            figures: dict[str, float] = {}
+            for one in found:
+                whole = one if isinstance(one, Evaluation) else Evaluation(one)
+                figures |= dict(whole.figures)
+                for name, rows in whole.tables.items():
+                    MetricsFile(self.output / f"{name}.jsonl").replace(step, rows)
+                    if self.trackers is not None:
+                        self.trackers.table(name, rows, step)
+                if whole.shown:
+                    _say_beside_the_bar(f"\nstep {step}: {whole.shown}")
+            return figures
+
+        with self.engine.whole() as policy:
+            figures = self.runtime.on_main_at_length(functools.partial(work, policy))
+        if figures is None:
+            raise _Interrupted
+        return figures
+
+    @contextlib.contextmanager
+    def _stoppable(self, policy: Policy) -> Iterator[None]:
+        """While it lasts, a wish to stop ends whoever calls the models, however often they are still to be called."""
+
+        def stop(*_: Any) -> None:
+            if self.runtime.stop.requested is not None:
+                raise _Interrupted
+
+        models_here = [model for model in (policy.lm, policy.reference) if model is not None]
+        hooks = [model.register_forward_pre_hook(stop) for model in models_here]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
     def _eval_rows(self, want: tuple[str, ...]) -> list[dict[str, Any]]:
         """One record per held-out pair, in the order of the file, whatever batches and processes there are."""
-        pairs = list(self.eval_pairs)
-        numbered = {id(pair): i for i, pair in enumerate(pairs)}
         mine: list[dict[str, Any]] = []
-        for chunk, batch in self._micro_batches(pairs, self.config.eval.batch):
+        for numbers, batch in self._micro_batches(self.eval_pairs, self.config.eval.batch):
             self._leave_if_asked()
             batch = to_device(batch, self.runtime.device)
             stats = pair_stats(self.model, batch, want)
             output = self.method.loss(stats, batch)
             values = _terms(output) | shared_metrics(stats) | dict(output.metrics)
             table = {name: (v.double().cpu().tolist(), c.double().cpu().tolist()) for name, (v, c) in values.items()}
-            for i, pair in enumerate(chunk):
+            for i, (number, where) in enumerate(zip(numbers, batch.where, strict=True)):
                 cells = {name: (v[i], c[i]) for name, (v, c) in table.items()}
-                mine.append({"index": numbered[id(pair)], "where": pair.where, "cells": cells})
+                mine.append({"index": number, "where": where, "cells": cells})
             self._eval_terms = [(term.name, term.weight) for term in output.terms]
         return sorted(self.runtime.gather_objects(mine), key=lambda row: row["index"])
 
@@ -381,46 +445,34 @@ class Trainer:
 
     def _keep_if_best(self, step: int, line: Mapping[str, Any]) -> None:
         """Write the model aside where no evaluation after a step was better. The start is no candidate."""
-        name = self.config.eval.select
-        assert name is not None
+        by = Selection.of(str(self.config.eval.select))
 
         def is_best() -> bool:
-            if name not in line:
+            if by.metric not in line:
                 known = sorted(set(line) - {"step", "split", "seconds", "pairs"})
                 raise ConfigError(
-                    f"eval.select: found '{name}', expected a metric of the evaluations: {', '.join(known) or 'none'}"
-                    f"{did_you_mean(name, known)}"
+                    f"eval.select: found '{by.metric}', expected a metric of the evaluations: "
+                    f"{', '.join(known) or 'none'}{did_you_mean(by.metric, known)}"
                 )
-            return step > 0 and self._best() == step
+            return step > 0 and by.best(self.metrics.lines()) == step
 
         if self.runtime.on_main(is_best):
             weights = self.engine.weights()
 
             def write(folder: Path) -> None:
                 self._write_export(folder, weights)
-                (folder / _SELECTED).write_text(json.dumps({"step": step, name: line.get(name)}))
+                (folder / _SELECTED).write_text(json.dumps({"step": step, by.metric: line.get(by.metric)}))
 
             self.runtime.on_main(lambda: checkpoint.export(self.output / "best", write))
-
-    def _best(self) -> int | None:
-        """The step of the best evaluation so far, the first of equals; None before there is one."""
-        name = self.config.eval.select
-        found = [
-            (float(line[name]), int(line["step"]))
-            for line in self.metrics.lines()
-            if line["split"] == "eval" and line["step"] > 0 and name in line and math.isfinite(line[name])
-        ]
-        if not found:
-            return None
-        lower = name == "loss" or str(name).startswith("loss/")
-        return min(found, key=lambda one: (one[0] if lower else -one[0], one[1]))[1]
 
     # Before the first step --------------------------------------------------------------------------------------------
 
     def _first_batch(self) -> None:
         """Show the first batch if asked to, and prove that its scores are right."""
         config, runtime = self.config, self.runtime
-        chunk, batch = next(self._micro_batches(self.train.global_batch(0), config.train.micro_batch))
+        pairs = self.train.global_batch(0)
+        numbers, batch = next(self._micro_batches(pairs, config.train.micro_batch))
+        chunk = [pairs[i] for i in numbers]
         if config.train.show_batch:
             say(show_batch(batch, self.tokenizer))
         if not config.train.check_first_batch:
@@ -457,8 +509,8 @@ class Trainer:
         self.metrics.write(line)
         prefix = "eval/" if line["split"] == "eval" else ""
         values = {f"{prefix}{k}": v for k, v in line.items() if k not in ("step", "split")}
-        if self.config.track.to:
-            self.runtime.accelerator.log(values, step=int(line["step"]))
+        if self.trackers is not None:
+            self.trackers.log(values, int(line["step"]))
 
     # Saving -----------------------------------------------------------------------------------------------------------
 
@@ -531,82 +583,81 @@ class Trainer:
         weights = self.engine.weights()
 
         def write() -> None:
-            best = self.output / "best"
-            if self.config.eval.select is None or self._best() is None:
-                if self.config.eval.select is not None:
-                    say(f"exported: the last model, since no evaluation knew a {self.config.eval.select}")
-                checkpoint.export(self.output / "model", lambda folder: self._write_export(folder, weights))
-                return
-            if checkpoint.damage(best) is not None:
-                raise TrainError(
-                    f"{best}: the model that eval.select chose is damaged or missing; delete {self.output} and train "
-                    "again"
-                )
-            name, chosen = self.config.eval.select, json.loads((best / _SELECTED).read_text())
-            say(f"exported: the model of step {chosen['step']}, with the best {name}: {chosen[name]:.4g}")
-            checkpoint.export(self.output / "model", lambda folder: checkpoint.copy(best, folder, without=(_SELECTED,)))
-            shutil.rmtree(best)
+            best, select = self.output / "best", self.config.eval.select
+            source: Callable[[Path], None] = functools.partial(self._write_export, weights=weights)
+            step = None
+            if select is not None and Selection.of(select).best(self.metrics.lines()) is None:
+                say(f"exported: the last model, since no evaluation knew a {Selection.of(select).metric}")
+            elif select is not None:
+                if checkpoint.damage(best) is not None:
+                    raise TrainError(
+                        f"{best}: the model that eval.select chose is damaged or missing; delete {self.output} and "
+                        "train again"
+                    )
+                name, chosen = Selection.of(select).metric, json.loads((best / _SELECTED).read_text())
+                step = int(chosen["step"])
+                say(f"exported: the model of step {step}, with the best {name}: {chosen[name]:.4g}")
+                source = functools.partial(checkpoint.copy, best, without=(_SELECTED,))
+            if self.config.lora.merge:
+                adapter = self.output / "adapter"
+                checkpoint.export(adapter, source)
+                adapters.merge(self.policy.lm, adapter, self.config.model)
+                say(f"merged: the adapter itself is in {adapter}")
+                source = functools.partial(self._write_merged, step=step)
+            checkpoint.export(self.output / "model", source)
+            shutil.rmtree(best, ignore_errors=True)
 
         self.runtime.on_main(write)
-        finish_trackers(self.runtime)
 
     def _write_export(self, folder: Path, weights: dict[str, torch.Tensor] | None) -> None:
         self._write_model(folder, weights)
+        self._describe(folder)
+
+    def _write_merged(self, folder: Path, step: int | None) -> None:
+        """What `adapters.merge` has left of the policy, which is that of `step`, None for the last one."""
+        adapters.save_merged(self.policy.lm, folder)
+        self.tokenizer.save_pretrained(folder)
+        self._describe(folder, step, merged=True)
+
+    def _describe(self, folder: Path, step: int | None = None, merged: bool = False) -> None:
         export.describe_answers(folder, self.tokenizer, self.method.card(), self.config.generate.stop)
+        lines = [line for line in self.metrics.lines() if step is None or line["step"] <= step]
+        adapter = adapters.has_adapter(self.policy.lm) and not merged
+        facts = card.facts(self.config, self.tokenizer, lines, self.train.fingerprint, adapter=adapter, merged=merged)
+        (folder / card.FILE).write_text(card.page(facts), encoding="utf-8")
 
 
-# Trackers -------------------------------------------------------------------------------------------------------------
+def _say_beside_the_bar(text: str) -> None:
+    """Print on the first process without tearing the progress bar."""
+    from tqdm import tqdm
 
-
-def start_trackers(runtime: Runtime, config: RunConfig, output: Path) -> None:
-    """Open the trackers that the settings name for the run of this folder; a continued run goes on in its own."""
-    track = config.track
-    if not track.to:
-        return
-    path = str(output.resolve())
-    run_id = hashlib.sha256(path.encode()).hexdigest()[:16]  # the same when the run is continued, no other run's
-    in_round = output.parent.name.startswith("round_")
-    name = f"{output.parent.parent.name}-{output.parent.name}" if in_round else output.name
-    wandb = {"name": name, "id": run_id, "resume": "allow", "dir": path, "mode": track.wandb_mode}
-    kwargs = {"wandb": wandb}
-    flat = json.loads(json.dumps(config.to_dict(), default=str))
-    if any(tracker != "wandb" for tracker in track.to):
-        flat = {k: str(v) for k, v in flat.items()}  # tensorboard takes plain values only
-    runtime.accelerator.init_trackers(
-        track.project, config=flat, init_kwargs={k: v for k, v in kwargs.items() if k in track.to}
-    )
-
-
-def finish_trackers(runtime: Runtime) -> None:
-    """Close them. accelerate's own way would part the processes, which may go on to another round."""
-    for tracker in runtime.accelerator.trackers:
-        tracker.finish()
-    runtime.accelerator.trackers = []
+    tqdm.write(text)
 
 
 # Pure pieces ----------------------------------------------------------------------------------------------------------
 
 
-def total_steps(config: RunConfig, steps_per_epoch: int | None) -> int:
-    """Optimizer steps of the run. Raises: ConfigError for an endless stream without max_steps."""
+def total_steps(config: RunConfig, steps: Callable[[float], int] | None) -> int:
+    """Optimizer steps of the run.
+
+    Args: steps: how many so many epochs from the start are; None for an endless stream.
+    Raises: ConfigError for an endless stream without max_steps.
+    """
     if config.train.max_steps is not None:
         return config.train.max_steps
-    if steps_per_epoch is None:
+    if steps is None:
         raise ConfigError("train.max_steps: found none, expected a number of steps for an endless stream of pairs")
-    return math.ceil(config.train.train_epochs * steps_per_epoch)
+    return steps(config.train.train_epochs)
 
 
-def learning_rate(config: RunConfig, steps_per_epoch: int | None, step: int) -> float:
+def learning_rate(config: RunConfig, steps: Callable[[float], int] | None, step: int) -> float:
     """The learning rate of optimizer step `step`, counted from 0.
 
     Warm-up reaches the peak on its last step; linear and cosine then fall to 0 at the end of the schedule, which may
-    lie beyond the end of training.
+    lie beyond the end of training. Args: steps: as in `total_steps`.
     """
     optim, epochs = config.optim, config.train.schedule_epochs
-    if epochs is not None and steps_per_epoch is not None:
-        length = math.ceil(epochs * steps_per_epoch)
-    else:
-        length = total_steps(config, steps_per_epoch)
+    length = steps(epochs) if epochs is not None and steps is not None else total_steps(config, steps)
     warmup = optim.warmup_steps if optim.warmup_steps is not None else math.ceil(optim.warmup_ratio * length)
     if step < warmup:
         return optim.lr * (step + 1) / warmup
@@ -614,41 +665,6 @@ def learning_rate(config: RunConfig, steps_per_epoch: int | None, step: int) -> 
         return optim.lr
     done = min(1.0, (step - warmup) / max(1, length - warmup))
     return optim.lr * (1 - done if optim.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done)))
-
-
-def make_optimizer(settings: OptimConfig, lm: nn.Module, fused: bool = True) -> torch.optim.Optimizer:
-    """The optimizer by name over the trainable weights; vectors (norms, biases) are not decayed.
-
-    Args: fused: whether adamw goes over the weights once, which is faster, unless `settings.args` say how.
-    Raises: ConfigError for a class that does not exist or arguments it does not take.
-    """
-    import importlib
-
-    short = {"adamw": torch.optim.AdamW, "rmsprop": torch.optim.RMSprop, "sgd": torch.optim.SGD}
-    kind: Any = short.get(settings.name)
-    if kind is None:
-        module, _, name = settings.name.rpartition(".")
-        try:
-            kind = getattr(importlib.import_module(module), name)
-        except (ImportError, AttributeError, ValueError) as error:
-            raise ConfigError(f"optim.name: '{settings.name}' cannot be imported: {error}") from error
-        if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)):
-            raise ConfigError(
-                f"optim.name: '{settings.name}' is no optimizer, expected a subclass of torch.optim.Optimizer"
-            )
-    args = dict(settings.args)
-    if settings.name == "adamw" and not args.keys() & {"fused", "foreach", "differentiable"}:
-        args["fused"] = fused
-    trainable = [p for p in lm.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": settings.weight_decay},
-        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    try:
-        return kind([g for g in groups if g["params"]], lr=settings.lr, **args)
-    except (TypeError, ValueError) as error:
-        key, given = ("optim.args", f" with {settings.args}") if settings.args else ("optim.name", "")
-        raise ConfigError(f"{key}: {settings.name} cannot be made{given}: {error}") from error
 
 
 def _terms(output: LossOutput) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:

@@ -29,7 +29,7 @@ class SampleFigures:
     Args:
         tokens: scored tokens.
         log_ratio: log pi(y|x) - log ref(y|x). Its mean over samples of pi is the Monte Carlo estimate of
-            KL(pi || ref), without bias; single ones may be negative.
+            KL(pi || ref), without bias; single ones may be negative. NaN where there is no reference, as is `kl`.
         kl: sum over positions of KL(pi(.|prefix) || ref(.|prefix)), each over the whole vocabulary. Its mean has the
             same expectation and less variance, and no sample is below 0 but by rounding.
         entropy: sum over positions of the entropy of pi(.|prefix). Its mean estimates the entropy of whole completions.
@@ -43,7 +43,7 @@ class SampleFigures:
 
 def score_samples(
     policy: PreTrainedModel,
-    reference: PreTrainedModel | Frozen,
+    reference: PreTrainedModel | Frozen | None,
     samples: Sequence[tuple[Prompt, Completion]],
     *,
     batch: int = 16,
@@ -60,7 +60,8 @@ def score_samples(
     Args:
         policy: on its device; with an adapter, or without. Its head becomes one that answers with statistics, as in
             training; weights and mode are left as they are.
-        reference: another model on the same device, frozen by this, or which weights of the policy stand still.
+        reference: another model on the same device, frozen by this, or which weights of the policy stand still; None:
+            entropy alone is known.
         samples: prompts with `ids`, and completions of them.
         batch: sequences per forward pass, sorted by length: speed only.
         pad_id: any id of the vocabulary.
@@ -70,6 +71,8 @@ def score_samples(
         Amini, Vieira and Cotterell, Better Estimation of the KL Divergence Between Language Models, arXiv 2504.10637.
     """
     table = np.zeros((4, len(samples)))
+    table[1:3] = 0.0 if reference is not None else np.nan
+    want = _WANT if reference is not None else ("entropy",)
     lengths = [len(prompt.ids) + len(completion.token_ids) for prompt, completion in samples]
     order = [i for i in np.argsort(lengths, kind="stable")[::-1] if samples[i][1].token_ids]
     model = PolicyWithReference(policy, reference, kernel or KernelConfig())
@@ -79,16 +82,16 @@ def score_samples(
         for first in range(0, len(order), batch):
             chunk = order[first : first + batch]
             laid = collate([_pair(*samples[i]) for i in chunk], pad_id=pad_id, need_rejected=False)
-            stats = pair_stats(model, to_device(laid, device), _WANT)
+            stats = pair_stats(model, to_device(laid, device), want)
             columns = (
                 stats.chosen_lengths,
-                stats.chosen_logratios,
+                None if reference is None else stats.chosen_logratios,
                 stats.chosen_reverse_kl,
                 stats.chosen_entropy,
             )
             for row, column in zip(table, columns, strict=True):
-                assert column is not None
-                row[chunk] = column.double().cpu().numpy()
+                if column is not None:
+                    row[chunk] = column.double().cpu().numpy()
     return SampleFigures(*table)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -97,3 +98,9 @@ def limits(prompts: Sequence[Sequence[int]], context: int | None, max_tokens: in
             "(lower data.max_length)"
         )
     return [min(max_tokens, left) for left in room]
+
+
+def seeds_of(seed: int, round_: int | str, shard: int, prompts: int, n: int) -> list[int]:
+    """The seed of each prompt of a shard, `n` apart: a function of (run, round, shard) and nothing else."""
+    base = int.from_bytes(hashlib.sha256(f"{seed}:{round_}:{shard}".encode()).digest()[:8], "big")
+    return [base % (2**31 - prompts * n) + i * n for i in range(prompts)]

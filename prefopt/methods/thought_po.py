@@ -99,6 +99,13 @@ class ThoughtPO(Method):
     def loss_at_reference(self) -> float | None:
         return None if self.nll_weight else math.log(2)
 
+    def equation(self) -> str:
+        nll = f" + {self.nll_weight:g} (-log pi(y_w|x)), the latter a mean over tokens" if self.nll_weight else ""
+        return f"-log s(beta (chosen_logratios - rejected_logratios)){nll}; completions are thought and response"
+
+    def paper(self) -> str:
+        return "Wu et al., Thinking LLMs: General Instruction Following with Thought Generation, arXiv 2410.10630."
+
     # How it works in rounds -------------------------------------------------------------------------------------------
 
     def render_prompt(self, prompt: str | Messages) -> str | Messages:

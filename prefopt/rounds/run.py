@@ -22,12 +22,14 @@ from prefopt import generation, judges
 from prefopt.config import FREE_TO_CHANGE, GenerateConfig, JudgeConfig, RoundsConfig, RunConfig
 from prefopt.data.encode import terminators, tokenizer_content
 from prefopt.data.prompts import hold_out, slices
-from prefopt.engine import adapters, checkpoint
+from prefopt.engine import adapters, card, checkpoint
+from prefopt.engine.export import describe_answers
+from prefopt.engine.metrics import Evaluation, Evaluator
 from prefopt.engine.runtime import Stop
 from prefopt.errors import DataError, RoundError
 from prefopt.evaluate.report import RoundFigures, evaluate_round, write_report
 from prefopt.evaluate.samples import SampleFigures, score_samples
-from prefopt.generation.base import Engine, Sampling
+from prefopt.generation.base import Engine, Sampling, seeds_of
 from prefopt.judges.base import Judge
 from prefopt.method import Method
 from prefopt.rounds import stages, store
@@ -40,9 +42,6 @@ from prefopt.types import Completion, Prompt
 STAGES = ("generate", "judge", "pair", "train", "evaluate")
 POLICY = "policy"  # the judge's path where the policy judges itself
 HELD_OUT = 0  # in the place of a round's number in seeds: held-out prompts are answered with the same ones every time
-
-
-Evaluator = Callable[[Any], Mapping[str, float]]
 
 
 @dataclass(frozen=True)
@@ -230,7 +229,7 @@ class Rounds:
 
             def sample(shard: int, again: int, which: Sequence[int]) -> list[store.Row]:
                 where = f"{seed}" if again == 0 else f"{seed}, again {again}"
-                seeds = stages.seeds_of(self.config.seed, where, shard, len(shards[shard]), sampling.n)
+                seeds = seeds_of(self.config.seed, where, shard, len(shards[shard]), sampling.n)
                 with self._autocast():
                     return stages.generate_rows(
                         engine, [shards[shard][i] for i in which], sampling, [seeds[i] for i in which]
@@ -395,7 +394,7 @@ class Rounds:
 
         return Chooser(
             prompts=self._choosing,
-            seeds=stages.seeds_of(self.config.seed, "choosing", number, len(self._choosing), 1),
+            seeds=seeds_of(self.config.seed, "choosing", number, len(self._choosing), 1),
             sampling=Sampling.of(self.config.generate, n=1, logprobs=False),
             method=self.config.method,
             engine_of=engine_of,
@@ -416,6 +415,7 @@ class Rounds:
                 config.data, train=str(folder / "pairs.jsonl"), eval=None, eval_fraction=0.0, columns={}
             ),
             eval=dataclasses.replace(config.eval, select=CHOSEN_BY if self._choosing else None),
+            lora=dataclasses.replace(config.lora, merge=False),  # the next round goes on with the adapter
             rounds=RoundsConfig(),
             generate=GenerateConfig(stop=config.generate.stop),
             judge=JudgeConfig(),
@@ -489,7 +489,8 @@ class Rounds:
         more: dict[str, float] = {}
         lm = self._load(number)
         for evaluator in self.evaluators:
-            more |= dict(evaluator(lm))
+            found = evaluator(lm)
+            more |= dict(found.figures if isinstance(found, Evaluation) else found)
         more |= self._method_figures(number, completions["now"])
         if number:
             for name, k in {"to_round_start": number - 1, "to_first": 0}.items():
@@ -612,10 +613,36 @@ class Rounds:
         )
 
     def _export(self) -> None:
-        last = self.model(self.config.rounds.count)
+        if checkpoint.damage(self.output / "model") is None:
+            return
+        number = self.config.rounds.count
+        adapted = self._weights(number).adapter is not None
 
-        if checkpoint.damage(self.output / "model") is not None:
-            checkpoint.export(self.output / "model", lambda folder: checkpoint.copy(last, folder))
+        def write(folder: Path) -> None:
+            checkpoint.copy(self.model(number), folder)
+            self._write_card(folder, adapter=adapted)
+
+        def write_merged(folder: Path) -> None:
+            adapters.save_merged(lm, folder)
+            self.tokenizer.save_pretrained(folder)
+            describe_answers(folder, self.tokenizer, self.config.method.card(), self.config.generate.stop)
+            self._write_card(folder, adapter=False)
+
+        if not (self.config.lora.merge and adapted):
+            checkpoint.export(self.output / "model", write)
+            return
+        checkpoint.export(self.output / "adapter", write)
+        lm = adapters.load_frozen(self._weights(number), self.config.model, "model.path")
+        adapters.merge(lm, self.output / "adapter", self.config.model)
+        checkpoint.export(self.output / "model", write_merged)
+        self.say(f"merged: the adapter itself is in {self.output / 'adapter'}")
+
+    def _write_card(self, folder: Path, adapter: bool) -> None:
+        """The card of all rounds, in the place of the last round's own."""
+        figures = [found.metrics() for found in self.figures()]
+        hashes = self.data_hashes()
+        known = card.facts_of_rounds(self.config, self.tokenizer, figures, hashes["train"], adapter=adapter)
+        (folder / card.FILE).write_text(card.page(known), encoding="utf-8")
 
 
 def _hash_of(prompts: Sequence[Prompt]) -> str:

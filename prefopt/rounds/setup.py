@@ -11,14 +11,15 @@ from typing import Any
 import torch
 
 from prefopt import generation, judges
-from prefopt.config import RunConfig, from_dict
+from prefopt.config import RunConfig, from_dict, sources
 from prefopt.data.encode import pad_token
-from prefopt.data.prompts import read_prompts
+from prefopt.data.prompts import Prompts, read_prompts
 from prefopt.engine import adapters, layouts, models
+from prefopt.engine.metrics import Evaluator
 from prefopt.engine.runtime import Stop, set_threads
 from prefopt.errors import ConfigError, TrainError
 from prefopt.judges.base import Judge
-from prefopt.rounds.run import Evaluator, OtherRun, Rounds
+from prefopt.rounds.run import OtherRun, Rounds
 from prefopt.rounds.work import Workers
 from prefopt.types import Prompt
 
@@ -132,8 +133,19 @@ def _from_files(config: RunConfig) -> _Asked:
     tokenizer = models.load_tokenizer(*adapters.tokenizer_path(start, config.model), config.data.chat_template)
     tokenizer.pad_token_id, note = pad_token(tokenizer)
 
-    def read(path: str, with_answers: bool) -> tuple[list[Prompt], list[str]]:
-        found = read_prompts(
+    def read(named: str, with_answers: bool) -> tuple[list[Prompt], list[str]]:
+        """The prompts of all sources that are named, each prompt once."""
+        prompts: dict[str, Prompt] = {}
+        report: list[str] = []
+        for path in sources(named):
+            found = one(path, with_answers)
+            for prompt in found.prompts:
+                prompts.setdefault(prompt.key, prompt)
+            report += found.report
+        return [*prompts.values()], report
+
+    def one(path: str, with_answers: bool) -> Prompts:
+        return read_prompts(
             path,
             tokenizer,
             render=config.method.render_prompt,
@@ -143,7 +155,6 @@ def _from_files(config: RunConfig) -> _Asked:
             on_bad_row=config.data.on_bad_row,
             with_answers=with_answers,
         )
-        return found.prompts, found.report
 
     prompts, report = read(config.data.train, config.rounds.pairs != "best_worst")
     held_out = None

@@ -6,7 +6,6 @@ A row of `generate` is a prompt with its candidates, a row of `judge` what was s
 from __future__ import annotations
 
 import difflib
-import hashlib
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -25,12 +24,6 @@ from prefopt.types import ChosenPair, Completion, Judgement, Prompt, Question, R
 def shards_of(prompts: Sequence[Prompt], size: int) -> list[list[Prompt]]:
     """The prompts in fixed portions."""
     return [list(prompts[begin : begin + size]) for begin in range(0, len(prompts), size)]
-
-
-def seeds_of(seed: int, round_: int | str, shard: int, prompts: int, n: int) -> list[int]:
-    """The seed of each prompt of a shard, `n` apart: a function of (run, round, shard) and nothing else."""
-    base = int.from_bytes(hashlib.sha256(f"{seed}:{round_}:{shard}".encode()).digest()[:8], "big")
-    return [base % (2**31 - prompts * n) + i * n for i in range(prompts)]
 
 
 # generate -------------------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from transformers import LlamaForCausalLM
 
+from prefopt.data.loader import Shares
 from prefopt.engine.models import evaluating
 from prefopt.errors import DataError, RoundError
 from prefopt.testbed import truth
@@ -259,11 +260,20 @@ class Stream:
     """
 
     steps_per_epoch: int | None = None
-    grouped: Sequence[EncodedPair] | None = None
+    grouped: Shares | None = None
 
     def __init__(self, world: WordWorld, global_batch: int, seed: int) -> None:
         self.world, self.size, self.seed = world, global_batch, seed
         self.fingerprint = self.order_hash = f"{world.fingerprint}-stream-{global_batch}-{seed}"
+
+    def steps(self, epochs: float) -> int:
+        raise NotImplementedError("a stream has no epochs")
+
+    def epochs(self, steps: int) -> float:
+        raise NotImplementedError("a stream has no epochs")
+
+    def counted_pairs(self, step: int) -> float:
+        return self.size
 
     def global_batch(self, step: int) -> list[EncodedPair]:
         return self.world.encoded(self.size, [1, self.seed, step], f"{self.world.name}:{step}")

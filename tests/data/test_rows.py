@@ -300,7 +300,9 @@ def test_rows_when_a_hub_id_is_out_of_reach_then_one_line_says_so(monkeypatch, t
     with pytest.raises(DataError) as error:
         read_rows("someone/pairs")
     assert str(error.value) == (
-        "someone/pairs: neither a file or folder here nor a dataset that can be reached on the hub (no route)"
+        "someone/pairs: neither a file or folder here nor a dataset that can be reached on the hub (no route); "
+        "download it where there is a network (hf download --repo-type dataset someone/pairs --local-dir DIR) and name "
+        "DIR here; with HF_HUB_OFFLINE=1 only what was downloaded before is looked for"
     )
 
 

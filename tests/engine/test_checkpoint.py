@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from prefopt.config import OptimConfig
 from prefopt.engine import checkpoint
-from prefopt.engine.trainer import make_optimizer
+from prefopt.engine.optimizers import make_optimizer
 from prefopt.errors import TrainError
 
 
@@ -139,6 +139,30 @@ def test_save_when_a_writer_has_a_fault_of_its_own_then_it_is_not_called_a_full_
     assert names(root) == []
 
 
+class Odd(torch.optim.Optimizer):
+    """A state of all kinds: small whole numbers, float64 over float32, lists, what is shared, what is no tensor."""
+
+    def __init__(self, params, lr, weight_decay=0.0):
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+        self.table = torch.arange(3.0)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for p in self.param_groups[0]["params"] + self.param_groups[1]["params"]:
+            state = self.state[p]
+            if not state:
+                state |= {"mean": p.double() / 3, "count": torch.zeros(2, dtype=torch.int16), "table": self.table}
+                state |= {"nested": {"first": True, "none": None}, "history": [torch.zeros_like(p), 0.1], "big": 1e300}
+            assert state["table"].tolist() == [0, 1, 2]
+            state["mean"].mul_(0.9).add_(p.grad, alpha=1 / 7)
+            state["count"] += 1
+            state["history"][1] *= 1.1
+            state["history"][0] += state["history"][1] * p.grad
+            assert state["nested"] == {"first": True, "none": None}
+            p -= (state["mean"] + state["history"][0]).float() * float(state["count"][0])
+
+
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
 @pytest.mark.parametrize(
     ("name", "args"),
     [
@@ -148,10 +172,18 @@ def test_save_when_a_writer_has_a_fault_of_its_own_then_it_is_not_called_a_full_
         ("rmsprop", {}),
         ("sgd", {}),
         ("sgd", {"momentum": 0.9}),
+        ("adamw_8bit", {"min_8bit_size": 1}),
+        ("bitsandbytes.optim.PagedAdamW8bit", {"min_8bit_size": 1}),
+        ("bitsandbytes.optim.Lion", {"optim_bits": 32}),
+        ("adafactor", {}),
+        ("torch.optim.NAdam", {}),
         ("torch.optim.Adagrad", {}),
+        ("tests.engine.test_checkpoint.Odd", {}),
     ],
 )
 def test_optimizer_when_saved_and_loaded_then_the_next_steps_are_bit_equal(name, args, tmp_path):
+    if "bit" in name:
+        pytest.importorskip("bitsandbytes")
     settings = OptimConfig(name=name, lr=0.1, weight_decay=0.01, args=args)
     generator = torch.Generator().manual_seed(0)
     gradients = [(torch.randn(3, 2, generator=generator), torch.randn(2, generator=generator)) for _ in range(6)]

@@ -269,7 +269,7 @@ def edit(path, change):
 
 PARTS = [
     *("format", "kind", "weights.sha256", "dtype", "mixed_precision", "attention"),
-    *("head.scale", "head.softcap", "stored", "tokens"),
+    *("head.scale", "head.softcap", "stored", "tokens", "quantize", "compute_dtype"),
 ]
 
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -145,8 +146,37 @@ def test_run_when_grouped_by_length_and_killed_then_ends_bit_identical(server, c
     assert_same_run(tmp_path / "killed", tmp_path / "straight")
 
 
-# Runs with a state of their own: what an adapter's dropout drops, and the scale of fp16, which overflows at first here.
-# Or a reference of its own: one that moves, with all weights and with an adapter, or one that is kept.
+@pytest.mark.parametrize("grouped", [False, True])
+def test_run_when_steps_have_a_token_budget_and_sources_weights_and_killed_then_ends_bit_identical(
+    grouped, server, command, task, tmp_path
+):
+    lines = task.pairs.read_text().splitlines(keepends=True)
+    (tmp_path / "few.jsonl").write_text("".join(lines[:15]))
+    (tmp_path / "many.jsonl").write_text("".join(lines[15:]))
+    settings = {"data__train": f"{tmp_path}/few.jsonl,{tmp_path}/many.jsonl", "data__weights": "2,1"}
+    settings |= {"train__tokens_per_batch": 300, "train__group_by_length": grouped, "train__train_epochs": 2.5}
+    straight, killed = (
+        command("dpo", tmp_path / name, without=("train.max_steps",), **settings) for name in ("straight", "killed")
+    )
+    ended = server.train(straight)
+    assert ended.status == 0, ended.err
+    steps = [line for line in read_lines(tmp_path / "straight" / "metrics.jsonl") if line["split"] == "train"]
+    assert max(line["tokens_fed"] for line in steps) <= 300
+    assert len({line["pairs"] for line in steps}) > 1
+    assert steps[-1]["epoch"] >= 2.5 > steps[-2]["epoch"]
+    falls = [before["lr"] - after["lr"] for before, after in pairwise(steps[len(steps) // 2 :])]
+    assert steps[-1]["lr"] == pytest.approx(falls[0]), "the linear schedule ends one step after the last"
+    for count in (4, 9):
+        wanted = fault((ENGINE + "trainer:Trainer._step", "before", 1), count=count)
+        assert server.train(killed, wanted).status == -signal.SIGKILL
+    assert server.train(killed).status == 0
+    assert_same_run(tmp_path / "killed", tmp_path / "straight")
+
+
+# Runs with a state of their own: what an adapter's dropout drops, the scale of fp16, which overflows at first here, an
+# optimizer's tables, a reference that moves, with all weights and with an adapter, or is kept; and runs that compute in
+# another way.
+OFFLOADED = {"model__gradient_checkpointing": True, "model__offload_activations": True}
 SETTINGS = {
     "moving reference": {"reference__sync_every": 4, "reference__sync_weight": 0.6},
     "moving snapshot": {"reference__sync_every": 4, "lora__r": 4, "lora__modules_to_save": "lm_head"},
@@ -154,11 +184,20 @@ SETTINGS = {
     "adapter": {"lora__r": 4, "lora__dropout": 0.3, "lora__modules_to_save": "lm_head"},
     "fp16": {"train__mixed_precision": "fp16", "method__beta": 30},
     "adapter of a classifier": {"lora__r": 4, "lora__dropout": 0.3, "train__mixed_precision": "bf16"},
+    "quantised": {"lora__r": 4, "lora__dropout": 0.3, "model__quantize": "nf4", **OFFLOADED},
+    "quantised classifier": {"lora__r": 4, "model__quantize": "nf4", "optim__name": "adamw_8bit"},
+    "recomputed and offloaded": OFFLOADED,
+    "optimizer in 8 bits": {"optim__name": "adamw_8bit"},
+    "optimizer of few numbers": {"optim__name": "adafactor"},
+    "compiled": {"train__compile": True},
 }
-METHOD_OF = {"adapter of a classifier": "reward_model", "kept hidden states": "tdpo"}  # dpo else
+METHOD_OF = {"adapter of a classifier": "reward_model", "quantised classifier": "reward_model"}  # dpo else
+METHOD_OF |= {"kept hidden states": "tdpo"}
 
 
-@pytest.mark.parametrize("what", SETTINGS)
+@pytest.mark.parametrize(
+    "what", [pytest.param(what, marks=pytest.mark.slow) if what == "compiled" else what for what in SETTINGS]
+)
 def test_run_when_it_has_more_state_and_is_killed_and_restarted_then_ends_bit_identical(
     what, server, command, uninterrupted, tmp_path
 ):

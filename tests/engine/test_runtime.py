@@ -129,6 +129,10 @@ def test_signals_when_two_of_a_kind_come_then_the_second_ends_the_process(tmp_pa
 # Learning rate --------------------------------------------------------------------------------------------------------
 
 
+def per_epoch(steps):
+    return lambda epochs: math.ceil(epochs * steps)
+
+
 def run(steps=None, epochs=1.0, schedule_epochs=None, **optim):
     config = parse(["--method", "dpo", "--model.path", "m", "--data.train", "d"])
     train = TrainConfig(max_steps=steps, train_epochs=epochs, schedule_epochs=schedule_epochs)
@@ -156,17 +160,49 @@ def test_learning_rate_by_hand(settings, expected):
 def test_learning_rate_when_the_schedule_is_longer_than_training_then_ends_above_zero():
     # 18 epochs of 1000 steps, stopped after the first: warm-up takes 1800 steps, so 1000 / 1800 of the peak is reached
     config = run(epochs=1.0, schedule_epochs=18.0, lr=5e-7, warmup_ratio=0.1)
-    assert total_steps(config, 1000) == 1000
-    last = learning_rate(config, 1000, 999)
+    assert total_steps(config, per_epoch(1000)) == 1000
+    last = learning_rate(config, per_epoch(1000), 999)
     assert last == pytest.approx(5e-7 * 1000 / 1800, rel=1e-12)
     assert round(last * 1e7, 1) == 2.8
 
 
 def test_steps_when_epochs_are_broken_then_rounded_up_and_a_stream_needs_a_number():
-    assert total_steps(run(epochs=0.25), 10) == 3
+    assert total_steps(run(epochs=0.25), per_epoch(10)) == 3
     assert total_steps(run(steps=7), None) == 7
     with pytest.raises(ConfigError) as caught:
         total_steps(run(), None)
     assert str(caught.value) == (
         "train.max_steps: found none, expected a number of steps for an endless stream of pairs"
     )
+
+
+def _waits(runtime):
+    """On each rank: what came of work that outlasts the patience of ordinary waiting, and of work that failed."""
+    from datetime import timedelta
+
+    import torch.distributed as dist
+
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=2))
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+
+    def work():
+        time.sleep(4)
+        torch.rand(3)
+        return "done"
+
+    def fails():
+        raise TrainError("no")
+
+    said = runtime.on_main_at_length(work)
+    try:
+        runtime.on_main_at_length(fails)
+    except TrainError as error:
+        said += f" {error}"
+    return said, bool((torch.get_rng_state() == before).all())
+
+
+def test_work_of_the_first_process_may_outlast_what_others_usually_wait_and_moves_no_random_state():
+    from tests.dist.ranks import run_ranks
+
+    assert run_ranks(_waits) == [("done no", True)] * 2

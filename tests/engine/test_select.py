@@ -6,7 +6,10 @@ import signal
 import pytest
 from safetensors.torch import load_file
 
-from prefopt.engine.metrics import read_lines
+from prefopt.config import parse
+from prefopt.engine.best import Selection
+from prefopt.engine.metrics import WALL_CLOCK_KEYS, read_lines
+from prefopt.errors import ConfigError
 
 
 def weights(run):
@@ -32,15 +35,18 @@ def train(server, command, tmp_path):
     return train
 
 
-@pytest.mark.parametrize(("metric", "better"), [("loss", min), ("rewards/rejected", max)])
-def test_model_of_the_best_evaluation_is_exported(metric, better, train):
+@pytest.mark.parametrize(
+    ("metric", "better", "direction"),
+    [("loss", min, ""), ("rewards/rejected", max, ""), ("logps/chosen", max, ":max"), ("logps/chosen", min, ":min")],
+)
+def test_model_of_the_best_evaluation_is_exported(metric, better, direction, train):
     flags = {"eval__every": 2, "train__save_every": 2, "train__keep_last": 20}
-    run, ended = train("best", eval__select=metric, **flags)
+    run, ended = train("best", eval__select=metric + direction, **flags)
     found = evaluations(run, metric)
     best = better(found, key=lambda step: found[step])
     assert f"exported: the model of step {best}, with the best {metric}: " in ended.out
     assert equal(weights(run), load_file(run / f"checkpoints/step_{best:08d}/model.safetensors"))
-    if metric != "loss":
+    if metric == "rewards/rejected":
         assert best < 24, "this test would not tell the best from the last"
     assert not (run / "best").exists()
     assert not (run / "model/selected.json").exists()
@@ -66,3 +72,100 @@ def test_metric_that_no_evaluation_has_is_named_before_the_first_step(train):
     assert "eval.select: found 'rewards/accuracy', expected a metric of the evaluations: " in ended.err
     assert "did you mean 'rewards/accuracies'?" in ended.err
     assert all(line["step"] == 0 for line in read_lines(run / "metrics.jsonl"))
+
+
+# A metric that is best early here and gets worse from there on, so that patience ends.
+FALLING = {"eval__select": "rewards/rejected", "eval__every": 2, "eval__patience": 2, "train__save_every": 4}
+
+
+def lines_of(run):
+    return [{k: v for k, v in line.items() if k not in WALL_CLOCK_KEYS} for line in read_lines(run / "metrics.jsonl")]
+
+
+@pytest.fixture
+def stopped(train):
+    run, ended = train("straight", **FALLING)
+    found = evaluations(run, "rewards/rejected")
+    best = max(found, key=lambda step: found[step])
+    at = list(found)[-1]
+    assert at == best + 4 < 24, "two evaluations after the best one"
+    assert f"stopped at step {at} of 24: no better rewards/rejected in 2 evaluations" in ended.out
+    assert f"exported: the model of step {best}, with the best rewards/rejected: " in ended.out
+    assert (run / f"checkpoints/step_{at:08d}/manifest.json").exists()
+    return run, at
+
+
+def test_run_without_patience_left_ends_as_a_finished_one(stopped, train):
+    run, at = stopped
+    assert [line["step"] for line in lines_of(run) if line["split"] == "train"] == list(range(1, at + 1))
+    _, again = train("straight", **FALLING)
+    assert f"{run}: this run is finished; the model is in {run}/model" in again.out
+
+
+@pytest.mark.parametrize(
+    ("place", "when", "count"),
+    [
+        ("Trainer._patience_is_over", "after", 3),
+        ("Trainer._save", "before", -1),  # stopped, but not saved yet
+        ("Trainer._finish", "before", 1),
+        ("Trainer._step", "before", 5),
+    ],
+)
+def test_run_without_patience_left_when_killed_ends_the_same(place, when, count, stopped, train):
+    straight, at = stopped
+    count = -(-at // 4) if count < 0 else count  # the last one
+    do = {"at": f"prefopt.engine.trainer:{place}", "when": when, "count": count, "do": "SIGKILL"}
+    run, _ = train("run", status=-signal.SIGKILL, fault=do, **FALLING)
+    train("run", **FALLING)
+    assert equal(weights(run), weights(straight))
+    assert lines_of(run) == lines_of(straight)
+    assert json.loads((run / "model/manifest.json").read_text()) == json.loads(
+        (straight / "model/manifest.json").read_text()
+    )
+
+
+def test_two_processes_run_out_of_patience_together(server, command, tmp_path):
+    ended = server.train(command("dpo", tmp_path / "run", **FALLING), ranks=2)
+    assert ended.status == 0, ended.err
+    assert "no better rewards/rejected in 2 evaluations" in ended.out
+
+
+@pytest.mark.parametrize(
+    ("argv", "line"),
+    [
+        (["--eval.patience", "2"], "eval.patience: found 2, but nothing says what better means; name eval.select"),
+        (["--eval.select", "loss", "--eval.patience", "0"], "eval.patience: found 0, expected a number > 0, or none"),
+        (
+            ["--eval.select", "kl/chosen:least"],
+            "eval.select: found 'kl/chosen:least', expected a metric's name, or it with a direction, such as "
+            "kl/chosen:min or kl/chosen:max",
+        ),
+        (["--eval.select", ":min"], "eval.select: found ':min', expected a metric's name"),
+        (["--rounds.count", "2", "--eval.patience", "2"], "name rounds.select_prompts"),
+    ],
+)
+def test_bad_settings_of_choosing_are_one_line(argv, line):
+    with pytest.raises(ConfigError) as caught:
+        parse(["--method", "dpo", *argv])
+    assert line in str(caught.value)
+
+
+def test_selection_knows_the_best_and_how_long_it_is_ago():
+    lines = [
+        {"step": step, "split": split, **({"loss": value} if value is not None else {})}
+        for step, split, value in [
+            (0, "eval", 0.0),
+            (1, "train", 0.1),
+            (2, "eval", 3.0),
+            (4, "eval", 1.0),
+            (6, "eval", float("nan")),
+            (8, "eval", 1.0),
+            (10, "eval", None),
+        ]
+    ]
+    assert (Selection.of("loss").best(lines), Selection.of("loss").stale(lines)) == (4, 3)
+    assert (Selection.of("loss:max").best(lines), Selection.of("loss:max").stale(lines)) == (2, 4)
+    assert (Selection.of("other").best(lines), Selection.of("other").stale(lines)) == (None, 5)
+    assert Selection.of("loss/nll") == Selection("loss/nll", True)
+    assert Selection.of("kl/chosen") == Selection("kl/chosen", False)
+    assert Selection.of("kl/chosen:min") == Selection("kl/chosen", True)

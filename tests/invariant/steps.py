@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import torch
 
-from prefopt.config import EvalConfig, KernelConfig, OptimConfig, ReferenceConfig, RunConfig, TrainConfig
+from prefopt.config import EvalConfig, KernelConfig, ModelConfig, OptimConfig, ReferenceConfig, RunConfig, TrainConfig
 from prefopt.engine.forward import PolicyWithReference, Scorer
 from prefopt.engine.metrics import MetricsFile, read_lines
 from prefopt.engine.trainer import Trainer
@@ -77,6 +77,8 @@ class Bench:
         values, reference_head: what is kept of a reference, in place of a live one; then `models` holds None or what
             stands still of the policy.
         reference: how it moves.
+        model: settings of the policy, of which the trainer reads some.
+        compile: the policy's layers.
     """
 
     def __init__(
@@ -92,6 +94,8 @@ class Bench:
         values=None,
         reference_head=None,
         reference=ReferenceConfig(),  # noqa: B008 - frozen
+        model=ModelConfig(),  # noqa: B008 - frozen
+        compile=False,
     ):
         settings = reference
         policy, reference = map(copy.deepcopy, models)  # one by one: they may be the same model
@@ -99,8 +103,9 @@ class Bench:
         config = RunConfig(
             method=method,
             method_name="under_test",
+            model=model,
             optim=OptimConfig(name="sgd", lr=lr, schedule="constant", warmup_steps=0, clip=0),
-            train=TrainConfig(max_steps=1, layout=layout),
+            train=TrainConfig(max_steps=1, layout=layout, compile=compile),
             kernel=KernelConfig(*tiles),
             reference=settings,
         )
@@ -113,7 +118,7 @@ class Bench:
                 policy, reference if needs.reference != "none" else None, config.kernel, reference_head
             ),
             tokenizer=tokenizer or SimpleNamespace(pad_token_id=2),
-            train=SimpleNamespace(steps_per_epoch=None, fingerprint="rows", grouped=grouped),
+            train=SimpleNamespace(steps_per_epoch=None, fingerprint="rows", grouped=grouped and [(1.0, grouped)]),
             eval_pairs=[],
             output=Path(),
             values=values,
@@ -130,11 +135,15 @@ class Bench:
             name: p.grad.clone() for name, p in self.trainer.policy.lm.named_parameters() if p.requires_grad
         }
 
-    def step(self, pairs, micro):
-        """(loss, gradient by parameter name) of one optimizer step on `pairs`, `micro` at a time on each process."""
+    def step(self, pairs, micro, counted=None):
+        """(loss, gradient by parameter name) of one optimizer step on `pairs`, `micro` at a time on each process.
+
+        Args: counted: by how many pairs a grouped step is divided; None: by its own.
+        """
         train = replace(self.trainer.config.train, global_batch=len(pairs), micro_batch=micro)
         self.trainer.config = replace(self.trainer.config, train=train)
         self.trainer.train.global_batch = lambda step: list(pairs)
+        self.trainer.train.counted_pairs = lambda step: len(pairs) if counted is None else counted
         known = self.trainer.runtime.accelerator._optimizers
         known[:] = [self.trainer.optimizer]  # whose gradients a scaler unscales before they are clipped
         line = self.trainer._step(0)

@@ -4,6 +4,7 @@ import pytest
 
 from prefopt.data import loader
 from prefopt.data.loader import FileBatches
+from prefopt.data.mixture import Mixture
 from prefopt.engine.trainer import _placeholder
 from tests.engine.architectures import tiny_model
 from tests.invariant.methods import methods
@@ -51,6 +52,43 @@ def counts_pairs(method, runtime, models):
 def test_epoch_when_grouped_then_its_average_gradient_is_that_of_the_whole_set(name, epoch):
     """The smaller batch is taken at its size: that its pairs weigh more is made up for by the chance to be in it."""
     assert epoch(METHODS[name], 11) <= 1e-9
+
+
+@each_method
+def test_epoch_when_steps_of_a_token_budget_are_grouped_then_their_average_gradient_is_that_of_the_whole_set(
+    name, runtime, models, monkeypatch
+):
+    """A step of short pairs has more of them; divided by as many as a step has on average, none weighs more."""
+    monkeypatch.setattr(loader, "POOL", 2)
+    method = METHODS[name]
+    rows = random_pairs(method.needs.columns, 11, seed=1)
+    batches = FileBatches(rows, 4, 0, "rows", group_by_length=True, tokens_per_batch=100)
+    bench, average, steps = Bench(runtime, method, models, grouped=rows), {}, batches.steps_per_epoch
+    assert len({len(batches.global_batch(step)) for step in range(steps)}) > 1
+    for step in range(steps):
+        for key, gradient in bench.step(batches.global_batch(step), 4, batches.counted_pairs(step))[1].items():
+            average[key] = average.get(key, 0) + gradient / steps
+    whole = oracle_step(*models, method, rows)[1]
+    assert max(gradient_gaps(whole, average).values()) <= 1e-9
+
+
+@each_method
+def test_epoch_when_sources_have_weights_and_batches_are_grouped_then_each_source_counts_by_its_weight(
+    name, runtime, models, monkeypatch
+):
+    """The average is the gradient of a set that holds the pairs of each source as often as two epochs draw them."""
+    monkeypatch.setattr(loader, "POOL", 2)
+    method = METHODS[name]
+    rows = random_pairs(method.needs.columns, 12, seed=1)
+    mixture = Mixture([0, 4, 12], [2, 1], 0)  # 8 draws of the 4, 4 of the 8: two epochs see each of these once
+    batches = FileBatches(rows, 4, 0, "rows", True, None, mixture)
+    bench, average, steps = Bench(runtime, method, models), {}, 2 * batches.steps_per_epoch
+    bench.trainer._counts_per_pair = bench.trainer._average_counts(batches.grouped)
+    for step in range(steps):
+        for key, gradient in bench.step(batches.global_batch(step), 4)[1].items():
+            average[key] = average.get(key, 0) + gradient / steps
+    whole = oracle_step(*models, method, rows[:4] * 4 + rows[4:])[1]
+    assert max(gradient_gaps(whole, average).values()) <= 1e-9
 
 
 @each_method

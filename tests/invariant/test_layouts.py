@@ -7,14 +7,15 @@ from itertools import pairwise
 import pytest
 import torch
 
-from prefopt.config import LoraConfig, ModelConfig, RunConfig
+from prefopt.config import ModelConfig
 from prefopt.data.collate import collate
 from prefopt.data.layouts import LAYOUTS, shares_prompts
-from prefopt.engine import adapters, attention, layouts
+from prefopt.engine import attention, layouts
 from prefopt.engine import trainer as trainer_module
 from prefopt.errors import TrainError
 from tests.dist.ranks import run_ranks
 from tests.helpers import byte_bpe_tokenizer
+from tests.invariant.adapted import adapted_policy
 from tests.invariant.methods import methods
 from tests.invariant.oracle import oracle_step
 from tests.invariant.precise import models_of, precise
@@ -136,27 +137,14 @@ def test_step_when_the_policy_has_an_adapter_then_layouts_agree(name, runtime, a
 
 @pytest.fixture(scope="module")
 def adapted(tmp_path_factory):
-    """By output: (policy with an adapter that is far from nothing, the same weights without it as the reference)."""
     path = tmp_path_factory.mktemp("adapted")
     two_models(torch.float64)[0].save_pretrained(path)
-    made = {}
-    for method in (TOKEN_LEVEL, SCORES):
-        settings = RunConfig(
-            method=method,
-            method_name="under_test",
-            model=ModelConfig(path=str(path), dtype="float64"),
-            lora=LoraConfig(r=4, alpha=6),
-        )
-        start = adapters.find(str(path), settings.model)
-        reference = adapters.reference(settings, start)
-        policy = precise(adapters.load_policy(settings, start, reference))
-        generator = torch.Generator().manual_seed(0)
-        with torch.no_grad():
-            for parameter in policy.parameters():
-                if parameter.requires_grad:
-                    parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
-        made[method.needs.output] = policy, reference
-    return made
+    model = ModelConfig(path=str(path), dtype="float64")
+    return {
+        method.needs.output: (precise(policy), reference)
+        for method in (TOKEN_LEVEL, SCORES)
+        for policy, reference in [adapted_policy(method, model)]
+    }
 
 
 # Several processes.

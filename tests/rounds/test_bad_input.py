@@ -272,3 +272,17 @@ def test_judge_that_dies_on_the_second_rank_is_named_on_the_first(server, rounds
     argv = rounds(tmp_path / "run", **judged_by("dies"), rounds__count=1, rounds__shard=2)
     ended = server.train(argv, cwd=here, ranks=2)
     assert "own_judges:dies raised OSError: the judge's machine is gone" in line_of(ended)
+
+
+def test_prompts_when_several_sources_are_named_then_each_is_asked_once(server, place, rounds, tmp_path):
+    lines = (place / "pairs.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "a.jsonl").write_text("".join(lines[:20]))
+    (tmp_path / "b.jsonl").write_text("".join(lines[15:30]))  # 30 prompts in all
+    named = {"data__train": "a.jsonl,b.jsonl", "dry_run": "true", "rounds__eval_prompts": 0}
+    ended = server.train(rounds(tmp_path / "run", rounds__prompts=15, **named), cwd=tmp_path)
+    assert ended.status == 0, ended.err
+    assert "a.jsonl: 20 rows, 20 prompts" in ended.out
+    assert "b.jsonl: 15 rows, 15 prompts" in ended.out
+    ended = server.train(rounds(tmp_path / "run", rounds__prompts=16, **named), cwd=tmp_path)
+    assert ended.status == 2
+    assert "2 rounds of 16 need 32 prompts, there are 30" in ended.err

@@ -1,0 +1,168 @@
+"""Views of encoded pairs: some of them, several sets as one. What a plan needs is read as arrays, never row by row.
+
+A view knows its rows by their numbers and holds none of them, so a million pairs in a mapped file stay there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
+from typing import overload
+
+import numpy as np
+
+from prefopt.types import EncodedPair
+
+BLOCK = 1 << 16  # rows whose facts are held at once
+
+
+def _key(pair: EncodedPair) -> int:
+    """Pairs that do not come from a file are keyed by the prompt's ids."""
+    key = pair.prompt_key or hashlib.sha256(str(pair.prompt_ids).encode()).hexdigest()[:16]
+    return int(key, 16)
+
+
+_FACTS: dict[str, Callable[[EncodedPair], int]] = {
+    "prompt": lambda pair: len(pair.prompt_ids),
+    "chosen": lambda pair: len(pair.chosen_ids),
+    "rejected": lambda pair: len(pair.rejected_ids or ()),
+    "chosen_scored": lambda pair: sum(pair.chosen_mask),
+    "rejected_scored": lambda pair: sum(pair.rejected_mask or ()),
+    "prompt_key": _key,
+}
+
+
+def facts(pairs: Sequence[EncodedPair], name: str, begin: int, end: int) -> np.ndarray:
+    """One number of each of the pairs `begin` to `end`, without their tokens where the set can tell.
+
+    Args: name: `prompt`, `chosen` or `rejected`: tokens; `chosen_scored`, `rejected_scored`: scored tokens;
+        `prompt_key`; or `column.NAME`. What there is none of is 0.
+    Returns: (end - begin,) int64, uint64 for keys, float64 for columns.
+    """
+    if hasattr(pairs, "facts"):
+        found: np.ndarray = pairs.facts(name, begin, end)
+        return found
+    rows = pairs[begin:end]
+    if name.startswith("column."):
+        return np.array([pair.columns[name.removeprefix("column.")] for pair in rows], np.float64)
+    return np.array([_FACTS[name](pair) for pair in rows], np.uint64 if name == "prompt_key" else np.int64)
+
+
+def blocks(pairs: Sequence[EncodedPair]) -> Iterator[tuple[int, int]]:
+    """(begin, end) of stretches of the pairs that are small enough to hold their facts."""
+    return ((begin, min(begin + BLOCK, len(pairs))) for begin in range(0, len(pairs), BLOCK))
+
+
+def _over_blocks(pairs: Sequence[EncodedPair], of: Callable[[int, int], np.ndarray]) -> np.ndarray:
+    out = np.empty(len(pairs), np.int32)
+    for begin, end in blocks(pairs):
+        out[begin:end] = of(begin, end)
+    return out
+
+
+def padded_lengths(pairs: Sequence[EncodedPair]) -> np.ndarray:
+    """`loader.padded_length` of each pair: the prompt and the longer completion. (n,) int32."""
+
+    def of(begin: int, end: int) -> np.ndarray:
+        prompt, chosen, rejected = (facts(pairs, name, begin, end) for name in ("prompt", "chosen", "rejected"))
+        return prompt + np.maximum(chosen, rejected)
+
+    return _over_blocks(pairs, of)
+
+
+def fed_tokens(pairs: Sequence[EncodedPair]) -> np.ndarray:
+    """Tokens of each pair's sequences: the prompt with either completion, or with the chosen one alone. (n,) int32.
+
+    A prompt counts for each of them, also where a layout lets the two share it.
+    """
+
+    def of(begin: int, end: int) -> np.ndarray:
+        prompt, chosen, rejected = (facts(pairs, name, begin, end) for name in ("prompt", "chosen", "rejected"))
+        return prompt * (1 + (rejected > 0)) + chosen + rejected
+
+    return _over_blocks(pairs, of)
+
+
+class View(Sequence[EncodedPair]):
+    """What the sequences of this module have in common. A slice of one is a list."""
+
+    def _at(self, i: int) -> EncodedPair:
+        raise NotImplementedError
+
+    @overload
+    def __getitem__(self, i: int) -> EncodedPair: ...
+    @overload
+    def __getitem__(self, i: slice) -> list[EncodedPair]: ...
+    def __getitem__(self, i: int | slice) -> EncodedPair | list[EncodedPair]:
+        if isinstance(i, slice):
+            return [self._at(j) for j in range(*i.indices(len(self)))]
+        if not -len(self) <= i < len(self):
+            raise IndexError(f"row {i} of {len(self)}")
+        return self._at(i % len(self))
+
+
+class Subset(View):
+    """Some of the pairs of a sequence, in its order.
+
+    Args: rows: (n,) their numbers, ascending.
+    """
+
+    def __init__(self, pairs: Sequence[EncodedPair], rows: np.ndarray) -> None:
+        self.pairs, self.rows = pairs, rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def _at(self, i: int) -> EncodedPair:
+        return self.pairs[int(self.rows[i])]
+
+    def facts(self, name: str, begin: int, end: int) -> np.ndarray:
+        """See `facts`."""
+        rows = self.rows[begin:end]
+        first, last = (int(rows[0]), int(rows[-1]) + 1) if len(rows) else (0, 0)
+        parts = [np.empty(0, np.int64)]
+        for start in range(first, last, BLOCK):  # the rows between them are read too, but never all at once
+            stop = min(start + BLOCK, last)
+            mine = rows[np.searchsorted(rows, start) : np.searchsorted(rows, stop)]
+            if len(mine):
+                parts.append(facts(self.pairs, name, start, stop)[mine - start])
+        return np.concatenate(parts[1:] or parts)
+
+
+class Concatenated(View):
+    """Several sequences of pairs, one after the other. `bounds` are the numbers at which each begins, and the end."""
+
+    def __init__(self, parts: Sequence[Sequence[EncodedPair]]) -> None:
+        self.parts = tuple(parts)
+        self.bounds = [0, *accumulate(map(len, self.parts))]
+
+    def __len__(self) -> int:
+        return self.bounds[-1]
+
+    def _at(self, i: int) -> EncodedPair:
+        part = bisect_right(self.bounds, i) - 1
+        return self.parts[part][i - self.bounds[part]]
+
+    def facts(self, name: str, begin: int, end: int) -> np.ndarray:
+        """See `facts`."""
+        found = [np.empty(0, np.int64)]
+        for part, start in zip(self.parts, self.bounds, strict=False):
+            low, high = max(begin - start, 0), min(end - start, len(part))
+            if low < high:
+                found.append(facts(part, name, low, high))
+        return np.concatenate(found[1:] or found)
+
+
+class ConvertedPairs(View):
+    """Pairs that are each turned into another one when they are read."""
+
+    def __init__(self, pairs: Sequence[EncodedPair], convert: Callable[[EncodedPair], EncodedPair]) -> None:
+        self.pairs, self.convert = pairs, convert
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def _at(self, i: int) -> EncodedPair:
+        return self.convert(self.pairs[i])

@@ -1,0 +1,118 @@
+"""The settings of the `data` command: the vocabulary of `config`, read by the same rules, for who looks at pairs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from prefopt import config, registry
+from prefopt.config import ModelConfig
+from prefopt.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class ReadConfig:
+    """How rows are read and cut, as in training."""
+
+    columns: dict[str, str] = field(default_factory=dict)
+    """Our key -> the file's key, e.g. `--data.columns.chosen good`."""
+    on_bad_row: Literal["error", "skip"] = "skip"
+    """Stop at a bad row, or count it in the report."""
+    max_length: int = 1024
+    """Tokens of prompt and completion together; a longer prompt loses its head first."""
+    chat_template: str | None = None
+    """Jinja file that replaces the tokenizer's chat template."""
+
+
+@dataclass(frozen=True)
+class LookConfig:
+    """What is looked at, and how."""
+
+    method: str | None = None
+    """Read the rows as this method does. None: as pairs, without further columns."""
+    tokenizer: str | None = None
+    """Folder or hub id of a tokenizer alone; model.path names one with its model, whose size is then checked too."""
+    rows: int = 3
+    """Rows shown, spread over the pairs that are kept, the first one among them; 0 shows none."""
+    html: str | None = None
+    """Write report and rows to this page instead, which needs nothing beside itself."""
+    data: ReadConfig = field(default_factory=ReadConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    sources: tuple[str, ...] = ()
+
+
+_UNREAD = tuple(f"model.{name}" for name in ("dtype", "attention", "gradient_checkpointing"))
+_NOT_FLAGS = ("sources",)
+
+
+def parse_look(argv: Sequence[str]) -> LookConfig:
+    """The settings of the `data` command from its command line.
+
+    Raises: ConfigError, one line that names the key, what was found, what was expected and the nearest mend.
+    """
+    words = list(argv)
+    named = []
+    while words and not words[0].startswith("--"):
+        named.append(words.pop(0))
+    flags = config._split(words)
+    if "method.name" in flags:
+        flags["method"] = flags.pop("method.name")
+    layer = config._nest(flags)
+    known = _known_keys()
+    for key in config._unknown(layer, known, ""):
+        raise config._refuse_key(key, known, "")
+    found: LookConfig = config._build(LookConfig, layer, "", {})
+    sources = tuple(name for text in named for name in config.sources(text))
+    found = dataclasses.replace(found, sources=sources, model=config._normal(found.model, "path"))
+    if not named:
+        raise ConfigError(
+            "no data is named, expected a file, folder or hub id: prefopt data pairs.jsonl --model.path DIR"
+        )
+    if not all(sources):
+        raise ConfigError(f"found {' '.join(named)!r}, expected names of sources with a comma between two of them")
+    if (found.tokenizer is None) == (found.model.path is None):
+        both = "named by both --tokenizer and --model.path" if found.tokenizer else "not named"
+        raise ConfigError(f"the tokenizer is {both}, expected one of --model.path DIR and --tokenizer DIR")
+    if found.rows < 0:
+        raise ConfigError(f"--rows: found {found.rows}, expected a number >= 0")
+    if found.data.max_length < 2:
+        raise ConfigError(f"--data.max_length: found {found.data.max_length}, expected at least 2")
+    if found.html is not None:
+        if Path(found.html).suffix not in (".html", ".htm"):
+            raise ConfigError(f"--html: found {found.html!r}, expected the name of a page such as page.html")
+        if not Path(found.html).resolve().parent.is_dir():
+            raise ConfigError(f"--html: the folder of '{found.html}' does not exist")
+    if found.method is not None:
+        registry.get(found.method)
+    return found
+
+
+def _known_keys() -> list[str]:
+    keys = ["help"]
+    for name, hint in config._hints(LookConfig).items():
+        group = dataclasses.is_dataclass(hint)
+        keys += [f"{name}.{leaf}" for leaf in config._hints(hint)] if group else [name]
+    return [key for key in keys if key not in (*_UNREAD, *_NOT_FLAGS)]
+
+
+def look_help() -> str:
+    """The grouped `--help` of the command."""
+    head = [
+        "usage: prefopt data FILE[,FILE ...] --model.path DIR [--html PAGE] [--GROUP.SETTING VALUE ...]",
+        "",
+        "Prints what training would print of the data, and shows some rows as the model reads them: prompt, scored,",
+        "unscored and special tokens in colours. FILE: a JSONL or Parquet file, a folder, or a hub id.",
+        "",
+    ]
+    hidden = {f"--{key}" for key in (*_UNREAD, *_NOT_FLAGS)}
+
+    def rows(cls: Any, prefix: str) -> list[config._HelpRow]:
+        return [row for row in config._help_rows(cls, prefix) if row[0] not in hidden]
+
+    groups: list[tuple[str, str, list[config._HelpRow]]] = [("look", "", rows(LookConfig, ""))]
+    groups.append(("data", (ReadConfig.__doc__ or "").strip(), rows(ReadConfig, "data.")))
+    groups.append(("model", "Whose tokenizer it is.", rows(ModelConfig, "model.")))
+    return config._help_page(head, groups)

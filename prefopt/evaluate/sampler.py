@@ -1,0 +1,154 @@
+"""What a policy in training says to held-out prompts, beside what its reference says: a table to read, and figures."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from prefopt.config import RunConfig
+from prefopt.engine.forward import PolicyWithReference
+from prefopt.engine.metrics import Evaluation
+from prefopt.errors import ConfigError
+from prefopt.evaluate.samples import score_samples
+from prefopt.evaluate.texts import ORDERS, describe_texts
+from prefopt.generation.base import Sampling, seeds_of
+from prefopt.generation.transformers_engine import TransformersEngine
+from prefopt.thoughts import Answer, ThoughtFormat
+from prefopt.types import Completion, EncodedPair, Prompt, Response
+
+TABLE = "samples"
+_PRINTED = 3  # samples that are printed
+_WIDTH = 100  # characters of each of their lines
+
+
+@dataclass
+class Sampler:
+    """An evaluator that asks the policy in training, in this process.
+
+    The seeds are the same at each evaluation, so that tables compare. The reference is asked once, unless it moves.
+
+    Args:
+        prompts: what is asked, `prompt` being the text of the tokens that the policy reads.
+        config: of the run.
+        policy: what is trained, not wrapped; it knows its reference.
+        tokenizer: the one of its vocabulary.
+        precision: in which it is trained.
+    """
+
+    prompts: Sequence[Prompt]
+    config: RunConfig
+    policy: PolicyWithReference
+    tokenizer: Any
+    precision: Callable[[], AbstractContextManager[Any]]
+    _of_reference: list[Completion] | None = field(default=None, init=False)
+
+    def __call__(self, lm: Any) -> Evaluation:
+        method, reference = self.config.method, self.policy.frozen or self.policy.reference
+        moves = self.config.reference.sync_every is not None
+        if reference is not None and (moves or self._of_reference is None):
+            with self.policy.as_reference() as other:
+                self._of_reference = self._answers(other)
+        said = self._answers(lm)
+        with self.precision():
+            found = score_samples(
+                lm,
+                reference,
+                list(zip(self.prompts, said, strict=True)),
+                batch=self.config.eval.batch,
+                kernel=self.config.kernel,
+            )
+        texts = describe_texts([[completion] for completion in said])
+        figures = {"tokens": texts.tokens, "ended": 1 - texts.cut}
+        if found.tokens.sum() > 0:
+            figures["entropy"] = float(found.entropy.sum() / found.tokens.sum())
+        if reference is not None:
+            figures["kl"] = float(found.kl.mean())
+        figures |= {f"distinct_{n}": value for n, value in zip(ORDERS, texts.distinct, strict=True)}
+        figures |= dict(method.text_figures([completion.text for completion in said]))
+        rows = [self._row(i, said[i], None if reference is None else found.kl) for i in range(len(said))]
+        return Evaluation(
+            figures={f"samples/{name}": value for name, value in figures.items() if math.isfinite(value)},
+            tables={TABLE: rows},
+            shown=_shown(rows),
+        )
+
+    def _answers(self, lm: Any) -> list[Completion]:
+        engine = TransformersEngine(lm, self.tokenizer, batch=self.config.generate.batch)
+        sampling = Sampling.of(self.config.generate, n=1, logprobs=False)
+        seeds = [seeds_of(self.config.seed, TABLE, i, 1, 1)[0] for i in range(len(self.prompts))]  # however many
+        with self.precision():
+            return [one for (one,) in engine.generate([prompt.ids for prompt in self.prompts], sampling, seeds)]
+
+    def _row(self, i: int, said: Completion, kl: np.ndarray | None) -> dict[str, Any]:
+        row: dict[str, Any] = {"prompt": self.prompts[i].prompt}
+        sides = {"policy": said}
+        if self._of_reference is not None:
+            sides = {"reference": self._of_reference[i], **sides}
+        thoughts: dict[str, Any] = {}
+        for side, completion in sides.items():
+            row[side], thoughts[f"{side}_thought"] = self._seen(completion.text)
+        row |= thoughts if self.config.method.thinks else {}
+        row |= {"tokens": len(said.token_ids), "ended": said.finish_reason == "stop"}
+        return row | ({} if kl is None else {"kl": float(kl[i])})
+
+    def _seen(self, text: str) -> tuple[str, str]:
+        """The response as rounds show it, and the thought before it; where there is no response, why, and all of it."""
+        method = self.config.method
+        view = method.judge_view(text)
+        if not isinstance(view, Response):
+            return f"[{view}]", text
+        form = method.card().get("thought")
+        answer = None if form is None else ThoughtFormat(**form).parse(text)
+        return view.text, answer.thought if isinstance(answer, Answer) else ""
+
+
+def sampler(
+    config: RunConfig,
+    policy: PolicyWithReference,
+    tokenizer: Any,
+    pairs: Sequence[EncodedPair],
+    precision: Callable[[], AbstractContextManager[Any]],
+) -> Sampler:
+    """The evaluator of a run with `eval.generate`: it asks the first different prompts of the held-out pairs.
+
+    Raises: ConfigError when nothing is held out.
+    """
+    prompts: dict[Any, Prompt] = {}
+    for pair in pairs:
+        if len(prompts) == config.eval.generate:
+            break
+        ids = tuple(pair.prompt_ids)
+        key = pair.prompt_key or ids
+        if key not in prompts:
+            read = ids[1:] if ids[:1] == (tokenizer.bos_token_id,) else ids
+            prompts[key] = Prompt(tokenizer.decode(list(read)), ids, pair.prompt_key, pair.where)
+    if not prompts:
+        raise ConfigError(
+            f"eval.generate: found {config.eval.generate}, but no pair is held out to ask; name data.eval, or a larger "
+            "data.eval_fraction"
+        )
+    return Sampler([*prompts.values()], config, policy, tokenizer, precision)
+
+
+def _shown(rows: Sequence[dict[str, Any]]) -> str:
+    """The first rows, for a terminal."""
+    lines = [f"{len(rows)} held-out prompts answered" + (f", the first {_PRINTED}" if len(rows) > _PRINTED else "")]
+    for row in rows[:_PRINTED]:
+        texts = {name: row[name] for name in ("prompt", "reference", "policy") if name in row}
+        lines += [f"  {name:<10}{_short(text, tail=name == 'prompt')}" for name, text in texts.items()]
+        lines.append("")
+    return "\n".join(lines).rstrip()
+
+
+def _short(text: str, tail: bool) -> str:
+    """One line of a text; what is too long loses its end, or its beginning where the tail says more."""
+    line = " ".join(text.split())
+    if tail and len(line) > _WIDTH:
+        return "... " + line[-(_WIDTH - 4) :]
+    return textwrap.shorten(line, _WIDTH, placeholder=" ...") if " " in line else line[:_WIDTH]

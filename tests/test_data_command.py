@@ -1,0 +1,166 @@
+"""`prefopt data`: the report and some rows, in the terminal or on a page; mistakes are one line."""
+
+import os
+import pty
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from prefopt import registry
+from prefopt.data_config import look_help, parse_look
+from prefopt.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def data(server, tmp_path):
+    """Runs the command in an empty folder."""
+
+    def data(*argv):
+        return server.train([*map(str, argv)], command="data", cwd=tmp_path)
+
+    return data
+
+
+def test_data_prints_what_training_prints_and_some_rows(data, server, command, task, tmp_path):
+    ended = data(task.pairs, "--model.path", task.model, "--rows", 2)
+    assert ended.status == 0, ended.err
+    report, _, rows = ended.out.partition("\n\n")
+    dry = server.train(command("dpo", tmp_path / "run", dry_run="true"))
+    assert report in dry.out
+    assert rows.count(f"{task.pairs}:1: prompt ") == rows.count(f"{task.pairs}:26: prompt ") == 1
+    assert "⟦ red 0‹</s>›⟧" in rows
+    assert "‹<s>›Human: name colour 0." in rows
+    assert "\x1b" not in ended.out
+
+
+def test_data_when_several_sources_are_named_then_reports_each(data, task, tmp_path):
+    lines = task.pairs.read_text().splitlines(keepends=True)
+    for name, part in (("a.jsonl", lines[:20]), ("b.jsonl", [*lines[20:], "{\n"])):
+        (tmp_path / name).write_text("".join(part))
+    ended = data("a.jsonl,b.jsonl", "--tokenizer", task.model, "--rows", 0)
+    assert ended.status == 0, ended.err
+    assert "data a.jsonl: 20 rows read, 20 kept, 0 dropped\n" in ended.out
+    assert "data b.jsonl: 31 rows read, 30 kept, 1 dropped\n" in ended.out
+    assert "⟦" not in ended.out
+
+
+def test_data_when_a_page_is_asked_for_then_it_is_written_whole(data, task, tmp_path):
+    ended = data(task.pairs, "--model.path", task.model, "--html", "page.html")
+    assert ended.status == 0, ended.err
+    assert ended.out.endswith("written: page.html\n")
+    text = (tmp_path / "page.html").read_text()
+    assert text.startswith("<!doctype html>")
+    assert text.endswith("</html>\n")
+    assert text.count("<article>") == 3
+    assert [path.name for path in tmp_path.iterdir() if path.suffix == ".tmp"] == []
+
+
+@pytest.mark.parametrize("method", registry.names())
+def test_data_when_a_method_is_named_then_rows_are_what_it_reads(method, data, task):
+    ended = data(task.pairs, "--model.path", task.model, "--method", method, "--rows", 1)
+    assert ended.status == 0, ended.err
+    needs = registry.get(method)().needs
+    assert ("\n rejected " in ended.out) == (needs.rows == "pairs")
+    assert all(f"\n {column.name} = " in ended.out for column in needs.columns)
+
+
+@pytest.mark.parametrize("no_color", ["", "1"])
+def test_data_when_in_a_terminal_then_has_colours_unless_none_are_wanted(no_color, task, tmp_path):
+    ours, theirs = pty.openpty()
+    env = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "NO_COLOR": no_color, "TERM": "xterm"}
+    env["PREFOPT_CACHE"] = str(task.folder / "cache")
+    command = [sys.executable, "-m", "prefopt", "data", task.pairs, "--tokenizer", task.model, "--rows", "1"]
+    process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=theirs, stderr=subprocess.PIPE, text=True)
+    os.close(theirs)
+    out = b""
+    try:
+        while block := os.read(ours, 4096):
+            out += block
+    except OSError:  # the other end is closed
+        pass
+    error = process.communicate(timeout=120)[1]
+    os.close(ours)
+    assert process.returncode == 0, error
+    assert (b"\x1b[1;32m" in out) == (not no_color)
+    assert ("⟦".encode() in out) == bool(no_color)
+
+
+@pytest.mark.parametrize(
+    ("argv", "found"),
+    [
+        (
+            ["--model.path", "{m}"],
+            "no data is named, expected a file, folder or hub id: prefopt data pairs.jsonl --model.path DIR",
+        ),
+        (["{d}"], "the tokenizer is not named, expected one of --model.path DIR and --tokenizer DIR"),
+        (
+            ["{d}", "--model.path", "{m}", "--tokenizer", "{m}"],
+            "the tokenizer is named by both --tokenizer and --model.path, expected one of --model.path DIR and "
+            "--tokenizer DIR",
+        ),
+        (["{d}", "--tokeniser", "{m}"], "--tokeniser: unknown setting; did you mean 'tokenizer'?"),
+        (["{d}", "--model.path", "{m}", "--rows", "-1"], "--rows: found -1, expected a number >= 0"),
+        (["{d}", "--model.path", "{m}", "--html", "page.txt"],
+         "--html: found 'page.txt', expected the name of a page such as page.html"),
+        (["{d}", "--model.path", "{m}", "--html", "no/page.html"],
+         "--html: the folder of 'no/page.html' does not exist"),
+        (["{d}", "--model.path", "{m}", "--data.max_length", "1"], "--data.max_length: found 1, expected at least 2"),
+        (["{d}", "--model.path", "{m}", "--data.weights", "1"], "--data.weights: unknown setting"),
+        (["{d}", "--model.path", "{m}", "--method", "dpoo"], "unknown method 'dpoo'; did you mean 'dpo'?"),
+        (["pairs.json", "--model.path", "{m}"], "pairs.json: no such file or folder"),
+        (["{d},", "--model.path", "{m}"], "found '{d},', expected names of sources with a comma between two of them"),
+        (["{d}", "--tokenizer", "./nothing"], "tokenizer: './nothing' does not exist, expected the folder of a model"),
+        (["{d}", "--tokenizer", "{empty}"], "tokenizer: '{empty}' is a folder without a tokenizer"),
+    ],
+)  # fmt: skip
+def test_data_when_asked_wrongly_then_one_line_says_so(argv, found, data, task, tmp_path):
+    (tmp_path / "empty").mkdir()
+    names = {"d": task.pairs, "m": task.model, "empty": tmp_path / "empty"}
+    ended = data(*(word.format(**names) for word in argv))
+    assert ended.status == 2, ended.out
+    assert ended.err.startswith(f"error: {found.format(**names)}")
+    assert ended.err.count("\n") == 1
+
+
+def test_data_when_a_row_is_bad_and_that_is_an_error_then_it_is_named(data, task, tmp_path):
+    (tmp_path / "bad.jsonl").write_text(task.pairs.read_text() + "{\n")
+    ended = data("bad.jsonl", "--model.path", task.model, "--data.on_bad_row", "error")
+    assert ended.status == 2
+    assert ended.err.startswith("error: bad.jsonl:51: broken JSON")
+
+
+def test_help_names_every_setting():
+    text = look_help()
+    for flag in (
+        "--tokenizer",
+        "--rows",
+        "--html",
+        "--method",
+        "--data.max_length",
+        "--data.columns.KEY",
+        "--model.path",
+    ):
+        assert f"  {flag} " in text
+    assert "--model.dtype" not in text
+    assert max(map(len, text.splitlines())) <= 170
+
+
+def test_help_and_mistakes_cost_no_heavy_import():
+    code = (
+        "import sys; from prefopt.__main__ import main; a = main(['data', '--help']); b = main(['data', 'x.jsonl']); "
+        "print(a, b, {'torch', 'transformers', 'datasets', 'pyarrow'} & {*sys.modules})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.stdout.endswith("0 2 set()\n"), done.stdout + done.stderr
+
+
+def test_settings_when_named_then_are_read():
+    found = parse_look(["a,b", "c.jsonl", "--tokenizer", "t", "--data.columns.chosen", "best", "--rows", "5"])
+    assert found.sources == ("a", "b", "c.jsonl")
+    assert (found.data.columns, found.rows) == ({"chosen": "best"}, 5)
+    with pytest.raises(ConfigError, match=r"^found 'c.jsonl', expected a flag"):
+        parse_look(["a", "--rows", "5", "c.jsonl"])
