@@ -218,3 +218,15 @@ def load_optimizer(path: Path) -> State:
             return [unpack(member) for member in value] if isinstance(value, list) else value
 
         return {int(i): unpack(entries) for i, entries in json.loads(file.metadata()["state"]).items()}
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, kept: State) -> None:
+    """Give an optimizer the state of another one over the same parameters in the same order."""
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": kept, "param_groups": groups})
+    # torch gives a floating state the dtype of its parameter, whatever it was saved in
+    for index, entries in optimizer.state_dict()["state"].items():
+        for name, value in entries.items():
+            saved = kept[index][name]
+            if isinstance(value, torch.Tensor) and value.dtype != saved.dtype:
+                entries[name] = saved.to(value.device)

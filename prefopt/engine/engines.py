@@ -159,14 +159,7 @@ class Engine:
 
     def load_optimizer_state(self, state: State) -> None:
         """Undo `optimizer_state`."""
-        groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
-        # torch gives a floating state the dtype of its parameter, whatever it was saved in
-        for number, kept in self.optimizer.state_dict()["state"].items():
-            for name, value in kept.items():
-                saved = state[number][name]
-                if isinstance(value, torch.Tensor) and value.dtype != saved.dtype:
-                    kept[name] = saved.to(value.device)
+        checkpoint.restore_optimizer(self.optimizer, state)
 
 
 class Fsdp2Engine(Engine):
