@@ -151,6 +151,6 @@ def test_run_when_bitsandbytes_is_not_installed_then_refused_before_anything_is_
 @needs_bitsandbytes
 def test_optimizer_when_it_would_page_on_a_cpu_then_refused_in_one_line(error):
     assert error(optim__name="paged_adamw_8bit") == (
-        "optim.name: 'paged_adamw_8bit' pages its state out to the host's memory, where a run on the CPU has it anyway; "
-        "use adamw_8bit"
+        "optim.name: 'paged_adamw_8bit' pages its state out to the host's memory, where a run on the CPU has it "
+        "anyway; use adamw_8bit"
     )
