@@ -184,8 +184,8 @@ def test_beta_when_not_positive_and_finite_then_refused(error, beta):
     [
         (
             {"optim.name": "adamv"},
-            "optim.name: found 'adamv', expected one of adamw, adamw_8bit, paged_adamw_8bit, adafactor, rmsprop, sgd or "
-            "a dotted path; did you mean 'adamw'?",
+            "optim.name: found 'adamv', expected one of adamw, adamw_8bit, paged_adamw_8bit, adafactor, rmsprop, sgd "
+            "or a dotted path; did you mean 'adamw'?",
         ),
         (
             {"optim.name": "torch.optim.Adamx"},

@@ -176,8 +176,8 @@ def test_differences_when_an_adapter_has_dropout_then_the_cut_of_a_step_is_among
         ([*REAL, "--method.beta", "-1"], "method.beta: found -1.0, expected a finite number > 0"),
         (
             [*REAL, "--optim.name", "adamv"],
-            "optim.name: found 'adamv', expected one of adamw, adamw_8bit, paged_adamw_8bit, adafactor, rmsprop, sgd or "
-            "a dotted path; did you mean 'adamw'?",
+            "optim.name: found 'adamv', expected one of adamw, adamw_8bit, paged_adamw_8bit, adafactor, rmsprop, sgd "
+            "or a dotted path; did you mean 'adamw'?",
         ),
         ([*REAL, "--data.eval_fraction", "1"], "data.eval_fraction: found 1.0, expected a share from 0 to below 1"),
         (
@@ -322,8 +322,8 @@ def test_testbed_departures_when_the_user_names_the_alternative_then_give_way():
         (["--testbed.seed", "-1"], "testbed.seed: found -1, expected a whole number from 0 to 2147483647"),
         (
             ["--optim.name", ".AdamW"],
-            "optim.name: found '.AdamW', expected one of adamw, adamw_8bit, paged_adamw_8bit, adafactor, rmsprop, sgd or "
-            "a dotted path",
+            "optim.name: found '.AdamW', expected one of adamw, adamw_8bit, paged_adamw_8bit, adafactor, rmsprop, sgd "
+            "or a dotted path",
         ),
         (["--model.compute_dtype", "bfloat16"], "model.compute_dtype: found 'bfloat16' without model.quantize"),
         (
