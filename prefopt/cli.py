@@ -81,7 +81,7 @@ def _train(config: RunConfig, only: Stage | None = None) -> int:
 
 
 def _prepared(config: RunConfig, output: Path, stop: rt.Stop, only: Stage | None) -> int:
-    from prefopt.engine import compiling, layouts, optimizers
+    from prefopt.engine import compiling, layouts, optimizers, preflight
 
     runtime = rt.start(
         stop,
@@ -96,6 +96,8 @@ def _prepared(config: RunConfig, output: Path, stop: rt.Stop, only: Stage | None
         say(_first_line(config, runtime))
         optimizers.check_optimizer(config.optim, runtime.device)
         layouts.check_settings(config, runtime.device)
+        if not config.dry_run:
+            preflight.check(config, runtime, output)
         if config.train.compile:
             compiling.check(runtime.device)
         if config.model.offload_activations and runtime.device.type == "cpu":
@@ -480,10 +482,13 @@ def _fit(
     trackers: Trackers | None = None,
     hashes: Mapping[str, str] | None = None,
 ) -> int:
-    from prefopt.engine import adapters, models
+    from prefopt.engine import adapters, models, preflight
     from prefopt.engine.forward import PolicyWithReference, Scorer
     from prefopt.engine.trainer import Trainer
 
+    if config.lora.r is None and task.start.adapter is None:
+        trained = models.parameters(task.start.base, task.start.base_settings(config.model))
+        runtime.on_main(lambda: preflight.room_for_checkpoints(config, trained, output))
     with runtime.sharded_loading():
         lm = adapters.load_policy(config, task.start, task.reference, resume_from)
     reference: Any = task.reference

@@ -1,0 +1,83 @@
+"""What can be known to go wrong before any model is loaded, on all processes together: one line, and a clean end."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+
+from prefopt.config import RunConfig
+from prefopt.engine.runtime import Runtime, versions
+from prefopt.errors import ConfigError, TrainError
+
+_COMPARED = ("python", "prefopt", "torch", "transformers", "accelerate", "peft", "deepspeed")
+_STATES = {"adamw": 2, "rmsprop": 1, "sgd": 0}  # what an optimizer keeps per weight, in float32
+
+
+def check(config: RunConfig, runtime: Runtime, output: Path) -> None:
+    """All checks that need no model. On every process together.
+
+    Raises: ConfigError, TrainError: the same on each of them.
+    """
+    if config.train.global_batch < runtime.world:
+        raise ConfigError(
+            f"train.global_batch: found {config.train.global_batch} with {runtime.world} processes, expected a pair "
+            "for each of them at least"
+        )
+    if runtime.world > 1:
+        same_versions(runtime.gather_objects([(_here(runtime), versions(("deepspeed",)))]))
+        shared_folder(runtime, output)
+
+
+def _here(runtime: Runtime) -> str:
+    return f"process {runtime.rank} on {socket.gethostname()}"
+
+
+def same_versions(found: list[tuple[str, Mapping[str, str]]]) -> None:
+    """Raises: TrainError when two processes run other versions. Args: found: (who, versions) of each process."""
+    first, expected = found[0]
+    for who, mine in found[1:]:
+        for name in _COMPARED:
+            if mine.get(name) != expected.get(name):
+                raise TrainError(
+                    f"launcher: {who} has {name} {mine.get(name)}, {first} has {expected.get(name)}; expected one "
+                    "environment on all nodes"
+                )
+
+
+def shared_folder(runtime: Runtime, output: Path) -> None:
+    """Raises: TrainError when a process does not see what the first one has written to the output folder."""
+    name = runtime.from_main(f".seen-{uuid.uuid4().hex}")
+    probe = output / name
+    if runtime.is_main:
+        probe.touch()
+    runtime.wait()
+    blind = runtime.gather_objects([] if probe.exists() else [_here(runtime)])
+    runtime.wait()
+    if runtime.is_main:
+        probe.unlink()
+    if blind:
+        raise TrainError(
+            f"--output {output}: {blind[0]} does not see what process 0 has written there; expected a folder that all "
+            "nodes share"
+        )
+
+
+def room_for_checkpoints(config: RunConfig, parameters: int, output: Path) -> None:
+    """Raises: TrainError when the disk has no room for the checkpoints that are kept, and the exported model.
+
+    Args: parameters: trained ones.
+    """
+    width = {"float64": 8, "float32": 4, "bfloat16": 2}[config.model.dtype]
+    one = parameters * (width + 4 * _STATES.get(config.optim.name, 2))
+    there = len(list((output / "checkpoints").glob("step_*")))
+    # a new checkpoint is whole before an old one goes
+    need = one * max(1, config.train.keep_last + 1 - there) + parameters * width
+    free = shutil.disk_usage(output).free
+    if free < need:
+        raise TrainError(
+            f"--output {output}: {need / 1e9:.3g} GB are needed for {config.train.keep_last} checkpoints and the model"
+            f", found {free / 1e9:.3g} GB free; free space, keep fewer (--train.keep_last), or choose another --output"
+        )
