@@ -202,7 +202,10 @@ def save_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
-    """Undo `save_optimizer`, onto an optimizer over the same parameters in the same order."""
+    """Undo `save_optimizer`, onto an optimizer over the same parameters in the same order.
+
+    Raises: TrainError for a file that another version of prefopt wrote.
+    """
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as file:
@@ -215,7 +218,12 @@ def load_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
                 return {key: unpack(member) for key, member in members.items()}
             return [unpack(member) for member in value] if isinstance(value, list) else value
 
-        state = {int(i): unpack(entries) for i, entries in json.loads(file.metadata()["state"]).items()}
+        written = (file.metadata() or {}).get("state")
+        if written is None:
+            raise TrainError(
+                f"{path}: written by an older version of prefopt, which cannot be continued; choose another --output"
+            )
+        state = {int(i): unpack(entries) for i, entries in json.loads(written).items()}
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
     # torch gives a floating state the dtype of its parameter, whatever it was saved in
