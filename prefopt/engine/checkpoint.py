@@ -204,7 +204,7 @@ def save_optimizer(kept: State, path: Path) -> None:
 
 
 def load_optimizer(path: Path) -> State:
-    """Undo `save_optimizer`."""
+    """Undo `save_optimizer`. Raises: TrainError for a file that another version of prefopt wrote."""
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as file:
@@ -217,7 +217,12 @@ def load_optimizer(path: Path) -> State:
                 return {key: unpack(member) for key, member in members.items()}
             return [unpack(member) for member in value] if isinstance(value, list) else value
 
-        return {int(i): unpack(entries) for i, entries in json.loads(file.metadata()["state"]).items()}
+        written = (file.metadata() or {}).get("state")
+        if written is None:
+            raise TrainError(
+                f"{path}: written by an older version of prefopt, which cannot be continued; choose another --output"
+            )
+        return {int(i): unpack(entries) for i, entries in json.loads(written).items()}
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, kept: State) -> None:

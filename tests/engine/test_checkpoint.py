@@ -214,6 +214,13 @@ def test_optimizer_when_saved_and_loaded_then_the_next_steps_are_bit_equal(name,
         assert torch.equal(mine, theirs)
 
 
+def test_optimizer_when_its_file_is_of_another_version_then_refused_in_one_line(tmp_path):
+    path = tmp_path / "optimizer.safetensors"
+    save_file({"0.exp_avg": torch.zeros(3)}, path, metadata={"plain": "{}"})
+    with pytest.raises(TrainError, match=r"^.*/optimizer.safetensors: written by an older version of prefopt, "):
+        checkpoint.load_optimizer(path)
+
+
 @pytest.mark.parametrize("spoil", [flipped, cut_manifest])
 def test_run_when_its_newest_checkpoint_is_damaged_then_continues_from_the_one_before_to_the_same_weights(
     spoil, server, command, tmp_path
