@@ -556,7 +556,7 @@ def _kept_reference(
     """
     import torch
 
-    from prefopt.engine import adapters
+    from prefopt.engine import adapters, models
     from prefopt.engine.forward import ReferenceHead
     from prefopt.engine.reference import Oracle, obtain
 
@@ -568,11 +568,13 @@ def _kept_reference(
         oracle = Oracle(lm, None, hashes)
     else:
         oracle = Oracle(adapters.load_frozen(what, config.model, key), None, hashes)
-    torch.nn.Module.to(oracle.lm, runtime.device)
+    if not models.is_sharded(oracle.lm):
+        torch.nn.Module.to(oracle.lm, runtime.device)
     cache_dir = Path(config.reference.cache_dir) if config.reference.cache_dir else cache_root() / "reference"
-    values = obtain(config, runtime, oracle, task.sources, cache_dir, int(task.tokenizer.pad_token_id))
-    needs_head = config.reference.cache == "hidden" and oracle.frozen is None
-    return values, ReferenceHead(oracle.lm) if needs_head else None
+    with models.gathered(oracle.lm):
+        values = obtain(config, runtime, oracle, task.sources, cache_dir, int(task.tokenizer.pad_token_id))
+        needs_head = config.reference.cache == "hidden" and oracle.frozen is None
+        return values, ReferenceHead(oracle.lm) if needs_head else None
 
 
 def _beta(config: RunConfig) -> float:

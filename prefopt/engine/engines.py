@@ -109,7 +109,8 @@ class Engine:
 
     def clip(self, limit: float) -> float | None:
         """Clip the gradient and return its norm over all parameters; None where the step does both."""
-        trained = [p for p in self.model.parameters() if p.requires_grad]
+        # not by their flags, which disabling an adapter may leave another way on a sharded weight
+        trained = [p for group in self.optimizer.param_groups for p in group["params"]]
         return float(self.accelerator.clip_grad_norm_(trained, limit))
 
     def set_lr(self, lr: float) -> None:

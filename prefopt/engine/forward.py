@@ -193,9 +193,12 @@ class PolicyWithReference(Policy):
         """
         rows = Rows(input_ids, attention_mask, position_ids, units)
         reads = bool(set(want) & {"ref_logp", "kl", "reverse_kl"})
-        ref = self._reference_request(rows, score_index, ref_hidden) if reads else {}
+        live = reads and ref_hidden is None  # before the policy, whose activations are then not held beside its own
+        ref = self._reference_request(rows, score_index) if live else {}
         with self.saving:
             hidden = _scored_states(self.lm, self.attention, rows, score_index)
+        if reads and not live:  # after it, when an engine that shards has gathered a head that is the policy's too
+            ref = self._reference_request(rows, score_index, ref_hidden)
         scale, softcap = self._scaling
         request = HeadRequest(
             labels=labels,

@@ -17,7 +17,7 @@ import torch
 from prefopt.config import RunConfig
 from prefopt.data.collate import collate
 from prefopt.data.layouts import LAYOUTS, PADDED, rows_of, shares_prompts, units_of, width_of
-from prefopt.engine import adapters, quantized
+from prefopt.engine import adapters, models, quantized
 from prefopt.engine.attention import MASKED, Kind, ends_a_square
 from prefopt.engine.forward import Policy, scored_states, to_device
 from prefopt.engine.models import vocabulary
@@ -81,7 +81,7 @@ def shape_of(lm: PreTrainedModel) -> Shape:
     heads, head = getattr(config, "num_attention_heads", 1), getattr(config, "head_dim", None)
     width = heads * head if head else config.hidden_size
     embedding = lm.get_input_embeddings().weight
-    weights = sum(quantized.numel(p) for p in lm.base_model.parameters() if p.ndim >= 2 and p is not embedding)
+    weights = sum(models.numel(p) for p in lm.base_model.parameters() if models.ndim(p) >= 2 and p is not embedding)
     return Shape(config.num_hidden_layers, width, weights)
 
 
@@ -211,12 +211,12 @@ def choose_layouts(
     """
     asked, kind = config.train.layout, policy.attention
     wanted = possible_layouts(config.method.needs, kind) if asked == "auto" else (asked,)
-    models = {"the policy": (adapters.base_of(policy.lm), kind)}
+    both = {"the policy": (adapters.base_of(policy.lm), kind)}
     if policy.reference is not None:
-        models["the reference"] = (policy.reference, policy.reference_attention)
+        both["the reference"] = (policy.reference, policy.reference_attention)
     refused: dict[str, str] = {}
     for layout in wanted:
-        for who, (lm, how) in models.items():
+        for who, (lm, how) in both.items():
             if layout == PADDED or layout in refused:
                 continue
             if config.lora.dropout and shares_prompts(layout):  # by name: refused with the settings
@@ -227,11 +227,11 @@ def choose_layouts(
                 refused[layout] = f"{who} ({type(lm).__name__}): {reason}"
     if asked in refused:
         raise ConfigError(f"train.layout: '{asked}' is not exact for {refused[asked]}; expected auto or padded")
-    windows = [w for lm, _ in models.values() if (w := _window(lm.config)) is not None]
+    windows = [w for lm, _ in both.values() if (w := _window(lm.config)) is not None]
     layouts = Layouts(
         allowed=tuple(layout for layout in wanted if layout not in refused),
         # one row of all tokens would be a mask of all by all for a reference that needs one
-        kind=next((how for _, how in models.values() if how not in ONE_ROW), kind),
+        kind=next((how for _, how in both.values() if how not in ONE_ROW), kind),
         shape=shape_of(adapters.base_of(policy.lm)),
         device=device.type,
         longest=min(windows, default=None),

@@ -224,9 +224,19 @@ def numel(parameter: Any) -> int:
     return int(parameter.ds_numel) if hasattr(parameter, "ds_numel") else quantized.numel(parameter)
 
 
+def ndim(parameter: Any) -> int:
+    """How many dimensions a weight has, whole."""
+    return len(getattr(parameter, "ds_shape", parameter.shape))
+
+
 def not_finite(model: nn.Module) -> str | None:
     """The name of the first weight that has a NaN or an infinity in what this process holds of it, or None."""
     return next((name for name, weight in model.named_parameters() if not quantized.is_finite(held(weight))), None)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether DeepSpeed has sharded the weights of a model as it was loaded."""
+    return any(hasattr(p, "ds_id") for p in model.parameters())
 
 
 @contextlib.contextmanager
