@@ -24,6 +24,7 @@ from prefopt import config as settings
 from prefopt.config import RunConfig
 from prefopt.engine import runtime as rt
 from prefopt.engine.runtime import say
+from prefopt.engine.slurm import join_step
 from prefopt.errors import ConfigError, PrefoptError, TrainError, did_you_mean
 from prefopt.testbed.cache import cache_root
 
@@ -52,6 +53,7 @@ def train(argv: Sequence[str]) -> int:
             with contextlib.suppress(BrokenPipeError):
                 print(settings.help_text(argv))
             return 0
+        join_step()
         return _train(settings.parse(argv))
     except PrefoptError as error:
         return rt.fail(error)
@@ -227,6 +229,7 @@ def rounds(argv: Sequence[str]) -> int:
                 named = any(word.partition("=")[0] == "--rounds.count" for word in argv)
                 print(ROUNDS_USAGE + "\n" + settings.help_text([*argv, *([] if named else ["--rounds.count", "1"])]))
             return 0
+        join_step()
         flags, stage = _stage_of(argv)
         config = settings.parse(flags)
         if config.rounds.count == 0:
