@@ -696,6 +696,17 @@ _UniqueKeys.add_implicit_resolver(
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
+    loaded = load_yaml(path, "--config ", "keys such as 'method:' and 'optim:'")
+    if isinstance(loaded.get("method"), str):
+        loaded["method"] = {"name": loaded["method"]}
+    return _nest_dotted(loaded)
+
+
+def load_yaml(path: Path, flag: str, expected: str) -> dict[str, Any]:
+    """The mapping in a YAML file, as it stands there. Raises: ConfigError, one line.
+
+    Args: flag: what names the file, before a path that cannot be read. expected: what a mapping would hold.
+    """
     try:
         text = path.read_text()
     except OSError as error:
@@ -703,9 +714,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
             path.name, [p.name for p in path.parent.glob("*")] if path.parent.is_dir() else [], 1
         )
         hint = f"; did you mean '{path.parent / near[0]}'?" if near else ""
-        raise ConfigError(f"--config {path}: {error.strerror}{hint}") from error
+        raise ConfigError(f"{flag}{path}: {error.strerror}{hint}") from error
     except UnicodeDecodeError as error:
-        raise ConfigError(f"--config {path}: not a text file (byte {error.start + 1} is not UTF-8)") from error
+        raise ConfigError(f"{flag}{path}: not a text file (byte {error.start + 1} is not UTF-8)") from error
     try:
         loaded = yaml.load(text, Loader=_UniqueKeys)
     except yaml.YAMLError as error:
@@ -715,10 +726,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if loaded is None:
         return {}
     if not isinstance(loaded, dict):
-        raise ConfigError(f"{path}: found a {type(loaded).__name__}, expected keys such as 'method:' and 'optim:'")
-    if isinstance(loaded.get("method"), str):
-        loaded["method"] = {"name": loaded["method"]}
-    return _nest_dotted(loaded)
+        raise ConfigError(f"{path}: found a {type(loaded).__name__}, expected {expected}")
+    return loaded
 
 
 def _nest_dotted(mapping: Mapping[str, Any]) -> dict[str, Any]:
