@@ -98,7 +98,11 @@ def _before_flags(argv: Sequence[str]) -> list[str]:
 
 
 def _options(argv: Sequence[str], action: str) -> Options:
-    flags = config._split(argv)
+    words = list(argv)
+    for index in range(len(words) - 2, -1, -1):
+        if words[index] in ("--sbatch", "--start_with"):  # whose values are flags themselves
+            words[index : index + 2] = [f"{words[index]}={words[index + 1]}"]
+    flags = config._split(words)
     hints = config._hints(Options)
     for key in flags:
         if key not in hints:

@@ -35,15 +35,16 @@ def options_of(argv: Sequence[str]) -> tuple[list[str], OnSlurm | None]:
     """(the other flags, how to submit), where these ask for Slurm: `--launcher slurm`. Raises: ConfigError."""
     rest: list[str] = []
     own: dict[str, str] = {}
-    words = [part for word in argv for part in (word.split("=", 1) if word.startswith("--") else [word])]
+    words = list(argv)
     while words:
-        word = words.pop(0)
-        if word in ("--launcher", "--parts", "--script") or word == "--sbatch" or word.startswith("--sbatch."):
-            if not words:
-                raise ConfigError(f"{word}: found no value")
-            own[word[2:]] = words.pop(0)
+        flag, equals, value = words[0].partition("=")
+        if flag in ("--launcher", "--parts", "--script", "--sbatch") or flag.startswith("--sbatch."):
+            if not equals and len(words) == 1:
+                raise ConfigError(f"{flag}: found no value")
+            own[flag[2:]] = value if equals else words.pop(1)
         else:
-            rest.append(word)
+            rest.append(words[0])
+        words.pop(0)
     if not own:
         return list(argv), None
     if own.pop("launcher", "slurm") != "slurm":
@@ -95,8 +96,17 @@ def submit(config: RunConfig, flags: Sequence[str], how: OnSlurm, say: Callable[
         words += [*how.flags.get("", ()), *how.flags.get(name, ())]
         if not config.dry_run:
             (output / "logs").mkdir(parents=True, exist_ok=True)
-        program = ["--stage", name, "--round", str(number), *flags]
+        program = ["--stage", name, "--round", str(number), *_without_dry_run(flags)]
         before = slurm.sbatch([*words, str(script), *program], config.dry_run, say) or f"JOB{new}"
     if new == 0:
         say(f"{output}: nothing to submit; the stages are done, or in the queue")
     return 0
+
+
+def _without_dry_run(flags: Sequence[str]) -> list[str]:
+    """What a job is given where this one only says what it would submit."""
+    words = list(flags)
+    for index, word in enumerate(flags):
+        if word.partition("=")[0] == "--dry_run":
+            del words[index : index + (1 if "=" in word or index + 1 == len(flags) else 2)]
+    return words
