@@ -21,6 +21,12 @@ def two_nodes(place):
     return "two"
 
 
+@pytest.fixture(scope="module")
+def one_node(place):
+    place.wait(place.submit(ONE_NODE.format("one")))
+    return "one"
+
+
 def test_train_on_two_nodes_when_started_by_srun_alone_then_its_tasks_are_ranks(place, two_nodes):
     out = (place.folder / f"{two_nodes}.out").read_text()
     assert "prefopt: 2 process(es), engine ddp" in out
@@ -29,20 +35,19 @@ def test_train_on_two_nodes_when_started_by_srun_alone_then_its_tasks_are_ranks(
     assert len((place.folder / two_nodes / "model" / "model.safetensors").read_bytes()) > 1000
 
 
-def test_job_when_signalled_before_its_time_is_over_then_it_is_requeued_and_ends_with_the_same_weights(place):
-    straight, job = (place.submit(ONE_NODE.format(name)) for name in ("straight", "signalled"))
+def test_job_when_signalled_before_its_time_is_over_then_it_is_requeued_and_ends_with_the_same_weights(place, one_node):
+    job = place.submit(ONE_NODE.format("signalled"))
     place.wait_for_step("signalled", 20)
     place.shell(f"scancel --signal=USR1 {job}")
     about = place.wait(job)
-    place.wait(straight)
     assert about["Restarts"] == "1"
     out = (place.folder / "signalled.out").read_text()
     assert "SIGUSR1: saving, then leaving with exit status 75" in out
     assert "continuing from" in out
-    assert place.weights("signalled") == place.weights("straight")
+    assert place.weights("signalled") == place.weights(one_node)
 
 
-def test_job_when_it_is_cancelled_then_it_does_not_come_back_and_the_same_command_continues_it(place):
+def test_job_when_it_is_cancelled_then_it_does_not_come_back_and_the_same_command_continues_it(place, one_node):
     job = place.submit(ONE_NODE.format("cancelled"))
     place.wait_for_step("cancelled", 20)
     place.shell(f"scancel {job}")
@@ -50,7 +55,7 @@ def test_job_when_it_is_cancelled_then_it_does_not_come_back_and_the_same_comman
     assert place.about(job)["JobState"] == "CANCELLED"
     place.wait(place.submit(ONE_NODE.format("cancelled")))
     assert "continuing from" in (place.folder / "cancelled.out").read_text()
-    assert place.weights("cancelled") == place.weights("straight")
+    assert place.weights("cancelled") == place.weights(one_node)
 
 
 def test_job_when_a_node_goes_down_then_it_is_requeued_and_ends_with_the_same_weights(place, two_nodes):
@@ -58,7 +63,7 @@ def test_job_when_a_node_goes_down_then_it_is_requeued_and_ends_with_the_same_we
     place.wait_for_step("node", 12)
     place.shell("scontrol update nodename=n2 state=down reason=test")
     time.sleep(2)
-    place.shell("scontrol update nodename=n2 state=resume")
+    place.shell("scontrol update nodename=n2 state=resume || true")  # it may have come back by itself
     about = place.wait(job)
     assert about["Restarts"] == "1"
     assert "continuing from" in (place.folder / "node.out").read_text()
