@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 import json
 import math
+import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -96,20 +97,20 @@ class Searched:
         return sum(not run.done and not self.ledger.get(run).failed for run in self._runs)
 
     def _ask(self, combination: Settings, before: list[Settings]) -> Settings:
+        """What to try next. The first third is drawn without looking back, as it is without a search."""
+        number = len(before)
+        if number < max(1, min(10, self.file.draws // 3)):
+            return expand.draw(self.file, number)
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         distributions = {key: _distribution(space) for key, space in self.file.random.items()}
-        # the first third is drawn without looking back
-        sampler = optuna.samplers.TPESampler(
-            seed=self.file.draw_seed * 100_003 + len(before),
-            n_startup_trials=max(1, min(10, self.file.draws // 3)),
-            constant_liar=True,
-        )
+        seed = random.Random(f"{self.file.draw_seed} {number}").getrandbits(32)
+        sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=1, constant_liar=True)
         direction = "maximize" if self._goal.maximize else "minimize"
         study = optuna.create_study(direction=direction, sampler=sampler)
-        for number, drawn in enumerate(before):
-            run = self._at(combination, drawn, number)[-1]
+        for index, drawn in enumerate(before):
+            run = self._at(combination, drawn, index)[-1]
             value, state = None, optuna.trial.TrialState.RUNNING
             if run.done:
                 value = self._value(run)
