@@ -79,7 +79,7 @@ def place(tmp_path_factory):
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
     }
-    environment.pop("PYTHONPATH", None)  # a clone that is not installed is found from its own folder
+    environment["PYTHONPATH"] = str(ROOT)  # whatever is installed
     place = Place(folder, environment)
     yield place
     subprocess.run(["scancel", "--user=root"], env=environment)
