@@ -83,9 +83,7 @@ def runs_at(file: SweepFile, settings: Settings, name: str) -> list[Run]:
     return [*before, _run(file, settings, name, before, matched=True)]
 
 
-def _run(
-    file: SweepFile, settings: Settings, name: str, before: Sequence[Run] = (), matched: bool = False
-) -> Run:
+def _run(file: SweepFile, settings: Settings, name: str, before: Sequence[Run] = (), matched: bool = False) -> Run:
     varying = {key: value for key, value in settings.items() if key not in file.fixed and key != "model.path"}
     shown = ", ".join(f"{key}={_text(key, value)}" for key, value in varying.items())
     where = f"{file.path}: {name}" + (f" ({shown})" if shown else "")
@@ -135,7 +133,9 @@ def _text(key: str, value: Any) -> str:
             return json.dumps(value)
         items = [str(item) for item in value]
         if any(re.search(r"[,\s]", item) for item in items):
-            raise ConfigError(f"{key}: found {value!r}, whose items hold commas or spaces; put it into a file (config: FILE)")
+            raise ConfigError(
+                f"{key}: found {value!r}, whose items hold commas or spaces; put it into a file (config: FILE)"
+            )
         return ",".join(items)
     return str(value)
 

@@ -64,9 +64,7 @@ def last_figures(output: Path) -> dict[str, float]:
     rounds = lines_of(output / "rounds.jsonl")
     evals = [line for line in lines_of(output / "metrics.jsonl") if line.get("split") == "eval"]
     last = (rounds or evals or [{}])[-1]
-    return {
-        key: value for key, value in last.items() if key not in _NOT_FIGURES and isinstance(value, (int, float))
-    }
+    return {key: value for key, value in last.items() if key not in _NOT_FIGURES and isinstance(value, (int, float))}
 
 
 def spent(output: Path) -> dict[str, float]:

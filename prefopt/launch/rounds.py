@@ -57,7 +57,9 @@ def options_of(argv: Sequence[str]) -> tuple[list[str], OnSlurm | None]:
     for name, text in own.items():
         stage = name.partition(".")[2]
         if stage and stage not in STAGES:
-            raise ConfigError(f"--{name}: expected the flags of one of {', '.join(STAGES)}{did_you_mean(stage, STAGES)}")
+            raise ConfigError(
+                f"--{name}: expected the flags of one of {', '.join(STAGES)}{did_you_mean(stage, STAGES)}"
+            )
         flags[stage] = shlex.split(text)
     return rest, OnSlurm(parts, given, flags)
 

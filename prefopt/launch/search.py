@@ -24,7 +24,9 @@ Draws = dict[str, list[Settings]]  # study -> what was asked for, in order
 def require(file: SweepFile) -> None:
     """Raises: ConfigError where Optuna is not installed."""
     if importlib.util.find_spec("optuna") is None:
-        raise ConfigError(f"{file.path}: search: 'optuna' is not installed; pip install 'prefopt[search]', or leave it out")
+        raise ConfigError(
+            f"{file.path}: search: 'optuna' is not installed; pip install 'prefopt[search]', or leave it out"
+        )
 
 
 @dataclass

@@ -43,7 +43,9 @@ def call(*words: str) -> str:
     try:
         done = subprocess.run(words, capture_output=True, text=True, timeout=120)
     except FileNotFoundError:
-        raise TrainError(f"{words[0]}: there is no such program here; run this on a login node of the cluster") from None
+        raise TrainError(
+            f"{words[0]}: there is no such program here; run this on a login node of the cluster"
+        ) from None
     except subprocess.TimeoutExpired:
         raise TrainError(f"{words[0]}: no answer within 120 s") from None
     if done.returncode != 0:

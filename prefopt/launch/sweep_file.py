@@ -230,9 +230,7 @@ def _budget(path: Path, group: Any) -> Budget | None:
         raise ConfigError(f"{path}: budget.{min(unknown)}: unknown, expected match and value")
     match, value = found.get("match"), found.get("value")
     if match not in _MATCHES:
-        raise _refuse(
-            path, "budget.match", match, f"one of {', '.join(_MATCHES)}{did_you_mean(str(match), _MATCHES)}"
-        )
+        raise _refuse(path, "budget.match", match, f"one of {', '.join(_MATCHES)}{did_you_mean(str(match), _MATCHES)}")
     number = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
     if not number or (match != "wall" and value != int(value)):
         raise _refuse(path, "budget.value", value, "seconds > 0" if match == "wall" else f"a number of {match}")
@@ -277,7 +275,9 @@ def _check_together(file: SweepFile) -> None:
     if file.budget is not None:
         taken = next((key for key in _ENDS if key in places), None)
         if taken is not None:
-            raise ConfigError(f"{file.path}: {places[taken]}.{taken}: given with budget, which ends the runs; leave it out")
+            raise ConfigError(
+                f"{file.path}: {places[taken]}.{taken}: given with budget, which ends the runs; leave it out"
+            )
     if file.start is not None:
         _check_start(file, file.start, places)
 

@@ -218,7 +218,10 @@ BASE = "fixed: {method: dpo}\n"
             BASE + "grid: {seed: [1], optim.lr: [1]}\nwhere: {seed: {optim.lr: 1}, optim.lr: {seed: 1}}",
             "where.seed: conditions run in a circle: seed -> optim.lr",
         ),
-        (BASE + "budget: {match: token, value: 3}", "budget.match: found 'token', expected one of steps, pairs, tokens"),
+        (
+            BASE + "budget: {match: token, value: 3}",
+            "budget.match: found 'token', expected one of steps, pairs, tokens",
+        ),
         (BASE + "budget: {match: steps, value: 2.5}", "budget.value: found 2.5, expected a number of steps"),
         (BASE + "budget: {match: wall, value: 0}", "budget.value: found 0, expected seconds > 0"),
         (BASE + "budget: {match: wall, valve: 0}", "budget.valve: unknown, expected match and value"),
@@ -231,7 +234,10 @@ BASE = "fixed: {method: dpo}\n"
             "fixed: {method: dpo, train.max_steps: 3}\nbudget: {match: steps, value: 2}",
             "fixed.train.max_steps: given with budget, which ends the runs; leave it out",
         ),
-        (BASE + "start: {train.max_steps: 3}", "start.method: not given, expected the method of the start, such as sft"),
+        (
+            BASE + "start: {train.max_steps: 3}",
+            "start.method: not given, expected the method of the start, such as sft",
+        ),
         (
             BASE + "start: {method: sft, per: [seeed]}\ngrid: {seed: [1]}",
             "start.per: 'seeed' does not vary, expected a setting of grid, list or random; did you mean 'seed'?",

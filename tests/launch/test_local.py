@@ -153,7 +153,15 @@ def sweeping(write):
     write(SWEEP)
     names = ids()
     Path("plan").write_text(json.dumps({name: ["wait", 0] for name in names[:2]}))
-    command = [sys.executable, str(ROOT / "scripts" / "sweep.py"), "sweep.yaml", "--start_with", STAND_IN, "--slots", "2"]
+    command = [
+        sys.executable,
+        str(ROOT / "scripts" / "sweep.py"),
+        "sweep.yaml",
+        "--start_with",
+        STAND_IN,
+        "--slots",
+        "2",
+    ]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
     waiting = [Path("runs/sweeps/sweep/runs") / name / "waiting" for name in names[:2]]
     end = time.monotonic() + 30

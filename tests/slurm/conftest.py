@@ -55,7 +55,9 @@ class Place:
     def wait_for_step(self, output: str, step: int) -> None:
         """Wait until a run has logged a step."""
         path = self.folder / output / "metrics.jsonl"
-        until(lambda: path.exists() and f'"step": {step}, "split": "train"' in path.read_text(), 240, f"{output}: {step}")
+        until(
+            lambda: path.exists() and f'"step": {step}, "split": "train"' in path.read_text(), 240, f"{output}: {step}"
+        )
 
     def weights(self, output: str) -> bytes:
         return (self.folder / output / "model" / "model.safetensors").read_bytes()
