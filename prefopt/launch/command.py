@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import re
 import shlex
@@ -54,9 +55,9 @@ class Options:
 USAGE = """usage: sweep.py FILE.yaml [--launcher local|slurm] [--slots N] [--retry true] [--dry_run true]
        sweep.py status|results|cancel FILE.yaml
 
-FILE.yaml names the settings of all runs; docs/sweeps.md says how. Runs that are done are skipped, runs that were stopped
-are continued, runs that have failed are left alone without --retry. Exit status 0: all runs are done, or submitted;
-1: some have failed; 2: a mistake that one line explains; 75: stopped, the same command continues.
+FILE.yaml names the settings of all runs; docs/sweeps.md says how. Runs that are done are skipped, runs that were
+stopped are continued, runs that have failed are left alone without --retry. Exit status 0: all runs are done, or
+submitted; 1: some have failed; 2: a mistake that one line explains; 75: stopped, the same command continues.
 """
 _ACTIONS = ("status", "results", "cancel", "task")
 
@@ -67,7 +68,7 @@ def sweep(argv: Sequence[str]) -> int:
         with contextlib.suppress(BrokenPipeError):
             print(config._help_page([USAGE], [("options", "", config._help_rows(Options, ""))]))
         return 0 if argv else 2
-    places = [word for word in _before_flags(argv)]
+    places = list(itertools.takewhile(lambda word: not word.startswith("--"), argv))
     action = places.pop(0) if places and places[0] in _ACTIONS else "start"
     if action == "task":
         return _task(places)
@@ -86,15 +87,6 @@ def sweep(argv: Sequence[str]) -> int:
         print(f"{count} finished runs: {path}, {path.with_suffix('.csv')}")
         return 0
     return _cancel(file)
-
-
-def _before_flags(argv: Sequence[str]) -> list[str]:
-    found = []
-    for word in argv:
-        if word.startswith("--"):
-            break
-        found.append(word)
-    return found
 
 
 def _options(argv: Sequence[str], action: str) -> Options:

@@ -35,7 +35,7 @@ def status_table(runs: Sequence[Run], ledger: Ledger, queue: Mapping[str, str]) 
     """How far each run is. Args: queue: Slurm's state of the runs that it has."""
     keys = varying(runs)
     states = {run.id: ledger.state(run, queue) for run in runs}
-    counts = Counter(states.values())
+    counts: Counter[str] = Counter(states.values())
     rows = [["run", "state", "step", "done", "left", *keys, ""]]
     left: list[float] = []
     for run in runs:

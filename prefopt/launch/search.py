@@ -109,8 +109,7 @@ class Searched:
         distributions = {key: _distribution(space) for key, space in self.file.random.items()}
         seed = random.Random(f"{self.file.draw_seed} {number}").getrandbits(32)
         sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=1, constant_liar=True)
-        direction = "maximize" if self._goal.maximize else "minimize"
-        study = optuna.create_study(direction=direction, sampler=sampler)
+        study = optuna.create_study(direction="maximize" if self._goal.maximize else "minimize", sampler=sampler)
         for index, drawn in enumerate(before):
             run = self._at(combination, drawn, index)[-1]
             value, state = None, optuna.trial.TrialState.RUNNING

@@ -228,11 +228,11 @@ def _budget(path: Path, group: Any) -> Budget | None:
     unknown = {*found} - {"match", "value"}
     if unknown:
         raise ConfigError(f"{path}: budget.{min(unknown)}: unknown, expected match and value")
-    match, value = found.get("match"), found.get("value")
+    match, value = found.get("match"), found.get("value", 0)
     if match not in _MATCHES:
         raise _refuse(path, "budget.match", match, f"one of {', '.join(_MATCHES)}{did_you_mean(str(match), _MATCHES)}")
-    number = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
-    if not number or (match != "wall" and value != int(value)):
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not 0 < value < math.inf or (match != "wall" and value != int(value)):
         raise _refuse(path, "budget.value", value, "seconds > 0" if match == "wall" else f"a number of {match}")
     return Budget(match, value)
 
@@ -304,6 +304,6 @@ def _check_start(file: SweepFile, start: Start, places: Mapping[str, str]) -> No
             raise ConfigError(f"{file.path}: start.{key}: given, and in start.per too; leave one out")
     if places.get("model.path") in ("grid", "list", "random") and "model.path" not in start.per:
         raise ConfigError(
-            f"{file.path}: {places['model.path']}.model.path: the runs start from the start's model; name model.path in "
-            "start.per, or under fixed"
+            f"{file.path}: {places['model.path']}.model.path: the runs start from the start's model; name model.path "
+            "in start.per, or under fixed"
         )

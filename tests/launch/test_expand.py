@@ -247,7 +247,7 @@ BASE = "fixed: {method: dpo}\n"
             "start.seed: given, and in start.per too; leave one out",
         ),
         (
-            f"fixed: {{method: dpo, data.train: p}}\nstart: {{method: sft}}\ngrid: {{model.path: [a, b]}}",
+            "fixed: {method: dpo, data.train: p}\nstart: {method: sft}\ngrid: {model.path: [a, b]}",
             "grid.model.path: the runs start from the start's model; name model.path in start.per, or under fixed",
         ),
         (BASE + "start: {method: sft}", "run 1 of 1: model.path is given without data.train"),

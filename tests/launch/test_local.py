@@ -232,7 +232,7 @@ def test_real_runs_two_at_a_time_end_in_one_table(write, capfd, monkeypatch):
     """The whole way: two runs over as many pairs, one of them at a rate at which nothing stays finite."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     write("""
-        fixed: {method: dpo, testbed.eval_pairs: 16, train.global_batch: 16, train.micro_batch: 16, train.check_first_batch: false}
+        fixed: {method: dpo, testbed.eval_pairs: 16, train.global_batch: 16, train.micro_batch: 16}
         list:
           - {optim.lr: 1e-3}
           - {optim.lr: 1e30}

@@ -1,4 +1,4 @@
-"""What would be submitted, as a laptop without Slurm can say it. That it works there, tests/slurm proves on a real one."""
+"""What would be submitted, as a laptop without Slurm can say it. That it works is proved in tests/slurm."""
 
 import shlex
 from pathlib import Path
@@ -81,7 +81,7 @@ def test_rounds_are_a_chain_of_stages(capfd, monkeypatch, tmp_path):
         (["--launcher", "slurm", "--parts", "0"], "--parts: found 0, expected a number >= 1"),
         (
             ["--launcher", "slurm", "--sbatch.trian", "-N2"],
-            "--sbatch.trian: expected the flags of one of generate, judge, pair, train, evaluate; did you mean 'train'?",
+            "--sbatch.trian: expected the flags of one of generate, judge, pair, train, evaluate; did you mean 'train'",
         ),
         (["--launcher", "slurm", "--script", "no.sbatch"], "--script: found no no.sbatch; expected the job script"),
         (["--launcher", "slurm", "--stage", "pair", "--round", "1"], "--launcher: given with --stage; a stage that is"),

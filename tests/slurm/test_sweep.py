@@ -79,7 +79,7 @@ def test_runs_that_start_from_a_run_are_submitted_behind_it(place, pairs):
 def test_array_task_when_signalled_before_its_time_is_over_then_it_is_requeued_and_when_cancelled_it_is_not(place):
     text = (
         "fixed: {method: dpo, train.global_batch: 32, train.micro_batch: 16, testbed.eval_pairs: 16, "
-        "eval.every: 1000}\nbudget: {match: steps, value: 300}\n"
+        "eval.every: 1000}\nbudget: {match: steps, value: 200}\n"
     )
     (place.folder / "one.yaml").write_text(text)
     place.shell(f"{SWEEP} one.yaml --launcher slurm")
@@ -115,7 +115,7 @@ ROUNDS = (
 
 def test_two_rounds_as_dependent_jobs_end_as_one_process_would(place):
     said = place.shell(f"python scripts/rounds.py --launcher slurm --parts 2 {ROUNDS} --output runs/rounds")
-    assert said.count("sbatch ") == 11
+    assert said.count("sbatch --parsable") == 11
     assert said.count("--array=0-1") == 4
     assert said.count("--dependency=afterok:") == 10
     again = place.shell(f"python scripts/rounds.py --launcher slurm --parts 2 {ROUNDS} --output runs/rounds")

@@ -11,7 +11,7 @@ TRAIN = (
     "--train.save_every 5"
 )
 TWO_NODES = "sbatch --parsable --nodes=2 --output={0}.out slurm/train.sbatch --output {0} --train.max_steps 60 " + TRAIN
-ONE_NODE = "sbatch --parsable --output={0}.out slurm/train.sbatch --output {0} --train.max_steps 300 " + TRAIN
+ONE_NODE = "sbatch --parsable --output={0}.out slurm/train.sbatch --output {0} --train.max_steps 200 " + TRAIN
 
 
 @pytest.fixture(scope="module")
