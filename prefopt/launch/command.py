@@ -134,6 +134,7 @@ def _start(file: SweepFile, options: Options) -> int:
     ledger = Ledger(file.output)
     launcher = _start_with(options.start_with)
     script = slurm.script("sweep.sbatch", options.script) if options.launcher == "slurm" else None
+    flags = slurm.words_of("--sbatch", options.sbatch)
     slots = slots_of(options.slots, options.gpus_per_run, *machine())
     if options.dry_run and script is None:
         for run in runs:
@@ -141,7 +142,7 @@ def _start(file: SweepFile, options: Options) -> int:
             say(f"{ledger.state(run, {})}: {run.id}{after}: {shlex.join(train_command(launcher, run))}")
         return 0
     if options.dry_run and script is not None:
-        slurm.Slurm(file.output, script, shlex.split(options.sbatch), options.slots, say).submit(runs, dry_run=True)
+        slurm.Slurm(file.output, script, flags, options.slots, say).submit(runs, dry_run=True)
         return 0
     rt.prepare_output(file.output)
     lock = rt.OutputLock(file.output)
@@ -153,7 +154,6 @@ def _start(file: SweepFile, options: Options) -> int:
             for run in _known(file):
                 ledger.forgive(run)
         if script is not None:
-            flags = shlex.split(options.sbatch)
             count = slurm.Slurm(file.output, script, flags, options.slots, say).submit(runs, dry_run=False)
             say(f"submitted {count} of {len(runs)} runs; the others are done, failed, or in the queue")
             return 0
@@ -179,10 +179,7 @@ def _run_here(file: SweepFile, launcher: Local) -> int:
 
 
 def _start_with(text: str) -> list[str]:
-    try:
-        words = shlex.split(text)
-    except ValueError as error:
-        raise ConfigError(f"--start_with: found {text!r}: {error}") from None
+    words = slurm.words_of("--start_with", text)
     if words and shutil.which(words[0]) is None:
         raise ConfigError(f"--start_with: there is no program '{words[0]}' here")
     return words

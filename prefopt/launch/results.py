@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import fcntl
 import io
 import math
 import statistics
@@ -68,8 +69,17 @@ def status_table(runs: Sequence[Run], ledger: Ledger, queue: Mapping[str, str]) 
 def write_results(folder: Path, runs: Sequence[Run]) -> tuple[Path, int]:
     """results.csv and results.md of the finished runs that no other run starts from.
 
+    Array tasks that end together write one after the other, so that the last one has seen all that are done.
+
     Returns: the path of results.md, and how many runs it shows.
     """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".results.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return _write_results(folder, runs)
+
+
+def _write_results(folder: Path, runs: Sequence[Run]) -> tuple[Path, int]:
     starts = {other for run in runs for other in run.after}
     ends = [run for run in runs if run.id not in starts]
     keys = varying(ends)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -60,7 +59,7 @@ def options_of(argv: Sequence[str]) -> tuple[list[str], OnSlurm | None]:
             raise ConfigError(
                 f"--{name}: expected the flags of one of {', '.join(STAGES)}{did_you_mean(stage, STAGES)}"
             )
-        flags[stage] = shlex.split(text)
+        flags[stage] = slurm.words_of(f"--{name}", text)
     return rest, OnSlurm(parts, given, flags)
 
 

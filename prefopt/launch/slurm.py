@@ -8,7 +8,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,6 @@ from prefopt.launch.manifest import Ledger, Run
 
 # A rank that fails ends the others after a minute, in which ranks that leave after a signal can save.
 SRUN = ("srun", "--kill-on-bad-exit=0", "--wait=60")
-_PATIENCE = 600.0  # seconds to wait for a process on a node that Slurm gave up to let go of a run's folder
 
 
 def script(name: str, given: str | None = None) -> Path:
@@ -36,6 +34,14 @@ def script(name: str, given: str | None = None) -> Path:
         if path.is_file():
             return path
     raise ConfigError(f"--script: found no {places[0]}; expected the job script (slurm/{name} of the repository)")
+
+
+def words_of(flag: str, text: str) -> list[str]:
+    """The words of a command line. Raises: ConfigError where a quote is not closed."""
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise ConfigError(f"{flag}: found {text!r}: {error}") from None
 
 
 def call(*words: str) -> str:
@@ -179,7 +185,6 @@ def task(path: Path, number: int, say: Callable[[str], None]) -> int:
         return 0
     cancelled: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, frame: cancelled.append(number))
-    _wait_for(run, say)
     log = ledger.begin(run, _job(os.environ))
     variables = environment()
     if "SLURM_CPUS_PER_TASK" in variables:  # srun does not take it over from sbatch by itself
@@ -194,15 +199,6 @@ def task(path: Path, number: int, say: Callable[[str], None]) -> int:
     if status == EXIT_UNFINISHED and not cancelled:
         call("scontrol", "requeue", str(_job(os.environ)))
     return status
-
-
-def _wait_for(run: Run, say: Callable[[str], None]) -> None:
-    """Wait for a process of an attempt that Slurm has given up, on a node that it does not reach, to notice that."""
-    began = time.monotonic()
-    while run.held and time.monotonic() - began < _PATIENCE:
-        if time.monotonic() - began < 1:
-            say(f"{run.id}: a process of an earlier attempt still writes to {run.output}; waiting")
-        time.sleep(1)
 
 
 def _job(variables: MutableMapping[str, Any]) -> str | None:

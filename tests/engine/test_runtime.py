@@ -1,10 +1,12 @@
 import dataclasses
+import fcntl
 import math
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -46,6 +48,27 @@ def test_lock_when_held_by_another_process_then_names_it_and_is_freed_by_its_dea
     assert (tmp_path / ".lock").read_text() == f"process {os.getpid()} on {socket.gethostname()}"
     lock.release()
     lock.release()
+
+
+def test_lock_when_somebody_looks_at_it_for_a_moment_then_it_is_taken_all_the_same(tmp_path):
+    (tmp_path / ".lock").touch()
+    looking = open(tmp_path / ".lock")
+    fcntl.flock(looking, fcntl.LOCK_SH)
+    threading.Timer(0.1, looking.close).start()
+    lock = OutputLock(tmp_path)
+    lock.acquire()
+    lock.release()
+
+
+def test_lock_when_the_job_was_requeued_then_it_waits_for_the_attempt_before(tmp_path, monkeypatch, capsys):
+    before = OutputLock(tmp_path)
+    before.acquire()
+    threading.Timer(1.5, before.release).start()
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    lock = OutputLock(tmp_path)
+    lock.acquire()
+    lock.release()
+    assert capsys.readouterr().out == f"{tmp_path}: a process of an earlier attempt still writes here; waiting\n"
 
 
 def test_lock_when_it_cannot_be_opened_then_one_line_says_so(tmp_path):

@@ -1,8 +1,8 @@
 """Stands before `-m prefopt train ...` as a launcher does, and leaves as the file `plan` in its folder says.
 
 `{"RUN ID": [75, 2, 0]}`: the exit status of each attempt, "wait" to run until SIGTERM, which saves and gives 75,
-"vanish" for SIGKILL. What it was started with goes to `started.jsonl`; status 0 leaves a model and metrics, 75 a
-checkpoint, 74 (seen as 75) nothing.
+"vanish" for SIGKILL, "meet" to wait until another one runs too. What it was started with goes to `started.jsonl`;
+status 0 leaves a model and metrics, 75 a checkpoint, 74 (seen as 75) nothing.
 """
 
 import json
@@ -58,5 +58,10 @@ if what == "wait":
     while os.getppid() == parent:
         time.sleep(0.05)
     sys.exit(75)
-time.sleep(0.05)
+if what == "meet":
+    Path("met").mkdir(exist_ok=True)
+    (Path("met") / output.name).touch()
+    while len(list(Path("met").iterdir())) < 2:
+        time.sleep(0.02)
+    what = 0
 leave(what)

@@ -86,6 +86,7 @@ def test_rounds_are_a_chain_of_stages(capfd, monkeypatch, tmp_path):
         (["--launcher", "slurm", "--script", "no.sbatch"], "--script: found no no.sbatch; expected the job script"),
         (["--launcher", "slurm", "--stage", "pair", "--round", "1"], "--launcher: given with --stage; a stage that is"),
         (["--sbatch"], "--sbatch: found no value"),
+        (["--sbatch", "--comment='x"], '--sbatch: found "--comment=\'x": No closing quotation'),
     ],
 )
 def test_mistake_in_the_flags_of_rounds_is_one_line(capfd, flags, expected):
