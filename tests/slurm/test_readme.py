@@ -6,7 +6,7 @@ import pytest
 
 from tests.slurm.conftest import ROOT
 
-pytestmark = pytest.mark.slurm
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1200)]
 SMALL = "--train.max_steps 3 --train.global_batch 8 --train.micro_batch 4 --testbed.eval_pairs 8 --train.threads 1"
 SMALL_ROUNDS = (
     "--rounds.prompts 4 --rounds.eval_prompts 4 --rounds.shard 2 --generate.batch 20 --train.global_batch 4 "

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-pytestmark = pytest.mark.slurm
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1200)]
 TRAIN = (
     "--method dpo --train.global_batch 32 --train.micro_batch 16 --testbed.eval_pairs 16 --eval.every 1000 "
     "--train.save_every 5"
