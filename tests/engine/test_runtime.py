@@ -52,7 +52,7 @@ def test_lock_when_held_by_another_process_then_names_it_and_is_freed_by_its_dea
 
 def test_lock_when_somebody_looks_at_it_for_a_moment_then_it_is_taken_all_the_same(tmp_path):
     (tmp_path / ".lock").touch()
-    looking = open(tmp_path / ".lock")
+    looking = open(tmp_path / ".lock")  # noqa: SIM115 - closed by the timer
     fcntl.flock(looking, fcntl.LOCK_SH)
     threading.Timer(0.1, looking.close).start()
     lock = OutputLock(tmp_path)

@@ -252,3 +252,33 @@ def test_real_runs_two_at_a_time_end_in_one_table(write, capfd, monkeypatch):
     assert "1 of 2 runs are finished" in page
     assert sweep(["status", "sweep.yaml"]) == 0
     assert "2 runs: 1 done, 1 failed" in capfd.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["SIGTERM", "SIGKILL"])
+def test_real_sweep_when_stopped_or_killed_then_the_same_command_ends_with_the_same_weights(how, write):
+    write("""
+        fixed: {method: dpo, testbed.eval_pairs: 16, train.global_batch: 16, train.micro_batch: 16, train.save_every: 7}
+        grid: {seed: [0, 1]}
+        budget: {match: steps, value: 150}
+    """)
+    sweep_of = [sys.executable, str(ROOT / "scripts" / "sweep.py")]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    Path("straight.yaml").write_text(f"output: straight\n{Path('sweep.yaml').read_text()}")
+    subprocess.run([*sweep_of, "straight.yaml", "--slots", "2"], env=environment, check=True)
+    process = subprocess.Popen([*sweep_of, "sweep.yaml", "--slots", "2"], env=environment)
+    runs = [Path(json.loads(line)["output"]) for line in Path("straight/manifest.jsonl").read_text().splitlines()]
+    metrics = [Path("runs/sweeps/sweep/runs") / run.name / "metrics.jsonl" for run in runs]
+    end = time.monotonic() + 120
+    while not all(path.exists() and path.read_text().count("\n") > 10 for path in metrics):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    process.send_signal(getattr(signal, how))
+    assert process.wait(60) == (75 if how == "SIGTERM" else -signal.SIGKILL)
+    assert not any((path.parent / "model").exists() for path in metrics)
+    subprocess.run([*sweep_of, "sweep.yaml", "--slots", "2"], env=environment, check=True)
+    for run, path in zip(runs, metrics, strict=True):
+        log = Path("runs/sweeps/sweep/logs") / f"{run.name}.log"
+        assert "continuing from" in log.read_text()
+        weights = [folder / "model" / "model.safetensors" for folder in (run, path.parent)]
+        assert weights[0].read_bytes() == weights[1].read_bytes()

@@ -35,7 +35,8 @@ def fixed(**more):
 
 def test_sweep_of_twelve_with_one_poisoned_finishes_eleven_and_the_last_one_after_the_fix(place, pairs):
     entries = [f"  - {{seed: {seed}, data.train: pairs.jsonl}}\n" for seed in range(11)]
-    text = fixed(method="dpo") + "list:\n" + "".join(entries) + "  - {seed: 11, data.train: bad.jsonl}\n"
+    kept = {"reference.cache": "logps", "reference.cache_dir": "kept"}
+    text = fixed(method="dpo", **kept) + "list:\n" + "".join(entries) + "  - {seed: 11, data.train: bad.jsonl}\n"
     (place.folder / "twelve.yaml").write_text(text)
     good = (place.folder / "pairs.jsonl").read_text()
     (place.folder / "bad.jsonl").write_text(good + '{"prompt": "p", "chosen": "c"}\n')
@@ -58,6 +59,7 @@ def test_sweep_of_twelve_with_one_poisoned_finishes_eleven_and_the_last_one_afte
     assert "submitted 1 of 12 runs" in place.shell(f"{SWEEP} twelve.yaml --launcher slurm --retry true")
     place.wait_for_all()
     assert "12 runs: 12 done" in status(place, "twelve")
+    assert len([*(place.folder / "kept").glob("*/manifest.json")]) == 1, "twelve runs asked their reference once"
     assert len(rows(place, "twelve")) == 12
     assert {path: path.stat().st_mtime_ns for path in models} == models
     states = [json.loads(path.read_text()) for path in place.folder.glob("runs/sweeps/twelve/state/*.json")]
