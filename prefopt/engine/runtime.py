@@ -373,7 +373,9 @@ def set_threads(threads: int | None, parameters: int) -> int:
     if threads is None:
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        threads = 1 if parameters < small_model else max(1, cores // processes)
+        given = os.environ.get("SLURM_CPUS_PER_TASK", "")  # there a process may see its own cores, or all of its node
+        mine = min(cores, int(given)) if given.isdigit() else cores // processes
+        threads = 1 if parameters < small_model else max(1, mine)
     torch.set_num_threads(threads)
     return threads
 

@@ -12,7 +12,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,8 +21,8 @@ from prefopt import config
 from prefopt.engine import runtime as rt
 from prefopt.errors import ConfigError, did_you_mean
 from prefopt.launch import expand, manifest, results, search, slurm, sweep_file
-from prefopt.launch.local import Local, describe, machine, slots_of, train_command
-from prefopt.launch.manifest import Ledger, Run
+from prefopt.launch.local import Local, describe, machine, slots_of
+from prefopt.launch.manifest import Forgiving, Ledger, Run
 from prefopt.launch.sweep_file import SweepFile
 
 MANIFEST = "manifest.jsonl"
@@ -129,20 +129,21 @@ def _start(file: SweepFile, options: Options) -> int:
         if options.launcher == "slurm":
             raise ConfigError(f"{file.path}: search: its runs depend on each other's results; use --launcher local")
     runs = expand.runs_of(file)  # of a search: draws of the same spaces, to find mistakes before anything starts
-    say = _say
-    say(f"{file.path}: {len(runs)} runs in {file.output}")
-    ledger = Ledger(file.output)
-    launcher = _start_with(options.start_with)
-    script = slurm.script("sweep.sbatch", options.script) if options.launcher == "slurm" else None
-    flags = slurm.words_of("--sbatch", options.sbatch)
-    slots = slots_of(options.slots, options.gpus_per_run, *machine())
-    if options.dry_run and script is None:
-        for run in runs:
-            after = f" (after {', '.join(run.after)})" if run.after else ""
-            say(f"{ledger.state(run, {})}: {run.id}{after}: {shlex.join(train_command(launcher, run))}")
-        return 0
-    if options.dry_run and script is not None:
-        slurm.Slurm(file.output, script, flags, options.slots, say).submit(runs, dry_run=True)
+    ledger = (Forgiving if options.retry and options.dry_run else Ledger)(file.output)
+    if options.launcher == "slurm":
+        script, flags = slurm.script("sweep.sbatch", options.script), slurm.words_of("--sbatch", options.sbatch)
+        launcher: slurm.Slurm | Local = slurm.Slurm(ledger, script, flags, options.slots, _say)
+    else:
+        slots = slots_of(options.slots, options.gpus_per_run, *machine())
+        plan: Callable[[], Sequence[Run]] = lambda: runs  # noqa: E731
+        if file.search is not None:
+            plan = search.Searched(
+                file, ledger, len(slots), lambda new: manifest.write(file.output / MANIFEST, new)
+            ).plan
+        launcher = Local(ledger, slots, _start_with(options.start_with), plan, _say)
+    _say(f"{file.path}: {len(runs)} runs in {file.output}")
+    if options.dry_run:
+        launcher.show(runs)
         return 0
     rt.prepare_output(file.output)
     lock = rt.OutputLock(file.output)
@@ -153,12 +154,11 @@ def _start(file: SweepFile, options: Options) -> int:
         if options.retry:
             for run in _known(file):
                 ledger.forgive(run)
-        if script is not None:
-            count = slurm.Slurm(file.output, script, flags, options.slots, say).submit(runs, dry_run=False)
-            say(f"submitted {count} of {len(runs)} runs; the others are done, failed, or in the queue")
-            return 0
-        plan = search.Searched(file, ledger, len(slots), lambda new: manifest.write(file.output / MANIFEST, new)).plan
-        return _run_here(file, Local(ledger, slots, launcher, plan if file.search else lambda: runs, say))
+        if isinstance(launcher, Local):
+            return _run_here(file, launcher)
+        count = launcher.submit(runs)
+        _say(f"submitted {count} of {len(runs)} runs; the others are done, failed, or in the queue")
+        return 0
     finally:
         lock.release()
 

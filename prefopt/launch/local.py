@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -109,6 +110,13 @@ class Local:
     _strikes: dict[str, int] = field(default_factory=dict)
     _waiting: set[str] = field(default_factory=set)
     _asked: bool = False
+
+    def show(self, runs: Sequence[Run]) -> None:
+        """Say what would be started."""
+        for run in runs:
+            after = f" (after {', '.join(run.after)})" if run.after else ""
+            command = shlex.join(train_command(self.launcher, run))
+            self.say(f"{self.ledger.state(run, {})}: {run.id}{after}: {command}")
 
     def run(self) -> int:
         """Start what is not done until nothing is left to start.

@@ -92,23 +92,27 @@ class Slurm:
     """The launcher.
 
     Args:
-        folder: of the sweep.
+        ledger: of the sweep.
         script: the job script of one array task.
         flags: further flags of sbatch.
         slots: most tasks of an array that run at a time; None: as many as Slurm has room for.
         say: prints a line.
     """
 
-    folder: Path
+    ledger: Ledger
     script: Path
     flags: Sequence[str]
     slots: int | None
     say: Callable[[str], None]
 
-    def submit(self, runs: Sequence[Run], dry_run: bool) -> int:
+    def show(self, runs: Sequence[Run]) -> None:
+        """Say what would be submitted."""
+        self.submit(runs, dry_run=True)
+
+    def submit(self, runs: Sequence[Run], dry_run: bool = False) -> int:
         """Submit what is neither done nor failed nor in the queue. Returns: how many runs that were."""
-        ledger, queue = Ledger(self.folder), queued(self.folder)
-        states = {run.id: ledger.state(run, _states(queue)) for run in runs}
+        folder, queue = self.ledger.folder, queued(self.ledger.folder)
+        states = {run.id: self.ledger.state(run, _states(queue)) for run in runs}
         groups: dict[tuple[str, ...], list[Run]] = {}
         for run in runs:
             failed = [other for other in run.after if states.get(other) == "failed"]
@@ -120,12 +124,12 @@ class Slurm:
         for number, (after, group) in enumerate(sorted(groups.items(), key=lambda item: bool(item[0])), 1):
             text = "".join(run.id + "\n" for run in group)
             digest = hashlib.sha256(text.encode()).hexdigest()[:12]
-            path = self.folder / "jobs" / f"{digest}.jsonl"
+            path = folder / "jobs" / f"{digest}.jsonl"
             throttle = f"%{self.slots}" if self.slots else ""
             words = [
-                f"--job-name=prefopt-{self.folder.name}",
+                f"--job-name=prefopt-{folder.name}",
                 f"--array=0-{len(group) - 1}{throttle}",
-                f"--output={self.folder / 'logs' / 'slurm-%A_%a.out'}",
+                f"--output={folder / 'logs' / 'slurm-%A_%a.out'}",
                 f"--comment={path.resolve()}",
             ]
             if after:
@@ -133,7 +137,7 @@ class Slurm:
                 words += ["--kill-on-invalid-dep=yes"]
             if not dry_run:
                 manifest.write(path, group)
-                (self.folder / "logs").mkdir(parents=True, exist_ok=True)
+                (folder / "logs").mkdir(parents=True, exist_ok=True)
             job = sbatch([*words, *self.flags, str(self.script), str(path)], dry_run, self.say) or f"JOB{number}"
             job_of |= {run.id: f"{job}_{task}" for task, run in enumerate(group)}
             for task, run in enumerate(group):

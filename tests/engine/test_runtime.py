@@ -101,12 +101,17 @@ def test_threads_when_not_set_then_one_for_small_models_and_a_share_of_the_cores
     before = torch.get_num_threads()
     try:
         monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+        monkeypatch.delenv("SLURM_CPUS_PER_TASK", raising=False)
         monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(6))
         assert set_threads(None, 2_999_999) == torch.get_num_threads() == 1
         assert set_threads(None, 3_000_000) == torch.get_num_threads() == 6
         assert set_threads(2, 10) == torch.get_num_threads() == 2
         monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
         assert set_threads(None, 3_000_000) == 1
+        monkeypatch.setenv("SLURM_CPUS_PER_TASK", "3")
+        assert set_threads(None, 3_000_000) == 3
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(2))
+        assert set_threads(None, 3_000_000) == 2
     finally:
         torch.set_num_threads(before)
 

@@ -75,6 +75,8 @@ def test_run_when_it_fails_then_the_others_finish_and_it_is_started_again_on_req
     assert "2 of 3 runs are done, 1 failed; --retry true starts them again" in out
     assert start(SWEEP, plan={poisoned: [2, 0]})[0] == 1
     assert len(started()) == 3
+    assert f"failed: {poisoned}: " in start(SWEEP, "--dry_run", "true", plan={poisoned: [2, 0]})[1]
+    assert f"pending: {poisoned}: " in start(SWEEP, "--retry", "true", "--dry_run", "true", plan={poisoned: [2, 0]})[1]
     assert start(SWEEP, "--retry", "true", plan={poisoned: [2, 0]})[0] == 0
     assert [line["id"] for line in started()[3:]] == [poisoned]
 
