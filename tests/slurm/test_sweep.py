@@ -59,8 +59,7 @@ def test_sweep_of_twelve_with_one_poisoned_finishes_eleven_and_the_last_one_afte
     assert "submitted 1 of 12 runs" in place.shell(f"{SWEEP} twelve.yaml --launcher slurm --retry true")
     place.wait_for_all()
     assert "12 runs: 12 done" in status(place, "twelve")
-    kept_once = [path for path in (place.folder / "kept").iterdir() if path.is_dir()]
-    assert len(kept_once) == 1, "twelve runs asked their reference once"
+    assert len([*(place.folder / "kept").glob("*/cache.json")]) == 1, "twelve runs asked their reference once"
     assert len(rows(place, "twelve")) == 12
     assert {path: path.stat().st_mtime_ns for path in models} == models
     states = [json.loads(path.read_text()) for path in place.folder.glob("runs/sweeps/twelve/state/*.json")]
