@@ -111,7 +111,10 @@ def _budget(file: SweepFile, settings: Settings) -> Settings:
         return {"train.max_seconds": float(value)}
     if match == "steps":
         return {"train.max_steps": int(value)}
-    batch = config.parse(_flags(settings | {"train.max_steps": 1})).train.global_batch
+    train = config.parse(_flags(settings | {"train.max_steps": 1})).train
+    batch = train.global_batch
+    if train.tokens_per_batch is not None:
+        raise ConfigError("budget.match: found 'pairs', but with train.tokens_per_batch steps have now more, now fewer")
     if value % batch:
         raise ConfigError(
             f"budget.value: {int(value):,} pairs are no whole number of steps of train.global_batch {batch}, expected "

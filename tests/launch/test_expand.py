@@ -226,6 +226,10 @@ BASE = "fixed: {method: dpo}\n"
         (BASE + "budget: {match: wall, value: 0}", "budget.value: found 0, expected seconds > 0"),
         (BASE + "budget: {match: wall, valve: 0}", "budget.valve: unknown, expected match and value"),
         (
+            "fixed: {method: dpo, testbed.pairs: 99, train.tokens_per_batch: 64}\nbudget: {match: pairs, value: 99}",
+            "run 1 of 1: budget.match: found 'pairs', but with train.tokens_per_batch steps have now more, now fewer",
+        ),
+        (
             BASE + "budget: {match: pairs, value: 1000}",
             "run 1 of 1: budget.value: 1,000 pairs are no whole number of steps of train.global_batch 512, expected "
             "such as 1,024",
