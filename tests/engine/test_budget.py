@@ -71,14 +71,17 @@ def test_two_processes_when_seconds_end_their_run_then_they_end_it_together(serv
 
 
 def test_rate_when_warm_up_is_counted_in_steps_or_epochs_are_named_then_they_hold():
+    def ten(epochs):
+        return int(10 * epochs)
+
     model = ["--method", "dpo", "--model.path", "m", "--data.train", "p.jsonl", "--optim.lr", "1"]
     steps = parse([*model, "--train.max_tokens", "100", "--optim.warmup_steps", "2"])
-    rates = [learning_rate(steps, 10, step, gone) for step, gone in enumerate([(0, 0.1), (0.1, 0.5), (0.5, 0.9)])]
+    rates = [learning_rate(steps, ten, step, gone) for step, gone in enumerate([(0, 0.1), (0.1, 0.5), (0.5, 0.9)])]
     assert rates == pytest.approx([0.5, 1, 0.5])
     epochs = parse([*model, "--train.max_tokens", "100", "--train.schedule_epochs", "2", "--optim.warmup_ratio", "0"])
-    assert learning_rate(epochs, 10, 5, (0.9, 1)) == pytest.approx(1 - 5 / 20)
+    assert learning_rate(epochs, ten, 5, (0.9, 1)) == pytest.approx(1 - 5 / 20)
     constant = parse([*model, "--train.max_seconds", "9", "--optim.schedule", "constant", "--optim.warmup_ratio", "1"])
-    assert learning_rate(constant, 10, 5, (0.25, 0.5)) == pytest.approx(0.5)
+    assert learning_rate(constant, ten, 5, (0.25, 0.5)) == pytest.approx(0.5)
 
 
 def test_testbed_stream_may_be_ended_by_tokens_or_seconds():
