@@ -43,10 +43,12 @@ check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# torch first: whatever is built later finds it; an installed torch within the bounds is kept
+# torch first: whatever is built later finds it, as DeepSpeed does; an installed torch within the bounds is kept
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet torch --constraint constraints.txt
+	$(BIN)/python -m pip install --quiet setuptools --constraint constraints.txt
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet deepspeed --no-build-isolation --constraint constraints.txt
 	$(BIN)/python -m pip install --quiet --editable ".[dev]" --constraint constraints.txt
 	touch $@
 

@@ -15,8 +15,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from measure import write
@@ -34,8 +35,15 @@ def start(output: Path, cache: Path) -> subprocess.Popen[bytes]:
     )
 
 
-def until(process: subprocess.Popen[bytes], reached: Any) -> float:
-    """Seconds from now until `reached()`; the process is killed then."""
+class Seconds(NamedTuple):
+    """What a process took: by the clock on the wall, and of processors, which other work moves less."""
+
+    wall: float
+    cpu: float
+
+
+def until(process: subprocess.Popen[bytes], reached: Callable[[], bool]) -> Seconds:
+    """What it takes from now until `reached()`; the process is killed then."""
     began = time.perf_counter()
     while not reached():
         if process.poll() is not None:
@@ -43,8 +51,14 @@ def until(process: subprocess.Popen[bytes], reached: Any) -> float:
         time.sleep(0.005)
     seconds = time.perf_counter() - began
     process.kill()
-    process.wait()
-    return seconds
+    return Seconds(seconds, cpu_of(process))
+
+
+def cpu_of(process: subprocess.Popen[bytes]) -> float:
+    """Processor seconds of a process, once it has ended."""
+    _, status, used = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    return used.ru_utime + used.ru_stime
 
 
 def has_step(metrics: Path, step: int) -> bool:
@@ -53,7 +67,7 @@ def has_step(metrics: Path, step: int) -> bool:
     return any((one := json.loads(line))["split"] == "train" and one["step"] == step for line in lines)
 
 
-def restart(killed: Path, output: Path, cache: Path) -> float:
+def restart(killed: Path, output: Path, cache: Path) -> Seconds:
     """Seconds from the command to the first step after the last checkpoint of a killed run."""
     shutil.rmtree(output, ignore_errors=True)
     shutil.copytree(killed, output)
@@ -62,11 +76,11 @@ def restart(killed: Path, output: Path, cache: Path) -> float:
     return until(start(output, cache), lambda: has_step(metrics, EVERY + 1))
 
 
-def command_seconds(*words: str) -> float:
-    """Wall seconds of a Python process."""
+def command_seconds(*words: str) -> Seconds:
+    """What a Python process takes."""
     began = time.perf_counter()
-    subprocess.run([sys.executable, *words], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-    return time.perf_counter() - began
+    cpu = cpu_of(subprocess.Popen([sys.executable, *words], cwd=ROOT, stdout=subprocess.DEVNULL))
+    return Seconds(time.perf_counter() - began, cpu)
 
 
 def main() -> None:
@@ -94,18 +108,28 @@ def main() -> None:
         rows.append(
             row("restart of a killed run, to its next step", [restart(killed, output, cache) for _ in range(repeats)])
         )
-    write("startup", "cpu", rows, [f"Seconds of wall clock; {repeats} processes of each, one after the other."])
+    write(
+        "startup",
+        "cpu",
+        rows,
+        [
+            f"Seconds of wall clock; {repeats} processes of each, one after the other.",
+            f"Load average of the machine during it: {os.getloadavg()[1]:.1f}.",
+        ],
+    )
 
 
-def new(output: Path, cache: Path, metrics: Path) -> float:
+def new(output: Path, cache: Path, metrics: Path) -> Seconds:
     """Seconds from the command to the first step of a run that has nothing yet but the testbed's base policy."""
     shutil.rmtree(output, ignore_errors=True)
     return until(start(output, cache), lambda: has_step(metrics, 1))
 
 
-def row(what: str, seconds: list[float]) -> dict[str, Any]:
+def row(what: str, seconds: list[Seconds]) -> dict[str, Any]:
     """One line of the table."""
-    return {"what": what, "median s": statistics.median(seconds), "fastest": min(seconds), "slowest": max(seconds)}
+    wall, cpu = zip(*seconds, strict=True)
+    median = statistics.median
+    return {"what": what, "median s": median(wall), "fastest": min(wall), "slowest": max(wall), "CPU s": median(cpu)}
 
 
 if __name__ == "__main__":

@@ -492,19 +492,21 @@ def _fit(
     trackers: Trackers | None = None,
     hashes: Mapping[str, str] | None = None,
 ) -> int:
-    from prefopt.engine import adapters, models, quantized
+    from prefopt.engine import adapters, models
     from prefopt.engine.forward import PolicyWithReference, Scorer
     from prefopt.engine.trainer import Trainer
 
-    lm = adapters.load_policy(config, task.start, task.reference, resume_from)
+    with runtime.sharded_loading():
+        lm = adapters.load_policy(config, task.start, task.reference, resume_from)
     reference: Any = task.reference
     key = "model.path" if config.reference.path is None else "reference.path"
     cached = reference is not None and config.reference.cache != "none"
     if isinstance(reference, adapters.Weights) and not cached:
-        reference = adapters.load_frozen(reference, config.model, key)
+        with runtime.sharded_loading():
+            reference = adapters.load_frozen(reference, config.model, key)
     # drawn numbers are dropout's: each process has its own, whatever was drawn until here
     rt.set_seed(config.seed + runtime.rank)
-    parameters = sum(quantized.numel(p) for p in lm.parameters())
+    parameters = sum(models.numel(p) for p in lm.parameters())
     threads = rt.set_threads(config.train.threads, parameters)
     if resume_from is not None:
         say(f"continuing from {resume_from}")

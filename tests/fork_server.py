@@ -21,6 +21,21 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+# What accelerate's launcher sets for each of configs/accelerate/*.yaml.
+ENGINES: dict[str, dict[str, str]] = {
+    "ddp": {},
+    **{
+        f"zero{stage}": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": str(stage)}
+        | ({"ACCELERATE_DEEPSPEED_ZERO3_INIT": "true"} if stage == 3 else {})
+        for stage in (1, 2, 3)
+    },
+    "fsdp2": {
+        "ACCELERATE_USE_FSDP": "true",
+        "FSDP_VERSION": "2",
+        "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+        "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+    },
+}
 
 
 @dataclass(frozen=True)
@@ -58,10 +73,12 @@ class ForkServer:
         cwd: Path | None = None,
         command: str = "train",
         ranks: int = 1,
+        engine: str = "ddp",
     ) -> Ended:
         """Run `prefopt train ARGV` in a fork of the server and wait for its end.
 
-        Args: ranks: processes joined by gloo; a fault happens on the one that its `rank` names, else the first; when
+        Args: engine: what joins several ranks, one of `ENGINES`.
+            ranks: processes joined by gloo; a fault happens on the one that its `rank` names, else the first; when
             one dies the others are killed, as a launcher does. What is written is the first one's.
         """
         out, err = self.folder / "out.txt", self.folder / "err.txt"
@@ -69,6 +86,7 @@ class ForkServer:
             "argv": argv,
             "command": command,
             "ranks": ranks,
+            "engine": engine,
             "port": _free_port() if ranks > 1 else None,
             "fault": fault,
             "kill_after": kill_after,
@@ -149,7 +167,7 @@ def _child(request: dict[str, Any], rank: int) -> None:
         if request["ranks"] > 1:
             names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": request["ranks"], "MASTER_PORT": request["port"]}
             names |= {"LOCAL_WORLD_SIZE": request["ranks"], "MASTER_ADDR": "127.0.0.1"}
-            os.environ.update({name: str(value) for name, value in names.items()})
+            os.environ.update({name: str(value) for name, value in names.items()} | ENGINES[request["engine"]])
         if rank:
             request |= {"out": request["out"] + str(rank), "err": request["err"] + str(rank)}
         for path, target in ((os.devnull, 0), (request["out"], 1), (request["err"], 2)):

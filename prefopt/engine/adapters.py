@@ -508,14 +508,38 @@ def describe_policy(lm: Any) -> str:
     return f"{held}{trained:,} of them trained (LoRA r {settings.r}, alpha {settings.lora_alpha} on {names}{saved})"
 
 
-def save(lm: Any, folder: Path) -> None:
-    """Write what `from_pretrained` of transformers or peft opens: the model, or its adapter and a word of its base."""
+def save(lm: Any, folder: Path, weights: dict[str, torch.Tensor] | None = None) -> None:
+    """Write what `from_pretrained` of transformers or peft opens: the model, or its adapter and a word of its base.
+
+    Args: weights: by name, where the model itself does not hold them all.
+    """
     with models.quiet():
         if has_adapter(lm):
             # "auto" would ask the hub whether the base's vocabulary is still the same
-            lm.save_pretrained(folder, selected_adapters=[_POLICY], save_embedding_layers=False)
+            more = {"selected_adapters": [_POLICY], "save_embedding_layers": False}
+            lm.save_pretrained(folder, state_dict=weights, **more)
         else:
-            lm.save_pretrained(folder)
+            lm.save_pretrained(folder, state_dict=weights)
+
+
+def saved_weights(lm: Any, folder: Path) -> dict[str, torch.Tensor]:
+    """What `save` has written of the trained weights, by the names of the parameters of `lm`."""
+    from safetensors.torch import load_file
+
+    files = sorted(folder.glob("adapter_model*.safetensors" if has_adapter(lm) else "model*.safetensors"))
+    found = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    parameters = dict(lm.named_parameters())
+    if not has_adapter(lm):
+        return {name: found[name] for name in parameters if name in found}
+    import peft
+
+    numbers = {name: torch.tensor(number) for number, name in enumerate(parameters)}
+    with _quiet():
+        renamed = peft.get_peft_model_state_dict(
+            lm, state_dict=numbers, adapter_name=_POLICY, save_embedding_layers=False
+        )
+    names = list(parameters)
+    return {names[int(number)]: found[name] for name, number in renamed.items()}
 
 
 def merge(lm: Any, adapter: Path, model: ModelConfig) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,8 +13,9 @@ from prefopt.engine import adapters, compiling, quantized
 from prefopt.engine.forward import Policy, pair_stats, scores_of, statistics_for, token_stats_of
 from prefopt.errors import TrainError
 from prefopt.method import Method
-from prefopt.types import EncodedPair, PairBatch
+from prefopt.types import EncodedPair, PairBatch, TokenStats
 
+Inside = Callable[[Callable[[], Any]], Any]  # how the unwrapped policy is to be called, see `Engine.inside`
 ROWS = 4  # pairs that are checked
 # Largest difference of a token's log-probability, absolute and relative to it.
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
@@ -34,8 +35,9 @@ def first_difference(
     pairs: Sequence[EncodedPair],
     batch: PairBatch,
     tol: float,
+    inside: Inside = lambda run: run(),
 ) -> str | None:
-    """What is wrong with the scores of a batch, naming the row, or None.
+    """What is wrong with the scores of a batch, naming the row, or None. On every process together.
 
     Each completion is scored again alone, unpadded, by the model's own logits: a plain log-softmax over the tokens that
     the encoder marked, or a classifier's answer to the whole sequence.
@@ -44,11 +46,18 @@ def first_difference(
         model: the wrapped policy; policy: the same, unwrapped.
         pairs: the encoded rows of `batch`, in its order.
         batch: on the model's device.
+        inside: where the unwrapped policy can be called; then all processes must be given the same rows.
     """
     if method.needs.output == "scores":
-        return _first_different_score(model, policy, pairs, batch, tol)
-    want = statistics_for(method.needs)
-    tokens = token_stats_of(model, batch, want)
+        scores = scores_of(model, batch).tolist()
+        return inside(lambda: _first_different_score(scores, policy, pairs, batch, tol))
+    tokens = token_stats_of(model, batch, statistics_for(method.needs))
+    return inside(lambda: _first_different_token(tokens, policy, pairs, batch, tol))
+
+
+def _first_different_token(
+    tokens: TokenStats, policy: Policy, pairs: Sequence[EncodedPair], batch: PairBatch, tol: float
+) -> str | None:
     for sequence, (pair, side) in enumerate(_sequences(pairs, batch)):
         completion, mask = getattr(pair, f"{side}_ids"), getattr(pair, f"{side}_mask")
         where = f"{pair.where or f'pair {sequence % len(pairs)}'} ({side})"
@@ -73,9 +82,8 @@ def first_difference(
 
 
 def _first_different_score(
-    model: nn.Module, policy: Policy, pairs: Sequence[EncodedPair], batch: PairBatch, tol: float
+    scores: Sequence[float], policy: Policy, pairs: Sequence[EncodedPair], batch: PairBatch, tol: float
 ) -> str | None:
-    scores = scores_of(model, batch).tolist()
     for sequence, (pair, side) in enumerate(_sequences(pairs, batch)):
         with compiling.eagerly(policy):
             expected = _plain_score(policy.lm, [*pair.prompt_ids, *getattr(pair, f"{side}_ids")])

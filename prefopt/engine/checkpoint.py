@@ -160,8 +160,10 @@ def load_state(folder: Path) -> dict[str, Any]:
 
 # The optimizer --------------------------------------------------------------------------------------------------------
 
+State = dict[int, dict[str, Any]]  # what an optimizer keeps of each parameter, by the parameter's number
 
-def pack_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], str]:
+
+def pack_state(kept: State) -> tuple[dict[str, torch.Tensor], str]:
     """(the tensors of an optimizer's state by name, all else as JSON in which a name stands for its tensor).
 
     Raises: TypeError for a state that is no tensor, number, text, list or mapping of names to such.
@@ -185,24 +187,24 @@ def pack_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor
             return [pack(member, f"{name}.{i}") for i, member in enumerate(value)]
         return value
 
-    state = optimizer.state_dict()["state"]
-    return tensors, json.dumps({str(index): pack(entries, str(index)) for index, entries in state.items()})
+    return tensors, json.dumps({str(index): pack(entries, str(index)) for index, entries in kept.items()})
 
 
-def save_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
+def save_optimizer(kept: State, path: Path) -> None:
     """An optimizer's state as safetensors, bit by bit; hyper-parameters are not kept, the config has them.
 
     Args:
+        kept: of each parameter, by its number.
         path: the safetensors file.
     """
     from safetensors.torch import save_file
 
-    tensors, state = pack_state(optimizer)
+    tensors, state = pack_state(kept)
     save_file(tensors, path, metadata={"state": state})
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
-    """Undo `save_optimizer`, onto an optimizer over the same parameters in the same order."""
+def load_optimizer(path: Path) -> State:
+    """Undo `save_optimizer`."""
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as file:
@@ -215,12 +217,16 @@ def load_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
                 return {key: unpack(member) for key, member in members.items()}
             return [unpack(member) for member in value] if isinstance(value, list) else value
 
-        state = {int(i): unpack(entries) for i, entries in json.loads(file.metadata()["state"]).items()}
+        return {int(i): unpack(entries) for i, entries in json.loads(file.metadata()["state"]).items()}
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, kept: State) -> None:
+    """Give an optimizer the state of another one over the same parameters in the same order."""
     groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
+    optimizer.load_state_dict({"state": kept, "param_groups": groups})
     # torch gives a floating state the dtype of its parameter, whatever it was saved in
     for index, entries in optimizer.state_dict()["state"].items():
         for name, value in entries.items():
-            saved = state[index][name]
+            saved = kept[index][name]
             if isinstance(value, torch.Tensor) and value.dtype != saved.dtype:
                 entries[name] = saved.to(value.device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any, cast
@@ -53,11 +53,30 @@ class Policy(nn.Module):
     def backbone(self) -> nn.Module:
         return _backbone(self.lm)
 
+    @property
+    def config(self) -> Any:
+        """The model's: engines size their buffers by it."""
+        return adapters.base_of(self.lm).config
+
+    @property
+    def _no_split_modules(self) -> list[str]:
+        """Classes of the layers that FSDP2 shards one by one."""
+        names = getattr(adapters.base_of(self.lm), "_no_split_modules", None) or ()
+        return sorted({*names} & {type(module).__name__ for module in self.modules()})
+
     def get_input_embeddings(self) -> nn.Module:
         return self.lm.get_input_embeddings()
 
     def get_output_embeddings(self) -> nn.Module:
         return self.lm.get_output_embeddings()
+
+    def forward(self, *, run: Callable[[], Any] | None = None, **inputs: Any) -> Any:
+        """What a loss reads of these inputs; or, given `run`, what that returns when it is called in here, where the
+        weights that an engine has sharded are gathered as modules need them."""
+        return self._outputs(**inputs) if run is None else run()
+
+    def _outputs(self, *args: Any, **inputs: Any) -> Any:
+        raise NotImplementedError
 
     @contextlib.contextmanager
     def as_reference(self) -> Iterator[PreTrainedModel | None]:
@@ -83,7 +102,7 @@ class Scorer(Policy):
         if not adapters.has_adapter(lm):  # as in PolicyWithReference
             make_score_precise(lm)
 
-    def forward(
+    def _outputs(
         self,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor,
@@ -157,7 +176,7 @@ class PolicyWithReference(Policy):
             with adapters.standing_still(self.lm, self.frozen):
                 yield self.lm
 
-    def forward(
+    def _outputs(
         self,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor,

@@ -6,8 +6,9 @@ a continued run makes the same choices.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -197,9 +198,15 @@ def check_architecture(config: RunConfig, architecture: PretrainedConfig, key: s
         raise ConfigError(f"train.layout: '{layout}' is not exact for {key}: {reason}; expected auto or padded")
 
 
-def choose_layouts(config: RunConfig, policy: Policy, device: torch.device) -> tuple[Layouts, str | None]:
+def choose_layouts(
+    config: RunConfig,
+    policy: Policy,
+    device: torch.device,
+    inside: Callable[[Callable[[], Any]], Any] = lambda run: run(),
+) -> tuple[Layouts, str | None]:
     """The layouts that are exact for policy and reference, and a line on those that are not, if any.
 
+    Args: inside: where the policy, which an engine may have sharded, can be called by itself.
     Raises: ConfigError when the one asked for is not exact.
     """
     asked, kind = config.train.layout, policy.attention
@@ -215,7 +222,7 @@ def choose_layouts(config: RunConfig, policy: Policy, device: torch.device) -> t
             if config.lora.dropout and shares_prompts(layout):  # by name: refused with the settings
                 reason: str | None = "lora.dropout would drop the same of a shared prompt for both sides of a pair"
             else:
-                reason = _inexact(lm, how, layout, device, config.train.mixed_precision)
+                reason = inside(partial(_inexact, lm, how, layout, device, config.train.mixed_precision))
             if reason is not None:
                 refused[layout] = f"{who} ({type(lm).__name__}): {reason}"
     if asked in refused:

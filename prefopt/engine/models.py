@@ -213,9 +213,40 @@ def align(model: nn.Module) -> None:
             tensor.data = tensor.data.clone()
 
 
+def held(parameter: Any) -> torch.Tensor:
+    """What this process holds of a weight: all of it, or its part where an engine has sharded it."""
+    part = getattr(parameter, "ds_tensor", parameter)  # ZeRO-3
+    return part.to_local() if hasattr(part, "to_local") else part  # FSDP2
+
+
+def numel(parameter: Any) -> int:
+    """How many entries a weight has, over all processes."""
+    return int(parameter.ds_numel) if hasattr(parameter, "ds_numel") else quantized.numel(parameter)
+
+
 def not_finite(model: nn.Module) -> str | None:
-    """The name of the first weight that has a NaN or an infinity, or None."""
-    return next((name for name, weight in model.named_parameters() if not quantized.is_finite(weight)), None)
+    """The name of the first weight that has a NaN or an infinity in what this process holds of it, or None."""
+    return next((name for name, weight in model.named_parameters() if not quantized.is_finite(held(weight))), None)
+
+
+@contextlib.contextmanager
+def gathered(*some: nn.Module | None) -> Iterator[None]:
+    """While it lasts, every process holds all weights of models that DeepSpeed shards, and nothing is trained."""
+    with gathered_tensors([p for model in some if model is not None for p in model.parameters()]):
+        yield
+
+
+@contextlib.contextmanager
+def gathered_tensors(some: Sequence[nn.Parameter]) -> Iterator[None]:
+    """The same of single weights."""
+    sharded = [p for p in some if hasattr(p, "ds_id")]
+    if not sharded:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(sharded):
+        yield
 
 
 def recompute_activations(model: Any) -> None:

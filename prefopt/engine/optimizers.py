@@ -77,6 +77,6 @@ def check_optimizer(settings: OptimConfig, device: torch.device) -> None:
     except Exception as error:
         raise ConfigError(f"optim.name: '{settings.name}' cannot take a plain step: {error}") from error
     try:
-        checkpoint.pack_state(optimizer)
+        checkpoint.pack_state(optimizer.state_dict()["state"])
     except TypeError as error:
         raise ConfigError(f"optim.name: the state of '{settings.name}' cannot be saved: {error}") from error

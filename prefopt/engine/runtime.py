@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 EXIT_UNFINISHED = 75  # EX_TEMPFAIL: saved, not finished, run the same command again
-_ENGINES = {"NO": "one process", "MULTI_CPU": "ddp", "MULTI_GPU": "ddp"}  # accelerate's names -> ours
+# accelerate's names -> ours; of DeepSpeed's stages each has its own
+_ENGINES = {"NO": "one process", "MULTI_CPU": "ddp", "MULTI_GPU": "ddp", "DEEPSPEED": "zero", "FSDP": "fsdp2"}
 FOLLOW = "PREFOPT_FOLLOW_PARENT"  # set for processes that must not outlive the one that started them
 _PATIENCE = timedelta(hours=24)
 SAVE_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -189,6 +190,7 @@ class Runtime:
 
     accelerator: Accelerator
     stop: Stop = field(default_factory=Stop)
+    sharding: Any = None  # how ZeRO-3 shards what is loaded, where it does
     _patient: Any = field(default=None, init=False)  # a group of all processes that wait for hours
 
     @property
@@ -209,8 +211,32 @@ class Runtime:
 
     @property
     def engine(self) -> str:
-        """The name of what joins the processes."""
-        return _ENGINES[str(self.accelerator.distributed_type.value)]
+        """The name of what joins the processes: one process, ddp, zero1, zero2, zero3 or fsdp2."""
+        name = _ENGINES[str(self.accelerator.distributed_type.value)]
+        return f"zero{self.accelerator.state.deepspeed_plugin.zero_stage}" if name == "zero" else name
+
+    @property
+    def deepspeed_settings(self) -> dict[str, Any]:
+        """DeepSpeed's settings, as they will be when it is started."""
+        settings: dict[str, Any] = self.accelerator.state.deepspeed_plugin.deepspeed_config
+        return settings
+
+    @contextlib.contextmanager
+    def sharded_loading(self) -> Iterator[None]:
+        """While it lasts, ZeRO-3 shards the weights of a model as they are loaded: on all processes together.
+
+        At all other times it must not: what one process loads for itself would wait for the others.
+        """
+        if self.engine != "zero3" or self.sharding is None:
+            yield
+            return
+        from transformers.integrations import deepspeed as integration
+
+        integration.set_hf_deepspeed_config(self.sharding)
+        try:
+            yield
+        finally:
+            integration.unset_hf_deepspeed_config()
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """Sum of a tensor over all processes."""
@@ -314,7 +340,7 @@ def start(
     """Join the processes that a launcher started, or be one process; then seed everything.
 
     Args: patience: how long processes wait for each other; None: as long as torch would.
-    Raises: TrainError if the launcher promised more processes than accelerate joined, or an engine that is not DDP.
+    Raises: TrainError if the launcher promised more processes than accelerate joined, or another engine.
     """
     import torch
     from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
@@ -322,17 +348,24 @@ def start(
     # accelerate would divide every gradient by it, whatever it is told; accumulation is the loop's own
     os.environ.pop("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", None)
     promised = promised_processes()
-    # Without CUDA, `cpu=True` joins gloo ranks; under DeepSpeed it would drop the plugin.
-    on_cpu = not torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") != "true"
+    on_cpu = not torch.cuda.is_available()
+    wanted = _wanted_engine()
+    joined: dict[str, Any] = {} if patience is None else {"timeout": patience}
+    if on_cpu and wanted == "zero":
+        _deepspeed_on_cpu()
+        joined["backend"] = "gloo"
+    if on_cpu and wanted == "fsdp2":
+        _fsdp2_on_cpu(joined)
     accelerator = Accelerator(
-        cpu=on_cpu,
+        # joins gloo ranks; under DeepSpeed and FSDP2 it would drop them without a word
+        cpu=on_cpu and wanted == "ddp",
         mixed_precision=mixed_precision,
         log_with=list(trackers) or None,
         project_dir=str(output),
         # a model's buffers are constants here (rotary frequencies): nothing to send with each forward pass
         kwargs_handlers=[
             DistributedDataParallelKwargs(broadcast_buffers=False),
-            *([InitProcessGroupKwargs(timeout=patience)] if patience is not None else []),
+            *([InitProcessGroupKwargs(**joined)] if joined else []),
         ],
     )
     if mixed_precision == "fp16" and accelerator.scaler is None:
@@ -343,16 +376,65 @@ def start(
             f"launcher: {promised} processes were started but {accelerator.num_processes} joined "
             f"({accelerator.distributed_type}); for several CPU processes use --config_file configs/accelerate/cpu.yaml"
         )
-    if str(accelerator.distributed_type.value) not in _ENGINES:
+    found = _ENGINES.get(str(accelerator.distributed_type.value))
+    if found is None:
         raise TrainError(
-            f"launcher: engine {accelerator.distributed_type.value} is not supported, expected one process or DDP; "
-            "use --config_file configs/accelerate/ddp.yaml"
+            f"launcher: engine {accelerator.distributed_type.value} is not supported, expected one process, DDP, "
+            "DeepSpeed or FSDP2; use one of configs/accelerate/*.yaml"
         )
+    if wanted != "ddp" and found != wanted:
+        asked = {"zero": "DeepSpeed", "fsdp2": "FSDP2"}[wanted]
+        raise TrainError(
+            f"launcher: {asked} was asked for, but {found} came of it; start several processes with "
+            f"accelerate launch --config_file configs/accelerate/{'zero3' if wanted == 'zero' else 'fsdp2'}.yaml"
+        )
+    if found == "fsdp2" and not accelerator.is_fsdp2:
+        raise TrainError(
+            "launcher: FSDP of version 1 was asked for, expected fsdp_version 2; "
+            "use --config_file configs/accelerate/fsdp2.yaml"
+        )
+    sharding = None
+    if found == "zero":
+        sharding = getattr(accelerator.state.deepspeed_plugin, "dschf", None)
+        _stop_sharding()
     set_seed(seed)
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    return Runtime(accelerator, stop)
+    return Runtime(accelerator, stop, sharding)
+
+
+def _wanted_engine() -> str:
+    """What the launcher asked for, by the variables that accelerate's launcher sets."""
+
+    def on(name: str) -> bool:
+        return os.environ.get(name, "false").lower() in ("true", "1", "yes")
+
+    return "zero" if on("ACCELERATE_USE_DEEPSPEED") else "fsdp2" if on("ACCELERATE_USE_FSDP") else "ddp"
+
+
+def _deepspeed_on_cpu() -> None:
+    """Before DeepSpeed joins processes without GPUs: no kernel of its own, which it would compile for minutes."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def _stop_sharding() -> None:
+    from transformers.integrations import deepspeed as integration
+
+    integration.unset_hf_deepspeed_config()
+
+
+def _fsdp2_on_cpu(joined: dict[str, Any]) -> None:
+    """Join gloo ranks in the way in which accelerate takes them for GPUs: it has no FSDP on CPUs, but torch has."""
+    import torch
+    from accelerate import PartialState
+    from accelerate.utils import DistributedType
+
+    state: Any = PartialState(backend="gloo", **joined)
+    state.distributed_type, state.device = DistributedType.MULTI_GPU, torch.device("cpu")
 
 
 def set_seed(seed: int) -> None:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from prefopt.config import RunConfig
 from prefopt.data.collate import collate
@@ -26,6 +25,7 @@ from prefopt.data.report import show_batch
 from prefopt.engine import adapters, card, check, checkpoint, compiling, export, models, offload
 from prefopt.engine.best import Selection
 from prefopt.engine.budget import Budget
+from prefopt.engine.engines import make_engine
 from prefopt.engine.forward import (
     Policy,
     PolicyWithReference,
@@ -120,10 +120,11 @@ class Trainer:
             models.recompute_activations(self.policy.lm)
         # a fused step would hide from the loop that the gradient scaler skipped it
         optimizer = make_optimizer(config.optim, self.policy.lm, fused=runtime.accelerator.scaler is None)
-        self.model, self.optimizer = runtime.accelerator.prepare(self.policy, optimizer)
+        self.engine = make_engine(runtime, config)
+        self.model, self.optimizer = self.engine.prepare(self.policy, optimizer)
         if config.model.offload_activations:
             self.policy.saving = offload.Offloading(self.policy.lm, pin_memory=runtime.device.type == "cuda")
-        self.layouts, note = choose_layouts(config, self.policy, runtime.device)
+        self.layouts, note = choose_layouts(config, self.policy, runtime.device, self.engine.inside)
         if note is not None:
             say(note)
         if config.train.compile:
@@ -209,7 +210,7 @@ class Trainer:
             cells = batch.attention_mask.numel()
             tokens += torch.tensor([batch.pairs, len(batch.labels), fed, cells], dtype=torch.float64)
             last = index == len(batches) - 1
-            with contextlib.nullcontext() if last else runtime.accelerator.no_sync(self.model):
+            with self.engine.micro_batch(last):
                 batch = to_device(batch, runtime.device)
                 stats = pair_stats(self.model, batch, want)
                 output = self.method.loss(stats, batch)
@@ -217,27 +218,25 @@ class Trainer:
                     (term.weight * term.value.sum() / counts[term.name] for term in output.terms),
                     start=output.terms[0].value.new_zeros(()),
                 )
-                runtime.accelerator.backward(loss * runtime.world)  # DDP averages over processes
+                self.engine.backward(loss * runtime.world, last)  # engines average over processes
             meter.add(_terms(output) | shared_metrics(stats) | dict(output.metrics))
             broken.append((_not_finite(output), batch))
         self._leave_if_asked()
-        limit = config.optim.clip or math.inf
-        norm = float(runtime.accelerator.clip_grad_norm_(self._parameters(), limit))
+        norm = self.engine.clip(config.optim.clip or math.inf)
         anywhere = float(runtime.sum(torch.stack([rows.sum() for rows, _ in broken]).sum().double()))
         scale = self._loss_scale()
         # an overflow of scaled gradients is the scaler's business: it skips the step and halves the scale
-        if anywhere > 0 or not (math.isfinite(norm) or scale > 1):
-            self._stop_on_nonfinite(step, norm, broken)
+        if anywhere > 0 or not (norm is None or math.isfinite(norm) or scale > 1):
+            self._stop_on_nonfinite(step, math.nan if norm is None else norm, broken)
         pairs, scored_tokens, fed, cells = runtime.sum(tokens).tolist()
         gone = self.budget.gone(int(fed), self._seconds_since(began))
         lr = learning_rate(config, self._steps, step, gone)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
-        skipped = self.optimizer.step_was_skipped
+        self.engine.set_lr(lr)
+        skipped, found = self.engine.step()
+        self.engine.forget_gradients()
+        norm = found if norm is None else norm
         if not (math.isfinite(norm) or skipped):
             self._stop_on_nonfinite(step, norm, broken)
-        self.optimizer.zero_grad(set_to_none=True)
         if self.moving is not None and (step + 1) % (config.reference.sync_every or 1) == 0:
             self.moving.move()
         averages = meter.averages(runtime)
@@ -339,14 +338,11 @@ class Trainer:
         scaler = self.runtime.accelerator.scaler
         return 1.0 if scaler is None else float(scaler.get_scale())
 
-    def _parameters(self) -> list[nn.Parameter]:
-        return [p for p in self.model.parameters() if p.requires_grad]
-
     def _leave_if_asked(self) -> None:
         """Give up the step when any process was asked to stop; all of them hear it at the same point."""
         asked = torch.tensor(float(self.runtime.stop.requested is not None))
         if float(self.runtime.sum(asked)) > 0:
-            self.optimizer.zero_grad(set_to_none=True)
+            self.engine.forget_gradients()
             raise _Interrupted
 
     def _stop_on_nonfinite(self, step: int, norm: float, broken: Sequence[tuple[torch.Tensor, PairBatch]]) -> None:
@@ -388,10 +384,10 @@ class Trainer:
     def _say_of_evaluators(self, step: int) -> dict[str, float]:
         """Their figures, once their tables are kept and shown. A signal that asks to save gives them up."""
 
-        def work() -> dict[str, float] | None:
+        def work(policy: Policy) -> dict[str, float] | None:
             try:
-                with self._stoppable(), compiling.eagerly(self.policy.lm):  # what they ask has many shapes
-                    found = [evaluator(self.policy.lm) for evaluator in self.evaluators]
+                with self._stoppable(policy), compiling.eagerly(policy.lm):  # what they ask has many shapes
+                    found = [evaluator(policy.lm) for evaluator in self.evaluators]
             except _Interrupted:
                 return None
             figures: dict[str, float] = {}
@@ -406,20 +402,21 @@ class Trainer:
                     _say_beside_the_bar(f"\nstep {step}: {whole.shown}")
             return figures
 
-        figures = self.runtime.on_main_at_length(work)
+        with self.engine.whole() as policy:
+            figures = self.runtime.on_main_at_length(functools.partial(work, policy))
         if figures is None:
             raise _Interrupted
         return figures
 
     @contextlib.contextmanager
-    def _stoppable(self) -> Iterator[None]:
+    def _stoppable(self, policy: Policy) -> Iterator[None]:
         """While it lasts, a wish to stop ends whoever calls the models, however often they are still to be called."""
 
         def stop(*_: Any) -> None:
             if self.runtime.stop.requested is not None:
                 raise _Interrupted
 
-        models_here = [model for model in (self.policy.lm, self.policy.reference) if model is not None]
+        models_here = [model for model in (policy.lm, policy.reference) if model is not None]
         hooks = [model.register_forward_pre_hook(stop) for model in models_here]
         try:
             yield
@@ -468,9 +465,10 @@ class Trainer:
             return step > 0 and by.best(self.metrics.lines()) == step
 
         if self.runtime.on_main(is_best):
+            weights = self.engine.weights()
 
             def write(folder: Path) -> None:
-                self._write_export(folder)
+                self._write_export(folder, weights)
                 (folder / _SELECTED).write_text(json.dumps({"step": step, by.metric: line.get(by.metric)}))
 
             self.runtime.on_main(lambda: checkpoint.export(self.output / "best", write))
@@ -490,6 +488,8 @@ class Trainer:
         self.model.eval()
         few = chunk[: check.ROWS]
         layout = self.layouts.of(chunk, self.needs.rows == "pairs")
+        if self.engine.shards:  # all processes must make the same calls
+            few, layout = runtime.from_main((few, layout))
         batch = to_device(self._collate(few, layout), runtime.device)
         tol = check.tolerance(self.policy.lm, config.train.mixed_precision)
         rounded = self.values is not None and self.values.in_bfloat16
@@ -499,7 +499,7 @@ class Trainer:
             structure = (f"{p.where}: {w}" for p in few if (w := check_row_structure(p, self.tokenizer)))
             problems = [
                 next(structure, None),
-                check.first_difference(self.model, self.policy, self.method, few, batch, tol),
+                check.first_difference(self.model, self.policy, self.method, few, batch, tol, self.engine.inside),
                 check.unexpected_loss(self.model, self.method, batch, loose) if config.reference.path is None else None,
             ]
         found = runtime.gather_objects([problem for problem in problems if problem])
@@ -528,7 +528,8 @@ class Trainer:
 
     def _save(self, step: int) -> None:
         """Write a checkpoint after `step` optimizer steps; on every process, because they wait for rank 0."""
-        bad = models.not_finite(self.policy.lm)
+        mine = models.not_finite(self.policy.lm)
+        bad = next(iter(self.runtime.gather_objects([] if mine is None else [mine])), None)
         if bad is not None:
             rows = self.train.global_batch(step - 1)
             raise TrainError(
@@ -545,21 +546,21 @@ class Trainer:
             "budget": self.budget.state(),
         }
 
+        weights, kept = self.engine.weights(), self.engine.optimizer_state()
+
+        def write_all(folder: Path) -> None:
+            self._write_model(folder, weights)
+            checkpoint.save_optimizer(kept, folder / "optimizer.safetensors")
+            if self.moving is not None:
+                self.moving.save(folder / _REFERENCE)
+
         def write() -> None:
-            checkpoint.save(
-                self._checkpoints, step, self._write_weights_and_optimizer, state, self.config.train.keep_last
-            )
+            checkpoint.save(self._checkpoints, step, write_all, state, self.config.train.keep_last)
 
         self.runtime.on_main(write)
 
-    def _write_weights_and_optimizer(self, folder: Path) -> None:
-        self._write_model(folder)
-        checkpoint.save_optimizer(self.optimizer, folder / "optimizer.safetensors")
-        if self.moving is not None:
-            self.moving.save(folder / _REFERENCE)
-
-    def _write_model(self, folder: Path) -> None:
-        adapters.save(self.policy.lm, folder)
+    def _write_model(self, folder: Path, weights: dict[str, torch.Tensor] | None) -> None:
+        adapters.save(self.policy.lm, folder, weights)
         self.tokenizer.save_pretrained(folder)
 
     def _restore(self) -> int:
@@ -571,7 +572,7 @@ class Trainer:
                 raise TrainError(
                     f"{self.output}: the training data changed since step {state['step']}; choose another --output"
                 )
-            checkpoint.load_optimizer(self.optimizer, self.resume_from / "optimizer.safetensors")
+            self.engine.load(self.resume_from)
             if self.moving is not None:
                 self.moving.load(self.resume_from / _REFERENCE)
             if "budget" in state:  # not in checkpoints of before there was one
@@ -590,10 +591,11 @@ class Trainer:
 
     def _finish(self) -> None:
         """Export the final model, or the best one, in the format of transformers, whole or not at all."""
+        weights = self.engine.weights()
 
         def write() -> None:
             best, select = self.output / "best", self.config.eval.select
-            source: Callable[[Path], None] = self._write_export
+            source: Callable[[Path], None] = functools.partial(self._write_export, weights=weights)
             step = None
             if select is not None and Selection.of(select).best(self.metrics.lines()) is None:
                 say(f"exported: the last model, since no evaluation knew a {Selection.of(select).metric}")
@@ -618,8 +620,8 @@ class Trainer:
 
         self.runtime.on_main(write)
 
-    def _write_export(self, folder: Path) -> None:
-        self._write_model(folder)
+    def _write_export(self, folder: Path, weights: dict[str, torch.Tensor] | None) -> None:
+        self._write_model(folder, weights)
         self._describe(folder)
 
     def _write_merged(self, folder: Path, step: int | None) -> None:

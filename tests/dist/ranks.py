@@ -6,6 +6,8 @@ import pickle
 import socket
 import traceback
 
+from tests.fork_server import ENGINES
+
 _PRELOAD = ["torch", "transformers", "accelerate", "tqdm", "prefopt.cli", "prefopt.engine.trainer"]
 
 
@@ -15,9 +17,10 @@ def free_port():
         return server.getsockname()[1]
 
 
-def run_ranks(work, *args, world=2, timeout=300, mixed_precision="no"):
+def run_ranks(work, *args, world=2, timeout=300, mixed_precision="no", engine="ddp"):
     """What `work(runtime, *args)` returns on each rank, in order of rank; `work` is a function of a test module.
 
+    Args: engine: one of `ENGINES`.
     Raises: AssertionError with the rank's traceback when one fails, does not answer, or did not join the others.
     """
     context = multiprocessing.get_context("forkserver")
@@ -26,7 +29,7 @@ def run_ranks(work, *args, world=2, timeout=300, mixed_precision="no"):
     for rank in range(world):
         mine, theirs = context.Pipe(duplex=False)
         process = context.Process(
-            target=_rank, args=(theirs, rank, world, port, mixed_precision, work, args), daemon=True
+            target=_rank, args=(theirs, rank, world, port, mixed_precision, engine, work, args), daemon=True
         )
         process.start()
         theirs.close()
@@ -47,7 +50,7 @@ def _answer(rank, pipe, timeout):
     return value
 
 
-def _rank(pipe, rank, world, port, mixed_precision, work, args):
+def _rank(pipe, rank, world, port, mixed_precision, engine, work, args):
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -56,6 +59,8 @@ def _rank(pipe, rank, world, port, mixed_precision, work, args):
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",
+        **ENGINES[engine],
     }
     try:
         import torch
@@ -68,7 +73,7 @@ def _rank(pipe, rank, world, port, mixed_precision, work, args):
             rt.Stop(), seed=0, mixed_precision=mixed_precision, deterministic=False, trackers=(), output=""
         )
         # the failure to join is silent: each rank would train alone
-        assert (runtime.world, runtime.rank, runtime.engine) == (world, rank, "ddp"), runtime
+        assert (runtime.world, runtime.rank, runtime.engine) == (world, rank, engine), runtime
         assert dist.get_backend() == "gloo"
         value = work(runtime, *args)
         runtime.wait()

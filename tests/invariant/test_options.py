@@ -239,6 +239,21 @@ def test_step_when_layers_are_compiled_then_the_same_step_in_few_graphs(name, ru
     assert not [n for n, _ in bench.trainer.policy.lm.named_parameters() if "_orig_mod" in n]
 
 
+def _compiled_on_two(runtime, path):
+    method = METHODS[TOKEN]
+    models = adapted_policy(method, ModelConfig(path=path))
+    bench = Bench(runtime, method, models, layout=layouts_for(method)[-1], compile=True)
+    return bench.step(random_pairs(method.needs.columns, 5), 2)
+
+
+@pytest.mark.slow
+def test_step_when_layers_are_compiled_on_two_processes_then_the_same_step_on_both(runtime, adapted, base):
+    method = METHODS[TOKEN]
+    expected = Bench(runtime, method, adapted(method, "float32")).step(random_pairs(method.needs.columns, 5), 3)
+    for found in run_ranks(_compiled_on_two, str(base)):
+        assert_equal(expected, found, torch.float32, "compiled")
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("option", ["nothing", *OPTIONS])

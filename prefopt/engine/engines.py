@@ -1,0 +1,379 @@
+"""What joins the processes: nothing, DDP, DeepSpeed's ZeRO or FSDP2. The loop speaks to all of them in these words.
+
+Losses come in divided by global counts and multiplied by the number of processes, because every engine averages over
+them. What a checkpoint holds is the same under each: whole weights, and the optimizer's state by parameter, so a run
+may go on under another engine or with another number of processes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from prefopt.engine import adapters, checkpoint, models
+from prefopt.engine.checkpoint import State
+from prefopt.engine.runtime import say
+from prefopt.errors import ConfigError, TrainError
+
+if TYPE_CHECKING:
+    from prefopt.config import RunConfig
+    from prefopt.engine.forward import Policy
+    from prefopt.engine.runtime import Runtime
+
+
+def make_engine(runtime: Runtime, config: RunConfig) -> Engine:
+    """The engine that the launcher started.
+
+    Raises: ConfigError for settings that it cannot keep, with what to use instead.
+    """
+    kind = {"one process": Engine, "ddp": Engine, "fsdp2": Fsdp2Engine}.get(runtime.engine, ZeroEngine)
+    if kind is not Engine:
+        _refuse(config, runtime.engine)
+    return kind(runtime, config)
+
+
+def _refuse(config: RunConfig, engine: str) -> None:
+    """Raises: ConfigError for what an engine that shards cannot do, or where nobody has tried whether it can."""
+    plain = ("adamw", "rmsprop", "sgd")  # of one entry at a time: where a weight is cut does not matter
+    shards = engine in ("zero3", "fsdp2")
+    small = "another engine (configs/accelerate/ddp.yaml)"
+    for wrong, key, found, expected in (
+        (config.train.mixed_precision == "fp16", "train.mixed_precision", "fp16", "bf16 or no"),
+        (config.model.quantize is not None, "model.quantize", config.model.quantize, f"none, or {small}"),
+        (
+            "." not in config.optim.name and config.optim.name not in plain,
+            "optim.name",
+            config.optim.name,
+            f"{', '.join(plain)}, or {small}",
+        ),
+        (config.train.compile, "train.compile", "true", f"false, or {small}"),
+        (shards and config.model.offload_activations, "model.offload_activations", "true", f"false, or {small}"),
+        (
+            shards and config.eval.generate > 0,
+            "eval.generate",
+            config.eval.generate,
+            "0, or zero2 (configs/accelerate/zero2.yaml)",
+        ),
+        (shards and config.lora.merge, "lora.merge", "true", "false (merge the exported adapter with peft)"),
+        (
+            shards and config.reference.sync_every is not None,
+            "reference.sync_every",
+            config.reference.sync_every,
+            "none, or zero2 (configs/accelerate/zero2.yaml)",
+        ),
+    ):
+        if wrong:
+            raise ConfigError(f"{key}: found {found}, which is not supported under {engine}, expected {expected}")
+
+
+class Engine:
+    """One process, or DDP: every process holds all weights and the whole state of the optimizer."""
+
+    def __init__(self, runtime: Runtime, config: RunConfig) -> None:
+        self.runtime, self.config = runtime, config
+        self.accelerator = runtime.accelerator
+
+    def prepare(self, policy: Policy, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, Any]:
+        """(the wrapped policy, the wrapped optimizer).
+
+        Raises: TrainError when what the engine is there to shard was not: that would go unseen.
+        """
+        self.policy, self._skeleton = policy, _Skeleton(policy)
+        names = {id(p): name for name, p in policy.lm.named_parameters()}
+        self._order = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+        self.model, self.optimizer = self.accelerator.prepare(policy, optimizer)
+        mine, whole, what = self.held()
+        if what:
+            say(f"{self.runtime.engine}: this process holds {mine:,} of {whole:,} entries of the {what}")
+        if self.runtime.world > 1 and what and mine >= whole:
+            raise TrainError(
+                f"launcher: {self.runtime.engine} has sharded nothing: each process holds the whole {what}"
+            )
+        return self.model, self.optimizer
+
+    # A step
+
+    def micro_batch(self, last: bool) -> contextlib.AbstractContextManager[Any]:
+        """Around forward and backward of a micro-batch; gradients travel with the last one."""
+        return contextlib.nullcontext() if last else self.accelerator.no_sync(self.model)
+
+    def backward(self, loss: torch.Tensor, last: bool) -> None:
+        self.accelerator.backward(loss)
+
+    def clip(self, limit: float) -> float | None:
+        """Clip the gradient and return its norm over all parameters; None where the step does both."""
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        return float(self.accelerator.clip_grad_norm_(trained, limit))
+
+    def set_lr(self, lr: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+
+    def step(self) -> tuple[bool, float]:
+        """(whether a gradient scaler skipped it, the gradient's norm where `clip` did not know it)."""
+        self.optimizer.step()
+        return bool(self.optimizer.step_was_skipped), math.nan
+
+    def forget_gradients(self) -> None:
+        """After a step, or for one that is given up."""
+        self.optimizer.zero_grad(set_to_none=True)
+
+    # Weights and state; all processes together
+
+    @property
+    def shards(self) -> bool:
+        """Whether a process holds a part of each weight only."""
+        return False
+
+    def inside(self, run: Callable[[], Any]) -> Any:
+        """What `run` returns, called where the unwrapped policy can be: all processes make the same calls of it."""
+        return self.model(run=run) if self.shards else run()
+
+    def held(self) -> tuple[int, int, str]:
+        """(how many entries of what is sharded this process holds, of how many, of what)."""
+        return 0, 0, ""
+
+    @contextlib.contextmanager
+    def whole(self) -> Iterator[Policy]:
+        """While it lasts, the policy by itself, which each process may call as it is. No training in it."""
+        yield self.policy
+
+    def weights(self) -> dict[str, torch.Tensor] | None:
+        """All weights of the policy as they are trained, by name, on rank 0; None where the model has them itself."""
+        return None
+
+    def optimizer_state(self) -> State:
+        """What the optimizer keeps, by the number of the parameter; on rank 0 it is whole."""
+        return dict(self.optimizer.state_dict()["state"])
+
+    def load(self, folder: Path) -> None:
+        """Take up what a checkpoint has beside the weights, which the policy was loaded with."""
+        self.load_optimizer_state(checkpoint.load_optimizer(folder / "optimizer.safetensors"))
+
+    def load_optimizer_state(self, state: State) -> None:
+        """Undo `optimizer_state`."""
+        checkpoint.restore_optimizer(self.optimizer, state)
+
+
+class Fsdp2Engine(Engine):
+    """FSDP2 of accelerate: every weight is a DTensor, of which each process holds some rows."""
+
+    def __init__(self, runtime: Runtime, config: RunConfig) -> None:
+        super().__init__(runtime, config)
+        mixed = config.train.mixed_precision
+        plugin: Any = self.accelerator.state.fsdp_plugin
+        if mixed == "bf16":
+            from torch.distributed.fsdp import MixedPrecisionPolicy
+
+            # accelerate's own choice would round the statistics to bfloat16 on their way out
+            plugin.mixed_precision_policy = MixedPrecisionPolicy(
+                param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=None, cast_forward_inputs=False
+            )
+
+    @property
+    def shards(self) -> bool:
+        return True
+
+    def held(self) -> tuple[int, int, str]:
+        return _held_weights(self.policy)
+
+    @contextlib.contextmanager
+    def whole(self) -> Iterator[Policy]:
+        yield self._skeleton.filled({name: _full(p) for name, p in self.policy.named_parameters()})
+
+    def weights(self) -> dict[str, torch.Tensor] | None:
+        full = ((name, _full(value)) for name, value in self.policy.lm.state_dict().items())
+        return {name: value.cpu() for name, value in full if self.runtime.is_main}
+
+    def optimizer_state(self) -> State:
+        return {
+            number: {name: _full(value) if isinstance(value, torch.Tensor) else value for name, value in kept.items()}
+            for number, kept in super().optimizer_state().items()
+        }
+
+    def load_optimizer_state(self, state: State) -> None:
+        from torch.distributed.tensor import distribute_tensor
+
+        parameters: list[Any] = [p for group in self.optimizer.param_groups for p in group["params"]]
+
+        def part(parameter: Any, value: Any) -> Any:
+            if not isinstance(value, torch.Tensor) or value.shape != parameter.shape:
+                return value
+            return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
+
+        super().load_optimizer_state(
+            {n: {name: part(parameters[n], value) for name, value in kept.items()} for n, kept in state.items()}
+        )
+
+
+class ZeroEngine(Engine):
+    """DeepSpeed's ZeRO: stage 1 shards the optimizer's state, 2 the gradients too, 3 the weights too.
+
+    Its optimizer is over flat partitions; what that keeps is addressed by the parameters that they are made of.
+    """
+
+    def __init__(self, runtime: Runtime, config: RunConfig) -> None:
+        super().__init__(runtime, config)
+        self.stage = int(runtime.engine[-1])
+        settings = runtime.deepspeed_settings
+        settings["train_micro_batch_size_per_gpu"] = config.train.micro_batch  # for its own counts only
+        settings["gradient_accumulation_steps"] = 1  # the loop's own
+        settings["gradient_clipping"] = config.optim.clip  # left out, accelerate would put 1.0 there
+        settings["zero_allow_untested_optimizer"] = True
+        settings["steps_per_print"] = 10**9
+
+    @property
+    def shards(self) -> bool:
+        return self.stage == 3
+
+    def held(self) -> tuple[int, int, str]:
+        if self.stage == 3:
+            return _held_weights(self.policy)
+        mine = sum(flat.numel() for flat in self.model.optimizer.single_partition_of_fp32_groups)
+        return mine, sum(p.numel() for p in self._trained()), "optimizer's state"
+
+    def micro_batch(self, last: bool) -> contextlib.AbstractContextManager[Any]:
+        return contextlib.nullcontext()
+
+    def backward(self, loss: torch.Tensor, last: bool) -> None:
+        self.model.set_gradient_accumulation_boundary(last)
+        self.model.backward(loss)
+
+    def clip(self, limit: float) -> float | None:
+        return None
+
+    def step(self) -> tuple[bool, float]:
+        self.model.step()
+        norm: Any = self.model.get_global_grad_norm()
+        return False, math.nan if norm is None else float(norm)
+
+    def forget_gradients(self) -> None:
+        """A step forgets them itself; what a given-up step has gathered dies with the process."""
+
+    @contextlib.contextmanager
+    def whole(self) -> Iterator[Policy]:
+        if not self.shards:
+            yield self.policy
+            return
+        with models.gathered(self.policy):
+            yield self._skeleton.filled({name: p.detach() for name, p in self.policy.named_parameters()})
+
+    def weights(self) -> dict[str, torch.Tensor] | None:
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        lm = self.policy.lm
+        parameters = dict(lm.named_parameters())
+        found: dict[str, torch.Tensor] = {}
+        for name, parameter in parameters.items():
+            full = safe_get_full_fp32_param(parameter) if parameter.requires_grad else None
+            if full is None:
+                with models.gathered_tensors([parameter]):
+                    full = parameter.detach().clone()
+            if self.runtime.is_main:
+                # an adapter's own weights are float32 over a base of 16 bits
+                kept = full.dtype if adapters.has_adapter(lm) else getattr(torch, self.config.model.dtype)
+                found[name] = full.to(kept).cpu().clone()
+        if self.runtime.is_main:
+            names = {id(parameter): name for name, parameter in parameters.items()}
+            for name, value in lm.state_dict(keep_vars=True).items():
+                if name not in found:  # a tied weight, or a buffer
+                    found[name] = found[names[id(value)]] if id(value) in names else value.detach().cpu()
+        return found
+
+    @property
+    def _inner(self) -> torch.optim.Optimizer:
+        inner: torch.optim.Optimizer = self.model.optimizer.optimizer
+        return inner
+
+    def _trained(self) -> list[nn.Parameter]:
+        parameters = dict(self.policy.lm.named_parameters())
+        return [parameters[name] for name in self._order]
+
+    def optimizer_state(self) -> State:
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        once = {name: v for kept in self._inner.state.values() for name, v in kept.items() if not _per_weight(v)}
+        mine = {name for kept in self._inner.state.values() for name, value in kept.items() if _per_weight(value)}
+        names = sorted(set(self.runtime.gather_objects(sorted(mine))))
+        self._relink()
+        state: State = {}
+        for number, parameter in enumerate(self._trained()):
+            whole = {name: safe_get_full_optimizer_state(parameter, name) for name in names}
+            if self.runtime.is_main and (names or once):
+                state[number] = {name: value.cpu().clone() for name, value in whole.items()}
+                state[number] |= {name: _copy(value) for name, value in once.items()}
+        return state
+
+    def _relink(self) -> None:
+        """Show DeepSpeed where its state is: it looks once, after the first group's first step, and misses others."""
+        if self.stage < 3:
+            self.model.optimizer._hp_optimizer_states_linked = False
+            self.model.optimizer._lazy_init_hp_params_optimizer_state()
+
+    def load_optimizer_state(self, state: State) -> None:
+        from deepspeed.utils import safe_set_full_optimizer_state
+
+        if not state:
+            return
+        optimizer = self.model.optimizer
+        partitions = (
+            optimizer.fp32_partitioned_groups_flat if self.stage == 3 else optimizer.single_partition_of_fp32_groups
+        )
+        for flat in partitions:
+            self._inner.state[flat] = {
+                name: torch.zeros_like(flat) if _per_weight(value) else _copy(value) for name, value in state[0].items()
+            }
+        self._relink()
+        for number, parameter in enumerate(self._trained()):
+            for name, value in state[number].items():
+                if _per_weight(value):
+                    safe_set_full_optimizer_state(parameter, value.to(self.runtime.device, torch.float32), name)
+
+    def load(self, folder: Path) -> None:
+        from deepspeed.utils import safe_set_full_fp32_param
+
+        super().load(folder)
+        if self.config.train.mixed_precision != "no":  # the optimizer's own copy has more bits than the model
+            weights = adapters.saved_weights(self.policy.lm, folder)
+            for name, parameter in zip(self._order, self._trained(), strict=True):
+                safe_set_full_fp32_param(parameter, weights[name].to(self.runtime.device, torch.float32))
+
+
+def _per_weight(value: Any) -> bool:
+    """Whether what an optimizer keeps has an entry for each of a parameter's, and is no count of steps."""
+    return isinstance(value, torch.Tensor) and value.ndim > 0
+
+
+def _held_weights(policy: Policy) -> tuple[int, int, str]:
+    parameters = list(policy.parameters())
+    return sum(models.held(p).numel() for p in parameters), sum(models.numel(p) for p in parameters), "weights"
+
+
+def _copy(value: Any) -> Any:
+    return value.clone() if isinstance(value, torch.Tensor) else value
+
+
+def _full(tensor: torch.Tensor) -> torch.Tensor:
+    """All of a tensor that FSDP2 may have sharded."""
+    tensor = tensor.detach()
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+class _Skeleton:
+    """A policy as it was before an engine put hooks on its modules and took their weights away, without weights."""
+
+    def __init__(self, policy: Policy) -> None:
+        hollow = {id(p): nn.Parameter(torch.empty(0, device="meta"), requires_grad=False) for p in policy.parameters()}
+        self._policy = copy.deepcopy(policy, dict(hollow))
+        self._names = {name: hollow[id(p)] for name, p in policy.named_parameters()}
+
+    def filled(self, weights: dict[str, torch.Tensor]) -> Policy:
+        """A policy with these weights, by name."""
+        return copy.deepcopy(self._policy, {id(hollow): weights[name] for name, hollow in self._names.items()})

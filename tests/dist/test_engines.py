@@ -1,0 +1,63 @@
+"""Whole runs of two processes under each engine: what one process does, saved, continued, exported."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from prefopt.engine.metrics import read_lines
+from tests.fork_server import ENGINES
+
+SHORT = {"train__max_steps": 6, "train__save_every": 3, "eval__every": 3, "optim__name": "sgd", "optim__lr": 0.1}
+
+
+def weights(output):
+    return load_file(next((output / "model").glob("*model.safetensors")))
+
+
+def update_gap(expected, found, start):
+    """||d - d1|| / ||d1|| of the update, all weights together."""
+    names = sorted(expected)
+    apart = sum(float((expected[n] - found[n]).double().norm() ** 2) for n in names) ** 0.5
+    moved = sum(float((expected[n] - start[n]).double().norm() ** 2) for n in names) ** 0.5
+    assert moved > 0
+    return apart / moved
+
+
+@pytest.fixture(scope="module")
+def alone(server, command, tmp_path_factory):
+    """The output folder of a run of one process."""
+    done = {}
+
+    def run(method, **settings):
+        key = (method, *settings.items())
+        if key not in done:
+            output = tmp_path_factory.mktemp("alone") / "run"
+            ended = server.train(command(method, output, **settings))
+            assert ended.status == 0, ended.err
+            done[key] = output
+        return done[key]
+
+    return run
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_run_of_two_processes_is_the_run_of_one(engine, server, command, task, alone, tmp_path):
+    adam = {**SHORT, "optim__name": "adamw", "optim__lr": 1e-3, "optim__args.eps": 1e-6}
+    straight = alone("tdpo", **adam)
+    argv = command("tdpo", tmp_path / "run", **adam)
+    stop = {"at": "prefopt.engine.trainer:Trainer._step", "count": 5, "do": "SIGKILL"}
+    assert server.train(argv, stop, ranks=2, engine=engine).status == -9
+    ended = server.train(argv, ranks=2, engine=engine)
+    assert ended.status == 0, ended.err
+    assert f"2 process(es), engine {engine}, device cpu" in ended.out
+    assert "continuing from" in ended.out
+    for mine, other in zip(read_lines(tmp_path / "run/metrics.jsonl"), read_lines(straight / "metrics.jsonl"), strict=True):
+        assert (mine["step"], mine["split"]) == (other["step"], other["split"])
+        assert mine["loss"] == pytest.approx(other["loss"], rel=1e-5)
+    start = load_file(task.model / "model.safetensors")
+    assert update_gap(weights(straight), weights(tmp_path / "run"), start) <= 1e-3
+    assert isinstance(AutoModelForCausalLM.from_pretrained(tmp_path / "run/model"), torch.nn.Module)
+    assert json.loads((tmp_path / "run/run_card.json").read_text())["engine"] == engine
