@@ -33,8 +33,16 @@ def test_five_commands_lead_from_a_laptop_to_two_nodes(place):
         assert f'"processes": {processes},' in (place.folder / "runs" / name / "run_card.json").read_text()
 
 
+def test_deepspeed_of_the_page_shards_over_two_nodes(place):
+    setting, command = blocks()[1].strip().splitlines()
+    place.shell(f"{setting}; {command} {SMALL}")
+    logs = [path.read_text() for path in place.folder.glob("slurm-*.out")]
+    assert any("prefopt: 2 process(es), engine zero2" in log for log in logs)
+    assert (place.folder / "runs" / "zero2" / "model" / "model.safetensors").exists()
+
+
 def test_rounds_of_the_page_end_with_a_model(place):
-    (command,) = blocks()[1].strip().splitlines()
+    (command,) = blocks()[2].strip().splitlines()
     command = command.replace("--rounds.count 2", "--rounds.count 1").replace("runs/rounds", "runs/of_the_page")
     place.shell(f"{command} {SMALL_ROUNDS}")
     place.wait_for_all(500)
