@@ -20,6 +20,7 @@ from prefopt.errors import ConfigError
 from prefopt.launch.manifest import Ledger, Run
 
 _PAUSE = 0.1  # seconds between looks at the children
+_LOOK = 1.0  # seconds between looks at all runs where no child has ended
 _STRIKES = 3  # attempts in a row that leave unfinished and have saved nothing
 
 
@@ -125,11 +126,12 @@ class Local:
         """
         before = {number: signal.signal(number, self._stop) for number in SAVE_SIGNALS}
         try:
+            due = 0.0
             while True:
-                self._reap()
-                runs = self.plan()
-                started = self._start_ready(runs)
-                if not (self._children or started or (self._waiting and not self._asked)):
+                if self._reap() or time.monotonic() >= due:
+                    runs, due = self.plan(), time.monotonic() + _LOOK
+                    self._start_ready(runs)
+                if not (self._children or (self._waiting and not self._asked)):
                     break
                 time.sleep(_PAUSE)
         finally:
@@ -146,12 +148,13 @@ class Local:
         for child in self._children:
             child.process.send_signal(signal.SIGTERM)
 
-    def _start_ready(self, runs: Sequence[Run]) -> bool:
-        done = {run.id for run in runs if run.done}
+    def _start_ready(self, runs: Sequence[Run]) -> None:
         busy = {child.run.id for child in self._children}
         free = [number for number in range(len(self.slots)) if number not in {child.slot for child in self._children}]
+        if not free:
+            return
+        done = {run.id for run in runs if run.done}
         self._waiting &= {run.id for run in runs if run.held}
-        started = False
         for run in runs:
             if self._asked or not free:
                 break
@@ -164,8 +167,6 @@ class Local:
                 self._waiting.add(run.id)
                 continue
             self._start(run, free.pop(0))
-            started = True
-        return started
 
     def _start(self, run: Run, number: int) -> None:
         log, slot = self.ledger.begin(run), self.slots[number]
@@ -183,8 +184,10 @@ class Local:
             process.send_signal(signal.SIGTERM)
         self.say(f"{run.id}: started{describe(run)}")
 
-    def _reap(self) -> None:
-        for child in [child for child in self._children if child.process.poll() is not None]:
+    def _reap(self) -> bool:
+        """Note how children ended. Returns: whether any did."""
+        ended = [child for child in self._children if child.process.poll() is not None]
+        for child in ended:
             self._children.remove(child)
             run, status = child.run, child.process.returncode
             if self._asked and status == -signal.SIGTERM:  # before Python had learned what to do at a signal
@@ -200,6 +203,7 @@ class Local:
                 self.say(f"{run.id}: failed: {record.error} (log: {self.ledger.log(run)})")
             else:
                 self.say(f"{run.id}: {'done' if status == 0 else 'left unfinished, it is to be continued'}")
+        return bool(ended)
 
 
 def describe(run: Run) -> str:
