@@ -12,21 +12,25 @@ ARGS ?=
 VLLM_VENV ?= .venv-vllm
 VLLM_PYTHON ?= $(VLLM_VENV)/bin/python
 
-.PHONY: train test test-all test-engines study-cyclic study-thought check clean
+.PHONY: train test test-all test-engines test-slurm study-cyclic study-thought check clean
 
 train: $(READY)
 	$(LAUNCH) scripts/train.py --method tdpo $(ARGS)
 
 test: check
-	$(PYTEST) -m "not slow and not engines" $(ARGS)
+	$(PYTEST) -m "not slow and not engines and not slurm" $(ARGS)
 
 test-all: check
-	$(PYTEST) -m "not engines" $(ARGS)
+	$(PYTEST) -m "not engines and not slurm" $(ARGS)
 
 # vLLM itself; VLLM_PYTHON names the Python of an environment that has it already
 test-engines: $(READY) $(VLLM_PYTHON)
 	PREFOPT_VLLM_PYTHON=$(abspath $(VLLM_PYTHON)) OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 \
 	  $(BIN)/python -m pytest -m engines tests/generation/test_vllm_engine.py $(ARGS)
+
+# a Slurm of two nodes on this machine, from Debian's packages; needs root
+test-slurm: $(READY)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slurm tests/slurm $(ARGS)
 
 study-cyclic: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/cyclic.py $(ARGS)

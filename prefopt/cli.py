@@ -24,6 +24,7 @@ from prefopt import config as settings
 from prefopt.config import RunConfig
 from prefopt.engine import runtime as rt
 from prefopt.engine.runtime import say
+from prefopt.engine.slurm import join_step
 from prefopt.errors import ConfigError, PrefoptError, TrainError, did_you_mean
 from prefopt.testbed.cache import cache_root
 
@@ -52,6 +53,7 @@ def train(argv: Sequence[str]) -> int:
             with contextlib.suppress(BrokenPipeError):
                 print(settings.help_text(argv))
             return 0
+        join_step()
         return _train(settings.parse(argv))
     except PrefoptError as error:
         return rt.fail(error)
@@ -229,12 +231,20 @@ def rounds(argv: Sequence[str]) -> int:
                 named = any(word.partition("=")[0] == "--rounds.count" for word in argv)
                 print(ROUNDS_USAGE + "\n" + settings.help_text([*argv, *([] if named else ["--rounds.count", "1"])]))
             return 0
-        flags, stage = _stage_of(argv)
+        from prefopt.launch import rounds as on_slurm
+
+        join_step()
+        flags, how = on_slurm.options_of(argv)
+        flags, stage = _stage_of(flags)
         config = settings.parse(flags)
         if config.rounds.count == 0:
             raise ConfigError("--rounds.count: not given, expected how many rounds")
         if stage is not None and stage.round > config.rounds.count:
             raise ConfigError(f"--round: found {stage.round}, but there are {config.rounds.count} (--rounds.count)")
+        if how is not None and stage is not None:
+            raise ConfigError("--launcher: given with --stage; a stage that is named runs here, leave one out")
+        if how is not None:
+            return on_slurm.submit(config, flags, how, say)
         return _conduct(config, flags) if stage is None and not config.dry_run else _train(config, stage)
     except PrefoptError as error:
         return rt.fail(error)
@@ -242,9 +252,11 @@ def rounds(argv: Sequence[str]) -> int:
 
 ROUNDS_USAGE = """usage: rounds.py --method NAME --rounds.count N [--GROUP.SETTING VALUE ...]
        rounds.py --stage generate|judge|pair|train|evaluate --round K [--part I/N] (the same flags)
+       rounds.py --launcher slurm [--parts N] [--sbatch FLAGS] [--sbatch.STAGE FLAGS] (the same flags)
 
 Without --stage: every stage of every round that is not done yet, each in a process of its own; the train stage is
-started by --rounds.launcher. With --stage: that one; --part 0/4 to 3/4 share its shards among four processes.
+started by --rounds.launcher. With --stage: that one; --part 0/4 to 3/4 share its shards among four processes. With
+--launcher slurm: a job for each stage, each after the one before; N array tasks share generate and judge.
 """
 _STAGES = ("generate", "judge", "pair", "train", "evaluate")
 
@@ -901,3 +913,16 @@ def _look(config: LookConfig) -> int:
     with contextlib.suppress(BrokenPipeError):
         print("\n".join([*report, *(["", terminal(rows, color=color)] if rows else [])]))
     return 0
+
+
+# Many runs ------------------------------------------------------------------------------------------------------------
+
+
+def sweep(argv: Sequence[str]) -> int:
+    """The `sweep` command. Status 0: all runs are done; 1: some failed; 2: a user's mistake; 75: run the same again."""
+    from prefopt.launch import command
+
+    try:
+        return command.sweep(argv)
+    except PrefoptError as error:
+        return rt.fail(error)

@@ -155,6 +155,10 @@ class TrainConfig:
     """Passes that the learning-rate schedule is laid out for. None: the run's own length."""
     max_steps: int | None = None
     """Optimizer steps; takes the place of train_epochs. Required for an endless stream."""
+    max_tokens: int | None = None
+    """Train until so many tokens were fed (`tokens_fed`), in place of epochs or steps; the schedule goes by them."""
+    max_seconds: float | None = None
+    """Train until optimizer steps have taken so long, over all attempts, in place of epochs or steps; the same."""
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     """Autocast of the forward pass, in fp16 with a gradient scaler; statistics stay float32."""
     compile: bool = False
@@ -418,7 +422,10 @@ ROUNDS_IN_WORLD: dict[str, dict[str, Any]] = {
 }
 
 # A departure gives way when the user names the setting that it would silently overrule.
-_GIVES_WAY = {"optim.warmup_ratio": "optim.warmup_steps", "train.train_epochs": "train.max_steps"}
+_GIVES_WAY = {
+    "optim.warmup_ratio": "optim.warmup_steps",
+    **{f"train.{name}": "train.max_steps" for name in ("train_epochs", "max_tokens", "max_seconds")},
+}
 
 # Short names of optimizers; engine/optimizers.py makes them.
 OPTIMIZERS = ("adamw", "adamw_8bit", "paged_adamw_8bit", "adafactor", "rmsprop", "sgd")
@@ -518,8 +525,9 @@ def from_dict(settings: Mapping[str, Any]) -> RunConfig:
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """`key: old -> new` for each setting in which two runs' dictionaries differ and that may not change in a run."""
     before, after = _leaves(old), _leaves(new)
-    # what dropout drops depends on how a step is cut and laid out
-    held = ("train.micro_batch", "train.layout", "train.compile") if before.get("lora.dropout") else ()
+    # what dropout drops, and how many tokens are fed, depends on how a step is cut and laid out
+    cut = before.get("lora.dropout") or before.get("train.max_tokens")
+    held = ("train.micro_batch", "train.layout", "train.compile") if cut else ()
     return [
         f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
         for key in sorted(before.keys() | after.keys())
@@ -688,6 +696,17 @@ _UniqueKeys.add_implicit_resolver(
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
+    loaded = load_yaml(path, "--config ", "keys such as 'method:' and 'optim:'")
+    if isinstance(loaded.get("method"), str):
+        loaded["method"] = {"name": loaded["method"]}
+    return _nest_dotted(loaded)
+
+
+def load_yaml(path: Path, flag: str, expected: str) -> dict[str, Any]:
+    """The mapping in a YAML file, as it stands there. Raises: ConfigError, one line.
+
+    Args: flag: what names the file, before a path that cannot be read. expected: what a mapping would hold.
+    """
     try:
         text = path.read_text()
     except OSError as error:
@@ -695,9 +714,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
             path.name, [p.name for p in path.parent.glob("*")] if path.parent.is_dir() else [], 1
         )
         hint = f"; did you mean '{path.parent / near[0]}'?" if near else ""
-        raise ConfigError(f"--config {path}: {error.strerror}{hint}") from error
+        raise ConfigError(f"{flag}{path}: {error.strerror}{hint}") from error
     except UnicodeDecodeError as error:
-        raise ConfigError(f"--config {path}: not a text file (byte {error.start + 1} is not UTF-8)") from error
+        raise ConfigError(f"{flag}{path}: not a text file (byte {error.start + 1} is not UTF-8)") from error
     try:
         loaded = yaml.load(text, Loader=_UniqueKeys)
     except yaml.YAMLError as error:
@@ -707,10 +726,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if loaded is None:
         return {}
     if not isinstance(loaded, dict):
-        raise ConfigError(f"{path}: found a {type(loaded).__name__}, expected keys such as 'method:' and 'optim:'")
-    if isinstance(loaded.get("method"), str):
-        loaded["method"] = {"name": loaded["method"]}
-    return _nest_dotted(loaded)
+        raise ConfigError(f"{path}: found a {type(loaded).__name__}, expected {expected}")
+    return loaded
 
 
 def _nest_dotted(mapping: Mapping[str, Any]) -> dict[str, Any]:
@@ -968,7 +985,8 @@ def _validate(config: RunConfig) -> None:
         "train.train_epochs",
     )
     optional = (
-        *("train.schedule_epochs", "train.max_steps", "train.threads", "train.tokens_per_batch", "testbed.pairs"),
+        *("train.schedule_epochs", "train.max_steps", "train.max_tokens", "train.max_seconds"),
+        *("train.threads", "train.tokens_per_batch", "testbed.pairs"),
         *("kernel.token_tile", "kernel.vocab_tile", "lora.r", "lora.alpha", "reference.sync_every", "eval.patience"),
     )
     seeds = ("seed", "testbed.seed")
@@ -1029,8 +1047,11 @@ def _validate(config: RunConfig) -> None:
         )
     _validate_reference(config)
     schedule = config.train.schedule_epochs
+    ends = [name for name in ("max_steps", "max_tokens", "max_seconds") if getattr(config.train, name) is not None]
+    if len(ends) > 1:
+        raise ConfigError(f"train.{ends[1]}: given with train.{ends[0]}, and one thing ends a run; leave one out")
     need(
-        schedule is None or schedule >= config.train.train_epochs or config.train.max_steps is not None,
+        schedule is None or schedule >= config.train.train_epochs or bool(ends),
         "train.schedule_epochs",
         schedule,
         f"at least train.train_epochs ({config.train.train_epochs})",
@@ -1057,7 +1078,7 @@ def _validate(config: RunConfig) -> None:
             "(--rounds.count 3), or another world"
         )
     streamed = config.on_testbed and config.testbed.pairs is None and config.rounds.count == 0
-    if streamed and config.train.max_steps is None:
+    if streamed and not ends:
         raise ConfigError(
             "train.max_steps: found none, expected a number of steps: the testbed's stream of pairs has no end "
             "(or name the size of a fixed set, testbed.pairs)"

@@ -21,6 +21,7 @@ FLOORS = [
     ["testbed", "generation", "judges"],
     ["evaluate"],
     ["rounds", "inference"],
+    ["launch"],
     ["cli", "__main__"],
 ]
 FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}

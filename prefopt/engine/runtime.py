@@ -10,6 +10,7 @@ import random
 import signal
 import socket
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -126,9 +127,7 @@ class OutputLock:
             handle = open(path, "a+")  # noqa: SIM115 - held open for as long as the run lives
         except OSError as error:
             raise TrainError(f"{path}: cannot be opened: {error.strerror}; choose another --output") from error
-        try:
-            fcntl.flock(handle, how | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not _locked(handle, how, path):
             handle.seek(0)
             owner = handle.read().strip() or "unknown"
             handle.close()
@@ -136,7 +135,7 @@ class OutputLock:
             raise TrainError(
                 f"{path.parent}: another run is writing here ({owner}); wait for it, stop it, "
                 "or choose another --output"
-            ) from None
+            )
         handle.truncate(0)
         handle.write(f"process {os.getpid()} on {socket.gethostname()}")
         handle.flush()
@@ -146,6 +145,27 @@ class OutputLock:
         for file in self._files:
             file.close()
         self._files = []
+
+
+def _locked(handle: IO[str], how: int, path: Path) -> bool:
+    """Try to lock, for a moment, since who looks whether it is locked holds it for as long.
+
+    A job that Slurm has put back into its queue tries for longer: where it gave a node up, the processes of the attempt
+    before may still have to notice.
+    """
+    seconds = 600.0 if os.environ.get("SLURM_RESTART_COUNT", "0") != "0" else 0.5
+    began, said = time.monotonic(), False
+    while True:
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(handle, how | fcntl.LOCK_NB)
+            return True
+        waited = time.monotonic() - began
+        if waited > seconds:
+            return False
+        if waited > 1 and not said:
+            say(f"{path.parent}: a process of an earlier attempt still writes here; waiting")
+            said = True
+        time.sleep(0.05)
 
 
 def prepare_output(folder: Path) -> None:
@@ -435,7 +455,9 @@ def set_threads(threads: int | None, parameters: int) -> int:
     if threads is None:
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        threads = 1 if parameters < small_model else max(1, cores // processes)
+        given = os.environ.get("SLURM_CPUS_PER_TASK", "")  # there a process may see its own cores, or all of its node
+        mine = min(cores, int(given)) if given.isdigit() else cores // processes
+        threads = 1 if parameters < small_model else max(1, mine)
     torch.set_num_threads(threads)
     return threads
 

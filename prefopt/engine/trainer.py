@@ -24,6 +24,7 @@ from prefopt.data.pairs import BLOCK, facts, fed_tokens, padded_lengths
 from prefopt.data.report import show_batch
 from prefopt.engine import adapters, card, check, checkpoint, compiling, export, models, offload
 from prefopt.engine.best import Selection
+from prefopt.engine.budget import Budget
 from prefopt.engine.engines import make_engine
 from prefopt.engine.forward import (
     Policy,
@@ -110,7 +111,7 @@ class Trainer:
                 f"({config.train.global_batch})"
             )
         self._steps = None if self.train.steps_per_epoch is None else self.train.steps
-        self.total = total_steps(config, self._steps)
+        self.budget = Budget.of(config, total_steps(config, self._steps))
         self.moving: Moving | None = None
         if config.reference.sync_every is not None:
             assert isinstance(self.policy, PolicyWithReference), "a score has no reference"
@@ -144,7 +145,7 @@ class Trainer:
                 self._evaluate(start)
             over = self._patience_is_over(start)
             with self._progress_bar(start) as bar:
-                for step in range(start, start if over else self.total):
+                for step in () if over else self.budget.left(start):
                     line = self._step(step)
                     done = step + 1
                     self._log(line)
@@ -153,7 +154,7 @@ class Trainer:
                     if self._evaluation_is_due(done):
                         self._evaluate(done)
                         over = self._patience_is_over(done)
-                    if done % self.config.train.save_every == 0 or done == self.total or over:
+                    if done % self.config.train.save_every == 0 or self.budget.over(done) or over:
                         self._save(done)
                         saved = done
                     if over:
@@ -161,7 +162,7 @@ class Trainer:
         except _Interrupted:
             if done > saved:
                 self._save(done)
-            say(f"left at step {done} of {self.total}; the same command continues")
+            say(f"left at step {done}{self.budget.of_them}; the same command continues")
             raise
 
     def _progress_bar(self, start: int) -> Any:
@@ -170,12 +171,12 @@ class Trainer:
         seconds = 0.2 if os.isatty(2) else 10  # between redraws; a log file wants few
         hidden = not self.runtime.is_main
         return tqdm(
-            total=self.total, initial=start, disable=hidden, unit="step", mininterval=seconds, dynamic_ncols=True
+            total=self.budget.steps, initial=start, disable=hidden, unit="step", mininterval=seconds, dynamic_ncols=True
         )
 
     def _evaluation_is_due(self, done: int) -> bool:
         """After every `eval.every` steps and the last one, unless an attempt before this one has logged it."""
-        due = done % self.config.eval.every == 0 or done == self.total
+        due = done % self.config.eval.every == 0 or self.budget.over(done)
         return due and not self.runtime.from_main(self.metrics.has(done, "eval"))
 
     def _patience_is_over(self, done: int) -> bool:
@@ -185,9 +186,9 @@ class Trainer:
             return False
         by = Selection.of(select)
         over = bool(self.runtime.from_main(self.runtime.is_main and by.stale(self.metrics.lines()) >= patience))
-        if over and done < self.total and self.runtime.is_main:
+        if over and not self.budget.over(done) and self.runtime.is_main:
             in_vain = f"no better {by.metric} in {patience} evaluations"
-            _say_beside_the_bar(f"stopped at step {done} of {self.total}: {in_vain}")
+            _say_beside_the_bar(f"stopped at step {done}{self.budget.of_them}: {in_vain}")
         return over
 
     def _step(self, step: int) -> dict[str, Any]:
@@ -227,7 +228,9 @@ class Trainer:
         # an overflow of scaled gradients is the scaler's business: it skips the step and halves the scale
         if anywhere > 0 or not (norm is None or math.isfinite(norm) or scale > 1):
             self._stop_on_nonfinite(step, math.nan if norm is None else norm, broken)
-        lr = learning_rate(config, self._steps, step)
+        pairs, scored_tokens, fed, cells = runtime.sum(tokens).tolist()
+        gone = self.budget.gone(int(fed), self._seconds_since(began))
+        lr = learning_rate(config, self._steps, step, gone)
         self.engine.set_lr(lr)
         skipped, found = self.engine.step()
         self.engine.forget_gradients()
@@ -237,8 +240,8 @@ class Trainer:
         if self.moving is not None and (step + 1) % (config.reference.sync_every or 1) == 0:
             self.moving.move()
         averages = meter.averages(runtime)
-        pairs, scored_tokens, fed, cells = runtime.sum(tokens).tolist()
-        seconds = time.perf_counter() - began
+        seconds = self._seconds_since(began)
+        self.budget.spend(int(fed), seconds)
         line: dict[str, Any] = {"step": step + 1, "split": "train"}
         if self.train.steps_per_epoch:
             line["epoch"] = self.train.epochs(step + 1)
@@ -255,6 +258,11 @@ class Trainer:
         if torch.cuda.is_available():
             line["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 2**30
         return line
+
+    def _seconds_since(self, began: float) -> float:
+        """The same on all processes where the run's end depends on it."""
+        seconds = time.perf_counter() - began
+        return seconds if self.config.train.max_seconds is None else float(self.runtime.from_main(seconds))
 
     def _micro_batches(self, pairs: Sequence[EncodedPair], size: int) -> Iterator[tuple[list[int], PairBatch]]:
         """This process's share of a batch, as (which of the pairs, their batch); see `share.micro_batches`."""
@@ -535,6 +543,7 @@ class Trainer:
             "random": self.runtime.gather_objects([random_state()]),  # by rank
             "loss_scale": None if scaler is None else scaler.state_dict(),
             "data": self.train.fingerprint,
+            "budget": self.budget.state(),
         }
 
         weights, kept = self.engine.weights(), self.engine.optimizer_state()
@@ -566,6 +575,8 @@ class Trainer:
             self.engine.load(self.resume_from)
             if self.moving is not None:
                 self.moving.load(self.resume_from / _REFERENCE)
+            if "budget" in state:  # not in checkpoints of before there was one
+                self.budget.restore(state["budget"])
             by_rank = state["random"]
             if self.runtime.world == len(by_rank):  # else the run's seed and this process's rank have set it
                 set_random_state(by_rank[self.runtime.rank])
@@ -637,12 +648,14 @@ def _say_beside_the_bar(text: str) -> None:
 # Pure pieces ----------------------------------------------------------------------------------------------------------
 
 
-def total_steps(config: RunConfig, steps: Callable[[float], int] | None) -> int:
-    """Optimizer steps of the run.
+def total_steps(config: RunConfig, steps: Callable[[float], int] | None) -> int | None:
+    """Optimizer steps of the run; None where tokens or seconds end it.
 
     Args: steps: how many so many epochs from the start are; None for an endless stream.
-    Raises: ConfigError for an endless stream without max_steps.
+    Raises: ConfigError for an endless stream that nothing ends.
     """
+    if config.train.max_tokens is not None or config.train.max_seconds is not None:
+        return None
     if config.train.max_steps is not None:
         return config.train.max_steps
     if steps is None:
@@ -650,20 +663,39 @@ def total_steps(config: RunConfig, steps: Callable[[float], int] | None) -> int:
     return steps(config.train.train_epochs)
 
 
-def learning_rate(config: RunConfig, steps: Callable[[float], int] | None, step: int) -> float:
+def learning_rate(
+    config: RunConfig,
+    steps: Callable[[float], int] | None,
+    step: int,
+    gone: tuple[float, float] | None = None,
+) -> float:
     """The learning rate of optimizer step `step`, counted from 0.
 
     Warm-up reaches the peak on its last step; linear and cosine then fall to 0 at the end of the schedule, which may
-    lie beyond the end of training. Args: steps: as in `total_steps`.
+    lie beyond the end of training.
+
+    Args:
+        steps: as in `total_steps`.
+        gone: the share of a run's tokens or seconds before and after this step, where they end the run: the schedule
+            then goes by them, unless schedule_epochs says otherwise.
     """
     optim, epochs = config.optim, config.train.schedule_epochs
-    length = steps(epochs) if epochs is not None and steps is not None else total_steps(config, steps)
+    if epochs is not None and steps is not None:
+        length, gone = steps(epochs), None
+    else:
+        length = total_steps(config, steps) or 0
     warmup = optim.warmup_steps if optim.warmup_steps is not None else math.ceil(optim.warmup_ratio * length)
     if step < warmup:
         return optim.lr * (step + 1) / warmup
+    if gone is None:
+        done = min(1.0, (step - warmup) / max(1, length - warmup))
+    else:
+        (before, after), warm = gone, optim.warmup_ratio if optim.warmup_steps is None else 0.0
+        if before < warm:
+            return optim.lr * min(1.0, after / warm)
+        done = min(1.0, (before - warm) / (1 - warm)) if warm < 1 else 1.0
     if optim.schedule == "constant":
         return optim.lr
-    done = min(1.0, (step - warmup) / max(1, length - warmup))
     return optim.lr * (1 - done if optim.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done)))
 
 

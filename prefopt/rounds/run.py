@@ -144,7 +144,7 @@ class Rounds:
         }
 
     def stage(self, name: str, number: int) -> int:
-        """One stage of one round. Returns 0 when it is done, 75 when other processes or a signal left it unfinished."""
+        """One stage of one round. Returns 0 when it is done, or this process's part of it; 75 after a signal."""
         if number and number > 1 and not self.policy_is_there(number - 1):
             raise RoundError(
                 f"round {number}: round {number - 1} has not trained its policy yet ({self.model(number - 1)})"
@@ -153,7 +153,9 @@ class Rounds:
             return self._train(number)
         self.stop.enter_files()
         try:
-            return 0 if getattr(self, f"_{name}")(number) else 75
+            if not getattr(self, f"_{name}")(number):
+                self.say(f"round {number}: this part of the {name} stage is done, others are not yet")
+            return 0
         finally:
             self.stop.leave_files()
 

@@ -1,10 +1,12 @@
 import dataclasses
+import fcntl
 import math
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -48,6 +50,27 @@ def test_lock_when_held_by_another_process_then_names_it_and_is_freed_by_its_dea
     lock.release()
 
 
+def test_lock_when_somebody_looks_at_it_for_a_moment_then_it_is_taken_all_the_same(tmp_path):
+    (tmp_path / ".lock").touch()
+    looking = open(tmp_path / ".lock")  # noqa: SIM115 - closed by the timer
+    fcntl.flock(looking, fcntl.LOCK_SH)
+    threading.Timer(0.1, looking.close).start()
+    lock = OutputLock(tmp_path)
+    lock.acquire()
+    lock.release()
+
+
+def test_lock_when_the_job_was_requeued_then_it_waits_for_the_attempt_before(tmp_path, monkeypatch, capsys):
+    before = OutputLock(tmp_path)
+    before.acquire()
+    threading.Timer(1.5, before.release).start()
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    lock = OutputLock(tmp_path)
+    lock.acquire()
+    lock.release()
+    assert capsys.readouterr().out == f"{tmp_path}: a process of an earlier attempt still writes here; waiting\n"
+
+
 def test_lock_when_it_cannot_be_opened_then_one_line_says_so(tmp_path):
     (tmp_path / ".lock").mkdir()
     with pytest.raises(TrainError) as caught:
@@ -78,12 +101,17 @@ def test_threads_when_not_set_then_one_for_small_models_and_a_share_of_the_cores
     before = torch.get_num_threads()
     try:
         monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+        monkeypatch.delenv("SLURM_CPUS_PER_TASK", raising=False)
         monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(6))
         assert set_threads(None, 2_999_999) == torch.get_num_threads() == 1
         assert set_threads(None, 3_000_000) == torch.get_num_threads() == 6
         assert set_threads(2, 10) == torch.get_num_threads() == 2
         monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
         assert set_threads(None, 3_000_000) == 1
+        monkeypatch.setenv("SLURM_CPUS_PER_TASK", "3")
+        assert set_threads(None, 3_000_000) == 3
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(2))
+        assert set_threads(None, 3_000_000) == 2
     finally:
         torch.set_num_threads(before)
 

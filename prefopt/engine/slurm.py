@@ -1,0 +1,74 @@
+"""The tasks of an srun step as the ranks of one run: what a launcher would have put into the environment."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from collections.abc import MutableMapping
+
+from prefopt.errors import TrainError
+
+_PORTS = range(20000, 32000)  # below those that Linux gives to outgoing connections
+
+
+def join_step(environment: MutableMapping[str, str] = os.environ) -> bool:
+    """Set RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT from Slurm's variables.
+
+    Only inside a step of several tasks where no other launcher has set RANK: a plain command in an allocation is one
+    process, whatever the allocation holds. What is set already, such as MASTER_ADDR, stays.
+
+    Returns: whether it was done. Raises: TrainError where Slurm does not tell the address of the first node.
+    """
+    tasks = int(environment.get("SLURM_STEP_NUM_TASKS", "1"))
+    if tasks == 1 or "RANK" in environment or "SLURM_PROCID" not in environment:
+        return False
+    local, here = int(environment["SLURM_LOCALID"]), _tasks_on_node(environment)
+    gpus = [gpu for gpu in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]
+    found = {
+        "RANK": environment["SLURM_PROCID"],
+        "WORLD_SIZE": str(tasks),
+        # a task that was given GPUs of its own counts them from 0
+        "LOCAL_RANK": str(local % len(gpus) if gpus else local),
+        "LOCAL_WORLD_SIZE": str(here),
+        "MASTER_PORT": str(_port(environment)),
+    }
+    if "MASTER_ADDR" not in environment:
+        found["MASTER_ADDR"] = _address(environment)
+    for name, value in found.items():
+        environment.setdefault(name, value)
+    return True
+
+
+def _tasks_on_node(environment: MutableMapping[str, str]) -> int:
+    """Tasks of this step on this node, from such as `2(x3),1`: two on each of three nodes, then one."""
+    counts: list[int] = []
+    for part in environment["SLURM_STEP_TASKS_PER_NODE"].split(","):
+        count, times = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part).groups()  # type: ignore[union-attr]
+        counts += [int(count)] * int(times or 1)
+    return counts[int(environment["SLURM_NODEID"])]
+
+
+def _port(environment: MutableMapping[str, str]) -> int:
+    """One for each job and step, so that jobs that share a node do not meet."""
+    number = int(environment["SLURM_JOB_ID"]) * 7 + int(environment["SLURM_STEP_ID"])
+    return _PORTS[number % len(_PORTS)]
+
+
+def _address(environment: MutableMapping[str, str]) -> str:
+    """The first node's address as Slurm knows it; its name may not resolve."""
+    if environment["SLURM_STEP_NUM_NODES"] == "1":
+        return "127.0.0.1"
+    try:
+        names = _scontrol("show", "hostnames", environment["SLURM_STEP_NODELIST"])
+        about = _scontrol("show", "node", names.split()[0])
+        found = re.search(r"\bNodeAddr=(\S+)", about)
+    except (OSError, subprocess.SubprocessError, IndexError) as error:
+        raise TrainError(f"srun: the address of the first node is not known: {error}; set MASTER_ADDR") from error
+    if found is None:
+        raise TrainError("srun: `scontrol show node` names no NodeAddr of the first node; set MASTER_ADDR")
+    return found[1]
+
+
+def _scontrol(*words: str) -> str:
+    return subprocess.run(["scontrol", *words], capture_output=True, text=True, timeout=60, check=True).stdout
