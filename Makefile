@@ -12,7 +12,7 @@ ARGS ?=
 VLLM_VENV ?= .venv-vllm
 VLLM_PYTHON ?= $(VLLM_VENV)/bin/python
 
-.PHONY: train test test-all test-engines test-slurm study-cyclic study-thought check clean
+.PHONY: train test test-all test-engines test-slurm chaos study-cyclic study-thought check clean
 
 train: $(READY)
 	$(LAUNCH) scripts/train.py --method tdpo $(ARGS)
@@ -31,6 +31,10 @@ test-engines: $(READY) $(VLLM_PYTHON)
 # a Slurm of two nodes on this machine, from Debian's packages; needs root
 test-slurm: $(READY)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slurm tests/slurm $(ARGS)
+
+# seeded random SIGKILLs over training, a reference's pass, rounds and sweeps; some ten minutes
+chaos: $(READY)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m tests.chaos $(ARGS)
 
 study-cyclic: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/cyclic.py $(ARGS)
