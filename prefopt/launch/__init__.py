@@ -1,0 +1,1 @@
+"""What is known and done before a run starts on a cluster."""
