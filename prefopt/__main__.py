@@ -6,14 +6,15 @@ import sys
 
 from prefopt import __version__, cli
 
-COMMANDS = {"train": cli.train, "rounds": cli.rounds, "infer": cli.infer, "data": cli.data}
+COMMANDS = {"train": cli.train, "rounds": cli.rounds, "infer": cli.infer, "data": cli.data, "plan": cli.plan}
 USAGE = f"""prefopt {__version__}: train language models on preferences, and find out which loss is better
 
 usage: prefopt train --method NAME [--config FILE] [--GROUP.SETTING VALUE ...]
        prefopt rounds --method NAME --rounds.count N [--GROUP.SETTING VALUE ...]
        prefopt infer [--model DIR] [--prompts FILE | --prompt TEXT] [--strategy NAME] [--GROUP.SETTING VALUE ...]
        prefopt data FILE[,FILE ...] --model.path DIR [--html PAGE]
-       prefopt train --help, prefopt rounds --help, prefopt infer --help, prefopt data --help"""
+       prefopt plan --method NAME --model.path DIR [--gpus N] [--gpu_memory GB] [--GROUP.SETTING VALUE ...]
+       prefopt train --help, prefopt rounds --help, prefopt infer --help, prefopt data --help, prefopt plan --help"""
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -15,12 +15,13 @@ FLOORS = [
     ["__init__", "types", "errors", "files", "marks"],
     ["kernels"],
     ["thoughts", "method", "methods", "ranking", "registry", "losses"],
-    ["config", "infer_config", "data_config"],
+    ["config", "infer_config", "data_config", "plan_config"],
     ["data"],
     ["engine"],
     ["testbed", "generation", "judges"],
     ["evaluate"],
     ["rounds", "inference"],
+    ["launch"],
     ["cli", "__main__"],
 ]
 FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
