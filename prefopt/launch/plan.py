@@ -27,7 +27,9 @@ GB = 1e9
 # DeepSpeed's defaults, in entries of weights; configs/deepspeed/*.json leaves them as they are.
 REDUCE_BUCKET = 500_000_000
 MAX_LIVE = 1_000_000_000
-# The two constants that benchmarks/plan.py fitted.
+# The constants that benchmarks/plan.py fitted.
+ZERO3_HEADS = 4.0  # copies of the head's weight that ZeRO-3 makes where it gathers it and sends its gradient
+FSDP2_HEADS = 1.4  # of embedding and head of both models that FSDP2 holds whole, copies in flight among them
 WORKSPACE = 0.5  # of a layer's saved activations: what its backward pass holds beside them
 GPU_OVERHEAD = 1.5 * GB  # a CUDA context, the libraries' workspaces and NCCL; a guess, not on the CPU
 
@@ -185,8 +187,10 @@ def _saved(
     def held() -> int:
         return sum(size for size, _ in kept.values())
 
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with torch.device("meta"):
         lm = adapters.attached(_hollow(short, config, dtype), config, start)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        _off_meta(lm)
         weights = {p.untyped_storage()._cdata for p in lm.parameters()}
 
         def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -209,6 +213,18 @@ def _saved(
         linear = [m for m in run[0].modules() if isinstance(m, nn.Linear)]
         casts = 2 * sum(m.weight.numel() for m in linear) if rounded else 0
     return Saved((layer_bytes - casts) * layers, max(0, outside), casts * layers)
+
+
+def _off_meta(lm: nn.Module) -> None:
+    """Empty tensors in the place of those on the meta device, where attention would not be that of a real device."""
+    made: dict[int, nn.Parameter] = {}
+    for module in lm.modules():
+        for name, p in module._parameters.items():
+            if p is not None and id(p) not in made:
+                made[id(p)] = nn.Parameter(torch.empty(p.shape, dtype=p.dtype), requires_grad=p.requires_grad)
+            module._parameters[name] = None if p is None else made[id(p)]
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = None if buffer is None else torch.empty(buffer.shape, dtype=buffer.dtype)
 
 
 # Memory --------------------------------------------------------------------------------------------------------------
@@ -265,12 +281,13 @@ def memory(config: RunConfig, model: Model, batch: Batch, engine: str, gpus: int
     if engine == "ddp":
         buffers = gradients  # buckets of the same size
     elif zero in (1, 2):
-        buffers = grad * bucket * (2 if zero == 2 else 1)  # configs/deepspeed/zero2.json overlaps: two of them
+        twice = zero == 2 and how.get("overlap", True)  # as configs/deepspeed/zero2.json has it
+        buffers = grad * bucket * (1 + twice)
     elif zero == 3:
         live = min(model.weights + model.adapter + _live_reference(config, model), MAX_LIVE + model.head)
-        buffers = narrow * live * (1 - 1 / ranks) + grad * 2 * model.hidden**2
+        buffers = narrow * (live + ZERO3_HEADS * model.head) + grad * model.hidden**2
     elif engine == "fsdp2":
-        pair = 1.5 * (model.embedding + model.head) * (2 if _live_reference(config, model) else 1)
+        pair = FSDP2_HEADS * (model.embedding + model.head) * (2 if _live_reference(config, model) else 1)
         buffers = narrow * (pair + 2 * model.layer)
 
     # a micro-batch

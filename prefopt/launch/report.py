@@ -80,7 +80,7 @@ def refusal(own: PlanConfig, config: RunConfig, engine: str) -> str | None:
     """Why an engine cannot run this, or None."""
     if engine == "one process":
         return None
-    if own.gpus == 1 and engine != "zero3 offload":
+    if own.gpus == 1:
         return "needs several GPUs"
     if config.method.needs.coupled:
         return "the method looks at a batch as a whole"
