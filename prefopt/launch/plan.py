@@ -28,9 +28,8 @@ GB = 1e9
 REDUCE_BUCKET = 500_000_000
 MAX_LIVE = 1_000_000_000
 # The constants that benchmarks/plan.py fitted.
-ZERO3_HEADS = 4.0  # copies of the head's weight that ZeRO-3 makes where it gathers it and sends its gradient
-FSDP2_HEADS = 1.4  # of embedding and head of both models that FSDP2 holds whole, copies in flight among them
-WORKSPACE = 0.5  # of a layer's saved activations: what its backward pass holds beside them
+ZERO3_ENDS = 2.0  # of embedding and head: copies of ZeRO-3's while they are gathered and their gradients sent
+FSDP2_ENDS = 1.3  # of embedding and head of both models: what FSDP2 holds whole, copies in flight among it
 GPU_OVERHEAD = 1.5 * GB  # a CUDA context, the libraries' workspaces and NCCL; a guess, not on the CPU
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
@@ -166,7 +165,7 @@ def _layers(lm: nn.Module) -> list[nn.Module]:
     lists = [module for module in lm.modules() if isinstance(module, nn.ModuleList)]
     if not lists:
         raise ConfigError(f"model.path: {type(lm).__name__} has no list of layers, which a plan is made of")
-    return list(max(lists, key=_numel))
+    return list(max(lists, key=lambda layers: _numel(layers)))
 
 
 def _saved(
@@ -276,8 +275,11 @@ def memory(config: RunConfig, model: Model, batch: Batch, engine: str, gpus: int
 
     # gradients, and what they travel in
     grad = narrow if zero else trained_bytes
-    gradients = grad * model.trained / (ranks if zero >= 2 or engine == "fsdp2" else 1)
+    # FSDP2 cuts them when they are sent, with the last micro-batch of a step
+    together = engine == "fsdp2" and not accumulates
+    gradients = grad * model.trained / (ranks if zero >= 2 or together else 1)
     buffers = 0.0
+    ends = model.head if model.tied else model.embedding + model.head
     if engine == "ddp":
         buffers = gradients  # buckets of the same size
     elif zero in (1, 2):
@@ -285,27 +287,27 @@ def memory(config: RunConfig, model: Model, batch: Batch, engine: str, gpus: int
         buffers = grad * bucket * (1 + twice)
     elif zero == 3:
         live = min(model.weights + model.adapter + _live_reference(config, model), MAX_LIVE + model.head)
-        buffers = narrow * (live + ZERO3_HEADS * model.head) + grad * model.hidden**2
+        buffers = narrow * (live + ZERO3_ENDS * ends) + grad * model.hidden**2
     elif engine == "fsdp2":
-        pair = FSDP2_HEADS * (model.embedding + model.head) * (2 if _live_reference(config, model) else 1)
+        pair = FSDP2_ENDS * ends * (2 if _live_reference(config, model) else 1)
         buffers = narrow * (pair + 2 * model.layer)
 
     # a micro-batch
     saved = model.narrow if sharded and mixed else model.saved
     stream = batch.cells * model.hidden * (2 if mixed or wide == 2 else wide)
-    layer = saved.layers / model.layers
-    casts = saved.casts
+    layer = (saved.layers + saved.casts) / model.layers
+    waiting = saved.outside + saved.layers + saved.casts  # for the backward pass, while the head is at work
     if config.model.gradient_checkpointing:
-        activations, layer_casts = saved.outside + model.layers * stream + layer, casts / model.layers
-    else:
-        activations, layer_casts = saved.outside + saved.layers, casts
-    if config.model.offload_activations:
-        activations = saved.outside + 2 * layer
-    activations += layer_casts
+        waiting = saved.outside + model.layers * stream
+    elif config.model.offload_activations:
+        waiting = saved.outside + 2 * layer
+    again = layer if config.model.gradient_checkpointing else 0.0
     forward, backward, d_weight = _head(config, model, batch, narrow if sharded else (2 if mixed else wide), grad, how)
     whole = 0.0  # gradients of the layers at work, before they are cut
     if zero >= 2 or engine == "fsdp2":
         whole = grad * model.trained / model.weights * (model.embedding + 2 * model.layer)
+    # ZeRO-3 lets go of what its backward pass has gone through
+    released = narrow * min(model.weights - ends - 2 * model.layer, MAX_LIVE) if zero == 3 else 0.0
     before = gradients if accumulates else 0.0
     resident = kept + optimizer + reference + buffers + overhead
     if zero == 3:
@@ -313,10 +315,10 @@ def memory(config: RunConfig, model: Model, batch: Batch, engine: str, gpus: int
         before = 0.0
     after = 0.0 if zero == 3 else gradients
     peak = resident + max(
-        before + activations + forward,
-        before + activations + backward + d_weight,
-        before + activations + d_weight + WORKSPACE * layer,
-        after + saved.outside + layer + WORKSPACE * layer + whole,
+        before + waiting + forward,
+        before + waiting + backward + d_weight,
+        before + waiting + d_weight + again,
+        after + saved.outside + layer + whole - released,
         after,
     )
     found = Memory(
@@ -324,7 +326,7 @@ def memory(config: RunConfig, model: Model, batch: Batch, engine: str, gpus: int
         weights=kept,
         gradients=gradients,
         optimizer=optimizer,
-        activations=activations,
+        activations=waiting + again,
         head=max(forward, backward + d_weight),
         reference=reference,
         buffers=buffers,

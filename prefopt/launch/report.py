@@ -172,7 +172,7 @@ _COLUMNS = ("engine", "weights", "grads", "optim", "activ", "head", "ref", "comm
 
 def table(rows: list[Row]) -> Iterator[str]:
     """Lines of the table, columns aligned."""
-    cells = [_COLUMNS]
+    cells: list[tuple[str, ...]] = [_COLUMNS]
     for row in rows:
         m = row.memory
         parts = (m.weights, m.gradients, m.optimizer, m.activations, m.head, m.reference, m.buffers, m.total)
@@ -298,7 +298,7 @@ def changes(config: RunConfig) -> Iterator[tuple[str, RunConfig]]:
     """(the flag, the settings with it and with all before it), those first that change no result."""
 
     def put(group: str, **values: object) -> RunConfig:
-        return dataclasses.replace(config, **{group: dataclasses.replace(getattr(config, group), **values)})  # type: ignore[arg-type]
+        return dataclasses.replace(config, **{group: dataclasses.replace(getattr(config, group), **values)})
 
     if config.train.micro_batch > 1:
         config = put("train", micro_batch=1)

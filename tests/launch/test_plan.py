@@ -31,9 +31,7 @@ def llama(folder, shape):
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
-    return {
-        name: llama(folder / name, shape) for name, shape in (("small", SMALL), ("big", BIG), ("middle", MIDDLE))
-    }
+    return {name: llama(folder / name, shape) for name, shape in (("small", SMALL), ("big", BIG), ("middle", MIDDLE))}
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +88,12 @@ def test_bytes_at_rest_are_those_of_the_papers_arithmetic(planned):
     assert (zero1.weights, zero1.gradients, zero1.optimizer) == (2 * weights, 2 * weights, 12 * weights / 4)
     assert (zero2.weights, zero2.gradients, zero2.optimizer) == (2 * weights, 2 * weights / 4, 12 * weights / 4)
     assert (zero3.weights, zero3.gradients, zero3.optimizer) == (weights / 2, weights / 2, 3 * weights)
-    assert (fsdp2.weights, fsdp2.gradients, fsdp2.optimizer, fsdp2.reference) == (weights, weights, 2 * weights, weights)
+    assert (fsdp2.weights, fsdp2.gradients, fsdp2.optimizer, fsdp2.reference) == (
+        weights,
+        weights,
+        2 * weights,
+        weights,
+    )
 
 
 @pytest.mark.parametrize("engine", ["zero1", "zero2", "zero3", "zero3 offload", "fsdp2"])
@@ -205,9 +208,7 @@ def test_command_prints_a_row_for_each_engine_and_the_cache(server, models, tmp_
     ],
 )
 def test_bad_input_is_one_line(server, models, tmp_path, flags, expected):
-    ended = server.train(
-        ["--method", "dpo", "--model.path", models["small"], *flags], command="plan", cwd=tmp_path
-    )
+    ended = server.train(["--method", "dpo", "--model.path", models["small"], *flags], command="plan", cwd=tmp_path)
     assert ended.status == 2
     assert ended.err.count("\n") == 1
     assert expected in ended.err
