@@ -3,9 +3,9 @@
     python benchmarks/plan.py                       # all cases, two gloo processes under each engine: some minutes
     python benchmarks/plan.py --only zero3
 
-A case is a Llama of some shape, with random weights, whose trainer makes two steps over pairs of one length; the peak is
-that of both steps, from torch's own record of what its CPU allocator gave out and took back. `fitted` cases are those
-that the two constants of `prefopt.launch.plan` were set by, the others were not looked at before.
+A case is a Llama of some shape, with random weights, whose trainer makes two steps over pairs of one length; the peak
+is that of both steps, from torch's own record of what its CPU allocator gave out and took back. Cases of the `fit` are
+those by which the constants of `prefopt.launch.plan` were set, and the forms of some terms; `prediction`: the others.
 """
 
 from __future__ import annotations
@@ -196,7 +196,8 @@ def main() -> None:
     fitted = sorted(abs(row["error"]) for row in rows if row["used"] == "fit")
     notes = [
         f"{len(others)} predictions: median error {others[len(others) // 2]:.1%}, largest {others[-1]:.1%}, "
-        f"{sum(error <= 0.15 for error in others)} within 15%. {len(fitted)} cases of the fit: largest {fitted[-1]:.1%}.",
+        f"{sum(error <= 0.15 for error in others)} within 15%. {len(fitted)} cases of the fit: largest error "
+        f"{fitted[-1]:.1%}.",
         "Peak: tensor bytes that a rank holds at most in two steps, from torch's record of its CPU allocator; float32, "
         "AdamW, padded rows, two gloo ranks but for one process.",
         f"DeepSpeed's bucket is {BUCKET:,} entries here under zero1 and zero2 (its own would be 500 times as large).",

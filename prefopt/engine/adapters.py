@@ -347,6 +347,7 @@ def attached(lm: Any, config: RunConfig, start: Weights) -> Any:
     """A model whose weights do not matter, with an adapter like the run's, or as it is where the run has none."""
     if config.lora.r is None and start.adapter is None:
         return lm
+    quantized.hush()
     return _attach(lm, start.adapter or _settings(config.lora, lm, start.revision), None, config.model)
 
 

@@ -1,15 +1,12 @@
 """What a run will hold on each GPU and how long a step will take, from its settings and the model's config alone.
 
-Parameters are counted on the meta device, and what the backbone saves for its backward pass is counted by a forward pass
-over fake tensors: no weight is made or read. What engines hold beside that is in closed form, from their sources.
+Parameters are counted on the meta device, and what the backbone saves for its backward pass is counted by a forward
+pass over fake tensors: no weight is made or read. What engines hold beside that is in closed form, from their sources.
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -231,7 +228,7 @@ def _off_meta(lm: nn.Module) -> None:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one rank under one engine. The parts do not all peak together: `total` is the largest sum at one time."""
+    """Bytes of one rank under one engine; `host`: of its host. `total` is the largest sum at one time, not that of all."""
 
     engine: str
     weights: float

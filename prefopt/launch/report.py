@@ -263,13 +263,12 @@ def advice(own: PlanConfig, config: RunConfig, rows: list[Row]) -> list[str]:
     if best is None:
         return what_to_change(own, config)
     name = best.memory.engine
-    others = [row.memory.engine for row in rows if row.fits and row is not best]
-    smaller = [row.memory.engine for row in rows if row.refused is None and not row.fits]
+    small = [row.memory.engine for row in rows if row.refused is None and not row.fits]
     why = f"{best.memory.total / GB:.1f} GB of {own.gpu_memory:g}"
-    if smaller:
-        why += f"; {', '.join(smaller)} would not fit"
-    if others:
-        why += f"; {', '.join(others)} would fit too, at no less time or with more communication"
+    if small:
+        why += f", where {', '.join(small)} would not fit"
+    if sum(row.fits for row in rows) > 1:
+        why += "; of those that fit, the soonest done by the slow end of its range"
     start = "python scripts/train.py" if name == "one process" else f"--config_file {_FILES[name]}"
     return [f"recommended: {name} ({start}): {why}"]
 
@@ -277,9 +276,9 @@ def advice(own: PlanConfig, config: RunConfig, rows: list[Row]) -> list[str]:
 def what_to_change(own: PlanConfig, config: RunConfig) -> list[str]:
     """The changes, one after the other, after which an engine fits."""
     lines: list[str] = []
-    for words, config in changes(config):
+    for words, changed in changes(config):
         lines.append(words)
-        _, rows = planned(replace_lengths(own, config), config)
+        _, rows = planned(replace_lengths(own, changed), changed)
         best = recommended(rows)
         if best is not None:
             said = f"{best.memory.engine} then needs {best.memory.total / GB:.1f} GB"
@@ -310,15 +309,14 @@ def changes(config: RunConfig) -> Iterator[tuple[str, RunConfig]]:
         config = put("train", mixed_precision="bf16")
         yield "--train.mixed_precision bf16", config
     needs = config.method.needs.reference
-    if needs != "none" and config.reference.cache == "none" and config.reference.sync_every is None:
-        if config.lora.r is None:
-            kind = "logps" if needs == "sequence" else "hidden"
-            config = put("reference", cache=kind)
-            yield f"--reference.cache {kind}", config
+    stands = config.reference.cache == "none" and config.reference.sync_every is None and config.lora.r is None
+    if needs != "none" and stands:
+        kind = "logps" if needs == "sequence" else "hidden"
+        config = put("reference", cache=kind)
+        yield f"--reference.cache {kind}", config
     start = adapters.find(str(config.model.path), config.model)
     if config.lora.r is None and start.adapter is None:
         config = put("lora", r=16)
-        config = put("reference", cache="none") if config.reference.path is None else config
         config = put("model", dtype="bfloat16")
         yield "--lora.r 16 --model.dtype bfloat16", config
     if config.model.quantize is None:

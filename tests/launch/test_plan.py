@@ -73,7 +73,7 @@ def test_a_tied_head_counts_once(planned):
 
 
 def test_bytes_at_rest_are_those_of_the_papers_arithmetic(planned):
-    """Rajbhandari et al., 2020, section 3: with K = 12 in 16 bits, 2 + 2 + K = 16 bytes a weight; in 32, AdamW has 16."""
+    """Rajbhandari et al., 2020, section 3: 2 + 2 + 12 bytes of a weight in 16 bits; in 32, AdamW has 16."""
     weights = planned()[0].weights
     one, zero1, zero2, zero3, fsdp2 = (
         engines(planned, *flags, gpus=4)[name]
