@@ -85,7 +85,7 @@ def parse_plan(argv: Sequence[str]) -> tuple[PlanConfig, RunConfig]:
 def plan_help() -> str:
     """The grouped `--help` of the command."""
     head = [
-        "usage: plan.py --method NAME --model.path DIR [--config FILE] [--gpus N] [--gpu_memory GB] [--GROUP.SETTING ...]",
+        "usage: plan.py --method NAME --model.path DIR [--gpus N] [--gpu_memory GB] [--GROUP.SETTING VALUE ...]",
         "",
         "What a run will hold on each GPU and how long a step will take, under each engine, from the settings that",
         "train.py takes (train.py --help lists them) and the model's config alone: no weights, no data, no GPU.",

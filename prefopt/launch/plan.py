@@ -228,7 +228,7 @@ def _off_meta(lm: nn.Module) -> None:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one rank under one engine; `host`: of its host. `total` is the largest sum at one time, not that of all."""
+    """Bytes of one rank under one engine, `host` of its host's. `total` is the largest sum at one time."""
 
     engine: str
     weights: float

@@ -1,4 +1,4 @@
-"""The plan before a run: bytes that are known by hand, what must grow and shrink, which engine, and one-line mistakes."""
+"""The plan before a run: bytes known by hand, what must grow and shrink, which engine, and mistakes in one line."""
 
 import pytest
 
@@ -52,6 +52,7 @@ def engines(planned, *flags, **own):
 
 BF16 = ("--train.mixed_precision", "bf16")
 LORA = ("--lora.r", "8")
+ONE_PASS = ("--train.global_batch", "32")  # of four ranks, eight pairs each
 RECOMPUTE = ("--model.gradient_checkpointing", "true")
 
 
@@ -77,7 +78,7 @@ def test_bytes_at_rest_are_those_of_the_papers_arithmetic(planned):
     weights = planned()[0].weights
     one, zero1, zero2, zero3, fsdp2 = (
         engines(planned, *flags, gpus=4)[name]
-        for name, flags in (("one process", ()), ("zero1", BF16), ("zero2", BF16), ("zero3", BF16), ("fsdp2", ()))
+        for name, flags in (("one process", ()), ("zero1", BF16), ("zero2", BF16), ("zero3", BF16), ("fsdp2", ONE_PASS))
     )
     assert (one.weights, one.gradients, one.optimizer, one.reference) == (
         4 * weights,
@@ -124,6 +125,12 @@ def test_what_saves_memory_saves_it(planned, more, less, part):
     before, after = (engines(planned, *flags, model="middle")["one process"] for flags in (more, less))
     assert getattr(after, part) < getattr(before, part)
     assert after.total < before.total
+
+
+def test_fsdp2_holds_whole_gradients_where_a_step_has_several_micro_batches(planned):
+    once, twice = (engines(planned, "--train.global_batch", n, gpus=4)["fsdp2"] for n in ("32", "64"))
+    assert twice.gradients == 4 * once.gradients
+    assert twice.total > once.total
 
 
 def test_a_method_that_reads_no_reference_holds_none(planned):
