@@ -110,8 +110,8 @@ def read_model(config: RunConfig, batch: Batch) -> Model:
     with torch.device("meta"):
         lm = _hollow(architecture, config, config.model.dtype)
     shape, layers = layouts.shape_of(lm), _layers(lm)
-    embedding, head = lm.get_input_embeddings().weight, lm.get_output_embeddings().weight
-    weights, layer = sum(p.numel() for p in lm.parameters()), max(map(_numel, layers))
+    embedding, head = lm.get_input_embeddings().weight, _head_of(lm).weight
+    weights, layer = _numel(lm), max(_numel(layer) for layer in layers)
     with torch.device("meta"):
         lm = adapters.attached(lm, config, start)
     narrow = {"bf16": "bfloat16", "fp16": "bfloat16"}.get(config.train.mixed_precision, config.model.dtype)
@@ -129,7 +129,7 @@ def read_model(config: RunConfig, batch: Batch) -> Model:
         width=shape.width,
         vocabulary=int(text.vocab_size),
         tied=head is embedding,
-        head_trained=any(p.requires_grad for p in lm.get_output_embeddings().parameters()),
+        head_trained=any(p.requires_grad for p in _head_of(lm).parameters()),
         saved=saved,
         narrow=saved
         if narrow == config.model.dtype
@@ -139,11 +139,16 @@ def read_model(config: RunConfig, batch: Batch) -> Model:
 
 def _hollow(architecture: Any, config: RunConfig, dtype: str) -> Any:
     """A model of this architecture, on whatever device is the default."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+    scores = config.method.needs.output == "scores"
+    kind: Any = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
+    architecture = copy.deepcopy(architecture)
+    if scores:
+        architecture.num_labels = 1
     try:
         with models.quiet():
-            return AutoModelForCausalLM.from_config(
+            return kind.from_config(
                 architecture,
                 dtype=getattr(torch, dtype),
                 attn_implementation="sdpa",
@@ -151,6 +156,12 @@ def _hollow(architecture: Any, config: RunConfig, dtype: str) -> Any:
             )
     except Exception as error:
         raise models.refuse("model.path", str(config.model.path), error) from error
+
+
+def _head_of(lm: Any) -> Any:
+    """The output head, of a language model or a classifier."""
+    base = adapters.base_of(lm)
+    return getattr(base, "score", None) or base.get_output_embeddings()
 
 
 def _numel(module: nn.Module) -> int:
@@ -162,7 +173,8 @@ def _layers(lm: nn.Module) -> list[nn.Module]:
     lists = [module for module in lm.modules() if isinstance(module, nn.ModuleList)]
     if not lists:
         raise ConfigError(f"model.path: {type(lm).__name__} has no list of layers, which a plan is made of")
-    return list(max(lists, key=lambda layers: _numel(layers)))
+    sizes = [_numel(layers) for layers in lists]
+    return list(lists[sizes.index(max(sizes))])
 
 
 def _saved(
@@ -293,7 +305,7 @@ def memory(config: RunConfig, model: Model, batch: Batch, engine: str, gpus: int
     saved = model.narrow if sharded and mixed else model.saved
     stream = batch.cells * model.hidden * (2 if mixed or wide == 2 else wide)
     layer = (saved.layers + saved.casts) / model.layers
-    waiting = saved.outside + saved.layers + saved.casts  # for the backward pass, while the head is at work
+    waiting: float = saved.outside + saved.layers + saved.casts  # for the backward pass, while the head is at work
     if config.model.gradient_checkpointing:
         waiting = saved.outside + model.layers * stream
     elif config.model.offload_activations:

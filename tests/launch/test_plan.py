@@ -138,6 +138,14 @@ def test_a_method_that_reads_no_reference_holds_none(planned):
     assert engines(planned, "--reference.cache", "logps", method="dpo")["ddp"].reference == 0
 
 
+def test_a_classifier_has_one_row_of_head_and_no_logits(planned):
+    model, rows = planned(method="reward_model")
+    assert model.head == model.hidden
+    assert model.weights == planned()[0].weights - (model.vocabulary - 1) * model.hidden
+    assert rows["ddp"].memory.head == rows["ddp"].memory.reference == 0
+    assert planned(*LORA, method="reward_model")[0].trained < model.trained
+
+
 def test_activations_grow_with_rows_and_layers_as_they_do(planned):
     one, two = (engines(planned, "--train.micro_batch", n)["ddp"].activations for n in ("4", "8"))
     assert two == pytest.approx(2 * one, rel=1e-3)
