@@ -154,6 +154,7 @@ SHAPES: dict[str, tuple[int, int, int, int, int, bool]] = {
     "9M": (256, 688, 6, 4, 8192, False),
     "14M": (384, 1024, 8, 6, 2048, False),
     "21M tied": (512, 1376, 4, 8, 16384, True),
+    "36M": (512, 1376, 10, 8, 4096, False),
     "60M": (640, 1720, 8, 10, 16384, False),
 }
 TWO = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
@@ -165,7 +166,13 @@ CASES = [
     *(Case(SHAPES["14M"], engine, checkpointing=True, micro=4) for engine in ("one process", *TWO)),
     *(Case(SHAPES["9M"], engine, lora=8) for engine in ("one process", "ddp", "zero2", "zero3", "fsdp2")),
     *(Case(SHAPES["1M"], engine, prompt=192) for engine in ("one process", *TWO)),
-    *(Case(SHAPES["60M"], engine, micro=1) for engine in ("one process", *TWO)),
+    # and of the copy of gradients in ZeRO's step
+    *(Case(SHAPES["60M"], engine, micro=1, fitted=engine in TWO[1:3]) for engine in ("one process", *TWO)),
+    # measured when nothing was changed any more
+    *(
+        Case(SHAPES["36M"], engine, "tdpo", micro=1, accumulation=2, prompt=96, response=160)
+        for engine in ("one process", *TWO)
+    ),
 ]
 
 

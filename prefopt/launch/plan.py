@@ -328,7 +328,7 @@ def memory(config: RunConfig, model: Model, batch: Batch, engine: str, gpus: int
         before + waiting + backward + d_weight,
         before + waiting + d_weight + again,
         after + saved.outside + layer + whole - released,
-        after,
+        after + (4 * model.trained / ranks if zero else 0.0) - released,  # the step's copy of its gradients in 32 bits
     )
     found = Memory(
         engine=engine,
