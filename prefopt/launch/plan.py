@@ -24,10 +24,10 @@ GB = 1e9
 # DeepSpeed's defaults, in entries of weights; configs/deepspeed/*.json leaves them as they are.
 REDUCE_BUCKET = 500_000_000
 MAX_LIVE = 1_000_000_000
+GPU_OVERHEAD = 1.5 * GB  # a CUDA context, the libraries' workspaces and NCCL: a guess
 # The constants that benchmarks/plan.py fitted.
 ZERO3_ENDS = 2.0  # of embedding and head: copies of ZeRO-3's while they are gathered and their gradients sent
 FSDP2_ENDS = 1.3  # of embedding and head of both models: what FSDP2 holds whole, copies in flight among it
-GPU_OVERHEAD = 1.5 * GB  # a CUDA context, the libraries' workspaces and NCCL; a guess, not on the CPU
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
 _STATES = {"adamw": 8.0, "adamw_8bit": 2.1, "paged_adamw_8bit": 2.1, "adafactor": 0.1, "rmsprop": 4.0, "sgd": 0.0}
