@@ -12,6 +12,7 @@ COMMANDS = {
     "infer": cli.infer,
     "data": cli.data,
     "sweep": cli.sweep,
+    "plan": cli.plan,
 }
 USAGE = f"""prefopt {__version__}: train language models on preferences, and find out which loss is better
 
@@ -20,6 +21,7 @@ usage: prefopt train --method NAME [--config FILE] [--GROUP.SETTING VALUE ...]
        prefopt infer [--model DIR] [--prompts FILE | --prompt TEXT] [--strategy NAME] [--GROUP.SETTING VALUE ...]
        prefopt data FILE[,FILE ...] --model.path DIR [--html PAGE]
        prefopt sweep FILE.yaml [--launcher local|slurm]
+       prefopt plan --method NAME --model.path DIR [--gpus N] [--gpu_memory GB] [--GROUP.SETTING VALUE ...]
        prefopt COMMAND --help"""
 
 

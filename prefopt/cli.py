@@ -926,3 +926,23 @@ def sweep(argv: Sequence[str]) -> int:
         return command.sweep(argv)
     except PrefoptError as error:
         return rt.fail(error)
+
+
+def plan(argv: Sequence[str]) -> int:
+    """The `plan` command: memory and time of a run under each engine. Status: 0, or 2 for a user's mistake."""
+    from prefopt.plan_config import parse_plan, plan_help
+
+    try:
+        if "--help" in argv or "-h" in argv:
+            with contextlib.suppress(BrokenPipeError):
+                print(plan_help())
+            return 0
+        own, config = parse_plan(argv)
+        rt.check_path("model.path", str(config.model.path))
+        from prefopt.launch.report import report
+
+        with contextlib.suppress(BrokenPipeError):
+            print(report(own, config))
+        return 0
+    except PrefoptError as error:
+        return rt.fail(error)

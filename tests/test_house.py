@@ -15,7 +15,7 @@ FLOORS = [
     ["__init__", "types", "errors", "files", "marks"],
     ["kernels"],
     ["thoughts", "method", "methods", "ranking", "registry", "losses"],
-    ["config", "infer_config", "data_config"],
+    ["config", "infer_config", "data_config", "plan_config"],
     ["data"],
     ["engine"],
     ["testbed", "generation", "judges"],

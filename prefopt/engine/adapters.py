@@ -343,6 +343,14 @@ def load_policy(
     return lm
 
 
+def attached(lm: Any, config: RunConfig, start: Weights) -> Any:
+    """A model whose weights do not matter, with an adapter like the run's, or as it is where the run has none."""
+    if config.lora.r is None and start.adapter is None:
+        return lm
+    quantized.hush()
+    return _attach(lm, start.adapter or _settings(config.lora, lm, start.revision), None, config.model)
+
+
 def load_frozen(weights: Weights, settings: ModelConfig, key: str) -> PreTrainedModel:
     """A model to compare with; its adapter, if it has one, stays beside the base weights, where it is exact."""
     if weights.adapter is None:

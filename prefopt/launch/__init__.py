@@ -1,1 +1,1 @@
-"""Many runs: a sweep file becomes a manifest of runs, which a launcher starts here or hands to Slurm."""
+"""Many runs: a sweep file becomes a manifest of runs, started here or handed to Slurm; and the plan of one run."""

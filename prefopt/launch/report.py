@@ -1,0 +1,327 @@
+"""The page that `prefopt plan` prints: a row per engine, what a step costs, and which engine to take."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from prefopt import config as settings
+from prefopt.config import RunConfig
+from prefopt.engine import adapters, engines, layouts
+from prefopt.errors import ConfigError
+from prefopt.launch import plan
+from prefopt.launch.plan import GB, Batch, Memory, Model
+from prefopt.plan_config import PlanConfig
+
+ROOM = 0.9  # of a GPU that a plan may fill: allocators leave gaps, and rows differ
+TFLOPS = {2: (200.0, 450.0), 4: (20.0, 45.0)}  # of an H100 in training, by bytes of what products are made of
+HOST_BANDWIDTH = 20.0  # GB/s between a GPU and its host's memory; a guess
+HOST_UPDATES = 0.5e9  # weights that one rank's share of the host updates in a second; a guess
+TIE = 1.02  # an engine that is less than this faster is no reason to leave a simpler one
+
+
+@dataclass(frozen=True)
+class Row:
+    """One engine: what it holds, the seconds of a step (fast, slow), and why it cannot be, if so."""
+
+    memory: Memory
+    seconds: tuple[float, float]
+    refused: str | None
+    fits: bool
+
+
+def report(own: PlanConfig, config: RunConfig) -> str:
+    """The page. Raises: ConfigError or TrainError in one line, for a model that cannot be trained as `config` says."""
+    model, rows = planned(own, config)
+    lora = f", {model.trained:,} of them trained" if model.trained != model.weights else ""
+    batch = batch_of(own, config)
+    lines = [
+        f"{config.model.path}: {model.weights + model.adapter:,} parameters{lora}, in {config.model.dtype}"
+        + (f" with {config.train.mixed_precision}" if config.train.mixed_precision != "no" else ""),
+        f"a micro-batch: {batch.rows} sequences of up to {batch.width} tokens, {batch.scored} tokens scored"
+        + ("; activations are recomputed" if config.model.gradient_checkpointing else ""),
+        f"reference: {reference_line(config, model)}",
+        f"GB of one of {own.gpus} GPU(s) of {own.gpu_memory:g} GB; parts do not peak together, total is their largest "
+        "sum at one time",
+        "",
+        *table(rows),
+        "",
+        *cache_lines(own, config, model),
+        steps_line(own, config, model),
+        *advice(own, config, rows),
+    ]
+    return "\n".join(lines)
+
+
+def batch_of(own: PlanConfig, config: RunConfig) -> Batch:
+    """The largest micro-batch, scored as far as the mean row is."""
+    prompt, response = own.prompt_tokens or 1, own.response_tokens or 1
+    return plan.batch_of(config, response / (prompt + response))
+
+
+def planned(own: PlanConfig, config: RunConfig) -> tuple[Model, list[Row]]:
+    """The model, and a row for each engine."""
+    batch = batch_of(own, config)
+    model = plan.read_model(config, batch)
+    rows = []
+    for engine in plan.ENGINES:
+        memory = plan.memory(config, model, batch, engine, own.gpus)
+        refused = refusal(own, config, engine)
+        fits = refused is None and memory.total <= ROOM * own.gpu_memory * GB
+        rows.append(Row(memory, seconds(own, config, model, engine), refused, fits))
+    return model, rows
+
+
+def refusal(own: PlanConfig, config: RunConfig, engine: str) -> str | None:
+    """Why an engine cannot run this, or None."""
+    if engine == "one process":
+        return None
+    if own.gpus == 1:
+        return "needs several GPUs"
+    if config.method.needs.coupled:
+        return "the method looks at a batch as a whole"
+    if engine == "ddp":
+        return None
+    try:
+        engines._refuse(config, engine.partition(" ")[0])
+    except ConfigError as error:
+        return str(error).partition(",")[0].replace("found ", "")
+    return None
+
+
+# Time ----------------------------------------------------------------------------------------------------------------
+
+
+def flops(own: PlanConfig, config: RunConfig, model: Model) -> float:
+    """Floating-point operations of a step, over all ranks.
+
+    A multiply-add counts two. The backward pass of a weight that is trained costs two forward passes, of one that is
+    not, one; recomputing costs another, a live reference one.
+    """
+    pairs, both = config.train.global_batch, config.method.needs.rows == "pairs"
+    prompt, response = own.prompt_tokens or 1, own.response_tokens or 1
+    parts = np.array([(prompt, response)] * (2 if both else 1), np.int64)
+    shape = layouts.Shape(model.layers, model.width, model.matrices)
+    asked = config.train.layout
+    possible = layouts.possible_layouts(config.method.needs, "by_unit") if asked == "auto" else (asked,)
+    works = [layouts.work(parts, layout, "by_unit", shape, "cuda") for layout in possible]
+    work = min(works, key=lambda work: layouts.seconds(work, layouts.SPEEDS["cuda"]))
+    forward = 2 * work.linear + 4 * (work.causal + work.masked)
+    head = 2.0 * len(parts) * response * model.vocabulary * model.hidden
+    if config.method.needs.output == "scores":
+        head = 0.0
+    backward = 1 if model.adapter else 2
+    times = 1 + backward + config.model.gradient_checkpointing
+    scores = config.method.needs.reference != "none" and config.reference.cache == "none"
+    compares = config.method.needs.reference == "token" or scores
+    total = forward * (times + scores) + head * (2 + model.head_trained + compares)
+    return pairs * total
+
+
+def volume(own: PlanConfig, config: RunConfig, model: Model, engine: str) -> float:
+    """Bytes that a rank sends in a step, and receives."""
+    if engine == "one process" or own.gpus == 1:
+        return 0.0
+    share = 1 - 1 / own.gpus
+    passes = micro_batches(own, config, engine)
+    wide = plan._BYTES[config.model.dtype]
+    narrow = 2 if config.train.mixed_precision != "no" else wide
+    live = plan._live_reference(config, model)
+    gradients = (4 if model.adapter else wide) * model.trained
+    if engine == "ddp":
+        return 2 * share * gradients
+    if engine in ("zero1", "zero2"):
+        again = passes if engine == "zero2" else 1
+        return share * narrow * model.trained * (again + 1) + (share * narrow * model.trained if again == 1 else 0)
+    gathered = share * narrow * (2 * (model.weights + model.adapter) + live)
+    reduced = share * (4 if engine == "fsdp2" else narrow) * model.trained
+    return passes * gathered + (1 if engine == "fsdp2" else passes) * reduced
+
+
+def micro_batches(own: PlanConfig, config: RunConfig, engine: str) -> int:
+    """Forward passes of a rank in a step."""
+    ranks = 1 if engine == "one process" else own.gpus
+    return max(1, -(-config.train.global_batch // (ranks * config.train.micro_batch)))
+
+
+def seconds(own: PlanConfig, config: RunConfig, model: Model, engine: str) -> tuple[float, float]:
+    """(fast, slow): compute and communication at the same time, or one after the other."""
+    ranks = 1 if engine == "one process" else own.gpus
+    narrow = config.train.mixed_precision != "no" or config.model.dtype == "bfloat16"
+    low, high = own.tflops or TFLOPS[2 if narrow else 4]
+    work = flops(own, config, model) / ranks / 1e12
+    sent = volume(own, config, model, engine) / own.bandwidth / GB
+    moved = 0.0
+    if engine.endswith("offload"):
+        bytes_ = 2 if narrow else 4
+        passes = micro_batches(own, config, engine)
+        once = bytes_ * (model.weights + model.adapter) / ranks
+        moved = (2 * passes * once + 2 * bytes_ * model.trained / ranks) / HOST_BANDWIDTH / GB
+        moved += model.trained / ranks / HOST_UPDATES
+    return max(work / high, sent) + moved, work / low + sent + moved
+
+
+# Words ---------------------------------------------------------------------------------------------------------------
+
+_COLUMNS = ("engine", "weights", "grads", "optim", "activ", "head", "ref", "comm", "total", "fits", "s per step")
+
+
+def table(rows: list[Row]) -> Iterator[str]:
+    """Lines of the table, columns aligned."""
+    cells: list[tuple[str, ...]] = [_COLUMNS]
+    for row in rows:
+        m = row.memory
+        parts = (m.weights, m.gradients, m.optimizer, m.activations, m.head, m.reference, m.buffers, m.total)
+        fits = "no: " + row.refused if row.refused else ("yes" if row.fits else "no")
+        if m.host:
+            fits += f" (+{_gb(m.host)} of the host's)"
+        cells.append((m.engine, *map(_gb, parts), fits, f"{row.seconds[0]:.3g} to {row.seconds[1]:.3g}"))
+    widths = [max(len(line[i]) for line in cells) for i in range(len(_COLUMNS))]
+    for line in cells:
+        first, *others = (
+            cell.ljust(width) if i in (0, 9) else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
+        yield "  ".join([first, *others]).rstrip()
+
+
+def _gb(size: float) -> str:
+    return f"{size / GB:.1f}" if size >= 0.05 * GB or size == 0 else f"{size / GB:.2g}"
+
+
+def reference_line(config: RunConfig, model: Model) -> str:
+    """What a rank has of the reference."""
+    if config.method.needs.reference == "none":
+        return "none, the method reads none"
+    if config.reference.cache == "logps":
+        return "kept log-probabilities; nothing is held"
+    if config.reference.cache == "hidden":
+        return "kept hidden states; its head alone is held"
+    if model.adapter and config.reference.path is None:
+        return "the base weights under the adapter; nothing more is held"
+    return "a frozen copy"
+
+
+def pairs_of(own: PlanConfig, config: RunConfig) -> int | None:
+    """How many pairs there are, if that is said or cheap to see."""
+    if own.pairs is not None:
+        return own.pairs
+    files = [Path(name) for name in settings.sources(config.data.train)]
+    if not files or not all(path.is_file() and path.suffix == ".jsonl" for path in files):
+        return None
+    return sum(sum(1 for _ in path.open("rb")) for path in files)
+
+
+def cache_lines(own: PlanConfig, config: RunConfig, model: Model) -> list[str]:
+    """What the kept values of a reference take on disk."""
+    needs = config.method.needs
+    if needs.reference == "none":
+        return []
+    pairs = pairs_of(own, config)
+    if pairs is None:
+        return ["cache of the reference: name --pairs for its size on disk"]
+    sides = 2 if needs.rows == "pairs" else 1
+    tokens = pairs * sides * (own.response_tokens or 1)
+    stored = 8 if config.model.dtype == "float64" else 4
+    hidden = tokens * model.hidden * plan._BYTES[config.reference.cache_dtype]
+    said = f"cache of the reference for {pairs:,} pairs: hidden {hidden / GB:.3g} GB on disk"
+    if needs.reference == "sequence":
+        said += f", logps {tokens * stored / GB:.3g} GB"
+    return [said + ("" if config.reference.cache == "none" else f" (found reference.cache {config.reference.cache})")]
+
+
+def steps_line(own: PlanConfig, config: RunConfig, model: Model) -> str:
+    """What the time is made of."""
+    narrow = config.train.mixed_precision != "no" or config.model.dtype == "bfloat16"
+    low, high = own.tflops or TFLOPS[2 if narrow else 4]
+    return (
+        f"a step: {config.train.global_batch} pairs of {own.prompt_tokens} + {own.response_tokens} tokens, "
+        f"{flops(own, config, model) / 1e15:.3g} PFLOP at {low:g} to {high:g} TFLOPS a GPU, "
+        f"communication at {own.bandwidth:g} GB/s beside it or after it"
+    )
+
+
+def recommended(rows: list[Row]) -> Row | None:
+    """The fastest that fits by its slow end; of those that are as fast, the one that does least."""
+    fitting = [row for row in rows if row.fits]
+    if not fitting:
+        return None
+    best = min(row.seconds[1] for row in fitting)
+    return next(row for row in fitting if row.seconds[1] <= TIE * best)
+
+
+_FILES = {engine: f"configs/accelerate/{engine.replace(' ', '_')}.yaml" for engine in plan.ENGINES[1:]}
+
+
+def advice(own: PlanConfig, config: RunConfig, rows: list[Row]) -> list[str]:
+    """Which engine to take and why, or what to change."""
+    best = recommended(rows)
+    if best is None:
+        return what_to_change(own, config)
+    name = best.memory.engine
+    small = [row.memory.engine for row in rows if row.refused is None and not row.fits]
+    why = f"{best.memory.total / GB:.1f} GB of {own.gpu_memory:g}"
+    if small:
+        why += f", where {', '.join(small)} would not fit"
+    if sum(row.fits for row in rows) > 1:
+        why += "; of those that fit, the soonest done by the slow end of its range"
+    start = "python scripts/train.py" if name == "one process" else f"--config_file {_FILES[name]}"
+    return [f"recommended: {name} ({start}): {why}"]
+
+
+def what_to_change(own: PlanConfig, config: RunConfig) -> list[str]:
+    """The changes, one after the other, after which an engine fits."""
+    lines: list[str] = []
+    for words, changed in changes(config):
+        lines.append(words)
+        _, rows = planned(replace_lengths(own, changed), changed)
+        best = recommended(rows)
+        if best is not None:
+            said = f"{best.memory.engine} then needs {best.memory.total / GB:.1f} GB"
+            return ["nothing fits as it is; change " + ", ".join(lines) + f": {said}"]
+    return ["nothing fits, even with " + ", ".join(lines) + "; expected more GPUs, or a smaller model"]
+
+
+def replace_lengths(own: PlanConfig, config: RunConfig) -> PlanConfig:
+    """The mean lengths, where rows have become shorter than they were."""
+    prompt, response, longest = own.prompt_tokens or 1, own.response_tokens or 1, config.data.max_length
+    share = min(1.0, longest / (prompt + response))
+    return replace(own, prompt_tokens=max(1, int(prompt * share)), response_tokens=max(1, int(response * share)))
+
+
+def changes(config: RunConfig) -> Iterator[tuple[str, RunConfig]]:
+    """(the flag, the settings with it and with all before it), those first that change no result."""
+
+    def put(group: str, **values: object) -> RunConfig:
+        return dataclasses.replace(config, **{group: dataclasses.replace(getattr(config, group), **values)})
+
+    if config.train.micro_batch > 1:
+        config = put("train", micro_batch=1)
+        yield "--train.micro_batch 1", config
+    if not config.model.gradient_checkpointing:
+        config = put("model", gradient_checkpointing=True)
+        yield "--model.gradient_checkpointing true", config
+    if config.train.mixed_precision == "no" and config.model.dtype == "float32":
+        config = put("train", mixed_precision="bf16")
+        yield "--train.mixed_precision bf16", config
+    needs = config.method.needs.reference
+    stands = config.reference.cache == "none" and config.reference.sync_every is None and config.lora.r is None
+    if needs != "none" and stands:
+        kind = "logps" if needs == "sequence" else "hidden"
+        config = put("reference", cache=kind)
+        yield f"--reference.cache {kind}", config
+    start = adapters.find(str(config.model.path), config.model)
+    if config.lora.r is None and start.adapter is None:
+        config = put("lora", r=16)
+        config = put("model", dtype="bfloat16")
+        yield "--lora.r 16 --model.dtype bfloat16", config
+    if config.model.quantize is None:
+        config = put("model", quantize="nf4", compute_dtype="bfloat16")
+        yield "--model.quantize nf4", config
+    if config.data.max_length > 512:
+        config = put("data", max_length=512)
+        yield "--data.max_length 512", config
