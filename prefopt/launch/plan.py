@@ -151,7 +151,8 @@ def _hollow(architecture: Any, config: RunConfig, dtype: str) -> Any:
             return kind.from_config(
                 architecture,
                 dtype=getattr(torch, dtype),
-                attn_implementation="sdpa",
+                # the others save what SDPA does, and may not be installed here
+                attn_implementation="eager" if config.model.attention == "eager" else "sdpa",
                 trust_remote_code=config.model.trust_remote_code,
             )
     except Exception as error:
@@ -218,7 +219,7 @@ def _saved(
         layer_bytes = (held() - marks[0]) // len(run) if len(run) < 2 else marks[1] - marks[0]
         outside = held() - layer_bytes * len(run)
         rounded = autocast and dtype == "float32"
-        linear = [m for m in run[0].modules() if isinstance(m, nn.Linear)]
+        linear: list[Any] = [m for m in run[0].modules() if adapters._linear(m)]
         casts = 2 * sum(m.weight.numel() for m in linear) if rounded else 0
     return Saved((layer_bytes - casts) * layers, max(0, outside), casts * layers)
 
