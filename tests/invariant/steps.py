@@ -135,10 +135,10 @@ class Bench:
             name: p.grad.clone() for name, p in self.trainer.policy.lm.named_parameters() if p.requires_grad
         }
 
-    def step(self, pairs, micro, counted=None):
+    def step(self, pairs, micro, counted=None, number=0):
         """(loss, gradient by parameter name) of one optimizer step on `pairs`, `micro` at a time on each process.
 
-        Args: counted: by how many pairs a grouped step is divided; None: by its own.
+        Args: counted: by how many pairs a grouped step is divided; None: by its own. number: of the step.
         """
         train = replace(self.trainer.config.train, global_batch=len(pairs), micro_batch=micro)
         self.trainer.config = replace(self.trainer.config, train=train)
@@ -146,7 +146,7 @@ class Bench:
         self.trainer.train.counted_pairs = lambda step: len(pairs) if counted is None else counted
         known = self.trainer.runtime.accelerator._optimizers
         known[:] = [self.trainer.optimizer]  # whose gradients a scaler unscales before they are clipped
-        line = self.trainer._step(0)
+        line = self.trainer._step(number)
         known.clear()
         self.line = line
         return line["loss"], self.gradients
