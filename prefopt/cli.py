@@ -499,8 +499,12 @@ def _fit(
     from prefopt.engine.trainer import Trainer
 
     if config.lora.r is None and task.start.adapter is None:
-        trained = models.parameters(task.start.base, task.start.base_settings(config.model))
-        runtime.on_main(lambda: preflight.room_for_checkpoints(config, trained, output))
+        base = task.start
+        runtime.on_main(
+            lambda: preflight.room_for_checkpoints(
+                config, models.parameters(base.base, base.base_settings(config.model)), output
+            )
+        )
     with runtime.sharded_loading():
         lm = adapters.load_policy(config, task.start, task.reference, resume_from)
     reference: Any = task.reference

@@ -75,19 +75,26 @@ def facts(
     if evaluations and "pairs" in evaluations[-1]:
         data.append(f"Held-out pairs: {evaluations[-1]['pairs']:,}.")
     return Facts(
-        method=config.method,
-        method_name=config.method_name,
-        base=_base(config),
-        base_id=_hub_id(config.model.path),
-        datasets=[one for one in (_hub_id(config.data.train),) if one is not None],
+        **_of_any_run(config, tokenizer),
         data=data,
         adapter=adapter,
         merged=merged,
-        chat=bool(tokenizer.chat_template),
         start=_figures(evaluations[0]) if evaluations and evaluations[0]["step"] == 0 else {},
         end=_figures(evaluations[-1]) if evaluations else {},
         step=int(steps[-1]["step"]) if steps else None,
     )
+
+
+def _of_any_run(config: RunConfig, tokenizer: Any) -> dict[str, Any]:
+    """What `Facts` has of a training and of rounds alike."""
+    return {
+        "method": config.method,
+        "method_name": config.method_name,
+        "base": _base(config),
+        "base_id": _hub_id(config.model.path),
+        "datasets": [one for one in (_hub_id(config.data.train),) if one is not None],
+        "chat": bool(tokenizer.chat_template),
+    }
 
 
 def facts_of_rounds(
@@ -108,15 +115,10 @@ def facts_of_rounds(
     if figures and "prompts" in figures[-1]:
         data.append(f"Held-out prompts: {int(figures[-1]['prompts']):,}.")
     return Facts(
-        method=config.method,
-        method_name=config.method_name,
-        base=_base(config),
-        base_id=_hub_id(config.model.path),
-        datasets=[one for one in (_hub_id(config.data.train),) if one is not None],
+        **_of_any_run(config, tokenizer),
         data=data,
         adapter=adapter,
         merged=config.lora.merge and not adapter,
-        chat=bool(tokenizer.chat_template),
         start={name: value for name, value in figures[0].items() if name != "prompts"} if figures else {},
         end={name: value for name, value in figures[-1].items() if name != "prompts"} if figures else {},
     )

@@ -85,7 +85,9 @@ class Engine:
 
         Raises: TrainError when what the engine is there to shard was not: that would go unseen.
         """
-        self.policy, self._skeleton = policy, _Skeleton(policy)
+        self.policy = policy
+        if self.shards:
+            self._skeleton = _Skeleton(policy)
         names = {id(p): name for name, p in policy.lm.named_parameters()}
         self._order = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
         self.model, self.optimizer = self.accelerator.prepare(policy, optimizer)
