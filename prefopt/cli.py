@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,13 +48,22 @@ _HELD_OUT = 2**31  # seed of the testbed's held-out pairs: the same for every ru
 
 def train(argv: Sequence[str]) -> int:
     """The `train` command. Returns the exit status: 0 finished, 2 a user's mistake, 75 saved but not finished."""
+
+    def trained() -> int:
+        join_step()
+        return _train(settings.parse(argv))
+
+    return _answer(argv, lambda: settings.help_text(argv), trained)
+
+
+def _answer(argv: Sequence[str], help_text: Callable[[], str], run: Callable[[], int]) -> int:
+    """A command's help where it is asked for, else its exit status; a user's mistake is one line and status 2."""
     try:
         if "--help" in argv or "-h" in argv:
             with contextlib.suppress(BrokenPipeError):
-                print(settings.help_text(argv))
+                print(help_text())
             return 0
-        join_step()
-        return _train(settings.parse(argv))
+        return run()
     except PrefoptError as error:
         return rt.fail(error)
 
@@ -828,17 +837,13 @@ def infer(argv: Sequence[str]) -> int:
     """The `infer` command: answers prompts. Status 0: done; 2: a user's mistake; 75: stopped, run the same again."""
     from prefopt.infer_config import infer_help, parse_infer
 
-    try:
-        if "--help" in argv or "-h" in argv:
-            with contextlib.suppress(BrokenPipeError):
-                print(infer_help())
-            return 0
+    def answered() -> int:
         config = parse_infer(argv)
         from prefopt.inference.run import run
 
         return run(config)
-    except PrefoptError as error:
-        return rt.fail(error)
+
+    return _answer(argv, infer_help, answered)
 
 
 # Looking at data ------------------------------------------------------------------------------------------------------
@@ -848,14 +853,7 @@ def data(argv: Sequence[str]) -> int:
     """The `data` command: what training would say of the data, and some rows with their masks. Status as `infer`."""
     from prefopt.data_config import look_help, parse_look
 
-    try:
-        if "--help" in argv or "-h" in argv:
-            with contextlib.suppress(BrokenPipeError):
-                print(look_help())
-            return 0
-        return _look(parse_look(argv))
-    except PrefoptError as error:
-        return rt.fail(error)
+    return _answer(argv, look_help, lambda: _look(parse_look(argv)))
 
 
 def _look(config: LookConfig) -> int:
@@ -936,11 +934,7 @@ def plan(argv: Sequence[str]) -> int:
     """The `plan` command: memory and time of a run under each engine. Status: 0, or 2 for a user's mistake."""
     from prefopt.plan_config import parse_plan, plan_help
 
-    try:
-        if "--help" in argv or "-h" in argv:
-            with contextlib.suppress(BrokenPipeError):
-                print(plan_help())
-            return 0
+    def planned() -> int:
         own, config = parse_plan(argv)
         rt.check_path("model.path", str(config.model.path))
         from prefopt.launch.report import report
@@ -948,5 +942,5 @@ def plan(argv: Sequence[str]) -> int:
         with contextlib.suppress(BrokenPipeError):
             print(report(own, config))
         return 0
-    except PrefoptError as error:
-        return rt.fail(error)
+
+    return _answer(argv, plan_help, planned)

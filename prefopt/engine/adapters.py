@@ -237,7 +237,7 @@ def _check_trained_whole(config: RunConfig, lm: PreTrainedModel) -> None:
     head = _head(lm)
     for name, module in lm.named_modules():
         named = next((target for target in config.lora.modules_to_save if name.endswith(target)), None)
-        if named is not None and any(_linear(part) and part is not head for part in module.modules()):
+        if named is not None and any(is_linear(part) and part is not head for part in module.modules()):
             raise ConfigError(
                 f"lora.modules_to_save: '{named}' is held in {config.model.quantize}, which cannot be trained; "
                 "expected the output head or an embedding (or give it an adapter by lora.target_modules)"
@@ -273,7 +273,7 @@ def _check_modules(lora: LoraConfig, lm: PreTrainedModel) -> None:
     """Every name must be a module of the model that can be trained in the way that is asked for."""
     modules = dict(lm.named_modules())
     head = _head(lm)
-    leaves = sorted({name.rpartition(".")[2] for name, module in modules.items() if _linear(module)})
+    leaves = sorted({name.rpartition(".")[2] for name, module in modules.items() if is_linear(module)})
     for target in lora.target_modules:
         hit = [module for name, module in modules.items() if name == target or name.endswith(f".{target}")]
         if not hit:
@@ -286,7 +286,7 @@ def _check_modules(lora: LoraConfig, lm: PreTrainedModel) -> None:
                 f"lora.target_modules: '{target}' is the output head, which takes no adapter; "
                 f"train it whole (--lora.modules_to_save {target}) or leave it out"
             )
-        other = next((module for module in hit if not _linear(module)), None)
+        other = next((module for module in hit if not is_linear(module)), None)
         if other is not None:
             raise ConfigError(
                 f"lora.target_modules: '{target}' is a {type(other).__name__}, expected linear layers, such as "
@@ -305,7 +305,8 @@ def _head(lm: PreTrainedModel) -> nn.Module | None:
     return getattr(lm, "score", None) or lm.get_output_embeddings()
 
 
-def _linear(module: nn.Module) -> bool:
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear layer, by whatever class."""
     from transformers.pytorch_utils import Conv1D
 
     return isinstance(module, (nn.Linear, Conv1D))
@@ -365,7 +366,7 @@ def _settings(lora: LoraConfig, lm: PreTrainedModel, revision: str | None) -> An
 
     assert lora.r is not None
     head = _head(lm)
-    all_linear = {name.rpartition(".")[2] for name, m in lm.named_modules() if _linear(m) and m is not head}
+    all_linear = {name.rpartition(".")[2] for name, m in lm.named_modules() if is_linear(m) and m is not head}
     return peft.LoraConfig(
         task_type=CLASSIFIER if hasattr(lm, "score") else "CAUSAL_LM",
         r=lora.r,

@@ -219,7 +219,7 @@ def _saved(
         layer_bytes = (held() - marks[0]) // len(run) if len(run) < 2 else marks[1] - marks[0]
         outside = held() - layer_bytes * len(run)
         rounded = autocast and dtype == "float32"
-        linear: list[Any] = [m for m in run[0].modules() if adapters._linear(m)]
+        linear: list[Any] = [m for m in run[0].modules() if adapters.is_linear(m)]
         casts = 2 * sum(m.weight.numel() for m in linear) if rounded else 0
     return Saved((layer_bytes - casts) * layers, max(0, outside), casts * layers)
 
