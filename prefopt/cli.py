@@ -136,7 +136,7 @@ def _run_once(config: RunConfig, runtime: rt.Runtime, output: Path, evaluators: 
     if config.dry_run:
         say("\nresolved config:\n" + config.to_yaml())
         return 0
-    resume_from = runtime.from_main(_last_checkpoint(output) if runtime.is_main else None)
+    resume_from = checkpoint.latest(output / "checkpoints", say, runtime)
 
     def keep() -> dict[str, str] | None:
         card = _run_card(config, runtime, task)
@@ -695,12 +695,6 @@ def _read_card(output: Path) -> dict[str, Any] | None:
 
 
 # The run card ---------------------------------------------------------------------------------------------------------
-
-
-def _last_checkpoint(output: Path) -> Path | None:
-    from prefopt.engine import checkpoint
-
-    return checkpoint.latest(output / "checkpoints", report=say)
 
 
 def _run_card(config: RunConfig, runtime: rt.Runtime, task: _Task) -> dict[str, Any]:

@@ -39,6 +39,8 @@ class ModelConfig:
     """Revision of a hub model."""
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     """Precision in which weights are held and updated."""
+    export_dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = None
+    """Precision of the exported weights. None: that in which they are held."""
     attention: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] = "sdpa"
     """Attention implementation, as transformers names it."""
     quantize: Literal["nf4", "fp4"] | None = None
@@ -167,6 +169,8 @@ class TrainConfig:
     """Optimizer steps between checkpoints."""
     keep_last: int = 2
     """Checkpoints kept."""
+    file_mb: float = 2000
+    """MB of a file of weights; processes write one each at a time, and hold no more of a checkpoint in host memory."""
     threads: int | None = None
     """CPU threads per process. None: 1 for models under 3M parameters, else cores / processes."""
     show_batch: bool = False
@@ -434,7 +438,7 @@ OPTIMIZERS = ("adamw", "adamw_8bit", "paged_adamw_8bit", "adafactor", "rmsprop",
 FREE_TO_CHANGE = (
     *("dry_run", "output", "track", "kernel", "eval.batch", "model.gradient_checkpointing", "reference.cache_dir"),
     *("model.offload_activations", "train.compile"),
-    *("train.show_batch", "train.keep_last", "train.save_every", "train.micro_batch", "train.threads"),
+    *("train.show_batch", "train.keep_last", "train.file_mb", "train.save_every", "train.micro_batch", "train.threads"),
     *("train.layout", "rounds.launcher", "rounds.compare", "generate.python", "generate.url", "generate.api_key_env"),
     *("generate.concurrency", "generate.retries", "generate.timeout", "judge.url", "judge.api_key_env"),
     *("judge.concurrency", "judge.retries", "judge.timeout"),
@@ -978,6 +982,7 @@ def _validate(config: RunConfig) -> None:
         "train.micro_batch",
         "train.save_every",
         "train.keep_last",
+        "train.file_mb",
         "eval.every",
         "eval.batch",
         "testbed.eval_pairs",
@@ -997,6 +1002,11 @@ def _validate(config: RunConfig) -> None:
         need(values[key] is None or 0 < values[key] < float("inf"), key, values[key], "a number > 0, or none")
     for key in seeds:
         need(0 <= values[key] < 2**31, key, values[key], "a whole number from 0 to 2147483647")
+    if config.rounds.count and config.model.export_dtype is not None:
+        raise ConfigError(
+            f"model.export_dtype: found '{config.model.export_dtype}', with rounds, each of which starts from what the "
+            "one before has exported, expected none"
+        )
     layout = config.train.layout
     if "prefix_shared" in layout:
         if config.lora.dropout:

@@ -517,10 +517,42 @@ def describe_policy(lm: Any) -> str:
     return f"{held}{trained:,} of them trained (LoRA r {settings.r}, alpha {settings.lora_alpha} on {names}{saved})"
 
 
-def save(lm: Any, folder: Path, weights: dict[str, torch.Tensor] | None = None) -> None:
+def tensors(lm: Any) -> dict[str, torch.Tensor]:
+    """What is saved of a policy, by name: weights and buffers, tied ones once; or those of its adapter."""
+    if has_adapter(lm):
+        parameters = dict(lm.named_parameters())
+        return {name: parameters[name] for name in _saved_names(lm)}
+    found: dict[int, tuple[str, torch.Tensor]] = {}
+    for name, value in lm.state_dict(keep_vars=True).items():
+        if name not in (getattr(lm, "_keys_to_ignore_on_save", None) or ()):
+            found.setdefault(id(value), (name, value))
+    return dict(found.values())
+
+
+def _saved_names(lm: Any) -> dict[str, str]:
+    """What peft calls the weights of an adapter in its file, by the names of the parameters of `lm`."""
+    import peft
+
+    names = [name for name, _ in lm.named_parameters()]
+    numbers = {name: torch.tensor(number) for number, name in enumerate(names)}
+    with _quiet():
+        renamed = peft.get_peft_model_state_dict(
+            lm, state_dict=numbers, adapter_name=_POLICY, save_embedding_layers=False
+        )
+    return {names[int(number)]: name for name, number in renamed.items()}
+
+
+def as_published(lm: Any, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Some of a model's weights under the names, and in the pieces, that its published checkpoints have."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    return dict(revert_weight_conversion(lm, weights))
+
+
+def save(lm: Any, folder: Path, weights: dict[str, torch.Tensor] | None = None, dtype: str | None = None) -> None:
     """Write what `from_pretrained` of transformers or peft opens: the model, or its adapter and a word of its base.
 
-    Args: weights: by name, where the model itself does not hold them all.
+    Args: weights: by name, if not those that the model itself holds. dtype: of the weights, for the config.
     """
     with models.quiet():
         if has_adapter(lm):
@@ -529,26 +561,18 @@ def save(lm: Any, folder: Path, weights: dict[str, torch.Tensor] | None = None) 
             lm.save_pretrained(folder, state_dict=weights, **more)
         else:
             lm.save_pretrained(folder, state_dict=weights)
+    if dtype is not None:
+        models.note_dtype(folder, dtype)
 
 
 def saved_weights(lm: Any, folder: Path) -> dict[str, torch.Tensor]:
-    """What `save` has written of the trained weights, by the names of the parameters of `lm`."""
+    """What a checkpoint holds of the trained weights, by the names of the parameters of `lm`."""
     from safetensors.torch import load_file
 
     files = sorted(folder.glob("adapter_model*.safetensors" if has_adapter(lm) else "model*.safetensors"))
     found = {name: tensor for file in files for name, tensor in load_file(file).items()}
-    parameters = dict(lm.named_parameters())
-    if not has_adapter(lm):
-        return {name: found[name] for name in parameters if name in found}
-    import peft
-
-    numbers = {name: torch.tensor(number) for number, name in enumerate(parameters)}
-    with _quiet():
-        renamed = peft.get_peft_model_state_dict(
-            lm, state_dict=numbers, adapter_name=_POLICY, save_embedding_layers=False
-        )
-    names = list(parameters)
-    return {names[int(number)]: found[name] for name, number in renamed.items()}
+    names = _saved_names(lm) if has_adapter(lm) else {name: name for name, _ in lm.named_parameters()}
+    return {name: found[saved] for name, saved in names.items() if saved in found}
 
 
 def merge(lm: Any, adapter: Path, model: ModelConfig) -> None:
@@ -558,12 +582,15 @@ def merge(lm: Any, adapter: Path, model: ModelConfig) -> None:
         lm.merge_and_unload(adapter_names=[_POLICY])
 
 
-def save_merged(lm: Any, folder: Path) -> None:
-    """Write what `merge` has left of a policy, as a model that knows of no adapter."""
+def save_merged(lm: Any, folder: Path, dtype: str | None = None) -> None:
+    """Write what `merge` has left of a policy, as a model that knows of no adapter.
+
+    Args: dtype: of the weights; None: as they are held.
+    """
     base = base_of(lm)
     head, words = _head(base), base.get_input_embeddings()
     if head is not None and getattr(head, "weight", None) is not getattr(words, "weight", None):
         base.config.get_text_config().tie_word_embeddings = False  # a head that was trained whole is one of its own
         base.config.tie_word_embeddings = False
-    with models.quiet():
-        base.save_pretrained(folder)
+    weights = None if dtype is None else {n: w.to(getattr(torch, dtype)) for n, w in base.state_dict().items()}
+    save(base, folder, weights, dtype)

@@ -1,18 +1,19 @@
 """Checkpoints that are whole or absent: written aside, hashed, flushed, renamed; a damaged one is seen and passed over.
 
 A checkpoint is a folder `step_00000100/` that `from_pretrained` opens, with the optimizer in safetensors, the rest of
-the state in JSON, and a manifest with the size and SHA-256 of every file.
+the state in JSON, and a manifest with the size and SHA-256 of every file. All processes write it, each its own files.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -23,30 +24,58 @@ _PREFIX = "step_"
 _TEMPORARY = ".writing-"
 
 
-def save(root: Path, step: int, write: Callable[[Path], None], state: dict[str, Any], keep_last: int) -> Path:
+class Processes(Protocol):
+    """Who writes: all processes of a run, which make the same calls, or one."""
+
+    @property
+    def rank(self) -> int: ...
+    @property
+    def world(self) -> int: ...
+    def gather_objects(self, mine: list[Any]) -> list[Any]:
+        """The lists of all processes, joined in order of rank, on every process."""
+
+
+class _One:
+    rank, world = 0, 1
+
+    def gather_objects(self, mine: list[Any]) -> list[Any]:
+        return mine
+
+
+ONE = _One()
+Write = Callable[[Path], list[Path] | None]  # fills a folder; the files that this process wrote, where there are others
+
+
+def save(
+    root: Path, step: int, write: Write, state: dict[str, Any], keep_last: int, processes: Processes = ONE
+) -> Path:
     """Write checkpoint `step` under `root` and drop all but the last `keep_last`.
 
     Args:
-        write: fills an empty folder with the model, the tokenizer and the optimizer.
+        write: fills an empty folder with the model, the tokenizer and the optimizer; called on every process.
         state: JSON values: the step, the random generators, what the data was.
     Raises: TrainError if the disk is full or unwritable; checkpoints that were there before are untouched.
     """
-
-    def write_all(folder: Path) -> None:
-        write(folder)
-        (folder / "state.json").write_text(json.dumps(state))
-
-    root.mkdir(parents=True, exist_ok=True)
     final = root / f"{_PREFIX}{step:08d}"
-    _write_folder(final, write_all, root)
-    for old in _steps(root)[:-keep_last]:
-        shutil.rmtree(old)
+
+    def write_all(folder: Path) -> list[Path] | None:
+        mine = write(folder)
+        if processes.rank == 0:
+            (folder / "state.json").write_text(json.dumps(state))
+        return mine
+
+    if processes.rank == 0:
+        root.mkdir(parents=True, exist_ok=True)
+    _write_folder(final, write_all, root, processes)
+    if processes.rank == 0:
+        for old in _steps(root)[:-keep_last]:
+            shutil.rmtree(old)
     return final
 
 
-def export(folder: Path, write: Callable[[Path], None]) -> None:
+def export(folder: Path, write: Write, processes: Processes = ONE) -> None:
     """Write a finished model's folder, with a manifest, whole or not at all; replaces what was there."""
-    _write_folder(folder, write, folder.parent / "checkpoints")
+    _write_folder(folder, write, folder.parent / "checkpoints", processes)
 
 
 def copy(folder: Path, into: Path, without: tuple[str, ...] = ()) -> None:
@@ -56,44 +85,83 @@ def copy(folder: Path, into: Path, without: tuple[str, ...] = ()) -> None:
             shutil.copy2(file, into / file.name)
 
 
-def _write_folder(final: Path, write: Callable[[Path], None], checkpoints: Path) -> None:
-    temporary = final.with_name(_TEMPORARY + final.name)
-    shutil.rmtree(temporary, ignore_errors=True)
+def _write_folder(final: Path, write: Write, checkpoints: Path, processes: Processes = ONE) -> None:
+    temporary, first = final.with_name(_TEMPORARY + final.name), processes.rank == 0
     try:
-        temporary.mkdir()
-        write(temporary)
-        _seal(temporary)
-        if final.exists():
-            shutil.rmtree(final)
-        temporary.rename(final)
-        _flush(final.parent)
+        with together(processes):
+            if first:
+                shutil.rmtree(temporary, ignore_errors=True)
+                temporary.mkdir()
+        with together(processes):
+            mine = write(temporary)
+            entries = {} if first else {str(path.relative_to(temporary)): _flushed(path) for path in mine or ()}
+        others = dict(processes.gather_objects([*entries.items()]))
+        with together(processes):
+            if first:
+                _seal(temporary, others)
+                if final.exists():
+                    shutil.rmtree(final)
+                temporary.rename(final)
+                _flush(final.parent)
     except Exception as error:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if first:
+            shutil.rmtree(temporary, ignore_errors=True)
         if _is_about_space(error):
-            kept = latest(checkpoints)
+            kept = latest(checkpoints) if first else None  # the others' words are not printed
             last = f"the last good checkpoint is {kept}" if kept else "there is no earlier checkpoint"
             raise TrainError(f"{final}: not written: {error}; {last} (free space and run again)") from error
         raise
 
 
+class _FailedElsewhere(Exception):
+    """Another process could not do its part. Args: about_space: whether for want of room."""
+
+    def __init__(self, text: str, about_space: bool) -> None:
+        super().__init__(text)
+        self.about_space = about_space
+
+
+@contextlib.contextmanager
+def together(processes: Processes) -> Iterator[None]:
+    """At its end all processes wait for each other; what failed on one of them raises on all."""
+    failure: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        failure = error
+    mine = [] if failure is None else [(f"process {processes.rank}: {failure}", _is_about_space(failure))]
+    failures = processes.gather_objects(mine)
+    if failure is not None:
+        raise failure
+    if failures:
+        raise _FailedElsewhere(*failures[0])
+
+
 def _is_about_space(error: Exception) -> bool:
     """Whether a write failed for want of room; safetensors reports it in words of its own."""
+    if isinstance(error, _FailedElsewhere):
+        return error.about_space
     text = str(error).lower()
     return isinstance(error, OSError) or any(
         word in text for word in ("no space", "file too large", "i/o error", "os error")
     )
 
 
-def _seal(folder: Path) -> None:
-    """Flush every file and write the manifest."""
-    entries = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        entries[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-        _flush(path)
+def _seal(folder: Path, others: dict[str, Any]) -> None:
+    """Flush every file and write the manifest. Args: others: entries of files that other processes have flushed."""
+    files = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    entries = {name: others.get(name) or _flushed(path) for name, path in files.items()}
     manifest = folder / _MANIFEST
     manifest.write_text(json.dumps(entries, indent=1))
     _flush(manifest)
     _flush(folder)
+
+
+def _flushed(path: Path) -> dict[str, Any]:
+    """A file's entry in the manifest, once it is on the disk."""
+    entry = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+    _flush(path)
+    return entry
 
 
 def _flush(path: Path) -> None:
@@ -113,32 +181,34 @@ def _steps(root: Path) -> list[Path]:
     return sorted(root.glob(f"{_PREFIX}*")) if root.is_dir() else []
 
 
-def damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, or None if every file is as its manifest says."""
+def damage(folder: Path, processes: Processes = ONE) -> str | None:
+    """What is wrong with a checkpoint, or None if every file is as its manifest says. Processes share the files."""
     try:
         entries = json.loads((folder / _MANIFEST).read_text())
         expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in entries.items()}
     except (OSError, ValueError, AttributeError, KeyError, TypeError):
         expected = {}
+    mine = [_wrong(folder / name, *expected[name]) for name in [*expected][processes.rank :: processes.world]]
     if not expected:
-        return f"{_MANIFEST} is missing or unreadable"
-    for name, (size, digest) in expected.items():
-        path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size} bytes, expected {size}"
-        if _sha256(path) != digest:
-            return f"{name} does not match its hash"
-    return None
+        mine = [f"{_MANIFEST} is missing or unreadable"]
+    return next((found for found in processes.gather_objects(mine) if found is not None), None)
 
 
-def latest(root: Path, report: Callable[[str], None] = lambda line: None) -> Path | None:
+def _wrong(path: Path, size: int, digest: str) -> str | None:
+    if not path.is_file():
+        return f"{path.name} is missing"
+    if path.stat().st_size != size:
+        return f"{path.name} has {path.stat().st_size} bytes, expected {size}"
+    return None if _sha256(path) == digest else f"{path.name} does not match its hash"
+
+
+def latest(root: Path, report: Callable[[str], None] = lambda line: None, processes: Processes = ONE) -> Path | None:
     """The newest undamaged checkpoint, or None; damaged ones are reported, one line each, and left where they are."""
-    for folder in reversed(_steps(root)):
-        found = damage(folder)
+    folders = processes.gather_objects([_steps(root)] if processes.rank == 0 else [])[0]  # all look at the same ones
+    for folder in reversed(folders):
+        found = damage(folder, processes)
         if found is None:
-            return folder
+            return Path(folder)
         report(f"{folder}: damaged checkpoint passed over: {found}")
     return None
 
@@ -203,8 +273,15 @@ def save_optimizer(kept: State, path: Path) -> None:
     save_file(tensors, path, metadata={"state": state})
 
 
-def load_optimizer(path: Path) -> State:
-    """Undo `save_optimizer`. Raises: TrainError for a file that another version of prefopt wrote."""
+def load_optimizer(folder: Path) -> State:
+    """Undo `save_optimizer`, of all its files. Raises: TrainError for one that another version of prefopt wrote."""
+    found: State = {}
+    for path in sorted(folder.glob("optimizer*.safetensors")):
+        found |= _load_optimizer(path)
+    return found
+
+
+def _load_optimizer(path: Path) -> State:
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as file:

@@ -148,20 +148,26 @@ class Engine:
         """While it lasts, the policy by itself, which each process may call as it is. No training in it."""
         yield self.policy
 
-    def weights(self) -> dict[str, torch.Tensor] | None:
-        """All weights of the policy as they are trained, by name, on rank 0; None where the model has them itself."""
-        return None
+    def gathered(self, weight: torch.Tensor) -> torch.Tensor:
+        """A weight or buffer of the policy, whole and as it is trained."""
+        return weight.detach()
 
-    def optimizer_state(self) -> State:
-        """What the optimizer keeps, by the number of the parameter; on rank 0 it is whole."""
-        return dict(self.optimizer.state_dict()["state"])
+    def trained(self) -> list[nn.Parameter]:
+        """The parameters that the optimizer was given, in its order: their numbers are the places here."""
+        parameters = dict(self.policy.lm.named_parameters())
+        return [parameters[name] for name in self._order]
+
+    def optimizer_state(self) -> Callable[[int], dict[str, Any]]:
+        """What gives all that the optimizer keeps of the parameter with a number, by name: nothing of some."""
+        state = self.optimizer.state_dict()["state"]
+        return lambda number: dict(state.get(number, {}))
 
     def load(self, folder: Path) -> None:
         """Take up what a checkpoint has beside the weights, which the policy was loaded with."""
-        self.load_optimizer_state(checkpoint.load_optimizer(folder / "optimizer.safetensors"))
+        self.load_optimizer_state(checkpoint.load_optimizer(folder))
 
     def load_optimizer_state(self, state: State) -> None:
-        """Undo `optimizer_state`."""
+        """Give the optimizer what it kept of each parameter, whole."""
         checkpoint.restore_optimizer(self.optimizer, state)
 
 
@@ -191,14 +197,13 @@ class Fsdp2Engine(Engine):
     def whole(self) -> Iterator[Policy]:
         yield self._skeleton.filled({name: _full(p) for name, p in self.policy.named_parameters()})
 
-    def weights(self) -> dict[str, torch.Tensor] | None:
-        full = ((name, _full(value)) for name, value in self.policy.lm.state_dict().items())
-        return {name: value.cpu() for name, value in full if self.runtime.is_main}
+    def gathered(self, weight: torch.Tensor) -> torch.Tensor:
+        return _full(weight)
 
-    def optimizer_state(self) -> State:
-        return {
-            number: {name: _full(value) if isinstance(value, torch.Tensor) else value for name, value in kept.items()}
-            for number, kept in super().optimizer_state().items()
+    def optimizer_state(self) -> Callable[[int], dict[str, Any]]:
+        mine = super().optimizer_state()
+        return lambda number: {
+            name: _full(value) if isinstance(value, torch.Tensor) else value for name, value in mine(number).items()
         }
 
     def load_optimizer_state(self, state: State) -> None:
@@ -240,7 +245,7 @@ class ZeroEngine(Engine):
         if self.stage == 3:
             return _held_weights(self.policy)
         mine = sum(flat.numel() for flat in self.model.optimizer.single_partition_of_fp32_groups)
-        return mine, sum(p.numel() for p in self._trained()), "optimizer's state"
+        return mine, sum(p.numel() for p in self.trained()), "optimizer's state"
 
     def micro_batch(self, last: bool) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext()
@@ -268,51 +273,38 @@ class ZeroEngine(Engine):
         with models.gathered(self.policy):
             yield self._skeleton.filled({name: p.detach() for name, p in self.policy.named_parameters()})
 
-    def weights(self) -> dict[str, torch.Tensor] | None:
+    def gathered(self, weight: torch.Tensor) -> torch.Tensor:
         from deepspeed.utils import safe_get_full_fp32_param
 
-        lm = self.policy.lm
-        parameters = dict(lm.named_parameters())
-        found: dict[str, torch.Tensor] = {}
-        for name, parameter in parameters.items():
-            full = safe_get_full_fp32_param(parameter) if parameter.requires_grad else None
-            if full is None:
-                with models.gathered_tensors([parameter]):
-                    full = parameter.detach().clone()
-            if self.runtime.is_main:
-                # an adapter's own weights are float32 over a base of 16 bits
-                kept = full.dtype if adapters.has_adapter(lm) else getattr(torch, self.config.model.dtype)
-                found[name] = full.to(kept).cpu().clone()
-        if self.runtime.is_main:
-            names = {id(parameter): name for name, parameter in parameters.items()}
-            for name, value in lm.state_dict(keep_vars=True).items():
-                if name not in found:  # a tied weight, or a buffer
-                    found[name] = found[names[id(value)]] if id(value) in names else value.detach().cpu()
-        return found
+        if not isinstance(weight, nn.Parameter):
+            return weight.detach()
+        full = safe_get_full_fp32_param(weight) if weight.requires_grad else None
+        if full is None:
+            with models.gathered_tensors([weight]):
+                full = weight.detach().clone()
+        # an adapter's own weights are float32 over a base of 16 bits
+        kept = full.dtype if adapters.has_adapter(self.policy.lm) else getattr(torch, self.config.model.dtype)
+        return full.to(kept)
 
     @property
     def _inner(self) -> torch.optim.Optimizer:
         inner: torch.optim.Optimizer = self.model.optimizer.optimizer
         return inner
 
-    def _trained(self) -> list[nn.Parameter]:
-        parameters = dict(self.policy.lm.named_parameters())
-        return [parameters[name] for name in self._order]
-
-    def optimizer_state(self) -> State:
+    def optimizer_state(self) -> Callable[[int], dict[str, Any]]:
         from deepspeed.utils import safe_get_full_optimizer_state
 
         once = {name: v for kept in self._inner.state.values() for name, v in kept.items() if not _per_weight(v)}
         mine = {name for kept in self._inner.state.values() for name, value in kept.items() if _per_weight(value)}
         names = sorted(set(self.runtime.gather_objects(sorted(mine))))
         self._relink()
-        state: State = {}
-        for number, parameter in enumerate(self._trained()):
-            whole = {name: safe_get_full_optimizer_state(parameter, name) for name in names}
-            if self.runtime.is_main and (names or once):
-                state[number] = {name: value.cpu().clone() for name, value in whole.items()}
-                state[number] |= {name: _copy(value) for name, value in once.items()}
-        return state
+        trained = self.trained()
+
+        def kept(number: int) -> dict[str, Any]:
+            whole = {name: safe_get_full_optimizer_state(trained[number], name) for name in names}
+            return whole | {name: _copy(value) for name, value in once.items()}
+
+        return kept
 
     def _relink(self) -> None:
         """Show DeepSpeed where its state is: it looks once, after the first group's first step, and misses others."""
@@ -334,7 +326,7 @@ class ZeroEngine(Engine):
                 name: torch.zeros_like(flat) if _per_weight(value) else _copy(value) for name, value in state[0].items()
             }
         self._relink()
-        for number, parameter in enumerate(self._trained()):
+        for number, parameter in enumerate(self.trained()):
             for name, value in state[number].items():
                 if _per_weight(value):
                     safe_set_full_optimizer_state(parameter, value.to(self.runtime.device, torch.float32), name)
@@ -345,7 +337,7 @@ class ZeroEngine(Engine):
         super().load(folder)
         if self.config.train.mixed_precision != "no":  # the optimizer's own copy has more bits than the model
             weights = adapters.saved_weights(self.policy.lm, folder)
-            for name, parameter in zip(self._order, self._trained(), strict=True):
+            for name, parameter in zip(self._order, self.trained(), strict=True):
                 safe_set_full_fp32_param(parameter, weights[name].to(self.runtime.device, torch.float32))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import logging
 import textwrap
 from collections.abc import Iterator, Sequence
@@ -276,6 +277,18 @@ def parameters(path: str, settings: ModelConfig) -> int:
     with quiet(), torch.device("meta"):
         hollow = AutoModelForCausalLM.from_config(config, trust_remote_code=settings.trust_remote_code)
     return sum(p.numel() for p in hollow.parameters())
+
+
+def note_dtype(folder: Path, dtype: str) -> None:
+    """Let a saved model's config tell the dtype of its weights, where the model in memory has another."""
+
+    def noted(value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {k: dtype if k in ("dtype", "torch_dtype") and v is not None else noted(v) for k, v in value.items()}
+
+    file = folder / "config.json"
+    file.write_text(json.dumps(noted(json.loads(file.read_text())), indent=2, sort_keys=True) + "\n")
 
 
 def vocabulary(config: PretrainedConfig) -> int:

@@ -22,7 +22,7 @@ from prefopt.data.encode import check_row_structure
 from prefopt.data.loader import Batches, Shares
 from prefopt.data.pairs import BLOCK, facts, fed_tokens, padded_lengths
 from prefopt.data.report import show_batch
-from prefopt.engine import adapters, card, check, checkpoint, compiling, export, models, offload
+from prefopt.engine import adapters, card, check, checkpoint, compiling, export, models, offload, parts
 from prefopt.engine.best import Selection
 from prefopt.engine.budget import Budget
 from prefopt.engine.engines import make_engine
@@ -356,7 +356,7 @@ class Trainer:
         raise TrainError(f"step {step + 1}: the loss or its gradient is not finite ({batch}); {self._last_good()}")
 
     def _last_good(self) -> str:
-        kept = checkpoint.latest(self._checkpoints)
+        kept = checkpoint.latest(self._checkpoints) if self.runtime.is_main else None  # it is the one that speaks
         return f"last good checkpoint: {kept}" if kept else "no checkpoint was written yet"
 
     # Evaluation -------------------------------------------------------------------------------------------------------
@@ -465,13 +465,14 @@ class Trainer:
             return step > 0 and by.best(self.metrics.lines()) == step
 
         if self.runtime.on_main(is_best):
-            weights = self.engine.weights()
 
-            def write(folder: Path) -> None:
-                self._write_export(folder, weights)
-                (folder / _SELECTED).write_text(json.dumps({"step": step, by.metric: line.get(by.metric)}))
+            def write(folder: Path) -> list[Path]:
+                mine = self._write_export(folder)
+                if self.runtime.is_main:
+                    (folder / _SELECTED).write_text(json.dumps({"step": step, by.metric: line.get(by.metric)}))
+                return mine
 
-            self.runtime.on_main(lambda: checkpoint.export(self.output / "best", write))
+            checkpoint.export(self.output / "best", write, self.runtime)
 
     # Before the first step --------------------------------------------------------------------------------------------
 
@@ -546,22 +547,16 @@ class Trainer:
             "budget": self.budget.state(),
         }
 
-        weights, kept = self.engine.weights(), self.engine.optimizer_state()
+        def write(folder: Path) -> list[Path]:
+            size = self.config.train.file_mb
+            mine = parts.save_model(self.engine, folder, size) + parts.save_optimizer(self.engine, folder, size)
+            if self.runtime.is_main:
+                self.tokenizer.save_pretrained(folder)
+                if self.moving is not None:
+                    self.moving.save(folder / _REFERENCE)
+            return mine
 
-        def write_all(folder: Path) -> None:
-            self._write_model(folder, weights)
-            checkpoint.save_optimizer(kept, folder / "optimizer.safetensors")
-            if self.moving is not None:
-                self.moving.save(folder / _REFERENCE)
-
-        def write() -> None:
-            checkpoint.save(self._checkpoints, step, write_all, state, self.config.train.keep_last)
-
-        self.runtime.on_main(write)
-
-    def _write_model(self, folder: Path, weights: dict[str, torch.Tensor] | None) -> None:
-        adapters.save(self.policy.lm, folder, weights)
-        self.tokenizer.save_pretrained(folder)
+        checkpoint.save(self._checkpoints, step, write, state, self.config.train.keep_last, self.runtime)
 
     def _restore(self) -> int:
         """Take up the run where its last good checkpoint left it. Returns the number of steps done."""
@@ -591,46 +586,59 @@ class Trainer:
 
     def _finish(self) -> None:
         """Export the final model, or the best one, in the format of transformers, whole or not at all."""
-        weights = self.engine.weights()
+        best = self.output / "best"
+        step = self.runtime.on_main(self._selected)
+        source: checkpoint.Write = self._write_export
 
-        def write() -> None:
-            best, select = self.output / "best", self.config.eval.select
-            source: Callable[[Path], None] = functools.partial(self._write_export, weights=weights)
-            step = None
-            if select is not None and Selection.of(select).best(self.metrics.lines()) is None:
-                say(f"exported: the last model, since no evaluation knew a {Selection.of(select).metric}")
-            elif select is not None:
-                if checkpoint.damage(best) is not None:
-                    raise TrainError(
-                        f"{best}: the model that eval.select chose is damaged or missing; delete {self.output} and "
-                        "train again"
-                    )
-                name, chosen = Selection.of(select).metric, json.loads((best / _SELECTED).read_text())
-                step = int(chosen["step"])
-                say(f"exported: the model of step {step}, with the best {name}: {chosen[name]:.4g}")
-                source = functools.partial(checkpoint.copy, best, without=(_SELECTED,))
-            if self.config.lora.merge:
-                adapter = self.output / "adapter"
-                checkpoint.export(adapter, source)
-                adapters.merge(self.policy.lm, adapter, self.config.model)
-                say(f"merged: the adapter itself is in {adapter}")
-                source = functools.partial(self._write_merged, step=step)
-            checkpoint.export(self.output / "model", source)
+        def copied(folder: Path) -> None:
+            if self.runtime.is_main:
+                checkpoint.copy(best, folder, without=(_SELECTED,))
+
+        if step is not None:
+            source = copied
+        if self.config.lora.merge:
+            adapter = self.output / "adapter"
+            checkpoint.export(adapter, source, self.runtime)
+            say(f"merged: the adapter itself is in {adapter}")
+            source = functools.partial(self._write_merged, adapter=adapter, step=step)
+        checkpoint.export(self.output / "model", source, self.runtime)
+        if self.runtime.is_main:
             shutil.rmtree(best, ignore_errors=True)
+        self.runtime.wait()
 
-        self.runtime.on_main(write)
+    def _selected(self) -> int | None:
+        """The step of the model that eval.select has chosen, which is said; None for the last one."""
+        select, best = self.config.eval.select, self.output / "best"
+        if select is None:
+            return None
+        metric = Selection.of(select).metric
+        if Selection.of(select).best(self.metrics.lines()) is None:
+            say(f"exported: the last model, since no evaluation knew a {metric}")
+            return None
+        if checkpoint.damage(best) is not None:
+            raise TrainError(
+                f"{best}: the model that eval.select chose is damaged or missing; delete {self.output} and train again"
+            )
+        chosen = json.loads((best / _SELECTED).read_text())
+        say(f"exported: the model of step {chosen['step']}, with the best {metric}: {chosen[metric]:.4g}")
+        return int(chosen["step"])
 
-    def _write_export(self, folder: Path, weights: dict[str, torch.Tensor] | None) -> None:
-        self._write_model(folder, weights)
-        self._describe(folder)
+    def _write_export(self, folder: Path) -> list[Path]:
+        config = self.config
+        mine = parts.save_model(self.engine, folder, config.train.file_mb, config.model.export_dtype, original=True)
+        if self.runtime.is_main:
+            self._describe(folder)
+        return mine
 
-    def _write_merged(self, folder: Path, step: int | None) -> None:
-        """What `adapters.merge` has left of the policy, which is that of `step`, None for the last one."""
-        adapters.save_merged(self.policy.lm, folder)
-        self.tokenizer.save_pretrained(folder)
-        self._describe(folder, step, merged=True)
+    def _write_merged(self, folder: Path, adapter: Path, step: int | None) -> None:
+        """The policy with an exported adapter in its weights. Args: step: of the adapter, None for the last one."""
+        if self.runtime.is_main:
+            adapters.merge(self.policy.lm, adapter, self.config.model)
+            adapters.save_merged(self.policy.lm, folder, self.config.model.export_dtype)
+            self._describe(folder, step, merged=True)
 
     def _describe(self, folder: Path, step: int | None = None, merged: bool = False) -> None:
+        self.tokenizer.save_pretrained(folder)
         export.describe_answers(folder, self.tokenizer, self.method.card(), self.config.generate.stop)
         lines = [line for line in self.metrics.lines() if step is None or line["step"] <= step]
         adapter = adapters.has_adapter(self.policy.lm) and not merged

@@ -13,8 +13,9 @@ from tests.fork_server import ENGINES
 SHORT = {"train__max_steps": 6, "train__save_every": 3, "eval__every": 3, "optim__name": "sgd", "optim__lr": 0.1}
 
 
-def weights(output):
-    return load_file(next((output / "model").glob("*model.safetensors")))
+def weights(output, folder="model"):
+    files = sorted((output / folder).glob("*model*.safetensors"))
+    return {name: value for file in files for name, value in load_file(file).items()}
 
 
 def update_gap(expected, found, start):
@@ -45,7 +46,7 @@ def alone(server, command, tmp_path_factory):
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_run_of_two_processes_is_the_run_of_one(engine, server, command, task, alone, tmp_path):
-    adam = {**SHORT, "optim__name": "adamw", "optim__lr": 1e-3, "optim__args.eps": 1e-6}
+    adam = {**SHORT, "train__file_mb": 0.02, "optim__name": "adamw", "optim__lr": 1e-3, "optim__args.eps": 1e-6}
     straight = alone("tdpo", **adam)
     argv = command("tdpo", tmp_path / "run", **adam)
     stop = {"at": "prefopt.engine.trainer:Trainer._step", "count": 5, "do": "SIGKILL"}
@@ -59,5 +60,13 @@ def test_run_of_two_processes_is_the_run_of_one(engine, server, command, task, a
         assert mine["loss"] == pytest.approx(other["loss"], rel=1e-5)
     start = load_file(task.model / "model.safetensors")
     assert update_gap(weights(straight), weights(tmp_path / "run"), start) <= 1e-3
-    assert isinstance(AutoModelForCausalLM.from_pretrained(tmp_path / "run/model"), torch.nn.Module)
+    exported = weights(tmp_path / "run")
+    assert exported.keys() == start.keys()
+    for name, value in AutoModelForCausalLM.from_pretrained(tmp_path / "run/model").named_parameters():
+        assert torch.equal(value, exported[name])
+    last = tmp_path / "run/checkpoints/step_00000006"
+    assert len(list(last.glob("model-*.safetensors"))) > 2  # which the processes wrote in turn
+    assert len(list(last.glob("optimizer-*.safetensors"))) > 2
+    kept = weights(tmp_path / "run", last)
+    assert all(torch.equal(kept[name], exported[name]) for name in exported)
     assert json.loads((tmp_path / "run/run_card.json").read_text())["engine"] == engine

@@ -208,7 +208,7 @@ def test_optimizer_when_saved_and_loaded_then_the_next_steps_are_bit_equal(name,
     again = torch.nn.ModuleList(module())
     again.load_state_dict(weights)
     other = make_optimizer(settings, again)
-    checkpoint.restore_optimizer(other, checkpoint.load_optimizer(tmp_path / "optimizer.safetensors"))
+    checkpoint.restore_optimizer(other, checkpoint.load_optimizer(tmp_path))
     steps(again, other, gradients[3:])
     for mine, theirs in zip(again.parameters(), straight.parameters(), strict=True):
         assert torch.equal(mine, theirs)
@@ -218,7 +218,7 @@ def test_optimizer_when_its_file_is_of_another_version_then_refused_in_one_line(
     path = tmp_path / "optimizer.safetensors"
     save_file({"0.exp_avg": torch.zeros(3)}, path, metadata={"plain": "{}"})
     with pytest.raises(TrainError, match=r"^.*/optimizer.safetensors: written by an older version of prefopt, "):
-        checkpoint.load_optimizer(path)
+        checkpoint.load_optimizer(tmp_path)
 
 
 @pytest.mark.parametrize("spoil", [flipped, cut_manifest])

@@ -1,0 +1,147 @@
+"""Weights and the optimizer's state in files that all processes write side by side.
+
+Every file holds whole tensors. They are gathered one after the other; a process keeps those of its own file, and as
+many files as there are processes are filled before they are written. So no process ever holds more than one file,
+however large the model is, and the files are the same whatever joins the processes and however many there are.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+
+from prefopt.engine import adapters, checkpoint, models
+from prefopt.engine.checkpoint import Processes
+
+if TYPE_CHECKING:
+    from prefopt.engine.engines import Engine
+
+_Name = TypeVar("_Name", bound=Hashable)
+_STATE_BYTES = 8  # what AdamW keeps of a parameter's entry; other optimizers' files are smaller
+
+
+def save_model(
+    engine: Engine, folder: Path, file_mb: float, dtype: str | None = None, original: bool = False
+) -> list[Path]:
+    """Write what `from_pretrained` of transformers or peft opens. On all processes together.
+
+    Args:
+        dtype: of the weights in the files; None: as they are trained.
+        original: with the names that the architecture's published checkpoints have, where transformers knows others.
+    Returns: the files of weights that this process wrote.
+    Raises: on all processes what failed on one of them.
+    """
+    lm, runtime = engine.policy.lm, engine.runtime
+    tensors = adapters.tensors(lm)
+
+    def gather(name: str) -> torch.Tensor:
+        value = engine.gathered(tensors[name])
+        return value.to(getattr(torch, dtype)) if dtype is not None and value.is_floating_point() else value
+
+    if adapters.has_adapter(lm):  # small, and written by peft
+        weights = {name: _in_host(gather(name)) for name in tensors}
+        with checkpoint.together(runtime):
+            if runtime.is_main:
+                adapters.save(lm, folder, weights)
+        return []
+    held = dtype or engine.config.model.dtype
+    size = torch.finfo(getattr(torch, held)).bits // 8
+    runs = cut({name: size * models.numel(value) for name, value in tensors.items()}, int(file_mb * 1e6))
+    mine: dict[str, str] = {}  # the file of each weight
+
+    def save(number: int, values: dict[str, torch.Tensor]) -> Path:
+        from safetensors.torch import save_file
+
+        path = folder / _file("model", number, len(runs))
+        if original:
+            values = adapters.as_published(lm, values)
+        mine.update(dict.fromkeys(values, path.name))
+        save_file({name: value.contiguous() for name, value in values.items()}, path, metadata={"format": "pt"})
+        return path
+
+    with checkpoint.together(runtime):
+        if runtime.is_main:  # all but the weights; it would clear away what looks like theirs
+            adapters.save(lm, folder, {}, held)
+    written = write(runtime, runs, gather, save)
+    where = dict(runtime.gather_objects([*mine.items()]))
+    if len(runs) > 1:
+        with checkpoint.together(runtime):
+            if runtime.is_main:
+                total = size * sum(models.numel(value) for value in tensors.values())
+                index = {"metadata": {"total_size": total}, "weight_map": where}
+                (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+    return written
+
+
+def save_optimizer(engine: Engine, folder: Path, file_mb: float) -> list[Path]:
+    """Write what the optimizer keeps, by the number of the parameter. As `save_model`."""
+    state = engine.optimizer_state()
+    sizes = {number: _STATE_BYTES * models.numel(p) for number, p in enumerate(engine.trained())}
+    runs = cut(sizes, int(file_mb * 1e6))
+
+    def save(number: int, values: dict[int, dict[str, Any]]) -> Path:
+        path = folder / _file("optimizer", number, len(runs))
+        checkpoint.save_optimizer({n: kept for n, kept in values.items() if kept}, path)
+        return path
+
+    return write(engine.runtime, runs, state, save)
+
+
+def cut(sizes: Mapping[_Name, int], limit: int) -> list[list[_Name]]:
+    """Consecutive names whose sizes together are at most `limit`, or one name that is larger by itself."""
+    runs: list[list[_Name]] = []
+    room = 0
+    for name, size in sizes.items():
+        if size > room or not runs:
+            runs.append([])
+            room = limit
+        runs[-1].append(name)
+        room -= size
+    return runs
+
+
+def write(
+    processes: Processes,
+    runs: Sequence[Sequence[_Name]],
+    gather: Callable[[_Name], Any],
+    save: Callable[[int, dict[_Name, Any]], Path],
+) -> list[Path]:
+    """Write a file for each of the runs. On all processes together; returns the files that this one wrote.
+
+    Args: gather: what belongs to a name, on all processes. save: writes the file with a number, on one.
+    Raises: on all processes what failed on one of them; until the end it takes part in what the others gather.
+    """
+    written: list[Path] = []
+    failure: Exception | None = None
+    for first in range(0, len(runs), processes.world):
+        kept: dict[_Name, Any] = {}
+        own = first + processes.rank
+        for number in range(first, min(first + processes.world, len(runs))):
+            for name in runs[number]:
+                value = gather(name)
+                if number == own and failure is None:
+                    kept[name] = _in_host(value)
+        if own < len(runs) and failure is None:
+            try:
+                written.append(save(own, kept))
+            except Exception as error:
+                failure = error
+    with checkpoint.together(processes):
+        if failure is not None:
+            raise failure
+    return written
+
+
+def _file(stem: str, number: int, of: int) -> str:
+    """As transformers names the files of a model."""
+    return f"{stem}.safetensors" if of == 1 else f"{stem}-{number + 1:05d}-of-{of:05d}.safetensors"
+
+
+def _in_host(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _in_host(member) for name, member in value.items()}
+    return value.detach().cpu() if isinstance(value, torch.Tensor) else value
