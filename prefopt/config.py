@@ -170,7 +170,7 @@ class TrainConfig:
     keep_last: int = 2
     """Checkpoints kept."""
     file_mb: float = 2000
-    """MB of a file of weights; processes write one each at a time, and hold no more of a checkpoint in host memory."""
+    """MB of a file of weights; each process holds and writes one at a time."""
     threads: int | None = None
     """CPU threads per process. None: 1 for models under 3M parameters, else cores / processes."""
     show_batch: bool = False
@@ -591,13 +591,14 @@ _HelpRow = tuple[str, str, str, str]  # flag, kind, default, help
 def _help_page(head: Sequence[str], groups: Sequence[tuple[str, str, Sequence[_HelpRow]]]) -> str:
     """The text of `--help`: its first lines, then a block per group."""
     lines = [*head]
-    for title, about, rows in groups:
+    for (title, about, rows), after in itertools.zip_longest(groups, groups[1:]):
         lines.append(f"{title}: {about}" if about else title)
         lines += [
             f"  {flag + ' ' + kind:<42} {text}{f' [{default}]' if default else ''}"
             for flag, kind, default, text in rows
         ]
-        lines.append("")
+        if rows or (after and after[2]):  # those without settings of their own here stand together
+            lines.append("")
     return "\n".join(lines).rstrip()
 
 
