@@ -16,7 +16,6 @@ import os
 import sys
 import tempfile
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -71,9 +70,8 @@ def save(case: Case, folder: Path) -> None:
     LlamaForCausalLM(llama(case.shape)).save_pretrained(folder)
 
 
-def measured(runtime: Any, case: Case, folder: str) -> dict[str, int]:
-    """Bytes of this rank: at the peak, and between two steps. Runs on each rank."""
-    import torch
+def trainer_of(runtime: Any, case: Case, folder: str) -> Any:
+    """A trainer that is prepared, over the model that `save` has left."""
     from step import fixed
 
     from prefopt.data.loader import FileBatches
@@ -92,26 +90,42 @@ def measured(runtime: Any, case: Case, folder: str) -> dict[str, int]:
     of = adapters.reference(config, start)
     pairs = fixed(2 * config.train.global_batch, case.prompt, case.response, case.shape[4])
     batches = FileBatches(pairs, config.train.global_batch, 0, "rows", group_by_length=False)
+    with runtime.sharded_loading():
+        lm = adapters.load_policy(config, start, of)
+        reference: Any = adapters.load_frozen(of, config.model, "x") if isinstance(of, adapters.Weights) else of
+    policy = PolicyWithReference(lm, reference, config.kernel)
+    for parameter in policy.parameters():  # what lies in the file's own pages, no allocator knows of
+        if not hasattr(parameter, "ds_id"):
+            parameter.data = parameter.data.clone()
+    trainer = Trainer(
+        config=config,
+        runtime=runtime,
+        policy=policy,
+        tokenizer=NoTokenizer(),  # type: ignore[arg-type]
+        train=batches,
+        eval_pairs=[],
+        output=Path(folder),
+    )
+    trainer.prepare()
+    return trainer
+
+
+class NoTokenizer:
+    """All that a trainer over token ids asks of one."""
+
+    pad_token_id = 1
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Writes nothing."""
+
+
+def measured(runtime: Any, case: Case, folder: str) -> dict[str, int]:
+    """Bytes of this rank: at the peak, and between two steps. Runs on each rank."""
+    import torch
+
     activity = torch.profiler.ProfilerActivity.CPU
     with torch.profiler.profile(activities=[activity], profile_memory=True) as profile:
-        with runtime.sharded_loading():
-            lm = adapters.load_policy(config, start, of)
-            reference: Any = adapters.load_frozen(of, config.model, "x") if isinstance(of, adapters.Weights) else of
-        policy = PolicyWithReference(lm, reference, config.kernel)
-        for parameter in policy.parameters():  # what lies in the file's own pages, no allocator knows of
-            if not hasattr(parameter, "ds_id"):
-                parameter.data = parameter.data.clone()
-        del lm, reference
-        trainer = Trainer(
-            config=config,
-            runtime=runtime,
-            policy=policy,
-            tokenizer=SimpleNamespace(pad_token_id=1),  # type: ignore[arg-type]
-            train=batches,
-            eval_pairs=[],
-            output=Path(folder),
-        )
-        trainer.prepare()
+        trainer = trainer_of(runtime, case, folder)
         for step in range(2):
             with torch.profiler.record_function(f"mark {step}"):
                 pass

@@ -240,24 +240,25 @@ def pack_state(kept: State) -> tuple[dict[str, torch.Tensor], str]:
     """
     tensors: dict[str, torch.Tensor] = {}
     seen: set[int] = set()
+    packed = {str(index): _pack(entries, str(index), tensors, seen) for index, entries in kept.items()}
+    return tensors, json.dumps(packed)
 
-    def pack(value: Any, name: str) -> Any:
-        if isinstance(value, torch.Tensor):
-            kept = value.detach().cpu().contiguous()
-            if kept.numel() and kept.untyped_storage().data_ptr() in seen:
-                kept = kept.clone()  # parameters may share a table; a file holds one of each
-            seen.add(kept.untyped_storage().data_ptr())
-            tensors[name] = kept
-            return {"tensor": name}
-        if isinstance(value, dict):
-            if not all(isinstance(key, str) for key in value):
-                raise TypeError(f"{name} has keys that are no names")
-            return {"members": {key: pack(member, f"{name}.{key}") for key, member in value.items()}}
-        if isinstance(value, (list, tuple)):
-            return [pack(member, f"{name}.{i}") for i, member in enumerate(value)]
-        return value
 
-    return tensors, json.dumps({str(index): pack(entries, str(index)) for index, entries in kept.items()})
+def _pack(value: Any, name: str, tensors: dict[str, torch.Tensor], seen: set[int]) -> Any:
+    if isinstance(value, torch.Tensor):
+        kept = value.detach().cpu().contiguous()
+        if kept.numel() and kept.untyped_storage().data_ptr() in seen:
+            kept = kept.clone()  # parameters may share a table; a file holds one of each
+        seen.add(kept.untyped_storage().data_ptr())
+        tensors[name] = kept
+        return {"tensor": name}
+    if isinstance(value, dict):
+        if not all(isinstance(key, str) for key in value):
+            raise TypeError(f"{name} has keys that are no names")
+        return {"members": {key: _pack(member, f"{name}.{key}", tensors, seen) for key, member in value.items()}}
+    if isinstance(value, (list, tuple)):
+        return [_pack(member, f"{name}.{i}", tensors, seen) for i, member in enumerate(value)]
+    return value
 
 
 def save_optimizer(kept: State, path: Path) -> None:
