@@ -554,7 +554,9 @@ def _fit(
     if config.eval.generate and isinstance(policy, PolicyWithReference):
         from prefopt.evaluate.sampler import sampler
 
-        evaluators.append(sampler(config, policy, task.tokenizer, task.eval_pairs, runtime.accelerator.autocast))
+        agree = runtime.from_main if runtime.world > 1 and runtime.engine in rt.SHARDING else None
+        precision = runtime.accelerator.autocast
+        evaluators.append(sampler(config, policy, task.tokenizer, task.eval_pairs, precision, agree))
     trainer = Trainer(
         config=config,
         runtime=runtime,

@@ -519,11 +519,11 @@ def describe_policy(lm: Any) -> str:
 
 def tensors(lm: Any) -> dict[str, torch.Tensor]:
     """What is saved of a policy, by name: weights and buffers, tied ones once; or those of its adapter."""
+    every = lm.state_dict(keep_vars=True)  # which makes FSDP2 shard again what a forward pass has gathered
     if has_adapter(lm):
-        parameters = dict(lm.named_parameters())
-        return {name: parameters[name] for name in _saved_names(lm)}
+        return {name: every[name] for name in _saved_names(lm)}
     found: dict[int, tuple[str, torch.Tensor]] = {}
-    for name, value in lm.state_dict(keep_vars=True).items():
+    for name, value in every.items():
         if name not in (getattr(lm, "_keys_to_ignore_on_save", None) or ()):
             found.setdefault(id(value), (name, value))
     return dict(found.values())

@@ -19,7 +19,7 @@ from torch import nn
 
 from prefopt.engine import adapters, checkpoint, models
 from prefopt.engine.checkpoint import State
-from prefopt.engine.runtime import say
+from prefopt.engine.runtime import SHARDING, say
 from prefopt.errors import ConfigError, TrainError
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def make_engine(runtime: Runtime, config: RunConfig) -> Engine:
 def _refuse(config: RunConfig, engine: str) -> None:
     """Raises: ConfigError for what an engine that shards cannot do, or where nobody has tried whether it can."""
     plain = ("adamw", "rmsprop", "sgd")  # of one entry at a time: where a weight is cut does not matter
-    shards = engine in ("zero3", "fsdp2")
+    shards = engine in SHARDING
     small = "another engine (configs/accelerate/ddp.yaml)"
     for wrong, key, found, expected in (
         (config.train.mixed_precision == "fp16", "train.mixed_precision", "fp16", "bf16 or no"),
@@ -55,12 +55,6 @@ def _refuse(config: RunConfig, engine: str) -> None:
         ),
         (config.train.compile, "train.compile", "true", f"false, or {small}"),
         (shards and config.model.offload_activations, "model.offload_activations", "true", f"false, or {small}"),
-        (
-            shards and config.eval.generate > 0,
-            "eval.generate",
-            config.eval.generate,
-            "0, or zero2 (configs/accelerate/zero2.yaml)",
-        ),
         (shards and config.lora.merge, "lora.merge", "true", "false (merge the exported adapter with peft)"),
         (
             shards and config.reference.sync_every is not None,

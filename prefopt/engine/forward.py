@@ -287,7 +287,7 @@ def head_scaling(lm: PreTrainedModel) -> tuple[float, float | None]:
     return scale, None if softcap is None else float(softcap)
 
 
-def token_stats_of(model: nn.Module, batch: PairBatch, want: tuple[str, ...]) -> TokenStats:
+def token_stats_of(model: Callable[..., Any], batch: PairBatch, want: tuple[str, ...]) -> TokenStats:
     """Run the (wrapped) model over a batch.
 
     Args:
@@ -314,7 +314,7 @@ def token_stats_of(model: nn.Module, batch: PairBatch, want: tuple[str, ...]) ->
     return found if kept is None else replace(found, ref_logp=kept.to(found.logp.dtype))
 
 
-def scores_of(model: nn.Module, batch: PairBatch) -> torch.Tensor:
+def scores_of(model: Callable[..., Any], batch: PairBatch) -> torch.Tensor:
     """The score of each sequence, (S,). Args: model: a Scorer, wrapped or not; batch: on the model's device."""
     return model(
         input_ids=batch.input_ids,
@@ -325,7 +325,7 @@ def scores_of(model: nn.Module, batch: PairBatch) -> torch.Tensor:
     )
 
 
-def pair_stats(model: nn.Module, batch: PairBatch, want: tuple[str, ...]) -> PairStats:
+def pair_stats(model: Callable[..., Any], batch: PairBatch, want: tuple[str, ...]) -> PairStats:
     """What a loss reads of a batch: token statistics summed per completion, or scores, where those are wanted."""
     if want != SCORES:
         return sum_by_sequence(token_stats_of(model, batch, want), batch)

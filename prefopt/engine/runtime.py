@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 EXIT_UNFINISHED = 75  # EX_TEMPFAIL: saved, not finished, run the same command again
 # accelerate's names -> ours; of DeepSpeed's stages each has its own
 _ENGINES = {"NO": "one process", "MULTI_CPU": "ddp", "MULTI_GPU": "ddp", "DEEPSPEED": "zero", "FSDP": "fsdp2"}
+SHARDING = ("zero3", "fsdp2")  # those under which a process holds a part of each weight only
 FOLLOW = "PREFOPT_FOLLOW_PARENT"  # set for processes that must not outlive the one that started them
 _PATIENCE = timedelta(hours=24)
 SAVE_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)

@@ -38,7 +38,7 @@ from prefopt.engine.layouts import choose_layouts
 from prefopt.engine.metrics import Evaluation, Evaluator, Meter, MetricsFile, shared_metrics, write_atomically
 from prefopt.engine.optimizers import make_optimizer
 from prefopt.engine.reference import Moving, ReferenceValues
-from prefopt.engine.runtime import EXIT_UNFINISHED, Runtime, random_state, say, set_random_state
+from prefopt.engine.runtime import EXIT_UNFINISHED, Runtime, random_state, random_state_kept, say, set_random_state
 from prefopt.engine.share import micro_batches
 from prefopt.engine.tracking import Trackers
 from prefopt.errors import ConfigError, TrainError, did_you_mean
@@ -382,30 +382,48 @@ class Trainer:
         self.model.train()
 
     def _say_of_evaluators(self, step: int) -> dict[str, float]:
-        """Their figures, once their tables are kept and shown. A signal that asks to save gives them up."""
+        """Their figures, once their tables are kept and shown. A signal that asks to save gives them up.
 
-        def work(policy: Policy) -> dict[str, float] | None:
+        Those that can be are called where the engine gathers weights as modules need them, by all processes together;
+        they are not given up. The others are called by the first process, on the whole policy.
+        """
+        inside = [one for one in self.evaluators if self.engine.shards and getattr(one, "inside", False)]
+        alone = [one for one in self.evaluators if one not in inside]
+
+        def ask(policy: Policy) -> list[Mapping[str, float] | Evaluation] | None:
             try:
                 with self._stoppable(policy), compiling.eagerly(policy.lm):  # what they ask has many shapes
-                    found = [evaluator(policy.lm) for evaluator in self.evaluators]
+                    return [evaluator(policy.lm) for evaluator in alone]
             except _Interrupted:
                 return None
-            figures: dict[str, float] = {}
-            for one in found:
-                whole = one if isinstance(one, Evaluation) else Evaluation(one)
-                figures |= dict(whole.figures)
-                for name, rows in whole.tables.items():
-                    MetricsFile(self.output / f"{name}.jsonl").replace(step, rows)
-                    if self.trackers is not None:
-                        self.trackers.table(name, rows, step)
-                if whole.shown:
-                    _say_beside_the_bar(f"\nstep {step}: {whole.shown}")
-            return figures
 
-        with self.engine.whole() as policy:
+        found: list[Mapping[str, float] | Evaluation] = []
+        if inside:
+            with random_state_kept():
+                found += self.engine.inside(lambda: [evaluator(self.policy.lm) for evaluator in inside])
+
+        def work(policy: Policy | None) -> dict[str, float] | None:
+            more = [] if policy is None else ask(policy)
+            return None if more is None else self._keep_evaluations(step, found + more)
+
+        with self.engine.whole() if alone else contextlib.nullcontext() as policy:
             figures = self.runtime.on_main_at_length(functools.partial(work, policy))
         if figures is None:
             raise _Interrupted
+        return figures
+
+    def _keep_evaluations(self, step: int, found: Sequence[Mapping[str, float] | Evaluation]) -> dict[str, float]:
+        """All their figures; their tables are written, and what they show is said."""
+        figures: dict[str, float] = {}
+        for one in found:
+            whole = one if isinstance(one, Evaluation) else Evaluation(one)
+            figures |= dict(whole.figures)
+            for name, rows in whole.tables.items():
+                MetricsFile(self.output / f"{name}.jsonl").replace(step, rows)
+                if self.trackers is not None:
+                    self.trackers.table(name, rows, step)
+            if whole.shown:
+                _say_beside_the_bar(f"\nstep {step}: {whole.shown}")
         return figures
 
     @contextlib.contextmanager

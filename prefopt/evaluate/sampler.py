@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from prefopt.config import RunConfig
 from prefopt.engine.forward import PolicyWithReference
 from prefopt.engine.metrics import Evaluation
 from prefopt.errors import ConfigError
-from prefopt.evaluate.samples import score_samples
+from prefopt.evaluate.samples import score_within
 from prefopt.evaluate.texts import ORDERS, describe_texts
 from prefopt.generation.base import Sampling, seeds_of
 from prefopt.generation.transformers_engine import TransformersEngine
@@ -39,6 +39,7 @@ class Sampler:
         policy: what is trained, not wrapped; it knows its reference.
         tokenizer: the one of its vocabulary.
         precision: in which it is trained.
+        agree: what makes all processes go on with the first one's tokens, where they answer together.
     """
 
     prompts: Sequence[Prompt]
@@ -46,6 +47,8 @@ class Sampler:
     policy: PolicyWithReference
     tokenizer: Any
     precision: Callable[[], AbstractContextManager[Any]]
+    agree: Callable[[list[int]], list[int]] | None = None
+    inside: ClassVar[bool] = True  # where the weights are sharded all processes call it, inside the policy's forward
     _of_reference: list[Completion] | None = field(default=None, init=False)
 
     def __call__(self, lm: Any) -> Evaluation:
@@ -56,13 +59,8 @@ class Sampler:
                 self._of_reference = self._answers(other)
         said = self._answers(lm)
         with self.precision():
-            found = score_samples(
-                lm,
-                reference,
-                list(zip(self.prompts, said, strict=True)),
-                batch=self.config.eval.batch,
-                kernel=self.config.kernel,
-            )
+            samples = list(zip(self.prompts, said, strict=True))
+            found = score_within(self.policy, samples, batch=self.config.eval.batch)
         texts = describe_texts([[completion] for completion in said])
         figures = {"tokens": texts.tokens, "ended": 1 - texts.cut}
         if found.tokens.sum() > 0:
@@ -79,7 +77,7 @@ class Sampler:
         )
 
     def _answers(self, lm: Any) -> list[Completion]:
-        engine = TransformersEngine(lm, self.tokenizer, batch=self.config.generate.batch)
+        engine = TransformersEngine(lm, self.tokenizer, batch=self.config.generate.batch, agree=self.agree)
         sampling = Sampling.of(self.config.generate, n=1, logprobs=False)
         seeds = [seeds_of(self.config.seed, TABLE, i, 1, 1)[0] for i in range(len(self.prompts))]  # however many
         with self.precision():
@@ -114,9 +112,11 @@ def sampler(
     tokenizer: Any,
     pairs: Sequence[EncodedPair],
     precision: Callable[[], AbstractContextManager[Any]],
+    agree: Callable[[list[int]], list[int]] | None = None,
 ) -> Sampler:
     """The evaluator of a run with `eval.generate`: it asks the first different prompts of the held-out pairs.
 
+    Args: see `Sampler`.
     Raises: ConfigError when nothing is held out.
     """
     prompts: dict[Any, Prompt] = {}
@@ -133,7 +133,7 @@ def sampler(
             f"eval.generate: found {config.eval.generate}, but no pair is held out to ask; name data.eval, or a larger "
             "data.eval_fraction"
         )
-    return Sampler([*prompts.values()], config, policy, tokenizer, precision)
+    return Sampler([*prompts.values()], config, policy, tokenizer, precision, agree)
 
 
 def _shown(rows: Sequence[dict[str, Any]]) -> str:

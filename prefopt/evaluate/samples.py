@@ -70,22 +70,33 @@ def score_samples(
     Reference: the two estimators, and that the second is the first with each token's expectation taken (Rao-Blackwell):
         Amini, Vieira and Cotterell, Better Estimation of the KL Divergence Between Language Models, arXiv 2504.10637.
     """
+    model = PolicyWithReference(policy, reference, kernel or KernelConfig())
+    return score_within(model, samples, batch=batch, pad_id=pad_id)
+
+
+def score_within(
+    policy: PolicyWithReference, samples: Sequence[tuple[Prompt, Completion]], *, batch: int = 16, pad_id: int = 0
+) -> SampleFigures:
+    """`score_samples` of a policy that knows its reference.
+
+    It may be called where an engine gathers the policy's weights as modules need them.
+    """
+    compared = policy.frozen is not None or policy.reference is not None
     table = np.zeros((4, len(samples)))
-    table[1:3] = 0.0 if reference is not None else np.nan
-    want = _WANT if reference is not None else ("entropy",)
+    table[1:3] = 0.0 if compared else np.nan
+    want = _WANT if compared else ("entropy",)
     lengths = [len(prompt.ids) + len(completion.token_ids) for prompt, completion in samples]
     order = [i for i in np.argsort(lengths, kind="stable")[::-1] if samples[i][1].token_ids]
-    model = PolicyWithReference(policy, reference, kernel or KernelConfig())
-    device = next(policy.parameters()).device
+    device = policy.lm.device
     with evaluating(policy):
-        model.eval()  # the reference too
         for first in range(0, len(order), batch):
             chunk = order[first : first + batch]
             laid = collate([_pair(*samples[i]) for i in chunk], pad_id=pad_id, need_rejected=False)
-            stats = pair_stats(model, to_device(laid, device), want)
+            # not its call, which may be what an engine has wrapped and is under way
+            stats = pair_stats(policy.forward, to_device(laid, device), want)
             columns = (
                 stats.chosen_lengths,
-                None if reference is None else stats.chosen_logratios,
+                stats.chosen_logratios if compared else None,
                 stats.chosen_reverse_kl,
                 stats.chosen_entropy,
             )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,16 +70,27 @@ class TransformersEngine:
         tokenizer: the one of its vocabulary.
         batch: completions per forward pass.
         continuous: new completions take the places of those that have ended, instead of waiting for all of a batch.
+        agree: given the next tokens of a batch, what they are to be: several processes that share out a model's weights
+            must make the same calls of it, and a rounding of one may draw another token.
 
     Raises: RoundError for a model without a key-value cache, or one whose cache cannot take in new rows when
         `continuous` is asked for.
     """
 
-    def __init__(self, lm: nn.Module, tokenizer: Any, *, batch: int = 64, continuous: bool = False) -> None:
+    def __init__(
+        self,
+        lm: nn.Module,
+        tokenizer: Any,
+        *,
+        batch: int = 64,
+        continuous: bool = False,
+        agree: Callable[[list[int]], list[int]] | None = None,
+    ) -> None:
         from transformers import DynamicCache
         from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
         self.lm, self.tokenizer, self.batch, self.continuous = lm, tokenizer, batch, continuous
+        self._agree = agree
         self._base = adapters.base_of(lm)
         self._takes = inspect.signature(self._base.forward).parameters
         self._ends = terminators(self._base.generation_config, tokenizer)
@@ -192,6 +203,8 @@ class TransformersEngine:
         sampled = sampling.temperature > 0
         points = [row.points[len(row.ids)] if sampled and not row.ended else 0.0 for row in batch.rows]
         tokens = choose(logits, torch.tensor(points, dtype=torch.float64, device=logits.device), sampling)
+        if self._agree is not None:
+            tokens = tokens.new_tensor(self._agree(tokens.tolist()))
         logps = logits.gather(-1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
         for row, token, logp in zip(batch.rows, tokens.tolist(), logps.tolist(), strict=True):
             if row.ended:

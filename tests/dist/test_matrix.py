@@ -140,3 +140,31 @@ def test_what_an_engine_cannot_do_is_refused_in_one_line(engine, settings, line,
     ended = server.train(command("dpo", tmp_path / "run", **settings), ranks=2, engine=engine)
     assert ended.status == 2
     assert ended.err.splitlines()[-1] == f"error: {line}"
+
+
+@pytest.mark.parametrize(
+    ("engine", "lora"),
+    [
+        ("zero3", LORA),
+        pytest.param("zero3", {}, marks=pytest.mark.slow),
+        pytest.param("fsdp2", LORA, marks=pytest.mark.slow),
+        ("fsdp2", {}),
+        pytest.param("zero2", {}, marks=pytest.mark.slow),
+    ],
+)
+def test_samples_of_two_processes_are_those_of_one(engine, lora, server, command, alone, tmp_path):  # noqa: F811
+    settings = {**SGD, **lora, "eval__generate": 5, "generate__max_tokens": 12, "generate__batch": 3}
+    straight = alone("tdpo", **settings)
+    ended = server.train(command("tdpo", tmp_path / "run", **settings), ranks=2, engine=engine)
+    assert ended.status == 0, ended.err
+    tables = [read_lines(output / "samples.jsonl") for output in (tmp_path / "run", straight)]
+    assert len(tables[1]) == 10  # at the start and at the end
+    for mine, other in zip(*tables, strict=True):
+        assert mine.pop("kl") == pytest.approx(other.pop("kl"), rel=1e-3, abs=1e-6)
+        assert mine == other
+    lines = [[line for line in read_lines(o / "metrics.jsonl") if line["split"] == "eval"] for o in (tmp_path / "run", straight)]
+    for mine, other in zip(*lines, strict=True):
+        assert mine["loss"] == pytest.approx(other["loss"], rel=1e-5)
+        assert mine["samples/kl"] == pytest.approx(other["samples/kl"], rel=1e-3, abs=1e-6)
+        assert mine["samples/entropy"] == pytest.approx(other["samples/entropy"], rel=1e-4)
+    assert lines[1][-1]["samples/kl"] > 1e-4
