@@ -105,9 +105,11 @@ class Engine:
 
     def clip(self, limit: float) -> float | None:
         """Clip the gradient and return its norm over all parameters; None where the step does both."""
-        # not by their flags, which disabling an adapter may leave another way on a sharded weight
-        trained = [p for group in self.optimizer.param_groups for p in group["params"]]
-        return float(self.accelerator.clip_grad_norm_(trained, limit))
+        return float(self.accelerator.clip_grad_norm_(self._of_optimizer(), limit))
+
+    def _of_optimizer(self) -> list[Any]:
+        """What the optimizer moves, as it is held now."""
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def set_lr(self, lr: float) -> None:
         for group in self.optimizer.param_groups:
@@ -187,6 +189,11 @@ class Fsdp2Engine(Engine):
     def held(self) -> tuple[int, int, str]:
         return _held_weights(self.policy)
 
+    def clip(self, limit: float) -> float | None:
+        # accelerate compares lists of parameters, which fails for as many of them in another order; and not by their
+        # flags, which disabling an adapter may leave another way on a sharded weight
+        return float(_full(torch.nn.utils.clip_grad_norm_(self._of_optimizer(), limit)))
+
     @contextlib.contextmanager
     def whole(self) -> Iterator[Policy]:
         yield self._skeleton.filled({name: _full(p) for name, p in self.policy.named_parameters()})
@@ -203,7 +210,7 @@ class Fsdp2Engine(Engine):
     def load_optimizer_state(self, state: State) -> None:
         from torch.distributed.tensor import distribute_tensor
 
-        parameters: list[Any] = [p for group in self.optimizer.param_groups for p in group["params"]]
+        parameters = self._of_optimizer()
 
         def part(parameter: Any, value: Any) -> Any:
             if not isinstance(value, torch.Tensor) or value.shape != parameter.shape:
