@@ -25,8 +25,11 @@ ROOT = Path(__file__).resolve().parent.parent
 ENGINES: dict[str, dict[str, str]] = {
     "ddp": {},
     **{
-        f"zero{stage}": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": str(stage)}
-        | ({"ACCELERATE_DEEPSPEED_ZERO3_INIT": "true"} if stage == 3 else {})
+        f"zero{stage}": {
+            "ACCELERATE_USE_DEEPSPEED": "true",
+            "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(ROOT / f"configs/deepspeed/zero{stage}.json"),
+            "ACCELERATE_DEEPSPEED_ZERO3_INIT": str(stage == 3).lower(),
+        }
         for stage in (1, 2, 3)
     },
     "fsdp2": {
