@@ -55,7 +55,6 @@ def _refuse(config: RunConfig, engine: str) -> None:
         ),
         (config.train.compile, "train.compile", "true", f"false, or {small}"),
         (shards and config.model.offload_activations, "model.offload_activations", "true", f"false, or {small}"),
-        (shards and config.lora.merge, "lora.merge", "true", "false (merge the exported adapter with peft)"),
         (
             shards and config.reference.sync_every is not None,
             "reference.sync_every",

@@ -651,8 +651,13 @@ class Trainer:
     def _write_merged(self, folder: Path, adapter: Path, step: int | None) -> None:
         """The policy with an exported adapter in its weights. Args: step: of the adapter, None for the last one."""
         if self.runtime.is_main:
-            adapters.merge(self.policy.lm, adapter, self.config.model)
-            adapters.save_merged(self.policy.lm, folder, self.config.model.export_dtype)
+            lm: Any = self.policy.lm
+            if self.engine.shards:  # a copy in the host's memory, of this process alone
+                lm = adapters.load_frozen(
+                    adapters.find(str(adapter), self.config.model), self.config.model, "lora.merge"
+                )
+            adapters.merge(lm, adapter, self.config.model)
+            adapters.save_merged(lm, folder, self.config.model.export_dtype)
             self._describe(folder, step, merged=True)
 
     def _describe(self, folder: Path, step: int | None = None, merged: bool = False) -> None:

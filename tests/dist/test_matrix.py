@@ -129,6 +129,19 @@ def test_run_when_continued_with_other_processes_or_another_engine_goes_on_as_it
     assert update_gap(trained(straight), trained(tmp_path / "run"), load_file(task.model / "model.safetensors")) <= 1e-2
 
 
+@pytest.mark.parametrize("engine", ["zero3", pytest.param("fsdp2", marks=pytest.mark.slow)])
+def test_merged_model_is_that_of_one_process(engine, server, command, task, alone, tmp_path):  # noqa: F811
+    settings = {**SGD, **LORA, "lora__merge": True, "model__export_dtype": "float64"}
+    straight = alone("dpo", **settings)
+    ended = server.train(command("dpo", tmp_path / "run", **settings), ranks=2, engine=engine)
+    assert ended.status == 0, ended.err
+    expected, found = trained(straight), trained(tmp_path / "run")
+    assert expected.keys() == found.keys()
+    assert {value.dtype for value in found.values()} == {torch.float64}
+    assert update_gap(expected, found, load_file(task.model / "model.safetensors")) <= 1e-3
+    assert (tmp_path / "run/adapter/adapter_model.safetensors").is_file()
+
+
 @pytest.mark.parametrize(
     ("engine", "settings", "line"),
     [
