@@ -64,8 +64,6 @@ def save(
             (folder / "state.json").write_text(json.dumps(state))
         return mine
 
-    if processes.rank == 0:
-        root.mkdir(parents=True, exist_ok=True)
     _write_folder(final, write_all, root, processes)
     if processes.rank == 0:
         for old in _steps(root)[:-keep_last]:
@@ -91,7 +89,7 @@ def _write_folder(final: Path, write: Write, checkpoints: Path, processes: Proce
         with together(processes):
             if first:
                 shutil.rmtree(temporary, ignore_errors=True)
-                temporary.mkdir()
+                temporary.mkdir(parents=True)
         with together(processes):
             mine = write(temporary)
             entries = {} if first else {str(path.relative_to(temporary)): _flushed(path) for path in mine or ()}
@@ -113,7 +111,7 @@ def _write_folder(final: Path, write: Write, checkpoints: Path, processes: Proce
         raise
 
 
-class _FailedElsewhere(Exception):
+class _FailedElsewhere(TrainError):
     """Another process could not do its part. Args: about_space: whether for want of room."""
 
     def __init__(self, text: str, about_space: bool) -> None:
@@ -149,10 +147,11 @@ def _is_about_space(error: Exception) -> bool:
 
 def _seal(folder: Path, others: dict[str, Any]) -> None:
     """Flush every file and write the manifest. Args: others: entries of files that other processes have flushed."""
-    files = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    entries = {name: others.get(name) or _flushed(path) for name, path in files.items()}
+    files = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
+    # a file of another node may not be seen here yet
+    entries = others | {name: _flushed(path) for name, path in files.items() if name not in others}
     manifest = folder / _MANIFEST
-    manifest.write_text(json.dumps(entries, indent=1))
+    manifest.write_text(json.dumps(entries, indent=1, sort_keys=True))
     _flush(manifest)
     _flush(folder)
 

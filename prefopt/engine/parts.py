@@ -43,7 +43,11 @@ def save_model(
         return value.to(getattr(torch, dtype)) if dtype is not None and value.is_floating_point() else value
 
     if adapters.has_adapter(lm):  # small, and written by peft
-        weights = {name: _in_host(gather(name)) for name in tensors}
+        weights = {}
+        for name in tensors:
+            value = gather(name)
+            if runtime.is_main:
+                weights[name] = _in_host(value)
         with checkpoint.together(runtime):
             if runtime.is_main:
                 adapters.save(lm, folder, weights)
