@@ -8,7 +8,8 @@ however large the model is, and the files are the same whatever joins the proces
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Hashable, Mapping, Sequence
+import re
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -31,7 +32,8 @@ def save_model(
 
     Args:
         dtype: of the weights in the files; None: as they are trained.
-        original: with the names that the architecture's published checkpoints have, where transformers knows others.
+        original: with the names that the architecture's published checkpoints have, where transformers knows others; a
+            file then holds whole layers.
     Returns: the files of weights that this process wrote.
     Raises: on all processes what failed on one of them.
     """
@@ -54,7 +56,11 @@ def save_model(
         return []
     held = dtype or engine.config.model.dtype
     size = torch.finfo(getattr(torch, held)).bits // 8
-    runs = cut({name: size * models.numel(value) for name, value in tensors.items()}, int(file_mb * 1e6))
+    sizes = {name: size * models.numel(value) for name, value in tensors.items()}
+    # several weights of a layer may be one in the published files
+    groups = _by_layer(sizes) if original else {name: [name] for name in sizes}
+    whole = {group: sum(sizes[name] for name in names) for group, names in groups.items()}
+    runs = [[name for group in run for name in groups[group]] for run in cut(whole, int(file_mb * 1e6))]
     mine: dict[str, str] = {}  # the file of each weight
 
     def save(number: int, values: dict[str, torch.Tensor]) -> Path:
@@ -75,8 +81,7 @@ def save_model(
     if len(runs) > 1:
         with checkpoint.together(runtime):
             if runtime.is_main:
-                total = size * sum(models.numel(value) for value in tensors.values())
-                index = {"metadata": {"total_size": total}, "weight_map": where}
+                index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where}
                 (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
     return written
 
@@ -93,6 +98,15 @@ def save_optimizer(engine: Engine, folder: Path, file_mb: float) -> list[Path]:
         return path
 
     return write(engine.runtime, runs, state, save)
+
+
+def _by_layer(names: Iterable[str]) -> dict[str, list[str]]:
+    """The names of each layer, which is what stands before and at the first number; others by themselves."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        layer = re.match(r".*?\.\d+(?=\.)", name)
+        groups.setdefault(layer[0] if layer else name, []).append(name)
+    return groups
 
 
 def cut(sizes: Mapping[_Name, int], limit: int) -> list[list[_Name]]:

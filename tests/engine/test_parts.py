@@ -134,7 +134,11 @@ def test_model_in_several_files_is_what_transformers_would_have_saved(kind, tied
         (tmp_path / name).mkdir()
         parts.save_model(engine, tmp_path / name, 100 if name == "one" else 0.01, **how)
     assert (tmp_path / "one/model.safetensors").is_file()
-    assert len(list((tmp_path / "original").glob("model-0*.safetensors"))) > 3
+    files = [set(load_file(file)) for file in (tmp_path / "original").glob("model-0*.safetensors")]
+    assert len(files) > 3
+    for layer in ("model.layers.0.", "model.layers.1."):  # what may be one weight in published files is in one file
+        assert sum(any(name.startswith(layer) for name in names) for names in files) == 1
+    assert len(list((tmp_path / "native").glob("model-0*.safetensors"))) > len(files)
     expected = load_file(tmp_path / "expected/model.safetensors")
     for name in ("original", "one"):
         files = list((tmp_path / name).glob("*.safetensors"))
