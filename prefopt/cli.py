@@ -594,14 +594,17 @@ def _kept_reference(
     elif fresh and what == task.start:
         oracle = Oracle(lm, None, hashes)
     else:
-        oracle = Oracle(adapters.load_frozen(what, config.model, key), None, hashes)
+        with runtime.sharded_loading():
+            oracle = Oracle(adapters.load_frozen(what, config.model, key), None, hashes)
     if not models.is_sharded(oracle.lm):
         torch.nn.Module.to(oracle.lm, runtime.device)
     cache_dir = Path(config.reference.cache_dir) if config.reference.cache_dir else cache_root() / "reference"
-    with models.gathered(oracle.lm):
+    with models.gathered_by_layer(oracle.lm):
         values = obtain(config, runtime, oracle, task.sources, cache_dir, int(task.tokenizer.pad_token_id))
-        needs_head = config.reference.cache == "hidden" and oracle.frozen is None
-        return values, ReferenceHead(oracle.lm) if needs_head else None
+    if config.reference.cache != "hidden" or oracle.frozen is not None:
+        return values, None
+    with models.gathered(oracle.lm.get_output_embeddings()):
+        return values, ReferenceHead(oracle.lm)
 
 
 def _beta(config: RunConfig) -> float:

@@ -260,6 +260,35 @@ def gathered_tensors(some: Sequence[nn.Parameter]) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def gathered_by_layer(model: nn.Module) -> Iterator[None]:
+    """While it lasts, a layer of a model that DeepSpeed shards is whole as long as it is called, and no longer.
+
+    For use without gradients, before an engine has the model; all processes must make the same calls of it.
+    """
+    if not is_sharded(model):
+        yield
+        return
+    import deepspeed
+
+    layers = {layer for some in model.modules() if isinstance(some, nn.ModuleList) for layer in some}
+    inside = {part for layer in layers for part in layer.modules() if part is not layer}
+    hooks = []
+    for module in model.modules():
+        mine = list(module.parameters(recurse=module in layers))
+        if mine and module not in inside:
+            gathering = deepspeed.zero.GatheredParameters(mine)
+            hooks += [
+                module.register_forward_pre_hook(lambda *_, g=gathering: g.__enter__()),
+                module.register_forward_hook(lambda *_, g=gathering: g.__exit__(None, None, None), always_call=True),
+            ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def recompute_activations(model: Any) -> None:
     """Gradient checkpointing, non-reentrant, under the name that this version of transformers has for it."""
     settings = {"use_reentrant": False}

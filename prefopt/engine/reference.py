@@ -29,11 +29,10 @@ import torch
 from prefopt.config import RunConfig
 from prefopt.data.collate import collate
 from prefopt.data.loader import padded_length
-from prefopt.engine import adapters
+from prefopt.engine import adapters, models
 from prefopt.engine.check import tolerance
 from prefopt.engine.forward import PolicyWithReference, head_scaling, scored_states, to_device, token_stats_of
 from prefopt.engine.layouts import choose_layouts, relative_gap
-from prefopt.engine.models import evaluating
 from prefopt.engine.runtime import Runtime, say
 from prefopt.errors import ConfigError, TrainError
 from prefopt.files import write_whole
@@ -172,11 +171,13 @@ class _Pass:
         self.config, self.runtime, self.oracle, self.pad_id = config, runtime, oracle, pad_id
         self.kind = config.reference.cache
         self.need_rejected = config.method.needs.rows == "pairs"
+        self.in_step = models.is_sharded(oracle.lm)  # all processes must call it as often
         self.policy = PolicyWithReference(oracle.lm, None, config.kernel)
         self.layouts, _ = choose_layouts(config, self.policy, runtime.device)
         self.identity = identity(config, oracle)
         self.dtype = getattr(torch, self.identity["stored"])
-        self.width = oracle.lm.get_output_embeddings().weight.shape[1] if self.kind == "hidden" else 1
+        head: Any = oracle.lm.get_output_embeddings()
+        self.width = int(head.in_features) if self.kind == "hidden" else 1
 
     def folder(self, source: Source, cache_dir: Path) -> Kept:
         runtime = self.runtime
@@ -191,7 +192,7 @@ class _Pass:
         what = {"logps": "log-probabilities", "hidden": "hidden states"}[self.kind]
         say(f"reference: {what} of {tokens['pairs']:,} pairs {'found' if found else 'kept'} in {folder}")
         if found:
-            runtime.on_main(lambda: self._verify(kept, source))
+            self._verify(kept, source)
         return kept
 
     def _compute_or_wait(self, folder: Path, source: Source, whole: dict[str, Any], tokens: dict[str, Any]) -> bool:
@@ -245,18 +246,27 @@ class _Pass:
 
         count = sum(min(step, len(pairs) - first) for first in mine)
         with tqdm(total=count, unit="pair", desc="reference", disable=not runtime.is_main) as bar:
-            for first in mine:
-                self._shard(folder / names[first], pairs[first : first + step], bar)
+            for turn, first in enumerate(missing[:: runtime.world]):
+                # the first process has as many pairs as any in each turn
+                passes = self._passes(len(pairs[first : first + step]))
+                if turn < len(mine):
+                    self._shard(folder / names[mine[turn]], pairs[mine[turn] : mine[turn] + step], passes, bar)
+                elif self.in_step:
+                    self._values(pairs[:1], passes)
         runtime.wait()
         runtime.on_main(lambda: _finish(folder, list(names.values()), whole, tokens))
 
-    def _shard(self, path: Path, pairs: Sequence[EncodedPair], bar: Any) -> None:
+    def _passes(self, pairs: int) -> int:
+        """Forward passes over so many pairs."""
+        return -(-pairs // self.config.eval.batch)
+
+    def _shard(self, path: Path, pairs: Sequence[EncodedPair], passes: int, bar: Any) -> None:
         """Score some pairs and keep their values in the order of the pairs, chosen before rejected."""
         from safetensors.torch import save_file
 
         keys: list[bytes] = []
         values: list[torch.Tensor] = []
-        for pair, sides in zip(pairs, self._values(pairs, bar), strict=True):
+        for pair, sides in zip(pairs, self._values(pairs, passes, bar), strict=True):
             keys += [key for key, _ in _sequences(pair, self.need_rejected)]
             values += sides
         tensors = {
@@ -271,12 +281,15 @@ class _Pass:
             os.fsync(file.fileno())
         scratch.rename(path)
 
-    def _values(self, pairs: Sequence[EncodedPair], bar: Any = None) -> list[list[torch.Tensor]]:
-        """Of each pair: the values of its sides, each `(scored tokens,)` or `(scored tokens, H)`, as they are kept."""
+    def _values(self, pairs: Sequence[EncodedPair], passes: int = 0, bar: Any = None) -> list[list[torch.Tensor]]:
+        """Of each pair: the values of its sides, each `(scored tokens,)` or `(scored tokens, H)`, as they are kept.
+
+        Args: passes: how many forward passes other processes do meanwhile, where this one must do as many.
+        """
         out: list[list[torch.Tensor]] = [[] for _ in pairs]
         order = sorted(range(len(pairs)), key=lambda i: padded_length(pairs[i]), reverse=True)
         size, device = self.config.eval.batch, self.runtime.device
-        with self.oracle.standing(), evaluating(self.policy), self.runtime.accelerator.autocast():
+        with self.oracle.standing(), models.evaluating(self.policy), self.runtime.accelerator.autocast():
             for begin in range(0, len(order), size):
                 numbers = order[begin : begin + size]
                 chunk = [pairs[i] for i in numbers]
@@ -290,6 +303,8 @@ class _Pass:
                     out[numbers[place % len(numbers)]].append(side)
                 if bar is not None:
                     bar.update(len(numbers))
+            for _ in range(passes - self._passes(len(pairs)) if self.in_step else 0):
+                self._of_tokens(to_device(batch, device))
         return out
 
     def _of_tokens(self, batch: PairBatch) -> torch.Tensor:
@@ -301,10 +316,15 @@ class _Pass:
 
     def _verify(self, kept: Kept, source: Source) -> None:
         """Raises: TrainError when a random sample, computed again, is not what was kept."""
-        numbers = SystemRandom().sample(range(len(source.pairs)), min(SAMPLE, len(source.pairs)))
-        pairs = [source.pairs[i] for i in sorted(numbers)]
+        count = min(SAMPLE, len(source.pairs))
+        numbers = self.runtime.from_main(sorted(SystemRandom().sample(range(len(source.pairs)), count)))
+        pairs = [source.pairs[i] for i in numbers]
+        values = self._values(pairs) if self.in_step or self.runtime.is_main else []
+        self.runtime.on_main(lambda: self._compare(kept, pairs, values))
+
+    def _compare(self, kept: Kept, pairs: Sequence[EncodedPair], values: Sequence[Sequence[torch.Tensor]]) -> None:
         tol = tolerance(self.oracle.lm, self.config.train.mixed_precision)
-        for pair, sides in zip(pairs, self._values(pairs), strict=True):
+        for pair, sides in zip(pairs, values, strict=True):
             for (key, _), expected in zip(_sequences(pair, self.need_rejected), sides, strict=True):
                 found = kept.of(key)
                 if found is None:
