@@ -55,12 +55,6 @@ def _refuse(config: RunConfig, engine: str) -> None:
         ),
         (config.train.compile, "train.compile", "true", f"false, or {small}"),
         (shards and config.model.offload_activations, "model.offload_activations", "true", f"false, or {small}"),
-        (
-            shards and config.reference.sync_every is not None,
-            "reference.sync_every",
-            config.reference.sync_every,
-            "none, or zero2 (configs/accelerate/zero2.yaml)",
-        ),
     ):
         if wrong:
             raise ConfigError(f"{key}: found {found}, which is not supported under {engine}, expected {expected}")
@@ -147,6 +141,10 @@ class Engine:
         """A weight or buffer of the policy, whole and as it is trained."""
         return weight.detach()
 
+    def put(self, weight: nn.Parameter, whole: torch.Tensor) -> None:
+        """Undo `gathered`, of a weight that is not trained."""
+        weight.data.copy_(whole)
+
     def trained(self) -> list[nn.Parameter]:
         """The parameters that the optimizer was given, in its order: their numbers are the places here."""
         parameters = dict(self.policy.lm.named_parameters())
@@ -206,15 +204,16 @@ class Fsdp2Engine(Engine):
             name: _full(value) if isinstance(value, torch.Tensor) else value for name, value in mine(number).items()
         }
 
-    def load_optimizer_state(self, state: State) -> None:
-        from torch.distributed.tensor import distribute_tensor
+    def put(self, weight: nn.Parameter, whole: torch.Tensor) -> None:
+        models.held(weight).copy_(_part(weight, whole).to_local())
 
+    def load_optimizer_state(self, state: State) -> None:
         parameters = self._of_optimizer()
 
         def part(parameter: Any, value: Any) -> Any:
             if not isinstance(value, torch.Tensor) or value.shape != parameter.shape:
                 return value
-            return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
+            return _part(parameter, value)
 
         super().load_optimizer_state(
             {n: {name: part(parameters[n], value) for name, value in kept.items()} for n, kept in state.items()}
@@ -285,6 +284,10 @@ class ZeroEngine(Engine):
         # an adapter's own weights are float32 over a base of 16 bits
         kept = full.dtype if adapters.has_adapter(self.policy.lm) else getattr(torch, self.config.model.dtype)
         return full.to(kept)
+
+    def put(self, weight: nn.Parameter, whole: torch.Tensor) -> None:
+        with models.gathered_tensors([weight], from_first=True):
+            weight.data.copy_(whole)
 
     @property
     def _inner(self) -> torch.optim.Optimizer:
@@ -359,6 +362,13 @@ def _full(tensor: torch.Tensor) -> torch.Tensor:
     """All of a tensor that FSDP2 may have sharded."""
     tensor = tensor.detach()
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def _part(weight: Any, whole: torch.Tensor) -> Any:
+    """A tensor sharded as FSDP2 has sharded a weight of its shape."""
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(whole.to(weight.device), weight.device_mesh, weight.placements)
 
 
 class _Skeleton:

@@ -220,14 +220,25 @@ def held(parameter: Any) -> torch.Tensor:
     return part.to_local() if hasattr(part, "to_local") else part  # FSDP2
 
 
+def copies(parameter: Any) -> list[torch.Tensor]:
+    """The same, and all of it beside its part where ZeRO-3 keeps a small weight whole too."""
+    whole = hasattr(parameter, "ds_id") and parameter.ds_status.name == "AVAILABLE"
+    return [held(parameter), *([parameter.data] if whole else [])]
+
+
 def numel(parameter: Any) -> int:
     """How many entries a weight has, over all processes."""
     return int(parameter.ds_numel) if hasattr(parameter, "ds_numel") else quantized.numel(parameter)
 
 
+def shape(parameter: Any) -> tuple[int, ...]:
+    """The shape of a weight, whole."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
 def ndim(parameter: Any) -> int:
     """How many dimensions a weight has, whole."""
-    return len(getattr(parameter, "ds_shape", parameter.shape))
+    return len(shape(parameter))
 
 
 def not_finite(model: nn.Module) -> str | None:
@@ -248,15 +259,18 @@ def gathered(*some: nn.Module | None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def gathered_tensors(some: Sequence[nn.Parameter]) -> Iterator[None]:
-    """The same of single weights."""
+def gathered_tensors(some: Sequence[nn.Parameter], from_first: bool = False) -> Iterator[None]:
+    """The same of single weights.
+
+    Args: from_first: what the first process makes of them is what they are afterwards.
+    """
     sharded = [p for p in some if hasattr(p, "ds_id")]
     if not sharded:
         yield
         return
     import deepspeed
 
-    with deepspeed.zero.GatheredParameters(sharded):
+    with deepspeed.zero.GatheredParameters(sharded, modifier_rank=0 if from_first else None):
         yield
 
 

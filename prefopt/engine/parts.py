@@ -7,6 +7,7 @@ however large the model is, and the files are the same whatever joins the proces
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+from torch import nn
 
 from prefopt.engine import adapters, checkpoint, models
 from prefopt.engine.checkpoint import Processes
@@ -55,35 +57,70 @@ def save_model(
                 adapters.save(lm, folder, weights)
         return []
     held = dtype or engine.config.model.dtype
-    size = torch.finfo(getattr(torch, held)).bits // 8
-    sizes = {name: size * models.numel(value) for name, value in tensors.items()}
-    # several weights of a layer may be one in the published files
-    groups = _by_layer(sizes) if original else {name: [name] for name in sizes}
-    whole = {group: sum(sizes[name] for name in names) for group, names in groups.items()}
-    runs = [[name for group in run for name in groups[group]] for run in cut(whole, int(file_mb * 1e6))]
-    mine: dict[str, str] = {}  # the file of each weight
-
-    def save(number: int, values: dict[str, torch.Tensor]) -> Path:
-        from safetensors.torch import save_file
-
-        path = folder / _file("model", number, len(runs))
-        if original:
-            values = adapters.as_published(lm, values)
-        mine.update(dict.fromkeys(values, path.name))
-        save_file({name: value.contiguous() for name, value in values.items()}, path, metadata={"format": "pt"})
-        return path
-
     with checkpoint.together(runtime):
         if runtime.is_main:  # all but the weights; it would clear away what looks like theirs
             adapters.save(lm, folder, {}, held)
-    written = write(runtime, runs, gather, save)
-    where = dict(runtime.gather_objects([*mine.items()]))
-    if len(runs) > 1:
+    # several weights of a layer may be one in the published files
+    groups = _by_layer(tensors) if original else None
+    publish = functools.partial(adapters.as_published, lm) if original else None
+    sizes = _sizes(tensors, held)
+    written, where = _save_tensors(engine, folder, "model", sizes, gather, file_mb, groups, publish)
+    if len(set(where.values())) > 1:
         with checkpoint.together(runtime):
             if runtime.is_main:
                 index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where}
                 (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
     return written
+
+
+def save_frozen(
+    engine: Engine, folder: Path, stem: str, weights: Mapping[str, torch.Tensor], file_mb: float
+) -> list[Path]:
+    """Write weights that are not the policy's, such as a reference's. As `save_model`."""
+    sizes = _sizes(weights, engine.config.model.dtype)
+    return _save_tensors(engine, folder, stem, sizes, lambda name: engine.gathered(weights[name]), file_mb)[0]
+
+
+def load_frozen(engine: Engine, folder: Path, stem: str, weights: Mapping[str, nn.Parameter]) -> None:
+    """Undo `save_frozen`. On all processes together."""
+    from safetensors import safe_open
+
+    for path in sorted(folder.glob(f"{stem}*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - it is no mapping
+                engine.put(weights[name], file.get_tensor(name))
+
+
+def _save_tensors(
+    engine: Engine,
+    folder: Path,
+    stem: str,
+    sizes: Mapping[str, int],
+    gather: Callable[[str], torch.Tensor],
+    file_mb: float,
+    groups: Mapping[str, list[str]] | None = None,
+    publish: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]] | None = None,
+) -> tuple[list[Path], dict[str, str]]:
+    """(files that this process wrote, the file of each tensor).
+
+    Args: sizes: in bytes. groups: names that stay together. publish: what becomes of a file's tensors at last.
+    """
+    groups = groups or {name: [name] for name in sizes}
+    together = {group: sum(sizes[name] for name in names) for group, names in groups.items()}
+    runs = [[name for group in run for name in groups[group]] for run in cut(together, int(file_mb * 1e6))]
+    mine: dict[str, str] = {}
+
+    def save(number: int, values: dict[str, torch.Tensor]) -> Path:
+        from safetensors.torch import save_file
+
+        path = folder / _file(stem, number, len(runs))
+        values = values if publish is None else publish(values)
+        mine.update(dict.fromkeys(values, path.name))
+        save_file({name: value.contiguous() for name, value in values.items()}, path, metadata={"format": "pt"})
+        return path
+
+    written = write(engine.runtime, runs, gather, save)
+    return written, dict(engine.runtime.gather_objects([*mine.items()]))
 
 
 def save_optimizer(engine: Engine, folder: Path, file_mb: float) -> list[Path]:
@@ -98,6 +135,11 @@ def save_optimizer(engine: Engine, folder: Path, file_mb: float) -> list[Path]:
         return path
 
     return write(engine.runtime, runs, state, save)
+
+
+def _sizes(tensors: Mapping[str, torch.Tensor], dtype: str) -> dict[str, int]:
+    """Bytes of each, in a dtype."""
+    return {name: getattr(torch, dtype).itemsize * models.numel(value) for name, value in tensors.items()}
 
 
 def _by_layer(names: Iterable[str]) -> dict[str, list[str]]:

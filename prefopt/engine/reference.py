@@ -25,6 +25,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from prefopt.config import RunConfig
 from prefopt.data.collate import collate
@@ -514,38 +515,35 @@ class Moving:
     """
 
     def __init__(self, policy: PolicyWithReference, weight: float) -> None:
-        self.weight = weight
+        self.weight, self._policy = weight, policy
         if policy.reference is None:
-            self._pairs = adapters.snapshot_pairs(policy.lm)
+            named = {name: (mine, snapshot) for name, (mine, snapshot) in adapters.snapshot_pairs(policy.lm).items()}
         else:
             mine, other = (dict(lm.named_parameters()) for lm in (policy.lm, policy.reference))
-            shapes, others = ({name: tuple(p.shape) for name, p in one.items()} for one in (mine, other))
-            if shapes != others:
+            if {n: models.shape(p) for n, p in mine.items()} != {n: models.shape(p) for n, p in other.items()}:
                 raise ConfigError(
                     "reference.sync_every: the reference is another architecture than the policy, expected one whose "
                     "weights can be mixed with the policy's (leave reference.path out)"
                 )
-            self._pairs = {name: (mine[name], other[name]) for name in mine}
+            named = {name: (mine[name], other[name]) for name in mine}
+        # by name, since an engine that shards puts others in their places
+        names = {id(p): name for name, p in policy.named_parameters()}
+        self._names = {name: (names[id(mine)], names[id(other)]) for name, (mine, other) in named.items()}
+
+    def _pairs(self) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
+        """(the policy's weight, the reference's) by a name."""
+        parameters = self._policy.state_dict(keep_vars=True)  # makes FSDP2 shard again what a pass has gathered
+        return {name: (parameters[mine], parameters[other]) for name, (mine, other) in self._names.items()}
+
+    def weights(self) -> dict[str, nn.Parameter]:
+        """The reference's, by name."""
+        return {name: reference for name, (_, reference) in self._pairs().items()}
 
     @torch.no_grad()
     def move(self) -> None:
-        for policy, reference in self._pairs.values():
-            if self.weight == 1.0:
-                reference.copy_(policy)
-            else:
-                reference.lerp_(policy.to(reference.dtype), self.weight)
-
-    def save(self, path: Path) -> None:
-        """Write the reference's weights as safetensors."""
-        from safetensors.torch import save_file
-
-        save_file({name: ref.detach().cpu().contiguous().clone() for name, (_, ref) in self._pairs.items()}, path)
-
-    @torch.no_grad()
-    def load(self, path: Path) -> None:
-        """Undo `save`."""
-        from safetensors.torch import load_file
-
-        found = load_file(path)
-        for name, (_, reference) in self._pairs.items():
-            reference.copy_(found[name])
+        for policy, reference in self._pairs().values():
+            for mine, other in zip(models.copies(policy), models.copies(reference), strict=True):
+                if self.weight == 1.0:
+                    other.copy_(mine)
+                else:
+                    other.lerp_(mine.to(other.dtype), self.weight)

@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _SELECTED = "selected.json"  # which step the best model so far is of
-_REFERENCE = "moving_reference.safetensors"  # in a checkpoint
+_REFERENCE = "moving_reference"  # files of a checkpoint
 
 
 class _Interrupted(Exception):
@@ -568,10 +568,10 @@ class Trainer:
         def write(folder: Path) -> list[Path]:
             size = self.config.train.file_mb
             mine = parts.save_model(self.engine, folder, size) + parts.save_optimizer(self.engine, folder, size)
+            if self.moving is not None:
+                mine += parts.save_frozen(self.engine, folder, _REFERENCE, self.moving.weights(), size)
             if self.runtime.is_main:
                 self.tokenizer.save_pretrained(folder)
-                if self.moving is not None:
-                    self.moving.save(folder / _REFERENCE)
             return mine
 
         checkpoint.save(self._checkpoints, step, write, state, self.config.train.keep_last, self.runtime)
@@ -587,7 +587,7 @@ class Trainer:
                 )
             self.engine.load(self.resume_from)
             if self.moving is not None:
-                self.moving.load(self.resume_from / _REFERENCE)
+                parts.load_frozen(self.engine, self.resume_from, _REFERENCE, self.moving.weights())
             if "budget" in state:  # not in checkpoints of before there was one
                 self.budget.restore(state["budget"])
             by_rank = state["random"]

@@ -25,6 +25,8 @@ WAYS = {
     "sppo, lora": LORA,
     "tdpo, lora, kept": {**LORA, "reference__cache": "hidden", "reference__cache_dtype": "float32"},
     "reward_model": {},
+    "tdpo, moving": {"reference__sync_every": 2, "reference__sync_weight": 0.6, "train__max_steps": 5},
+    "dpo, lora, moving": {**LORA, "reference__sync_every": 1, "train__max_steps": 4},
     "tdpo, grouped": {"train__group_by_length": True},
     "tdpo, recomputed": {"model__gradient_checkpointing": True},
 }
@@ -92,7 +94,9 @@ def test_run_in_bf16_is_near_the_run_of_one_process(engine, server, command, tas
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("lora", [{}, LORA], ids=["full", "lora"])
+@pytest.mark.parametrize(
+    "lora", [{}, LORA, {"reference__sync_every": 2, "train__file_mb": 0.02}], ids=["full", "lora", "moving"]
+)
 @pytest.mark.parametrize("engine", ENGINES)
 def test_run_when_killed_and_continued_under_the_same_engine_ends_bit_identical(
     engine, lora, server, command, tmp_path
@@ -146,7 +150,7 @@ def test_merged_model_is_that_of_one_process(engine, server, command, task, alon
     ("engine", "settings", "line"),
     [
         ("zero2", {"train__mixed_precision": "fp16"}, "train.mixed_precision: found fp16, which is not supported under zero2, expected bf16 or no"),
-        ("fsdp2", {"reference__sync_every": 2}, "reference.sync_every: found 2, which is not supported under fsdp2, expected none, or zero2 (configs/accelerate/zero2.yaml)"),
+        ("fsdp2", {"model__offload_activations": True}, "model.offload_activations: found true, which is not supported under fsdp2, expected false, or another engine (configs/accelerate/ddp.yaml)"),
     ],
 )
 def test_what_an_engine_cannot_do_is_refused_in_one_line(engine, settings, line, server, command, tmp_path):
