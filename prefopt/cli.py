@@ -514,12 +514,15 @@ def _fit(
                 config, models.parameters(base.base, base.base_settings(config.model)), output
             )
         )
-    with runtime.sharded_loading():
-        lm = adapters.load_policy(config, task.start, task.reference, resume_from)
     reference: Any = task.reference
     key = "model.path" if config.reference.path is None else "reference.path"
     cached = reference is not None and config.reference.cache != "none"
-    if isinstance(reference, adapters.Weights) and not cached:
+    second = isinstance(reference, adapters.Weights) and not cached
+    if second:
+        preflight.room_for_two_models(runtime)
+    with runtime.sharded_loading():
+        lm = adapters.load_policy(config, task.start, task.reference, resume_from)
+    if second:
         with runtime.sharded_loading():
             reference = adapters.load_frozen(reference, config.model, key)
     # drawn numbers are dropout's: each process has its own, whatever was drawn until here
@@ -771,7 +774,7 @@ def _circumstances(runtime: rt.Runtime) -> dict[str, Any]:
     return {
         "versions": rt.versions(),
         "git_commit": _git_commit(),
-        "engine": runtime.engine,
+        "engine": runtime.described_engine,
         "device": str(runtime.device),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
@@ -818,7 +821,7 @@ def _git_commit() -> str | None:
 
 def _first_line(config: RunConfig, runtime: rt.Runtime) -> str:
     return (
-        f"prefopt: {runtime.world} process(es), engine {runtime.engine}, device {runtime.device.type}, "
+        f"prefopt: {runtime.world} process(es), engine {runtime.described_engine}, device {runtime.device.type}, "
         f"method {_described(config)}, seed {config.seed}"
     )
 

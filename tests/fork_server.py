@@ -39,6 +39,15 @@ ENGINES: dict[str, dict[str, str]] = {
         "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
     },
 }
+# What it sets for a file of DeepSpeed's settings, which make an engine of ENGINES offload.
+OFFLOADED: dict[str, dict[str, str]] = {
+    name: {
+        "ACCELERATE_USE_DEEPSPEED": "true",
+        "ACCELERATE_DEEPSPEED_ZERO3_INIT": "true",
+        "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(ROOT / f"configs/deepspeed/{name}.json"),
+    }
+    for name in ("zero3_offload", "zero3_nvme")
+}
 
 
 @dataclass(frozen=True)
@@ -77,10 +86,11 @@ class ForkServer:
         command: str = "train",
         ranks: int = 1,
         engine: str = "ddp",
+        environment: dict[str, str] | None = None,
     ) -> Ended:
         """Run `prefopt train ARGV` in a fork of the server and wait for its end.
 
-        Args: engine: what joins several ranks, one of `ENGINES`.
+        Args: engine: what joins several ranks, one of `ENGINES` or `OFFLOADED`; environment: more for all of them.
             ranks: processes joined by gloo; a fault happens on the one that its `rank` names, else the first; when
             one dies the others are killed, as a launcher does. What is written is the first one's.
         """
@@ -90,6 +100,7 @@ class ForkServer:
             "command": command,
             "ranks": ranks,
             "engine": engine,
+            "environment": environment or {},
             "port": _free_port() if ranks > 1 else None,
             "fault": fault,
             "kill_after": kill_after,
@@ -170,7 +181,8 @@ def _child(request: dict[str, Any], rank: int) -> None:
         if request["ranks"] > 1:
             names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": request["ranks"], "MASTER_PORT": request["port"]}
             names |= {"LOCAL_WORLD_SIZE": request["ranks"], "MASTER_ADDR": "127.0.0.1"}
-            os.environ.update({name: str(value) for name, value in names.items()} | ENGINES[request["engine"]])
+            os.environ.update({name: str(value) for name, value in names.items()})
+            os.environ.update((ENGINES | OFFLOADED)[request["engine"]] | request["environment"])
         if rank:
             request |= {"out": request["out"] + str(rank), "err": request["err"] + str(rank)}
         for path, target in ((os.devnull, 0), (request["out"], 1), (request["err"], 2)):

@@ -324,15 +324,28 @@ class ZeroEngine(Engine):
         partitions = (
             optimizer.fp32_partitioned_groups_flat if self.stage == 3 else optimizer.single_partition_of_fp32_groups
         )
-        for flat in partitions:
-            self._inner.state[flat] = {
-                name: torch.zeros_like(flat) if _per_weight(value) else _copy(value) for name, value in state[0].items()
-            }
+        for number, flat in enumerate(partitions):
+            with self._read_from_disk(number):
+                self._inner.state[flat] = {
+                    name: torch.zeros_like(flat) if _per_weight(value) else _copy(value)
+                    for name, value in state[0].items()
+                }
         self._relink()
         for number, parameter in enumerate(self.trained()):
             for name, value in state[number].items():
                 if _per_weight(value):
                     safe_set_full_optimizer_state(parameter, value.to(self.runtime.device, torch.float32), name)
+
+    @contextlib.contextmanager
+    def _read_from_disk(self, number: int) -> Iterator[None]:
+        """While it lasts, a partition and its state are in memory, where NVMe offload keeps them in files."""
+        optimizer = self.model.optimizer
+        swapped = self.stage == 3 and optimizer._swappable_optimizer_subgroup(number)
+        if swapped:
+            optimizer._optimizer_states_and_gradient_swap_in(number)
+        yield
+        if swapped:
+            optimizer._optimizer_states_and_gradient_swap_out(number)
 
     def load(self, folder: Path) -> None:
         from deepspeed.utils import safe_set_full_fp32_param

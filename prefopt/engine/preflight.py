@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import socket
 import uuid
@@ -29,6 +30,8 @@ def check(config: RunConfig, runtime: Runtime, output: Path) -> None:
     if runtime.world > 1:
         same_versions(runtime.gather_objects([(_here(runtime), versions(("deepspeed",)))]))
         shared_folder(runtime, output)
+    if any(how["device"] == "nvme" for how in runtime.offloaded.values()):
+        nvme(runtime)
 
 
 def _here(runtime: Runtime) -> str:
@@ -62,6 +65,48 @@ def shared_folder(runtime: Runtime, output: Path) -> None:
         raise TrainError(
             f"--output {output}: {blind[0]} does not see what process 0 has written there; expected a folder that all "
             "nodes share"
+        )
+
+
+def nvme(runtime: Runtime) -> None:
+    """Raises: ConfigError where DeepSpeed could not keep on NVMe what it was told to, on any process."""
+    wrong = []
+    for what, how in runtime.offloaded.items():
+        path = how.get("nvme_path")
+        if how["device"] == "nvme" and not _can_write(path):
+            name = {"optimizer": "OPTIMIZER", "weights": "PARAM"}[what]
+            wrong.append(
+                f"launcher: {_here(runtime)} was told to keep the {what} in nvme_path '{path}', expected a folder of "
+                f"this node that can be written to (ACCELERATE_DEEPSPEED_OFFLOAD_{name}_NVME_PATH where DeepSpeed's "
+                'file has "auto")'
+            )
+    if not wrong and not _has_async_io():
+        wrong.append(
+            f"launcher: {_here(runtime)} cannot build DeepSpeed's async_io, which NVMe offload needs; install libaio "
+            "(apt-get install libaio-dev) and a C++ compiler, or use configs/accelerate/zero3_offload.yaml"
+        )
+    wrong = runtime.gather_objects(wrong)
+    if wrong:
+        raise ConfigError(wrong[0])
+
+
+def _can_write(folder: str | None) -> bool:
+    return folder is not None and os.path.isdir(folder) and os.access(folder, os.W_OK | os.X_OK)
+
+
+def _has_async_io() -> bool:
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    return bool(AsyncIOBuilder().is_compatible(verbose=False))
+
+
+def room_for_two_models(runtime: Runtime) -> None:
+    """Raises: ConfigError where the weights of policy and reference would take each other's place on NVMe."""
+    how = runtime.offloaded.get("weights", {"device": "none"})
+    if how["device"] == "nvme":
+        raise ConfigError(
+            "launcher: found weights on nvme, where DeepSpeed has room for one model, and a reference that is a second "
+            "one; expected weights on cpu (configs/accelerate/zero3_nvme.yaml), LoRA, or --reference.cache hidden"
         )
 
 

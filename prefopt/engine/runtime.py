@@ -217,6 +217,21 @@ class Runtime:
         return f"zero{self.accelerator.state.deepspeed_plugin.zero_stage}" if name == "zero" else name
 
     @property
+    def offloaded(self) -> dict[str, dict[str, Any]]:
+        """What DeepSpeed keeps elsewhere than on the device, optimizer or weights, and its settings for that."""
+        if not self.engine.startswith("zero"):
+            return {}
+        settings = self.deepspeed_settings["zero_optimization"]
+        asked = {"optimizer": settings.get("offload_optimizer"), "weights": settings.get("offload_param")}
+        return {what: how for what, how in asked.items() if how and how.get("device", "none") != "none"}
+
+    @property
+    def described_engine(self) -> str:
+        """The engine's name, and what it keeps elsewhere."""
+        elsewhere = ", ".join(f"{what} on {how['device']}" for what, how in self.offloaded.items())
+        return f"{self.engine} ({elsewhere})" if elsewhere else self.engine
+
+    @property
     def deepspeed_settings(self) -> dict[str, Any]:
         """DeepSpeed's settings, as they will be when it is started."""
         settings: dict[str, Any] = self.accelerator.state.deepspeed_plugin.deepspeed_config
