@@ -29,6 +29,7 @@ _ENGINES = {"NO": "one process", "MULTI_CPU": "ddp", "MULTI_GPU": "ddp", "DEEPSP
 SHARDING = ("zero3", "fsdp2")  # those under which a process holds a part of each weight only
 FOLLOW = "PREFOPT_FOLLOW_PARENT"  # set for processes that must not outlive the one that started them
 _PATIENCE = timedelta(hours=24)
+_SPEAKS_WITHIN = 2.0  # seconds
 SAVE_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
@@ -547,6 +548,8 @@ def fail(error: Exception) -> int:
     """Print a user's error as one line on rank 0's stderr; returns the exit status."""
     if rank() == 0:
         print(f"error: {error}", file=sys.stderr, flush=True)
+    else:  # launchers end all processes when one has ended, and that must not be before the first one has spoken
+        time.sleep(_SPEAKS_WITHIN)
     return 2
 
 
