@@ -101,6 +101,7 @@ def _prepared(config: RunConfig, output: Path, stop: rt.Stop, only: Stage | None
         deterministic=config.train.deterministic,
         trackers=() if config.dry_run else config.track.to,
         output=output,
+        join_seconds=config.train.join_seconds,
         patience=_ROUNDS_PATIENCE if config.rounds.count else None,
     )
     try:
