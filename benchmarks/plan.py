@@ -155,7 +155,13 @@ def run(case: Case) -> dict[str, int]:
 
         torch.set_num_threads(1)
         runtime = rt.start(
-            rt.Stop(), seed=0, mixed_precision="no", deterministic=False, trackers=(), output=Path(folder)
+            rt.Stop(),
+            seed=0,
+            mixed_precision="no",
+            deterministic=False,
+            trackers=(),
+            output=Path(folder),
+            join_seconds=60,
         )
         found = measured(runtime, case, folder)
         runtime.accelerator.free_memory()

@@ -101,7 +101,13 @@ class Bench:
         self.folder, self.device, self.batch, self.lora = folder, device, batch, lora
         self.mixed = "bf16" if device == "cuda" else "no"
         self.runtime = rt.start(
-            rt.Stop(), seed=0, mixed_precision=self.mixed, deterministic=False, trackers=(), output=folder
+            rt.Stop(),
+            seed=0,
+            mixed_precision=self.mixed,
+            deterministic=False,
+            trackers=(),
+            output=folder,
+            join_seconds=60,
         )
         self.shape = SHAPES[shape]
         from transformers import LlamaConfig, LlamaForCausalLM

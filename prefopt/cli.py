@@ -101,6 +101,7 @@ def _prepared(config: RunConfig, output: Path, stop: rt.Stop, only: Stage | None
         deterministic=config.train.deterministic,
         trackers=() if config.dry_run else config.track.to,
         output=output,
+        join_seconds=config.train.join_seconds,
         patience=_ROUNDS_PATIENCE if config.rounds.count else None,
     )
     try:
@@ -130,6 +131,8 @@ def _run_once(config: RunConfig, runtime: rt.Runtime, output: Path, evaluators: 
     from prefopt.engine import checkpoint
     from prefopt.engine.tracking import Trackers
 
+    if config.train.check_memory and not config.on_testbed:
+        _check_memory(config, runtime)
     task = runtime.on_main_first(lambda: _testbed_task(config)) if config.on_testbed else _file_task(config)
     for line in task.report:
         say(line)
@@ -158,6 +161,22 @@ def _run_once(config: RunConfig, runtime: rt.Runtime, output: Path, evaluators: 
     finally:
         trackers.finish(failed)
     return status
+
+
+def _check_memory(config: RunConfig, runtime: rt.Runtime) -> None:
+    """Say it where the run may not fit on its GPUs. Raises: TrainError where it cannot."""
+    from prefopt.engine import preflight
+
+    total = preflight.gpu_memory(runtime.device)
+    if total is None:
+        return
+    from prefopt.launch import fit
+
+    engine = fit.engine_of(runtime)
+    if engine is not None:
+        warning = runtime.on_main(lambda: fit.check(config, engine, runtime.world, total))
+        if warning is not None:
+            say(warning)
 
 
 # Rounds ---------------------------------------------------------------------------------------------------------------

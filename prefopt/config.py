@@ -171,6 +171,10 @@ class TrainConfig:
     """Checkpoints kept."""
     file_mb: float = 2000
     """MB of a file of weights; each process holds and writes one at a time."""
+    check_memory: bool = True
+    """On a GPU, refuse before any model is loaded what cannot fit there by the plan of its memory."""
+    join_seconds: float = 300.0
+    """Seconds that processes wait for each other at the start."""
     threads: int | None = None
     """CPU threads per process. None: 1 for models under 3M parameters, else cores / processes."""
     show_batch: bool = False
@@ -437,7 +441,7 @@ OPTIMIZERS = ("adamw", "adamw_8bit", "paged_adamw_8bit", "adafactor", "rmsprop",
 # Settings that may change between the attempts at one run: they do not move the trajectory by more than rounding.
 FREE_TO_CHANGE = (
     *("dry_run", "output", "track", "kernel", "eval.batch", "model.gradient_checkpointing", "reference.cache_dir"),
-    *("model.offload_activations", "train.compile"),
+    *("model.offload_activations", "train.compile", "train.check_memory", "train.join_seconds"),
     *("train.show_batch", "train.keep_last", "train.file_mb", "train.save_every", "train.micro_batch", "train.threads"),
     *("train.layout", "rounds.launcher", "rounds.compare", "generate.python", "generate.url", "generate.api_key_env"),
     *("generate.concurrency", "generate.retries", "generate.timeout", "judge.url", "judge.api_key_env"),
@@ -984,6 +988,7 @@ def _validate(config: RunConfig) -> None:
         "train.save_every",
         "train.keep_last",
         "train.file_mb",
+        "train.join_seconds",
         "eval.every",
         "eval.batch",
         "testbed.eval_pairs",

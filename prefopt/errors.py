@@ -22,6 +22,10 @@ class TrainError(PrefoptError):
     """A run cannot start, continue or be saved."""
 
 
+class RendezvousError(TrainError):
+    """The processes of a run did not come together; each says it, since there may be no first one that could."""
+
+
 class RoundError(PrefoptError):
     """A stage of a round cannot start, continue or be trusted."""
 

@@ -8,10 +8,14 @@ import socket
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from prefopt.config import RunConfig
 from prefopt.engine.runtime import Runtime, versions
 from prefopt.errors import ConfigError, TrainError
+
+if TYPE_CHECKING:
+    import torch
 
 _COMPARED = ("python", "prefopt", "torch", "transformers", "accelerate", "peft", "deepspeed")
 _STATES = {"adamw": 2, "rmsprop": 1, "sgd": 0}  # what an optimizer keeps per weight, in float32
@@ -36,6 +40,13 @@ def check(config: RunConfig, runtime: Runtime, output: Path) -> None:
 
 def _here(runtime: Runtime) -> str:
     return f"process {runtime.rank} on {socket.gethostname()}"
+
+
+def gpu_memory(device: torch.device) -> int | None:
+    """Bytes of a GPU, all of it; None where the device is none."""
+    import torch
+
+    return int(torch.cuda.get_device_properties(device).total_memory) if device.type == "cuda" else None
 
 
 def same_versions(found: list[tuple[str, Mapping[str, str]]]) -> None:

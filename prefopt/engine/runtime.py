@@ -17,7 +17,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from prefopt.errors import PrefoptError, TrainError, did_you_mean
+from prefopt.engine import rendezvous
+from prefopt.errors import PrefoptError, RendezvousError, TrainError, did_you_mean
 
 if TYPE_CHECKING:
     import torch
@@ -352,12 +353,16 @@ def start(
     deterministic: bool,
     trackers: tuple[str, ...],
     output: Path,
+    join_seconds: float,
     patience: timedelta | None = None,
 ) -> Runtime:
     """Join the processes that a launcher started, or be one process; then seed everything.
 
-    Args: patience: how long processes wait for each other; None: as long as torch would.
-    Raises: TrainError if the launcher promised more processes than accelerate joined, or another engine.
+    Args:
+        join_seconds: how long processes wait for each other here.
+        patience: how long they do later; None: as long as torch would.
+    Raises: RendezvousError if they do not come together; TrainError if the launcher promised more processes than
+        accelerate joined, or another engine.
     """
     import torch
     from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
@@ -367,7 +372,9 @@ def start(
     promised = promised_processes()
     on_cpu = not torch.cuda.is_available()
     wanted = _wanted_engine()
-    joined: dict[str, Any] = {} if patience is None else {"timeout": patience}
+    joined: dict[str, Any] = {"init_method": rendezvous.init_method(join_seconds)}
+    if patience is not None:
+        joined["timeout"] = patience
     if on_cpu and wanted == "zero":
         _deepspeed_on_cpu()
         joined["backend"] = "gloo"
@@ -382,7 +389,7 @@ def start(
         # a model's buffers are constants here (rotary frequencies): nothing to send with each forward pass
         kwargs_handlers=[
             DistributedDataParallelKwargs(broadcast_buffers=False),
-            *([InitProcessGroupKwargs(**joined)] if joined else []),
+            InitProcessGroupKwargs(**joined),
         ],
     )
     if mixed_precision == "fp16" and accelerator.scaler is None:
@@ -545,8 +552,8 @@ def check_path(key: str, path: str) -> None:
 
 
 def fail(error: Exception) -> int:
-    """Print a user's error as one line on rank 0's stderr; returns the exit status."""
-    if rank() == 0:
+    """Print a user's error as one line on rank 0's stderr, or on each that it keeps apart; returns the exit status."""
+    if rank() == 0 or isinstance(error, RendezvousError):
         print(f"error: {error}", file=sys.stderr, flush=True)
     else:  # launchers end all processes when one has ended, and that must not be before the first one has spoken
         time.sleep(_SPEAKS_WITHIN)

@@ -70,7 +70,7 @@ def _rank(pipe, rank, world, port, mixed_precision, engine, work, args):
 
         torch.set_num_threads(1)
         runtime = rt.start(
-            rt.Stop(), seed=0, mixed_precision=mixed_precision, deterministic=False, trackers=(), output=""
+            rt.Stop(), seed=0, mixed_precision=mixed_precision, deterministic=False, trackers=(), output="", join_seconds=60
         )
         # the failure to join is silent: each rank would train alone
         assert (runtime.world, runtime.rank, runtime.engine) == (world, rank, engine), runtime
