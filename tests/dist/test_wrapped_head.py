@@ -161,8 +161,7 @@ def _trained(runtime, case, places, calls):
                 CALLS[calls](wrapped, policy, collate(SHORT, pad_id=2, columns=("trust",)))
         wrapped.train()
         _step(runtime, engine, lambda batch: CALLS[calls](wrapped, policy, batch), case.shares)
-    weights = engine.weights()
-    return dict(lm.state_dict()) if weights is None else weights
+    return {name: engine.gathered(w).clone() for name, w in lm.state_dict(keep_vars=True).items()}
 
 
 def _through(wrapped, policy, batch):
