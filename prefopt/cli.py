@@ -81,7 +81,10 @@ def _train(config: RunConfig, only: Stage | None = None) -> int:
     try:
         if not config.dry_run:
             _refuse_another_run(config, output)
-        return _prepared(config, output, stop, only)
+        status = _prepared(config, output, stop, only)
+        if status == 0:
+            stop.leave_be()
+        return status
     except OSError as error:
         if error.errno not in _NO_ROOM:
             raise

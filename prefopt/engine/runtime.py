@@ -74,6 +74,13 @@ class Stop:
         """From here on processes depend on each other again."""
         self._alone = promised_processes() == 1
 
+    def leave_be(self) -> None:
+        """All is done: a word that time is nearly over, in the moment before the process ends, makes no failure of it.
+
+        Python gives signals their defaults back before it ends, and the default of SIGUSR1 is to kill.
+        """
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+
     def _handle(self, number: int, _frame: Any) -> None:
         self.requested = signal.Signals(number).name
         signal.signal(number, signal.SIG_DFL)

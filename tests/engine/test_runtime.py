@@ -154,6 +154,22 @@ def test_signals_when_two_of_a_kind_come_then_the_second_ends_the_process(tmp_pa
         process.communicate()
 
 
+def test_signal_that_time_is_nearly_over_when_all_is_done_then_is_no_failure(tmp_path):
+    """Python gives signals their defaults back when it ends: what lives longer than its handlers sends one then."""
+    code = (
+        "import os, signal\nfrom prefopt.engine.runtime import Stop\n"
+        "class Late:\n    def __init__(self): self.kill, self.me, self.which = os.kill, os.getpid(), signal.SIGUSR1\n"
+        "    def __del__(self): self.kill(self.me, self.which)\n"
+        "stop = Stop()\nstop.install(1)\n{}\nimport sys\nsys.late = Late()"
+    )
+
+    def status(line):
+        return subprocess.run([sys.executable, "-c", code.format(line)]).returncode
+
+    assert status("pass") == -signal.SIGUSR1
+    assert status("stop.leave_be()") == 0
+
+
 # Learning rate --------------------------------------------------------------------------------------------------------
 
 

@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -122,6 +124,18 @@ class Cluster:
             except (OSError, ValueError, TimeoutError):
                 continue
 
+    def crash(self, node: str) -> None:
+        """What is left when a node loses its power: nothing of Slurm's there, nor of any job."""
+        pid = int((self.home / f"slurmd.{node}.pid").read_text())
+        tasks = [task for task in processes() if f"SLURMD_NODENAME={node}".encode() in environment_of(task)]
+        for dead in {pid, *map(parent_of, tasks), *tasks}:  # a task's parent is its slurmstepd
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(dead, signal.SIGKILL)
+
+    def boot(self, node: str) -> None:
+        """The node comes back."""
+        self._start("slurmd", "-N", node, "-f", str(self.conf))
+
     def idle(self) -> int:
         found = subprocess.run(["sinfo", "-h", "-N", "-o", "%t"], capture_output=True, text=True)
         return found.stdout.split().count("idle")
@@ -156,6 +170,21 @@ class Cluster:
         names = ",".join(NODES)
         text = CONF.format(host=host, port=ports[0], home=self.home, nodes="\n".join(lines), names=names)
         self.conf.write_text(text)
+
+
+def processes() -> list[int]:
+    return [int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()]
+
+
+def environment_of(pid: int) -> list[bytes]:
+    try:
+        return Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    except OSError:
+        return []
+
+
+def parent_of(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
 def free_ports(count: int) -> list[int]:

@@ -20,6 +20,7 @@ class Place:
 
     folder: Path
     environment: dict[str, str]
+    cluster: Cluster
 
     def shell(self, command: str, status: int = 0) -> str:
         """What a command line says. Its exit status must be this one."""
@@ -82,7 +83,7 @@ def place(tmp_path_factory):
         "HF_HUB_OFFLINE": "1",
     }
     environment["PYTHONPATH"] = str(ROOT)  # whatever is installed
-    place = Place(folder, environment)
+    place = Place(folder, environment, cluster)
     yield place
     subprocess.run(["scancel", "--user=root"], env=environment)
     cluster.down()

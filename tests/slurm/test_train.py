@@ -5,11 +5,15 @@ import time
 
 import pytest
 
+from tests.slurm.cluster import until
+
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1200)]
 TRAIN = (
     "--method dpo --train.global_batch 32 --train.micro_batch 16 --testbed.eval_pairs 16 --eval.every 1000 "
     "--train.save_every 5"
 )
+LIMIT = "--time=1 --signal=USR1@10"  # slurmctld looks twice a minute, so it may tell much sooner
+LONG = "sbatch --parsable {1} --output={0}.out slurm/train.sbatch --output {0} --train.max_steps 1400 " + TRAIN
 TWO_NODES = "sbatch --parsable --nodes=2 --output={0}.out slurm/train.sbatch --output {0} --train.max_steps 60 " + TRAIN
 ONE_NODE = "sbatch --parsable --output={0}.out slurm/train.sbatch --output {0} --train.max_steps 200 " + TRAIN
 
@@ -68,3 +72,29 @@ def test_job_when_a_node_goes_down_then_it_is_requeued_and_ends_with_the_same_we
     assert about["Restarts"] == "1"
     assert "continuing from" in (place.folder / "node.out").read_text()
     assert place.weights("node") == place.weights(two_nodes)
+
+
+def test_job_when_its_time_runs_out_then_slurm_tells_it_and_it_is_requeued_and_ends_with_the_same_weights(place):
+    """Nobody sends a signal here but the controller."""
+    straight, limited = (place.submit(LONG.format(*of)) for of in (("long", ""), ("limited", LIMIT)))
+    about = place.wait(limited)
+    assert int(about["Restarts"]) >= 1
+    assert "SIGUSR1: saving, then leaving with exit status 75" in (place.folder / "limited.out").read_text()
+    place.wait(straight)
+    assert place.weights("limited") == place.weights("long")
+
+
+def test_job_when_its_node_loses_its_power_then_it_goes_on_on_the_other_and_ends_with_the_same_weights(place, one_node):
+    job = place.submit(ONE_NODE.format("power"))
+    place.wait_for_step("power", 20)
+    node = place.about(job)["NodeList"]
+    place.cluster.crash(node)
+    try:
+        about = place.wait(job)
+    finally:
+        place.cluster.boot(node)
+    assert about["Restarts"] == "1"
+    assert about["NodeList"] != node
+    assert "continuing from" in (place.folder / "power.out").read_text()
+    assert place.weights("power") == place.weights(one_node)
+    until(lambda: place.cluster.idle() == 2, 60, "both nodes are back")
