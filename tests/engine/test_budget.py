@@ -52,14 +52,14 @@ def test_run_when_tokens_end_it_and_it_is_killed_then_it_ends_bit_identical_and_
 
 
 def test_run_when_seconds_end_it_then_those_of_all_attempts_count(server, command, tmp_path):
-    argv = command("dpo", tmp_path / "run", train__max_seconds=0.5, without=NO_STEPS)
+    argv = command("dpo", tmp_path / "run", train__max_seconds=4, without=NO_STEPS)
     assert server.train(argv, {"at": STEP, "count": 5, "do": "SIGTERM"}).status == EXIT_UNFINISHED
     first = sum(line["seconds"] for line in trained(tmp_path / "run"))
     state = json.loads((tmp_path / "run" / "checkpoints" / "step_00000004" / "state.json").read_text())
     assert state["budget"]["seconds"] == pytest.approx(first)
     assert server.train(argv).status == 0
     seconds = [line["seconds"] for line in trained(tmp_path / "run")]
-    assert sum(seconds[:-1]) < 0.5 <= sum(seconds)
+    assert sum(seconds[:-1]) < 4 <= sum(seconds)
 
 
 def test_two_processes_when_seconds_end_their_run_then_they_end_it_together(server, command, tmp_path):

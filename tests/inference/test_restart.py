@@ -83,10 +83,15 @@ def test_killed_at_ten_random_moments_it_goes_on_and_asks_nothing_again_that_was
 ):
     chance, output, grew = random.Random(0), tmp_path / "run", 0
     with scripted(delay=0.06) as here:
+        (tmp_path / "whole").mkdir()
+        (tmp_path / "whole/my_judge.py").write_text(JUDGE)
+        whole = server.train(flags(here), command="infer", cwd=tmp_path / "whole")  # as slow as this machine is now
+        assert whole.status == 0, whole.err
         for _ in range(10):
             before = kept_seeds(output)
             here.requests.clear()
-            ended = server.train(flags(here), kill_after=chance.uniform(0.3, 1.0), command="infer", cwd=tmp_path)
+            moment = chance.uniform(0.25, 0.6) * whole.seconds
+            ended = server.train(flags(here), kill_after=moment, command="infer", cwd=tmp_path)
             assert ended.status in (-signal.SIGKILL, 0), ended.err
             assert not before & {*here.seeds}, "what was answered has been asked again"
             grew += kept_seeds(output) > before
