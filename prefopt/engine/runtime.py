@@ -11,6 +11,7 @@ import signal
 import socket
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -426,6 +427,8 @@ def start(
         )
     sharding = None
     if found == "zero":
+        # of DeepSpeed's calls, hundreds of times in a step
+        warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+_tensor`", FutureWarning)
         sharding = getattr(accelerator.state.deepspeed_plugin, "dschf", None)
         _stop_sharding()
     set_seed(seed)
