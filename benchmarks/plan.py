@@ -97,11 +97,12 @@ def trainer_of(runtime: Any, case: Case, folder: str) -> Any:
     for parameter in policy.parameters():  # what lies in the file's own pages, no allocator knows of
         if not hasattr(parameter, "ds_id"):
             parameter.data = parameter.data.clone()
+    tokenizer: Any = NoTokenizer()  # rows are token ids already
     trainer = Trainer(
         config=config,
         runtime=runtime,
         policy=policy,
-        tokenizer=NoTokenizer(),  # type: ignore[arg-type]
+        tokenizer=tokenizer,
         train=batches,
         eval_pairs=[],
         output=Path(folder),

@@ -579,7 +579,7 @@ def _fit(
     if config.eval.generate and isinstance(policy, PolicyWithReference):
         from prefopt.evaluate.sampler import sampler
 
-        agree = runtime.from_main if runtime.world > 1 and runtime.engine in rt.SHARDING else None
+        agree = runtime.from_main if runtime.engine in rt.SHARDING else None
         precision = runtime.accelerator.autocast
         evaluators.append(sampler(config, policy, task.tokenizer, task.eval_pairs, precision, agree))
     trainer = Trainer(

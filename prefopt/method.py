@@ -51,7 +51,7 @@ class Method:
         """How a judge's numbers become an order and win probabilities, see `prefopt.ranking`."""
         return "pairwise_sigmoid"
 
-    def render_prompt(self, prompt: str | list[dict[str, str]]) -> str | list[dict[str, str]]:
+    def render_prompt(self, prompt: str | list[dict[str, Any]]) -> str | list[dict[str, Any]]:
         """The prompt as the policy is to read it, from the one that a judge sees."""
         return prompt
 

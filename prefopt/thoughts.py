@@ -9,7 +9,7 @@ from typing import Any, Literal
 from prefopt import marks
 from prefopt.errors import ConfigError, did_you_mean
 
-Messages = list[dict[str, str]]
+Messages = list[dict[str, Any]]
 OnRepeat = Literal["error", "first"]
 NONE = "none"  # in the place of a thought prompt: the policy is asked as it is, and answers at once
 _FOLDER = Path(__file__).parent / "thought_prompts"

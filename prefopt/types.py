@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     import numpy as np
@@ -62,14 +62,17 @@ class PairRow:
     `rejected` is None in data for methods that need the chosen side only; `chosen` is None where only prompts are read
     and the row has no more. `where` is `file:line`. `ids` are prompt, chosen and maybe rejected as tokens, where the
     row has them and they are this tokenizer's: what a policy has sampled is trained on as it was sampled.
+    `template_args` are the row's own arguments of the chat template: `tools`, `documents`, and what its
+    `chat_template_kwargs` holds. A message may hold more than text: `tool_calls`, content that is None.
     """
 
-    prompt: str | list[dict[str, str]]
-    chosen: str | list[dict[str, str]] | None
-    rejected: str | list[dict[str, str]] | None
+    prompt: str | list[dict[str, Any]]
+    chosen: str | list[dict[str, Any]] | None
+    rejected: str | list[dict[str, Any]] | None
     columns: Mapping[str, float]
     where: str
     ids: tuple[list[int], ...] | None = None
+    template_args: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -207,7 +210,7 @@ class Prompt:
         answer_ids: the same as tokens, with its terminator.
     """
 
-    prompt: str | list[dict[str, str]]
+    prompt: str | list[dict[str, Any]]
     ids: tuple[int, ...]
     key: str
     where: str
@@ -244,7 +247,7 @@ class Response:
 class Question:
     """A prompt and the responses to it, as a judge gets them. `answer` is the data's own, for verifiable rewards."""
 
-    prompt: str | list[dict[str, str]]
+    prompt: str | list[dict[str, Any]]
     responses: tuple[Response, ...]
     key: str = ""
     answer: str | None = None

@@ -22,7 +22,7 @@ from prefopt.errors import DataError, did_you_mean
 from prefopt.types import Column, PairRow
 
 OnBadRow = Literal["error", "skip"]
-Messages = list[dict[str, str]]
+Messages = list[dict[str, Any]]
 
 HH_TURN = "\n\nAssistant:"
 MAX_ROW_BYTES = 10_000_000
@@ -387,7 +387,7 @@ def _check_text(text: str, name: str) -> None:
         raise RowProblem("invalid text", name, "half of a surrogate pair", "valid Unicode") from None
 
 
-def _message(message: object, name: str) -> dict[str, str]:
+def _message(message: object, name: str) -> dict[str, Any]:
     if not isinstance(message, dict):
         raise RowProblem("bad message", name, f"found {_kind(message)}", "an object with 'role' and 'content'")
     out: dict[str, str] = {}

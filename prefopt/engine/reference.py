@@ -517,7 +517,7 @@ class Moving:
     def __init__(self, policy: PolicyWithReference, weight: float) -> None:
         self.weight, self._policy = weight, policy
         if policy.reference is None:
-            named = {name: (mine, snapshot) for name, (mine, snapshot) in adapters.snapshot_pairs(policy.lm).items()}
+            named = adapters.snapshot_pairs(policy.lm)
         else:
             mine, other = (dict(lm.named_parameters()) for lm in (policy.lm, policy.reference))
             if {n: models.shape(p) for n, p in mine.items()} != {n: models.shape(p) for n, p in other.items()}:

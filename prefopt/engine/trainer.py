@@ -629,16 +629,16 @@ class Trainer:
         select, best = self.config.eval.select, self.output / "best"
         if select is None:
             return None
-        metric = Selection.of(select).metric
-        if Selection.of(select).best(self.metrics.lines()) is None:
-            say(f"exported: the last model, since no evaluation knew a {metric}")
+        by = Selection.of(select)
+        if by.best(self.metrics.lines()) is None:
+            say(f"exported: the last model, since no evaluation knew a {by.metric}")
             return None
         if checkpoint.damage(best) is not None:
             raise TrainError(
                 f"{best}: the model that eval.select chose is damaged or missing; delete {self.output} and train again"
             )
         chosen = json.loads((best / _SELECTED).read_text())
-        say(f"exported: the model of step {chosen['step']}, with the best {metric}: {chosen[metric]:.4g}")
+        say(f"exported: the model of step {chosen['step']}, with the best {by.metric}: {chosen[by.metric]:.4g}")
         return int(chosen["step"])
 
     def _write_export(self, folder: Path) -> list[Path]:

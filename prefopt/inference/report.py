@@ -156,7 +156,7 @@ def pairs(traces: Sequence[Trace]) -> tuple[list[dict[str, Any]], dict[str, int]
     return rows, dict(none)
 
 
-def _completion(trace: Trace, sample: Sample) -> str | list[dict[str, str]]:
+def _completion(trace: Trace, sample: Sample) -> str | list[dict[str, Any]]:
     assert sample.text is not None
     if not isinstance(trace.prompt.prompt, str):
         return [{"role": "assistant", "content": sample.text}]

@@ -24,11 +24,9 @@ def engine_of(runtime: Runtime) -> str | None:
         return None
     if not name.startswith("zero"):
         return name
-    settings = runtime.deepspeed_settings.get("zero_optimization", {})
-    away = [settings.get(f"offload_{what}", {}).get("device", "none") != "none" for what in ("optimizer", "param")]
-    if not any(away):
+    if not runtime.offloaded:
         return name
-    return f"{name} offload" if name == "zero3" and all(away) else None
+    return f"{name} offload" if name == "zero3" and len(runtime.offloaded) == 2 else None
 
 
 def check(config: RunConfig, engine: str, gpus: int, total: int) -> str | None:

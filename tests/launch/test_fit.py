@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from prefopt.config import parse
+from prefopt.engine.runtime import Runtime
 from prefopt.errors import TrainError
 from prefopt.launch import fit
 from prefopt.launch.plan import GB
@@ -80,17 +81,23 @@ def test_model_that_no_plan_can_be_made_of_is_left_to_the_run(tmp_path):
     assert "\n" not in said
 
 
+def deepspeed(engine, settings):
+    """A runtime under DeepSpeed, as far as it is asked."""
+    known = SimpleNamespace(engine=engine, deepspeed_settings=settings)
+    return SimpleNamespace(engine=engine, offloaded=Runtime.offloaded.fget(known))
+
+
 @pytest.mark.parametrize(
     ("name", "engine"), [("zero2", "zero2"), ("zero3", "zero3"), ("zero3_offload", "zero3 offload")]
 )
 def test_deepspeed_by_its_file_is_the_engine_of_the_plan(name, engine):
     settings = json.loads((ROOT / f"configs/deepspeed/{name}.json").read_text())
-    assert fit.engine_of(SimpleNamespace(engine=name.partition("_")[0], deepspeed_settings=settings)) == engine
+    assert fit.engine_of(deepspeed(name.partition("_")[0], settings)) == engine
 
 
 def test_offload_that_a_plan_does_not_know_is_not_planned(monkeypatch):
     settings = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
-    assert fit.engine_of(SimpleNamespace(engine="zero2", deepspeed_settings=settings)) is None
+    assert fit.engine_of(deepspeed("zero2", settings)) is None
     assert fit.engine_of(SimpleNamespace(engine="fsdp2")) == "fsdp2"
     monkeypatch.setenv("FSDP_OFFLOAD_PARAMS", "true")
     assert fit.engine_of(SimpleNamespace(engine="fsdp2")) is None
