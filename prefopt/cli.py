@@ -137,6 +137,7 @@ def _run_once(config: RunConfig, runtime: rt.Runtime, output: Path, evaluators: 
     if config.train.check_memory and not config.on_testbed:
         _check_memory(config, runtime)
     task = runtime.on_main_first(lambda: _testbed_task(config)) if config.on_testbed else _file_task(config)
+    _hold_out_at_most(config, task)
     for line in task.report:
         say(line)
     if config.dry_run:
@@ -152,18 +153,32 @@ def _run_once(config: RunConfig, runtime: rt.Runtime, output: Path, evaluators: 
     hashes = runtime.on_main(keep)  # hashing weights reads all of them: once, on one process
     if runtime.from_main(runtime.is_main and checkpoint.damage(output / "model") is None):
         say(f"{output}: this run is finished; the model is in {output / 'model'}")
-        _report_testbed(config, runtime, task, output)
+        _report_figures(config, runtime, task, output)
         return 0
     trackers, failed = Trackers(runtime, config, output, output / CARD), True
     try:
         status = _fit(config, runtime, task, output, resume_from, evaluators, trackers, hashes)
         if status == 0:
             say(f"finished: model in {output / 'model'}, metrics in {output / 'metrics.jsonl'}")
-            _report_testbed(config, runtime, task, output, trackers)
+            _report_figures(config, runtime, task, output, trackers)
         failed = False
     finally:
         trackers.finish(failed)
     return status
+
+
+def _hold_out_at_most(config: RunConfig, task: _Task) -> None:
+    """Keep eval.max_pairs of the held-out pairs, and put into the report what so many can decide."""
+    from prefopt.data.split import sample
+    from prefopt.evaluate.held_out import too_few
+
+    most, there = config.eval.max_pairs, len(task.eval_pairs)
+    if most is not None and most < there:
+        task.eval_pairs = sample(task.eval_pairs, most)
+        task.eval_fingerprint += f"-{most}"
+        task.report.append(f"eval.max_pairs: {most:,} of {there:,} held-out pairs are scored, a random sample")
+    warning = too_few(config, len(task.eval_pairs))
+    task.report += [warning] if warning is not None else []
 
 
 def _check_memory(config: RunConfig, runtime: rt.Runtime) -> None:
@@ -637,27 +652,51 @@ def _beta(config: RunConfig) -> float:
     return float(getattr(config.method, "beta", settings.TESTBED_DEPARTURES["method"]["beta"]))
 
 
+def _report_figures(
+    config: RunConfig, runtime: rt.Runtime, task: _Task, output: Path, trackers: Trackers | None = None
+) -> None:
+    """What a finished run ends with: its figures, and on the testbed how far they are from the exact optimum."""
+    from prefopt.evaluate.held_out import final_figures
+
+    lines = runtime.on_main(lambda: final_figures(config, output))
+    if lines:
+        say("\n".join(lines))
+        if trackers is not None:
+            text = "\n".join(lines)
+            last = max((line["step"] for line in _lines(output, "train")), default=0)
+            trackers.page("figures/end", f"```\n{text}\n```", last)
+    _report_testbed(config, runtime, task, output, trackers)
+
+
+def _lines(output: Path, split: str) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl of one split."""
+    from prefopt.engine.metrics import read_lines
+
+    path = output / "metrics.jsonl"
+    return [line for line in read_lines(path) if line["split"] == split] if path.exists() else []
+
+
 def _report_testbed(
     config: RunConfig, runtime: rt.Runtime, task: _Task, output: Path, trackers: Trackers | None = None
 ) -> None:
     """The table at the end of a run on the testbed, and the frontier plot where there is a frontier."""
-    if task.world is None or not runtime.is_main or not (output / "metrics.jsonl").exists():
+    lines = _lines(output, "eval") if task.world is not None and runtime.is_main else []
+    if task.world is None or not lines:
         return
-    from prefopt.engine.metrics import read_lines
     from prefopt.testbed.bandit import Bandit
     from prefopt.testbed.report import Run, frontier_plot, summary_table
 
-    lines = [line for line in read_lines(output / "metrics.jsonl") if line["split"] == "eval"]
     if config.method.needs.output == "scores":
         won = [pair.columns["pair_win_prob"] for pair in task.eval_pairs]
         best = sum(1.0 if p > 0.5 else 0.5 * (p == 0.5) for p in won) / len(won)
         say(
-            f"held-out accuracy {lines[0]['rewards/accuracies']:.3f} at the start, "
-            f"{lines[-1]['rewards/accuracies']:.3f} at the end; of the true reward on the same pairs {best:.3f}"
+            f"held-out accuracy {lines[-1]['rewards/accuracies']:.3f} at the end; "
+            f"of the true reward on the same pairs {best:.3f}"
         )
         return
     beta = _beta(config)
-    table = summary_table(task.world, lines[0], lines[-1], beta)
+    start = lines[0] if lines[0]["step"] == 0 else None
+    table = summary_table(task.world, start, lines[-1], beta)
     say("\n" + table)
     if isinstance(task.world, Bandit):
         frontier_plot(output / "frontier.png", task.world, [Run(_described(config), beta, lines)])

@@ -190,7 +190,12 @@ class EvalConfig:
     """Held-out evaluation; its figures do not depend on batch or process count."""
 
     every: int = 100
-    """Optimizer steps between evaluations; there is always one at the start and one at the end."""
+    """Optimizer steps between evaluations; there is always one at the end, and one at the start by eval.at_start."""
+    at_start: bool = True
+    """Evaluate before the first step too, which figures at the end are compared with."""
+    max_pairs: int | None = None
+    """Score at most so many held-out pairs: a random sample, the same at every evaluation and for every run and seed on
+    the same pairs. None: all."""
     batch: int = 16
     """Pairs per forward pass and process."""
     select: str | None = None
@@ -384,6 +389,11 @@ class RunConfig:
     @property
     def on_testbed(self) -> bool:
         return self.model.path is None and self.data.train is None
+
+    @property
+    def tied_at_start(self) -> tuple[str, ...]:
+        """Metrics that have nothing to compare before training, because the policy still equals its reference."""
+        return self.method.tied_at_reference if self.reference.path in (None, self.model.path) else ()
 
     def to_dict(self) -> dict[str, Any]:
         """As nested plain values: what a YAML file that gives this very run would hold."""
@@ -999,6 +1009,7 @@ def _validate(config: RunConfig) -> None:
         *("train.schedule_epochs", "train.max_steps", "train.max_tokens", "train.max_seconds"),
         *("train.threads", "train.tokens_per_batch", "testbed.pairs"),
         *("kernel.token_tile", "kernel.vocab_tile", "lora.r", "lora.alpha", "reference.sync_every", "eval.patience"),
+        *("eval.max_pairs",),
     )
     seeds = ("seed", "testbed.seed")
     values = _leaves(config.to_dict())

@@ -44,6 +44,16 @@ class Method:
         """
         return None
 
+    @property
+    def tied_at_reference(self) -> tuple[str, ...]:
+        """Metrics that compare the policy with the reference, and have nothing to compare while the two are equal.
+
+        Readers are shown "-" in their place before training.
+        """
+        if self.needs.reference == "none":
+            return ()
+        return ("rewards/accuracies", "rewards_tdpo/accuracies", "accuracy/logit")
+
     # How it works in rounds -------------------------------------------------------------------------------------------
 
     @property
@@ -163,10 +173,21 @@ def reward_metrics(stats: PairStats, beta: float) -> Metrics:
         rewards__chosen=chosen,
         rewards__rejected=rejected,
         rewards__margins=chosen - rejected,
-        rewards__accuracies=(chosen > rejected).to(chosen.dtype),
+        rewards__accuracies=ahead(chosen, rejected),
     )
+
+
+def ahead(first: torch.Tensor, second: torch.Tensor | float = 0.0) -> torch.Tensor:
+    """Accuracy of each pair: 1 where `first` is larger than `second`, 0 where it is smaller, 1/2 where they are equal.
+
+    A policy that equals its reference ranks nothing, so it has 1/2 and not 0.
+
+    Args: first, second: rewards, scores or logits. Shape `(pairs,)`.
+    Returns: in the dtype of `first`, shape `(pairs,)`.
+    """
+    return ((first > second).to(first.dtype) + (first >= second).to(first.dtype)) / 2
 
 
 def logit_accuracy(logits: torch.Tensor) -> Metrics:
     """How often the quantity that the loss pushes up is positive: the sign of the training logit."""
-    return per_pair(accuracy__logit=(logits > 0).to(logits.dtype))
+    return per_pair(accuracy__logit=ahead(logits))

@@ -58,6 +58,17 @@ def split_by_prompt(pairs: Sequence[EncodedPair], fraction: float, *, seed: int 
     return Subset(pairs, train), Subset(pairs, rest)
 
 
+def sample(pairs: Sequence[EncodedPair], most: int) -> Sequence[EncodedPair]:
+    """At most `most` of the pairs, in their order: the same ones for every run on the same pairs, whatever its seed.
+
+    They are the first `most` of a permutation that numpy's generator draws from seed 0, so a smaller sample is part of
+    a larger one.
+    """
+    if most >= len(pairs):
+        return pairs
+    return Subset(pairs, np.sort(np.random.default_rng(0).permutation(len(pairs))[:most]).astype(np.int32))
+
+
 def shared_prompts(train: Sequence[EncodedPair], held_out: Sequence[EncodedPair]) -> int:
     """How many of the held-out pairs have a prompt that is trained on as well."""
     known = np.unique(np.concatenate([np.empty(0, np.uint64), *(keys for _, keys in _keys(held_out))]))

@@ -14,6 +14,7 @@ import yaml
 from prefopt.config import RunConfig
 from prefopt.engine.metrics import WALL_CLOCK_KEYS
 from prefopt.engine.runtime import versions
+from prefopt.figures import NOTHING, readable
 from prefopt.method import Method
 from prefopt.thoughts import ThoughtFormat
 
@@ -70,7 +71,7 @@ def facts(
     data = [
         f"Training pairs: {_named(config.data.train, config)}, fingerprint `{fingerprint}`.",
         f"{len(steps):,} steps, {sum(line['pairs'] for line in steps):,} pairs in them"
-        + (f" ({steps[-1]['epoch']:.4g} epochs)." if steps and "epoch" in steps[-1] else "."),
+        + (f" ({readable(steps[-1]['epoch'])} epochs)." if steps and "epoch" in steps[-1] else "."),
     ]
     if evaluations and "pairs" in evaluations[-1]:
         data.append(f"Held-out pairs: {evaluations[-1]['pairs']:,}.")
@@ -79,7 +80,7 @@ def facts(
         data=data,
         adapter=adapter,
         merged=merged,
-        start=_figures(evaluations[0]) if evaluations and evaluations[0]["step"] == 0 else {},
+        start=_figures(evaluations[0], config.tied_at_start) if evaluations and evaluations[0]["step"] == 0 else {},
         end=_figures(evaluations[-1]) if evaluations else {},
         step=int(steps[-1]["step"]) if steps else None,
     )
@@ -187,8 +188,8 @@ def _results(known: Facts) -> list[str]:
     of = "This model" if known.step is None else f"This model (step {known.step:,})"
     rows = [f"| On what was held out | Start | {of} |", "| --- | ---: | ---: |"]
     for name, value in known.end.items():
-        before = f"{known.start[name]:.4g}" if name in known.start else ""
-        rows.append(f"| `{name}` | {before} | {value:.4g} |")
+        before = readable(known.start[name]) if name in known.start else NOTHING
+        rows.append(f"| `{name}` | {before} | {readable(value)} |")
     return ["## Results", "\n".join(rows)]
 
 
@@ -261,8 +262,9 @@ answer."""
     ]
 
 
-def _figures(line: Mapping[str, Any]) -> dict[str, float]:
-    return {name: float(v) for name, v in line.items() if name not in _NO_FIGURES and isinstance(v, (int, float))}
+def _figures(line: Mapping[str, Any], but: Sequence[str] = ()) -> dict[str, float]:
+    left_out = (*_NO_FIGURES, *but)
+    return {name: float(v) for name, v in line.items() if name not in left_out and isinstance(v, (int, float))}
 
 
 def _hub_id(path: str | None) -> str | None:

@@ -17,6 +17,7 @@ from typing import Any
 from prefopt.config import RunConfig
 from prefopt.engine.runtime import Runtime, say
 from prefopt.engine.secrets import hidden, names_a_secret
+from prefopt.figures import readable
 
 _CONNECT = 5.0  # seconds to reach wandb's server
 _INIT = 30.0  # seconds for it to answer
@@ -213,6 +214,6 @@ def _markdown(columns: Sequence[str], data: Sequence[Sequence[Any]]) -> str:
 
 
 def _cell(value: Any) -> str:
-    text = f"{value:.4g}" if isinstance(value, float) else str(value)
+    text = readable(value) if isinstance(value, float) else str(value)
     line = html.escape(" ⏎ ".join(text.splitlines()), quote=False)
     return re.sub(r"([\\`*_\[\]|~])", r"\\\1", line) or " "

@@ -42,6 +42,7 @@ from prefopt.engine.runtime import EXIT_UNFINISHED, Runtime, random_state, rando
 from prefopt.engine.share import micro_batches
 from prefopt.engine.tracking import Trackers
 from prefopt.errors import ConfigError, TrainError, did_you_mean
+from prefopt.figures import NOTHING, readable
 from prefopt.types import EncodedPair, LossOutput, Needs, PairBatch, PairStats
 
 if TYPE_CHECKING:
@@ -137,11 +138,12 @@ class Trainer:
 
     def _loop(self, start: int) -> None:
         done = saved = start
+        config = self.config
         self.runtime.stop.in_loop = True
         try:
             if start == 0:
                 self._first_batch()
-            if start == 0 or self._evaluation_is_due(start):
+            if self._evaluation_is_due(start):
                 self._evaluate(start)
             over = self._patience_is_over(start)
             with self._progress_bar(start) as bar:
@@ -149,12 +151,12 @@ class Trainer:
                     line = self._step(step)
                     done = step + 1
                     self._log(line)
-                    bar.set_postfix(_postfix(line), refresh=False)
+                    bar.set_postfix(_postfix(line, config.tied_at_start), refresh=False)
                     bar.update()
                     if self._evaluation_is_due(done):
                         self._evaluate(done)
                         over = self._patience_is_over(done)
-                    if done % self.config.train.save_every == 0 or self.budget.over(done) or over:
+                    if done % config.train.save_every == 0 or self.budget.over(done) or over:
                         self._save(done)
                         saved = done
                     if over:
@@ -174,9 +176,31 @@ class Trainer:
             total=self.budget.steps, initial=start, disable=hidden, unit="step", mininterval=seconds, dynamic_ncols=True
         )
 
+    def _evaluation_bar(self, batches: Iterator[tuple[list[int], PairBatch]]) -> Iterator[tuple[list[int], PairBatch]]:
+        """The micro-batches of an evaluation, with a bar of its pairs where it takes longer than a few seconds."""
+        from tqdm import tqdm
+
+        pairs, world = len(self.eval_pairs), self.runtime.world
+        slow = 0.2 if os.isatty(2) else 10
+        bar = tqdm(
+            total=pairs,
+            desc="evaluating",
+            unit="pair",
+            delay=3,
+            leave=False,
+            mininterval=slow,
+            disable=not self.runtime.is_main,
+            dynamic_ncols=True,
+        )
+        with bar:
+            for numbers, batch in batches:
+                yield numbers, batch
+                bar.update(min(len(numbers) * world, pairs - bar.n))  # the other processes score as many meanwhile
+
     def _evaluation_is_due(self, done: int) -> bool:
         """After every `eval.every` steps and the last one, unless an attempt before this one has logged it."""
-        due = done % self.config.eval.every == 0 or self.budget.over(done)
+        regular = done % self.config.eval.every == 0 if done else self.config.eval.at_start
+        due = regular or self.budget.over(done)
         return due and not self.runtime.from_main(self.metrics.has(done, "eval"))
 
     def _patience_is_over(self, done: int) -> bool:
@@ -445,7 +469,8 @@ class Trainer:
     def _eval_rows(self, want: tuple[str, ...]) -> list[dict[str, Any]]:
         """One record per held-out pair, in the order of the file, whatever batches and processes there are."""
         mine: list[dict[str, Any]] = []
-        for numbers, batch in self._micro_batches(self.eval_pairs, self.config.eval.batch):
+        batches = self._micro_batches(self.eval_pairs, self.config.eval.batch)
+        for numbers, batch in self._evaluation_bar(batches):
             self._leave_if_asked()
             batch = to_device(batch, self.runtime.device)
             stats = pair_stats(self.model, batch, want)
@@ -638,7 +663,7 @@ class Trainer:
                 f"{best}: the model that eval.select chose is damaged or missing; delete {self.output} and train again"
             )
         chosen = json.loads((best / _SELECTED).read_text())
-        say(f"exported: the model of step {chosen['step']}, with the best {by.metric}: {chosen[by.metric]:.4g}")
+        say(f"exported: the model of step {chosen['step']}, with the best {by.metric}: {readable(chosen[by.metric])}")
         return int(chosen["step"])
 
     def _write_export(self, folder: Path) -> list[Path]:
@@ -756,11 +781,16 @@ def _not_finite(output: LossOutput) -> torch.Tensor:
 
 def _pair_line(step: int, row: Mapping[str, Any]) -> str:
     cells = {name: value / count for name, (value, count) in row["cells"].items() if count > 0}
-    return json.dumps({"step": step, "index": row["index"], "where": row["where"], **cells}) + "\n"
+    counts = {name: count for name, (_, count) in row["cells"].items() if count not in (0, 1)}
+    more = {"counts": counts} if counts else {}
+    return json.dumps({"step": step, "index": row["index"], "where": row["where"], **cells, **more}) + "\n"
 
 
-def _postfix(line: Mapping[str, Any]) -> dict[str, str]:
-    shown = {"loss": f"{line['loss']:.4f}", "tok/s": f"{line['tokens_per_second']:.0f}"}
-    if "rewards/accuracies" in line:
-        shown["acc"] = f"{line['rewards/accuracies']:.3f}"
+def _postfix(line: Mapping[str, Any], tied_at_start: Sequence[str]) -> dict[str, str]:
+    """What the progress bar shows of a step. Args: tied_at_start: see `RunConfig.tied_at_start`."""
+    shown = {"loss": f"{line['loss']:.4f}", "tok/s": f"{line['tokens_per_second']:,.0f}"}
+    name = "rewards/accuracies"
+    if name in line:
+        # statistics of step 1 are those of the policy before its first update
+        shown["acc"] = NOTHING if name in tied_at_start and line["step"] == 1 else f"{line[name]:.3f}"
     return shown

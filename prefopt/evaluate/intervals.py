@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 DRAWS = 10_000
+Z = 1.959964  # of a 95% interval of a normal distribution
 _CHUNK = 2_000_000  # numbers looked up at a time
 
 
@@ -55,6 +57,44 @@ def bootstrap(values: np.ndarray | Sequence[float], *, level: float = 0.95, seed
     means = np.concatenate([_resampled(table, min(chunk, DRAWS - done), rng) for done in range(0, DRAWS, chunk)])
     low, high = np.percentile(means, [50 * (1 - level), 50 * (1 + level)])
     return Interval(float(table.mean()), float(low), float(high), table.shape[-1])
+
+
+def wilson(share: float, count: int) -> Interval:
+    """The 95% interval of a share that was found in `count` draws, by the score test of a binomial.
+
+    Args: share: found, from 0 to 1; draws that count a half are allowed. count: >= 1.
+    Reference: Wilson, Probable Inference, the Law of Succession, and Statistical Inference (1927), eq. 1.
+    """
+    spread = Z * math.sqrt(share * (1 - share) / count + Z**2 / (4 * count**2))
+    middle, scale = share + Z**2 / (2 * count), 1 + Z**2 / count
+    return Interval(share, (middle - spread) / scale, (middle + spread) / scale, count)
+
+
+def deciding_count(share: float) -> int:
+    """The fewest draws among which a share of `share` has a Wilson interval that excludes one half."""
+    count = 1
+    while not wilson(share, count).excludes(0.5):
+        count += 1
+    return count
+
+
+def mean_interval(values: Sequence[float], counts: Sequence[float] | None = None) -> Interval:
+    """The ratio of sum of values x counts to sum of counts, with its 95% interval by Student's t.
+
+    Args: values: one per unit. counts: what each is an average over, such as tokens; None: 1 each, a plain mean.
+    Returns: without a width that means anything (NaN ends) where there are fewer than two units.
+    Reference: Cochran, Sampling Techniques (1977), section 6.3: the ratio estimate.
+    """
+    from scipy.stats import t
+
+    found = np.asarray(values, np.float64)
+    weights = np.ones(len(found)) if counts is None else np.asarray(counts, np.float64)
+    mean, units = float((found * weights).sum() / weights.sum()), len(found)
+    if units < 2:
+        return Interval(mean, math.nan, math.nan, units)
+    error = math.sqrt(((weights * (found - mean)) ** 2).sum() * units / (units - 1)) / weights.sum()
+    half = float(t.ppf(0.975, units - 1)) * error
+    return Interval(mean, mean - half, mean + half, units)
 
 
 def _resampled(table: np.ndarray, draws: int, rng: np.random.Generator) -> np.ndarray:

@@ -13,6 +13,7 @@ import numpy as np
 
 from prefopt.data.comparison import plain_text
 from prefopt.evaluate.intervals import Interval, bootstrap
+from prefopt.figures import readable
 from prefopt.inference.test_time_po import Cost, Sample, Step, Trace
 
 
@@ -202,7 +203,7 @@ def page(traces: Sequence[Trace], rows: Sequence[Mapping[str, Any]], title: str,
 
 def _section(trace: Trace, thoughts: bool) -> str:
     best = trace.best
-    found = "no response" if best is None else f"best score {trace.score(best):.4g}, of step {best.step}"
+    found = "no response" if best is None else f"best score {readable(trace.score(best))}, of step {best.step}"
     parts = [
         f'<section id="{html.escape(trace.prompt.key)}"><h2>{html.escape(trace.prompt.where)}</h2>',
         _text(plain_text(trace.prompt.prompt)),
@@ -222,7 +223,7 @@ def _step(trace: Trace, step: Step, thoughts: bool) -> str:
             parts.append(f'<p class="note">{name}</p>{_text(text)}')
     for sample in step.samples:
         score = trace.score(sample)
-        said = sample.reason if sample.text is None else "no score" if score is None else f"score {score:.4g}"
+        said = sample.reason if sample.text is None else "no score" if score is None else f"score {readable(score)}"
         mark = "best" if sample is best else "worst" if sample is worst else ""
         parts.append(f'<p class="note">sample {sample.number}: {html.escape(str(said))}</p>')
         if thoughts and sample.thought:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from prefopt import config
+from prefopt.figures import readable
 from prefopt.files import write_whole
 from prefopt.launch import progress
 from prefopt.launch.manifest import Ledger, Run
@@ -116,7 +117,8 @@ def _over_seeds(rows: Sequence[Mapping[str, Any]], keys: Sequence[str], shown: S
         cells = []
         for name in shown:
             found = [row[name] for row in group if isinstance(row.get(name), (int, float))]
-            spread = f" ± {statistics.stdev(found):.2g}" if len(found) > 1 and all(map(math.isfinite, found)) else ""
+            known = len(found) > 1 and all(map(math.isfinite, found))
+            spread = f" ± {readable(statistics.stdev(found), 2)}" if known else ""
             cells.append(f"{_cell(statistics.fmean(found))}{spread}" if found else "")
         table.append([*values, str(len(group)), *cells])
     return _markdown(table)
@@ -129,7 +131,7 @@ def _cells(row: Mapping[str, Any], keys: Sequence[str], shown: Sequence[str]) ->
 def _cell(value: Any) -> str:
     if value is None:
         return ""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return readable(value) if isinstance(value, float) else str(value)
 
 
 def _clock(seconds: float) -> str:

@@ -147,6 +147,12 @@ class DPO(Method):
             return 1 / (2 * self.beta) ** 2
         return math.log(2)
 
+    @property
+    def tied_at_reference(self) -> tuple[str, ...]:
+        tied = super().tied_at_reference
+        # without the reference in the loss, its logit compares the policy's own log-probabilities from the start
+        return tuple(name for name in tied if name != "accuracy/logit") if self.reference_free else tied
+
     def describe(self) -> str:
         smoothing = f", label_smoothing {self.label_smoothing:g}" if self.label_smoothing else ""
         free = ", reference_free" if self.reference_free else ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from prefopt.method import Method, pair_term, per_pair
+from prefopt.method import Method, ahead, pair_term, per_pair
 from prefopt.types import LossOutput, Needs, PairBatch, PairStats
 
 if TYPE_CHECKING:
@@ -49,9 +49,9 @@ class PairwiseJudge(Method):
             rewards__chosen=chosen,
             rewards__rejected=-chosen,
             rewards__margins=2 * chosen,
-            rewards__accuracies=(chosen > 0).to(chosen.dtype),
+            rewards__accuracies=ahead(chosen),
             # how much the first place is worth, and how often it decides
             order__bias=(first + second) / 2,
-            order__contradictions=((first > 0) == (second > 0)).to(chosen.dtype),
+            order__contradictions=ahead(first.sign() * second.sign()),
         )
         return LossOutput(terms=(pair_term(losses),), metrics=metrics)

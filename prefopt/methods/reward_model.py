@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from prefopt.method import Method, Metrics, pair_term, per_pair
+from prefopt.method import Method, Metrics, ahead, pair_term, per_pair
 from prefopt.types import Column, LossOutput, Needs, PairBatch, PairStats
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def score_metrics(stats: PairStats) -> Metrics:
         rewards__chosen=chosen,
         rewards__rejected=rejected,
         rewards__margins=chosen - rejected,
-        rewards__accuracies=(chosen > rejected).to(chosen.dtype),
+        rewards__accuracies=ahead(chosen, rejected),
     )
 
 

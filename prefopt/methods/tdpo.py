@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from prefopt.method import Method, logit_accuracy, pair_term, per_pair, reward_metrics
+from prefopt.method import Method, ahead, logit_accuracy, pair_term, per_pair, reward_metrics
 from prefopt.types import LossOutput, Needs, PairBatch, PairStats
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ class TDPO(Method):
                 rewards_tdpo__chosen=chosen_rewards,
                 rewards_tdpo__rejected=rejected_rewards,
                 rewards_tdpo__margins=chosen_rewards - rejected_rewards,
-                rewards_tdpo__accuracies=(chosen_rewards > rejected_rewards).to(losses.dtype),
+                rewards_tdpo__accuracies=ahead(chosen_rewards, rejected_rewards),
             )
             | logit_accuracy(_logits(*sides, self._alpha, detach))
         )

@@ -29,6 +29,7 @@ from prefopt.engine.runtime import Stop
 from prefopt.errors import DataError, RoundError
 from prefopt.evaluate.report import RoundFigures, evaluate_round, write_report
 from prefopt.evaluate.samples import SampleFigures, score_samples
+from prefopt.figures import readable
 from prefopt.generation.base import Engine, Sampling, seeds_of
 from prefopt.judges.base import Judge
 from prefopt.method import Method
@@ -348,7 +349,7 @@ class Rounds:
                 f"the candidates and what the judge said are in {generated.folder}"
             )
         for name, value in paired.figures.items():
-            self.say(f"  {name.replace('_', ' ')} {value:.4g}")
+            self.say(f"  {name.replace('_', ' ')} {readable(value)}")
         for file, rows in zip(files, (paired.pairs, paired.table, map(_prompt_row, prompts)), strict=True):
             store.write_rows(file, rows)
         entries = {file.name: store.sha256(file) for file in files}

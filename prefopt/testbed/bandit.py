@@ -78,7 +78,7 @@ class Bandit(WordWorld):
         "entropy": ("entropy", ".3f"),
         "win rate": ("win_rate", ".3f"),
         "below curve": ("frontier_gap", ".3f"),
-        "outside": ("outside", ".1e"),
+        "outside": ("outside", ".3%"),
     }
     prompt_words, words, length = PROMPTS, WORDS, LENGTH
 

@@ -37,14 +37,14 @@ class Run:
     trajectory: Sequence[Mapping[str, float]]
 
 
-def summary_table(world: WordWorld, first: Mapping[str, float], last: Mapping[str, float], beta: float) -> str:
+def summary_table(world: WordWorld, first: Mapping[str, float] | None, last: Mapping[str, float], beta: float) -> str:
     """Reference, start (where it is not the reference), end and what was aimed at, one under the other.
 
-    Args: first, last: `world.evaluate` before and after training. beta: of the method.
+    Args: first, last: `world.evaluate` before training, None where nobody looked, and after it. beta: of the method.
     Returns: lines of text without a final newline. KL and entropy in nats.
     """
     rows = {"reference": world.measures(world.log_ref, beta)}
-    if first["exact/kl_policy_ref"] > 1e-6:
+    if first is not None and first["exact/kl_policy_ref"] > 1e-6:
         rows["start"] = dict(first)
     rows |= {"policy at end": dict(last), world.goal: world.measures(world.optimum(beta), beta)}
 

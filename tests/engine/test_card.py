@@ -70,11 +70,23 @@ def test_results_are_those_of_the_held_out_pairs_at_the_start_and_the_end():
     page = page_of()
     assert "| On what was held out | Start | This model (step 2) |" in page
     assert "| `loss` | 0.6931 | 0.5123 |" in page
-    assert "| `kl/chosen` |  | 1.25 |" in page
+    assert "| `kl/chosen` | - | 1.25 |" in page
     assert "seconds" not in page
     assert "fingerprint `f1n9e2`" in page
     assert "- 2 steps, 9 pairs in them (1 epochs)." in page
     assert "- Held-out pairs: 7." in page
+
+
+@pytest.mark.parametrize(
+    ("method", "more", "start"),
+    [("dpo", [], "-"), ("dpo", ["--reference.path", "other"], "0.5"), ("reward_model", [], "0.5")],
+)
+def test_accuracy_before_training_is_a_figure_only_where_there_is_one(method, more, start, monkeypatch):
+    figures = {"rewards/accuracies": 0.5, "logps/chosen": -12345.6}
+    monkeypatch.setattr("tests.engine.test_card.LINES", [line | figures for line in LINES])
+    page = page_of(method, more=more)
+    assert f"| `rewards/accuracies` | {start} | 0.5 |" in page
+    assert "| `logps/chosen` | -12,346 | -12,346 |" in page
 
 
 def test_paths_of_this_machine_are_not_on_the_card(tmp_path):

@@ -61,7 +61,7 @@ def test_reward_model_metrics_are_the_scores():
             "rewards/chosen": 2.5 / 3,
             "rewards/rejected": 3.5 / 3,
             "rewards/margins": -1 / 3,
-            "rewards/accuracies": 1 / 3,  # equal scores rank nothing
+            "rewards/accuracies": 0.5,  # a tie, one right, one wrong
         }
     )
 
