@@ -7,7 +7,6 @@ import dataclasses
 import errno
 import functools
 import importlib.util
-import json
 import os
 import shlex
 import shutil
@@ -21,11 +20,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prefopt import config as settings
+from prefopt import storage
 from prefopt.config import RunConfig
 from prefopt.engine import runtime as rt
 from prefopt.engine.runtime import say
 from prefopt.engine.slurm import join_step
 from prefopt.errors import ConfigError, PrefoptError, TrainError, did_you_mean
+from prefopt.storage import write_sealed, write_whole
 from prefopt.testbed.cache import cache_root
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from prefopt.types import EncodedPair
 
 CARD = "run_card.json"
+_OUT_OF_REACH = (errno.EIO, errno.ESTALE, errno.EACCES, errno.EPERM)
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 _ROUNDS_PATIENCE = timedelta(hours=24)  # what one process judges alone may take longer than any step of training
 _HELD_OUT = 2**31  # seed of the testbed's held-out pairs: the same for every run, and no training set's
@@ -86,6 +88,9 @@ def _train(config: RunConfig, only: Stage | None = None) -> int:
             stop.leave_be()
         return status
     except OSError as error:
+        if error.errno in _OUT_OF_REACH and error.filename:
+            with storage.reading(Path(error.filename)):
+                raise
         if error.errno not in _NO_ROOM:
             raise
         place = error.filename or f"--output {output} (or the cache in {cache_root()})"
@@ -151,7 +156,7 @@ def _run_once(config: RunConfig, runtime: rt.Runtime, output: Path, evaluators: 
         return card["reference"]
 
     hashes = runtime.on_main(keep)  # hashing weights reads all of them: once, on one process
-    if runtime.from_main(runtime.is_main and checkpoint.damage(output / "model") is None):
+    if runtime.on_main(lambda: checkpoint.damage(output / "model") is None):
         say(f"{output}: this run is finished; the model is in {output / 'model'}")
         _report_figures(config, runtime, task, output)
         return 0
@@ -737,7 +742,9 @@ def _refuse_another_run(config: RunConfig, output: Path, but: Sequence[str] = ()
     """
     card = _read_card(output)
     if card is None:
+        _refuse_files_of_others(output)
         return
+    _refuse_models_of_others(output)
     changed = settings.differences(card["config"], config.to_dict())
     changed = [line for line in changed if line.partition(":")[0] not in but]
     if changed:
@@ -748,19 +755,48 @@ def _refuse_another_run(config: RunConfig, output: Path, but: Sequence[str] = ()
         )
 
 
+def _refuse_files_of_others(output: Path) -> None:
+    """Raises: TrainError where a new run would write over what no run has written."""
+    if storage.is_there(output / "config.yaml") and not storage.is_there(output / CARD):
+        raise TrainError(
+            f"--output {output}: holds a config.yaml that no run has written, and a run writes its own there; "
+            "choose another --output"
+        )
+
+
+def _refuse_models_of_others(output: Path) -> None:
+    """Raises: TrainError where a run would export its model to the place of one that no run has exported."""
+    for name in ("model", "adapter"):
+        if storage.is_there(output / name) and not storage.is_there(output / name / storage.MANIFEST):
+            raise TrainError(
+                f"{output / name}: was not written by a run, or lost its {storage.MANIFEST}; a run exports to this "
+                "place: move it away, or choose another --output"
+            )
+
+
 def _read_card(output: Path) -> dict[str, Any] | None:
-    """The card of the run that the output holds; None where nothing has come of one: a mistake may be mended."""
-    if not any((output / name).exists() for name in ("metrics.jsonl", "checkpoints", "model", "round_00", "round_01")):
-        return None
+    """The card of the run that the output holds; None where nothing has come of one: a mistake may be mended.
+
+    Raises: TrainError for what a run has left without its card, or with a card that is not as it was written.
+    """
+    names = ("metrics.jsonl", "checkpoints", "best", "model", "adapter", "round_00", "round_01")
+    left = next((name for name in names if storage.is_there(output / name)), None)
+    path = output / CARD
     try:
-        card: dict[str, Any] = json.loads((output / CARD).read_text())
-        if not {"config", "data", "model", "reference"} <= card.keys():
-            raise ValueError("it is not a run card")
-        return card
-    except FileNotFoundError:
+        card = storage.read_sealed(path, unsealed=True)
+    except storage.Damaged as error:
+        raise TrainError(f"{error}; choose another --output, or put it back from a copy") from None
+    if card is None:
+        if left is not None:
+            raise TrainError(
+                f"--output {output}: holds '{left}' without a {CARD}, so which run it is of is not known; choose "
+                "another --output, or put the card back"
+            )
         return None
-    except (ValueError, AttributeError) as error:
-        raise TrainError(f"{output / CARD}: not readable: {error}; choose another --output") from error
+    groups = [card.get(key, 0) for key in ("config", "data", "model")]
+    if not all(isinstance(group, dict) for group in groups) or not isinstance(card.get("reference", 0), dict | None):
+        raise TrainError(f"{path}: is not a run card; choose another --output, or put it back from a copy")
+    return card if left is not None else None
 
 
 # The run card ---------------------------------------------------------------------------------------------------------
@@ -842,16 +878,17 @@ def _circumstances(runtime: rt.Runtime) -> dict[str, Any]:
 
 
 def _keep_card(card: dict[str, Any], output: Path, write: bool = True) -> None:
-    """Write the card of a new run; hold a continued run to the data and weights of its card."""
-    from prefopt.engine.metrics import write_atomically
+    """Write the card of a new run; hold a continued run to the data and weights of its card.
 
+    Args: write: whether this process begins the run; another one writes the card only where there is none yet.
+    """
     old = _read_card(output)
     if old is None:
-        if not write:
+        write_sealed(output / CARD, card, only_new=not write)
+        if write:
+            write_whole(output / "config.yaml", [settings.from_dict(card["config"]).to_yaml()])
             return
-        write_atomically(output / "config.yaml", [settings.from_dict(card["config"]).to_yaml()])
-        write_atomically(output / CARD, [json.dumps(card, indent=1, default=str)])
-        return
+        old = storage.read_sealed(output / CARD) or {}
     held = {"training data": ("data", "train"), "held-out data": ("data", "eval")}
     held |= {"order of the training pairs": ("data", "order")}
     held |= {"model": ("model", "sha256"), "reference": ("reference", "sha256")}
@@ -936,7 +973,6 @@ def _look(config: LookConfig) -> int:
     from prefopt.data.encode import encode_file, joined, pad_token
     from prefopt.data.look import page, shown, spread, terminal
     from prefopt.engine import adapters, models
-    from prefopt.files import write_whole
 
     vocab_rows = None
     if config.model.path is not None:

@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 from pathlib import Path
@@ -5,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
+import tests.faults
 from prefopt import registry
 from tests.fork_server import ForkServer
 from tests.helpers import byte_bpe_tokenizer, tiny_llama
@@ -31,6 +33,19 @@ def runtime():
 
     torch.set_num_threads(1)
     return Runtime(Accelerator(cpu=True))
+
+
+@pytest.fixture
+def unreadable(monkeypatch):
+    """Makes the system refuse to open, list or stat what has a name: `unreadable("manifest.json", errno.EIO)`."""
+    with monkeypatch.context() as patch:
+
+        def refuse(name, number=errno.EIO):
+            patch.undo()
+            if name is not None:
+                tests.faults.refuse(name, number, patch.setattr)
+
+        yield refuse
 
 
 @pytest.fixture(scope="session")

@@ -405,6 +405,7 @@ def test_output_when_the_order_of_the_pairs_changed_since_then_refused(error, se
     assert server.train(command("dpo", output, train__max_steps=1)).status == 0
     card = json.loads((output / "run_card.json").read_text())
     card["data"]["order"] = "as another version would have it"
+    del card["sha256"]
     (output / "run_card.json").write_text(json.dumps(card))
     found = error(train__max_steps=1)
     assert found.startswith(f"--output {output}: the order of the training pairs is not what this run began with (")
@@ -429,7 +430,7 @@ def test_output_when_another_process_writes_there_then_its_owner_is_named(error,
 
 
 def test_disk_when_full_in_a_checkpoint_then_the_one_before_survives_and_a_rerun_ends(error, server, command, tmp_path):
-    found = error(fault={"at": "prefopt.engine.checkpoint:_seal", "count": 2, "do": "ENOSPC"})
+    found = error(fault={"at": "prefopt.storage:seal", "count": 2, "do": "ENOSPC"})
     folder = tmp_path / "run" / "checkpoints"
     assert found == (
         f"{folder}/step_00000006: not written: [Errno 28] No space left on device; "
@@ -456,9 +457,7 @@ def test_disk_when_a_file_may_not_grow_then_the_checkpoint_before_survives_and_a
     assert server.train(command("dpo", tmp_path / "run")).status == 0
 
 
-@pytest.mark.parametrize(
-    "place", ["prefopt.engine.metrics:MetricsFile.write", "prefopt.engine.metrics:write_atomically"]
-)
+@pytest.mark.parametrize("place", ["prefopt.engine.metrics:MetricsFile.write", "prefopt.cli:write_sealed"])
 def test_disk_when_full_outside_a_checkpoint_then_one_line_and_a_rerun_ends(error, place, server, command, tmp_path):
     found = error(fault={"at": place, "do": "ENOSPC"})
     cache = server.folder / "cache"

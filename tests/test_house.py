@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "prefopt"
 # Floors, bottom up. A module may import from lower floors, and from its own only along the order given in ROOMS.
 FLOORS = [
-    ["__init__", "types", "errors", "figures", "files", "marks"],
+    ["__init__", "types", "errors", "figures", "storage", "marks"],
     ["kernels"],
     ["thoughts", "method", "methods", "ranking", "registry", "losses"],
     ["config", "infer_config", "data_config", "plan_config"],

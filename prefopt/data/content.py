@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from prefopt.errors import DataError
-from prefopt.files import write_whole
+from prefopt.storage import write_whole
 
 SETTLED = 2.0  # seconds since a file's last change after which another one would show in its times
 

@@ -2,14 +2,14 @@
 
 A checkpoint is a folder `step_00000100/` that `from_pretrained` opens, with the optimizer in safetensors, the rest of
 the state in JSON, and a manifest with the size and SHA-256 of every file. All processes write it, each its own files.
+Folders of any other name are not this module's: a copy that a user made is neither continued from nor removed.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
-import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,11 +17,12 @@ from typing import Any, Protocol
 
 import torch
 
-from prefopt.errors import TrainError
+from prefopt import storage
+from prefopt.errors import PrefoptError, TrainError
 
-_MANIFEST = "manifest.json"
-_PREFIX = "step_"
+_STEP = re.compile(r"step_(\d{8,})")
 _TEMPORARY = ".writing-"
+_STATE = "state.json"
 
 
 class Processes(Protocol):
@@ -51,64 +52,74 @@ def save(
 ) -> Path:
     """Write checkpoint `step` under `root` and drop all but the last `keep_last`.
 
+    Those of later steps, which a resumed run passed over, are dropped too: this one takes their place.
+
     Args:
         write: fills an empty folder with the model, the tokenizer and the optimizer; called on every process.
         state: JSON values: the step, the random generators, what the data was.
     Raises: TrainError if the disk is full or unwritable; checkpoints that were there before are untouched.
     """
-    final = root / f"{_PREFIX}{step:08d}"
+    final = root / name_of(step)
 
     def write_all(folder: Path) -> list[Path] | None:
         mine = write(folder)
         if processes.rank == 0:
-            (folder / "state.json").write_text(json.dumps(state))
+            (folder / _STATE).write_text(json.dumps(state))
         return mine
 
     _write_folder(final, write_all, root, processes)
-    if processes.rank == 0:
-        for old in _steps(root)[:-keep_last]:
-            shutil.rmtree(old)
+    with together(processes):
+        if processes.rank == 0:
+            before = [folder for folder in steps(root) if step_of(folder) <= step]
+            for old in {*steps(root)} - {*before[-keep_last:]}:
+                drop(old)
     return final
 
 
-def export(folder: Path, write: Write, processes: Processes = ONE) -> None:
-    """Write a finished model's folder, with a manifest, whole or not at all; replaces what was there."""
-    _write_folder(folder, write, folder.parent / "checkpoints", processes)
+def export(folder: Path, write: Write, processes: Processes = ONE, checkpoints: Path | None = None) -> Path | None:
+    """Write a finished model's folder, with a manifest, whole or not at all; replaces what was there.
+
+    Args: checkpoints: where the run's checkpoints are, if not beside the folder.
+    Returns: where files are now that were there before and that no manifest names as this program's.
+    """
+    return _write_folder(folder, write, checkpoints or folder.parent / "checkpoints", processes)
 
 
 def copy(folder: Path, into: Path, without: tuple[str, ...] = ()) -> None:
     """Copy the files of an exported model, but for its manifest and those that are named."""
-    for file in folder.iterdir():
-        if file.name not in (_MANIFEST, *without):
-            shutil.copy2(file, into / file.name)
+    for name in storage.entries_of(folder) or {}:
+        if name not in without:
+            (into / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(folder / name, into / name)
 
 
-def _write_folder(final: Path, write: Write, checkpoints: Path, processes: Processes = ONE) -> None:
+def _write_folder(final: Path, write: Write, checkpoints: Path, processes: Processes = ONE) -> Path | None:
     temporary, first = final.with_name(_TEMPORARY + final.name), processes.rank == 0
+    aside: Path | None = None
     try:
         with together(processes):
             if first:
-                shutil.rmtree(temporary, ignore_errors=True)
+                storage.remove_ours(temporary)
                 temporary.mkdir(parents=True)
         with together(processes):
             mine = write(temporary)
-            entries = {} if first else {str(path.relative_to(temporary)): _flushed(path) for path in mine or ()}
+            entries = {} if first else {str(path.relative_to(temporary)): storage.flushed(path) for path in mine or ()}
         others = dict(processes.gather_objects([*entries.items()]))
         with together(processes):
             if first:
-                _seal(temporary, others)
-                if final.exists():
-                    shutil.rmtree(final)
+                storage.seal(temporary, others)
+                aside = storage.make_room(final)
                 temporary.rename(final)
-                _flush(final.parent)
+                storage.flush_folder(final.parent)
     except Exception as error:
         if first:
-            shutil.rmtree(temporary, ignore_errors=True)
+            storage.remove_ours(temporary)
         if _is_about_space(error):
-            kept = latest(checkpoints) if first else None  # the others' words are not printed
+            kept = last_good(checkpoints) if first else None  # the others' words are not printed
             last = f"the last good checkpoint is {kept}" if kept else "there is no earlier checkpoint"
             raise TrainError(f"{final}: not written: {error}; {last} (free space and run again)") from error
         raise
+    return aside
 
 
 class _FailedElsewhere(TrainError):
@@ -139,91 +150,101 @@ def _is_about_space(error: Exception) -> bool:
     """Whether a write failed for want of room; safetensors reports it in words of its own."""
     if isinstance(error, _FailedElsewhere):
         return error.about_space
+    if isinstance(error, PrefoptError):
+        return False
     text = str(error).lower()
     return isinstance(error, OSError) or any(
         word in text for word in ("no space", "file too large", "i/o error", "os error")
     )
 
 
-def _seal(folder: Path, others: dict[str, Any]) -> None:
-    """Flush every file and write the manifest. Args: others: entries of files that other processes have flushed."""
-    files = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
-    # a file of another node may not be seen here yet
-    entries = others | {name: _flushed(path) for name, path in files.items() if name not in others}
-    manifest = folder / _MANIFEST
-    manifest.write_text(json.dumps(entries, indent=1, sort_keys=True))
-    _flush(manifest)
-    _flush(folder)
+def name_of(step: int) -> str:
+    """The name of a checkpoint's folder."""
+    return f"step_{step:08d}"
 
 
-def _flushed(path: Path) -> dict[str, Any]:
-    """A file's entry in the manifest, once it is on the disk."""
-    entry = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-    _flush(path)
-    return entry
+def step_of(folder: Path) -> int:
+    """The step that a checkpoint's folder is named by."""
+    return int(folder.name.removeprefix("step_"))
 
 
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def steps(root: Path) -> list[Path]:
+    """The folders of checkpoints, in the order of their steps. Raises: Unreadable."""
+    found = [path for path in storage.listing(root) if _STEP.fullmatch(path.name)]
+    return sorted((path for path in found if path.name == name_of(step_of(path)) and path.is_dir()), key=step_of)
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def drop(folder: Path) -> None:
+    """Remove a checkpoint; what somebody else has put into it stays. One whose manifest is damaged goes as it is."""
+    damaged = storage.entries_of(folder) is None
+    if damaged and storage.is_there(folder / _STATE):
+        storage.remove_ours(folder)
+    elif not damaged:
+        storage.discard(folder)
 
 
-def _steps(root: Path) -> list[Path]:
-    return sorted(root.glob(f"{_PREFIX}*")) if root.is_dir() else []
+def drop_all(root: Path) -> None:
+    """Remove all checkpoints under `root`, what is half-written, and `root` itself where nothing else is in it."""
+    clean(root)
+    for folder in steps(root):
+        drop(folder)
+    with contextlib.suppress(OSError):
+        root.rmdir()
 
 
 def damage(folder: Path, processes: Processes = ONE) -> str | None:
-    """What is wrong with a checkpoint, or None if every file is as its manifest says. Processes share the files."""
-    try:
-        entries = json.loads((folder / _MANIFEST).read_text())
-        expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in entries.items()}
-    except (OSError, ValueError, AttributeError, KeyError, TypeError):
-        expected = {}
-    mine = [_wrong(folder / name, *expected[name]) for name in [*expected][processes.rank :: processes.world]]
+    """What is wrong with a checkpoint, or None if every file is as its manifest says. Processes share the files.
+
+    Raises: Unreadable, on all processes, when any of them cannot read a file just now.
+    """
+    expected: dict[str, tuple[int, str]] | None = None
+    mine: list[str | None] = []
+    with together(processes):
+        expected = storage.entries_of(folder)
+        names = [*(expected or {})][processes.rank :: processes.world]
+        mine = [storage.difference(folder / name, *(expected or {})[name]) for name in names]
     if not expected:
-        mine = [f"{_MANIFEST} is missing or unreadable"]
+        mine = [f"{storage.MANIFEST} is missing or damaged"]
     return next((found for found in processes.gather_objects(mine) if found is not None), None)
 
 
-def _wrong(path: Path, size: int, digest: str) -> str | None:
-    if not path.is_file():
-        return f"{path.name} is missing"
-    if path.stat().st_size != size:
-        return f"{path.name} has {path.stat().st_size} bytes, expected {size}"
-    return None if _sha256(path) == digest else f"{path.name} does not match its hash"
-
-
 def latest(root: Path, report: Callable[[str], None] = lambda line: None, processes: Processes = ONE) -> Path | None:
-    """The newest undamaged checkpoint, or None; damaged ones are reported, one line each, and left where they are."""
-    folders = processes.gather_objects([_steps(root)] if processes.rank == 0 else [])[0]  # all look at the same ones
+    """The newest undamaged checkpoint, or None; damaged ones are reported, one line each, and left where they are.
+
+    Raises: Unreadable, on all processes: a checkpoint that cannot be read just now may be the newest good one.
+    """
+    found: list[Path] = []
+    with together(processes):
+        if processes.rank == 0:
+            found = steps(root)
+    folders = processes.gather_objects([found] if processes.rank == 0 else [])[0]  # all look at the same ones
     for folder in reversed(folders):
-        found = damage(folder, processes)
-        if found is None:
+        wrong = damage(folder, processes)
+        if wrong is None:
             return Path(folder)
-        report(f"{folder}: damaged checkpoint passed over: {found}")
+        report(f"{folder}: damaged checkpoint passed over: {wrong}")
     return None
 
 
-def clean(root: Path, after: Path | None) -> None:
-    """Remove half-written checkpoints, and those newer than `after`, which a resumed run will write again."""
-    for half in root.glob(f"{_TEMPORARY}*") if root.is_dir() else ():
-        shutil.rmtree(half)
-    for folder in _steps(root):
-        if after is None or folder.name > after.name:
-            shutil.rmtree(folder)
+def last_good(root: Path) -> Path | None:
+    """The same for the end of an error's line, which must not become another error."""
+    with contextlib.suppress(storage.Unreadable):
+        return latest(root)
+    return None
+
+
+def clean(root: Path) -> None:
+    """Remove half-written checkpoints."""
+    for half in storage.listing(root):
+        if half.name.startswith(_TEMPORARY) and _STEP.fullmatch(half.name.removeprefix(_TEMPORARY)):
+            storage.remove_ours(half)
 
 
 def load_state(folder: Path) -> dict[str, Any]:
     """The JSON state of a checkpoint."""
-    state: dict[str, Any] = json.loads((folder / "state.json").read_text())
+    state: dict[str, Any] | None = storage.read_json(folder / _STATE)
+    if state is None:
+        raise storage.Damaged(f"{folder}: {_STATE} is missing")
     return state
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
+import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from prefopt import storage
+from prefopt.storage import Damaged, write_whole
 from prefopt.types import PairStats
 
 if TYPE_CHECKING:
@@ -91,21 +93,50 @@ class MetricsFile:
         self.path = path
 
     def rewind(self, step: int) -> None:
-        """Forget lines of steps after `step`, and a line that was cut in half by a kill."""
-        if not self.path.exists():
-            return
-        kept = [line for line in read_lines(self.path) if line["step"] <= step]
-        write_atomically(self.path, (json.dumps(line) + "\n" for line in kept))
+        """Forget lines of steps after `step`, and a line that was cut in half by a kill.
+
+        Raises: Damaged naming a line that is not as it was written; Unreadable.
+        """
+        if storage.is_there(self.path):
+            self._write(line for line in read_lines(self.path) if line["step"] <= step)
 
     def replace(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
         """Write the rows of `step` behind those of earlier steps; what stood there of this step or later is gone."""
-        self.rewind(step - 1)
-        with self.path.open("a") as file:
-            file.writelines(json.dumps({"step": step, **row}) + "\n" for row in rows)
+        before = [line for line in self.lines() if line["step"] < step]
+        self._write([*before, *({"step": step, **row} for row in rows)])
+
+    def _write(self, lines: Iterable[Mapping[str, Any]]) -> None:
+        write_whole(self.path, (json.dumps(line) + "\n" for line in lines))
+
+    def seal(self) -> dict[str, Any]:
+        """Wait until all lines are on the disk. Returns: what `restore` knows them by, as JSON values."""
+        content = storage.read_bytes(self.path)
+        if content is not None:
+            storage.flush_file(self.path)
+        sums = [zlib.crc32(line) for line in (content or b"").split(b"\n")[:-1]]
+        return {"lines": len(sums), "crc32": "".join(f"{one:08x}" for one in sums)}
+
+    def restore(self, sealed: Mapping[str, Any], where: str) -> None:
+        """Forget all lines behind those that were there at `seal`.
+
+        Args: where: the checkpoint that holds `sealed`, for errors.
+        Raises: Damaged naming the first line that is not as it was; Unreadable.
+        """
+        content = storage.read_bytes(self.path) or b""
+        lines = content.split(b"\n")[:-1]
+        mend = "put the file back from a copy, or choose another --output"
+        for number in range(sealed["lines"]):
+            if number == len(lines):
+                found = f"ends after {number} lines" if content else "is missing"
+                raise Damaged(f"{self.path}: {found}, {where} was saved after {sealed['lines']}; {mend}")
+            if f"{zlib.crc32(lines[number]):08x}" != sealed["crc32"][8 * number : 8 * number + 8]:
+                raise Damaged(f"{self.path}:{number + 1}: is not as it was written before {where} was saved; {mend}")
+        if len(lines) > sealed["lines"] or not content.endswith(b"\n"):
+            write_whole(self.path, (line.decode() + "\n" for line in lines[: sealed["lines"]]))
 
     def lines(self) -> list[dict[str, Any]]:
         """All that was written and not forgotten."""
-        return read_lines(self.path) if self.path.exists() else []
+        return read_lines(self.path)
 
     def has(self, step: int, split: str) -> bool:
         """Whether a line of this step and split was written."""
@@ -117,21 +148,22 @@ class MetricsFile:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a metrics file."""
-    lines = []
-    for text in path.read_text().splitlines():
+    """The lines of a metrics file, without one that a kill has cut in half; none where the file is missing.
+
+    Raises: Damaged naming a line that is no JSON object; Unreadable.
+    """
+    lines: list[dict[str, Any]] = []
+    texts = (storage.read_bytes(path) or b"").split(b"\n")
+    for number, text in enumerate(texts, 1):
         try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break  # the last line of a killed process
+            line = json.loads(text)
+            if not isinstance(line, dict):
+                raise ValueError
+        except ValueError:
+            if number == len(texts):
+                break  # empty, or the last line of a killed process
+            raise Damaged(
+                f"{path}:{number}: is not as it was written: no JSON object; put the file back from a copy"
+            ) from None
+        lines.append(line)
     return lines
-
-
-def write_atomically(path: Path, lines: Iterable[str]) -> None:
-    """Write a text file under a temporary name, flush it to the disk, then rename it."""
-    temporary = path.with_name(f".{path.name}.tmp")  # the next attempt writes over what a kill leaves
-    with temporary.open("w") as file:
-        file.writelines(lines)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)

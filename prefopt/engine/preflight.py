@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prefopt.config import RunConfig
+from prefopt.engine import checkpoint
 from prefopt.engine.runtime import Runtime, versions
 from prefopt.errors import ConfigError, TrainError
 
@@ -128,7 +129,7 @@ def room_for_checkpoints(config: RunConfig, parameters: int, output: Path) -> No
     """
     width = {"float64": 8, "float32": 4, "bfloat16": 2}[config.model.dtype]
     one = parameters * (width + 4 * _STATES.get(config.optim.name, 2))
-    there = len(list((output / "checkpoints").glob("step_*")))
+    there = len(checkpoint.steps(output / "checkpoints"))
     # a new checkpoint is whole before an old one goes
     need = one * max(1, config.train.keep_last + 1 - there) + parameters * width
     free = shutil.disk_usage(output).free

@@ -36,7 +36,7 @@ from prefopt.engine.forward import PolicyWithReference, head_scaling, scored_sta
 from prefopt.engine.layouts import choose_layouts, relative_gap
 from prefopt.engine.runtime import Runtime, say
 from prefopt.errors import ConfigError, TrainError
-from prefopt.files import write_whole
+from prefopt.storage import write_whole
 from prefopt.types import EncodedPair, PairBatch
 
 if TYPE_CHECKING:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import fcntl
 import os
 import random
 import signal
-import socket
 import sys
 import time
 import warnings
@@ -16,10 +14,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 from prefopt.engine import rendezvous
 from prefopt.errors import PrefoptError, RendezvousError, TrainError, did_you_mean
+from prefopt.storage import Lock, owner_of
 
 if TYPE_CHECKING:
     import torch
@@ -119,46 +118,36 @@ def _follow_launcher() -> None:
 class OutputLock:
     """One writer per output folder. The kernel frees the lock when its owner dies, however it dies.
 
+    The folder is locked beside the file `.lock`, which says who it is: deleting the file lets no second writer in.
+
     Args: part: of the work, where several processes write to different files of the folder: they share the folder with
         each other and with nobody else.
     """
 
     def __init__(self, folder: Path, part: str = "") -> None:
-        self._folder, self._part = folder, part
-        self._files: list[IO[str]] = []
+        self._folder = folder
+        self._locks = [Lock(folder / ".lock", shared=bool(part), folder=True)]
+        if part:
+            self._locks.append(Lock(folder / f".lock{part}"))
 
     def acquire(self) -> None:
         """Raises: TrainError naming the process that holds the folder."""
-        if self._part:
-            self._lock(self._folder / ".lock", fcntl.LOCK_SH)
-        self._lock(self._folder / f".lock{self._part}", fcntl.LOCK_EX)
-
-    def _lock(self, path: Path, how: int) -> None:
-        try:
-            handle = open(path, "a+")  # noqa: SIM115 - held open for as long as the run lives
-        except OSError as error:
-            raise TrainError(f"{path}: cannot be opened: {error.strerror}; choose another --output") from error
-        if not _locked(handle, how, path):
-            handle.seek(0)
-            owner = handle.read().strip() or "unknown"
-            handle.close()
-            self.release()
-            raise TrainError(
-                f"{path.parent}: another run is writing here ({owner}); wait for it, stop it, "
-                "or choose another --output"
-            )
-        handle.truncate(0)
-        handle.write(f"process {os.getpid()} on {socket.gethostname()}")
-        handle.flush()
-        self._files.append(handle)
+        for lock in self._locks:
+            if not _taken(lock):
+                self.release()
+                owner = owner_of(lock.path)
+                name = "unknown" if owner is None else f"process {owner[0]} on {owner[1]}"
+                raise TrainError(
+                    f"{self._folder}: another run is writing here ({name}); wait for it, stop it, "
+                    "or choose another --output"
+                )
 
     def release(self) -> None:
-        for file in self._files:
-            file.close()
-        self._files = []
+        for lock in self._locks:
+            lock.release()
 
 
-def _locked(handle: IO[str], how: int, path: Path) -> bool:
+def _taken(lock: Lock) -> bool:
     """Try to lock, for a moment, since who looks whether it is locked holds it for as long.
 
     A job that Slurm has put back into its queue tries for longer: where it gave a node up, the processes of the attempt
@@ -166,17 +155,15 @@ def _locked(handle: IO[str], how: int, path: Path) -> bool:
     """
     seconds = 600.0 if os.environ.get("SLURM_RESTART_COUNT", "0") != "0" else 0.5
     began, said = time.monotonic(), False
-    while True:
-        with contextlib.suppress(BlockingIOError):
-            fcntl.flock(handle, how | fcntl.LOCK_NB)
-            return True
+    while not lock.take():
         waited = time.monotonic() - began
         if waited > seconds:
             return False
         if waited > 1 and not said:
-            say(f"{path.parent}: a process of an earlier attempt still writes here; waiting")
+            say(f"{lock.path.parent}: a process of an earlier attempt still writes here; waiting")
             said = True
         time.sleep(0.05)
+    return True
 
 
 def prepare_output(folder: Path) -> None:

@@ -7,7 +7,6 @@ import functools
 import json
 import math
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from prefopt import storage
 from prefopt.config import RunConfig
 from prefopt.data.collate import collate
 from prefopt.data.encode import check_row_structure
@@ -35,7 +35,7 @@ from prefopt.engine.forward import (
     to_device,
 )
 from prefopt.engine.layouts import choose_layouts
-from prefopt.engine.metrics import Evaluation, Evaluator, Meter, MetricsFile, shared_metrics, write_atomically
+from prefopt.engine.metrics import Evaluation, Evaluator, Meter, MetricsFile, shared_metrics
 from prefopt.engine.optimizers import make_optimizer
 from prefopt.engine.reference import Moving, ReferenceValues
 from prefopt.engine.runtime import EXIT_UNFINISHED, Runtime, random_state, random_state_kept, say, set_random_state
@@ -43,6 +43,7 @@ from prefopt.engine.share import micro_batches
 from prefopt.engine.tracking import Trackers
 from prefopt.errors import ConfigError, TrainError, did_you_mean
 from prefopt.figures import NOTHING, readable
+from prefopt.storage import write_whole
 from prefopt.types import EncodedPair, LossOutput, Needs, PairBatch, PairStats
 
 if TYPE_CHECKING:
@@ -201,7 +202,7 @@ class Trainer:
         """After every `eval.every` steps and the last one, unless an attempt before this one has logged it."""
         regular = done % self.config.eval.every == 0 if done else self.config.eval.at_start
         due = regular or self.budget.over(done)
-        return due and not self.runtime.from_main(self.metrics.has(done, "eval"))
+        return due and not self.runtime.on_main(lambda: self.metrics.has(done, "eval"))
 
     def _patience_is_over(self, done: int) -> bool:
         """Whether the last `eval.patience` evaluations were no better than one before them; it is said, once."""
@@ -209,7 +210,7 @@ class Trainer:
         if patience is None or select is None:
             return False
         by = Selection.of(select)
-        over = bool(self.runtime.from_main(self.runtime.is_main and by.stale(self.metrics.lines()) >= patience))
+        over = bool(self.runtime.on_main(lambda: by.stale(self.metrics.lines()) >= patience))
         if over and not self.budget.over(done) and self.runtime.is_main:
             in_vain = f"no better {by.metric} in {patience} evaluations"
             _say_beside_the_bar(f"stopped at step {done}{self.budget.of_them}: {in_vain}")
@@ -380,7 +381,7 @@ class Trainer:
         raise TrainError(f"step {step + 1}: the loss or its gradient is not finite ({batch}); {self._last_good()}")
 
     def _last_good(self) -> str:
-        kept = checkpoint.latest(self._checkpoints) if self.runtime.is_main else None  # it is the one that speaks
+        kept = checkpoint.last_good(self._checkpoints) if self.runtime.is_main else None  # it is the one that speaks
         return f"last good checkpoint: {kept}" if kept else "no checkpoint was written yet"
 
     # Evaluation -------------------------------------------------------------------------------------------------------
@@ -396,7 +397,7 @@ class Trainer:
             rows = self._eval_rows(want)
             line |= {"pairs": len(rows)} | self._averages_of_rows(rows)
             if self.runtime.is_main:
-                write_atomically(self.output / "eval_pairs.jsonl", (_pair_line(step, row) for row in rows))
+                write_whole(self.output / "eval_pairs.jsonl", (_pair_line(step, row) for row in rows))
         line |= self._say_of_evaluators(step) if self.evaluators else {}
         line["seconds"] = time.perf_counter() - began
         if len(line) > 3:
@@ -495,7 +496,11 @@ class Trainer:
         return {"loss": loss} | {n: v for n, v in averages.items() if not (single and n.startswith("loss/"))}
 
     def _keep_if_best(self, step: int, line: Mapping[str, Any]) -> None:
-        """Write the model aside where no evaluation after a step was better. The start is no candidate."""
+        """Write the model aside where no evaluation after a step was better. The start is no candidate.
+
+        What was the best before stays as long as a checkpoint knows nothing of this one: continued from there, the run
+        may find another.
+        """
         by = Selection.of(str(self.config.eval.select))
 
         def is_best() -> bool:
@@ -515,7 +520,27 @@ class Trainer:
                     (folder / _SELECTED).write_text(json.dumps({"step": step, by.metric: line.get(by.metric)}))
                 return mine
 
-            checkpoint.export(self.output / "best", write, self.runtime)
+            checkpoint.export(self._best / checkpoint.name_of(step), write, self.runtime, self._checkpoints)
+            self.runtime.on_main(lambda: self._drop_surpassed(step))
+
+    @property
+    def _best(self) -> Path:
+        """Models of the best evaluations, in folders that are named by their steps."""
+        return self.output / "best"
+
+    def _best_step(self) -> int | None:
+        select = self.config.eval.select
+        return None if select is None else Selection.of(select).best(self.metrics.lines())
+
+    def _drop_surpassed(self, best: int | None) -> None:
+        """Remove kept models that are neither the best so far nor that of any checkpoint."""
+        known = {best}
+        for folder in checkpoint.steps(self._checkpoints):
+            with contextlib.suppress(storage.Damaged):
+                known.add(checkpoint.load_state(folder).get("best"))
+        for folder in checkpoint.steps(self._best):
+            if checkpoint.step_of(folder) not in known:
+                checkpoint.drop(folder)
 
     # Before the first step --------------------------------------------------------------------------------------------
 
@@ -582,8 +607,11 @@ class Trainer:
             )
 
         scaler = self.runtime.accelerator.scaler
+        best, lines = self.runtime.on_main(lambda: (self._best_step(), self.metrics.seal()))
         state = {
             "step": step,
+            "best": best,
+            "metrics": lines,
             "random": self.runtime.gather_objects([random_state()]),  # by rank
             "loss_scale": None if scaler is None else scaler.state_dict(),
             "data": self.train.fingerprint,
@@ -600,10 +628,12 @@ class Trainer:
             return mine
 
         checkpoint.save(self._checkpoints, step, write, state, self.config.train.keep_last, self.runtime)
+        if self.config.eval.select is not None:
+            self.runtime.on_main(lambda: self._drop_surpassed(best))
 
     def _restore(self) -> int:
         """Take up the run where its last good checkpoint left it. Returns the number of steps done."""
-        start = 0
+        start, state = 0, {}
         if self.resume_from is not None:
             state = checkpoint.load_state(self.resume_from)
             if state["data"] != self.train.fingerprint:
@@ -621,50 +651,77 @@ class Trainer:
             if self.runtime.accelerator.scaler is not None:
                 self.runtime.accelerator.scaler.load_state_dict(state["loss_scale"])
             start = int(state["step"])
-        if self.runtime.is_main:
-            checkpoint.clean(self._checkpoints, self.resume_from)
-            self.metrics.rewind(start if self.resume_from is not None else -1)
-        self.runtime.wait()
+        self.runtime.on_main(lambda: self._forget_after(start, state))
         return start
+
+    def _forget_after(self, start: int, state: Mapping[str, Any]) -> None:
+        """Take back what an earlier attempt has written after the checkpoint that this one continues from.
+
+        Checkpoints, which may be read again another time, stay until this attempt has saved its own.
+        """
+        storage.sweep(self.output)
+        checkpoint.clean(self._checkpoints)
+        checkpoint.clean(self._best)
+        if "metrics" in state:
+            self.metrics.restore(state["metrics"], str(self.resume_from))
+        else:  # a run that begins, or a checkpoint of before its lines were sealed
+            self.metrics.rewind(start if self.resume_from is not None else -1)
+        if self.config.eval.select is not None:
+            best = state["best"] if "best" in state else self._best_step()
+            if best is not None:
+                self._good_best(best)
+            self._drop_surpassed(best)
+
+    def _good_best(self, step: int) -> Path:
+        """The folder of the best model. Raises: TrainError where it is not as it was written."""
+        folder = self._best / checkpoint.name_of(step)
+        wrong = checkpoint.damage(folder)
+        if wrong is not None:
+            raise TrainError(
+                f"{folder}: the model that eval.select chose is damaged or missing: {wrong}; put it back from a copy, "
+                "or choose another --output and train again"
+            )
+        return folder
 
     def _finish(self) -> None:
         """Export the final model, or the best one, in the format of transformers, whole or not at all."""
-        best = self.output / "best"
         step = self.runtime.on_main(self._selected)
         source: checkpoint.Write = self._write_export
 
         def copied(folder: Path) -> None:
             if self.runtime.is_main:
-                checkpoint.copy(best, folder, without=(_SELECTED,))
+                checkpoint.copy(self._best / checkpoint.name_of(step or 0), folder, without=(_SELECTED,))
 
         if step is not None:
             source = copied
         if self.config.lora.merge:
             adapter = self.output / "adapter"
-            checkpoint.export(adapter, source, self.runtime)
+            self._export(adapter, source)
             say(f"merged: the adapter itself is in {adapter}")
             source = functools.partial(self._write_merged, adapter=adapter, step=step)
-        checkpoint.export(self.output / "model", source, self.runtime)
+        self._export(self.output / "model", source)
         if self.runtime.is_main:
-            shutil.rmtree(best, ignore_errors=True)
+            checkpoint.drop_all(self._best)
         self.runtime.wait()
+
+    def _export(self, folder: Path, source: checkpoint.Write) -> None:
+        aside = checkpoint.export(folder, source, self.runtime)
+        if aside is not None:
+            say(f"{folder}: was damaged, or held files that this run did not write; what was there is in {aside}")
 
     def _selected(self) -> int | None:
         """The step of the model that eval.select has chosen, which is said; None for the last one."""
-        select, best = self.config.eval.select, self.output / "best"
+        select = self.config.eval.select
         if select is None:
             return None
         by = Selection.of(select)
-        if by.best(self.metrics.lines()) is None:
+        best = self._best_step()
+        if best is None:
             say(f"exported: the last model, since no evaluation knew a {by.metric}")
             return None
-        if checkpoint.damage(best) is not None:
-            raise TrainError(
-                f"{best}: the model that eval.select chose is damaged or missing; delete {self.output} and train again"
-            )
-        chosen = json.loads((best / _SELECTED).read_text())
-        say(f"exported: the model of step {chosen['step']}, with the best {by.metric}: {readable(chosen[by.metric])}")
-        return int(chosen["step"])
+        chosen = storage.read_json(self._good_best(best) / _SELECTED)
+        say(f"exported: the model of step {best}, with the best {by.metric}: {readable(chosen[by.metric])}")
+        return best
 
     def _write_export(self, folder: Path) -> list[Path]:
         config = self.config

@@ -16,7 +16,7 @@ from prefopt.errors import RoundError
 from prefopt.evaluate.intervals import Interval, bootstrap
 from prefopt.evaluate.texts import ORDERS, TextFigures, describe_texts
 from prefopt.evaluate.win_rate import Groups, Scores, WinRate, judge_scores, judged_win_rate
-from prefopt.files import finite
+from prefopt.storage import finite
 from prefopt.types import Prompt
 
 if TYPE_CHECKING:

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from prefopt.errors import RoundError
-from prefopt.files import finite, write_whole
 from prefopt.generation.base import Done, Engine, Sampling
 from prefopt.judges.base import Judge
+from prefopt.storage import finite, write_whole
 from prefopt.types import Completion, Judgement, Question
 
 _RESPONSES = 64  # that a judge is given at a time: the most that a kill can cost

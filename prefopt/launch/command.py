@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-import re
 import shlex
 import shutil
 import signal
@@ -24,6 +23,7 @@ from prefopt.launch import expand, manifest, results, search, slurm, sweep_file
 from prefopt.launch.local import Local, describe, machine, slots_of
 from prefopt.launch.manifest import Forgiving, Ledger, Run
 from prefopt.launch.sweep_file import SweepFile
+from prefopt.storage import owner_of
 
 MANIFEST = "manifest.jsonl"
 
@@ -228,8 +228,7 @@ def _owner(folder: Path) -> tuple[int, str] | None:
     """(process, host) of the launcher that works on the sweep now."""
     if not Run("", (), str(folder)).held:
         return None
-    found = re.fullmatch(r"process (\d+) on (\S+)", (folder / ".lock").read_text().strip())
-    return (int(found[1]), found[2]) if found else None
+    return owner_of(folder / ".lock")
 
 
 def _task(words: Sequence[Any]) -> int:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import json
 import os
 import signal
@@ -13,9 +11,10 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from prefopt import storage
 from prefopt.engine.runtime import EXIT_UNFINISHED
 from prefopt.errors import TrainError
-from prefopt.files import write_whole
+from prefopt.storage import Damaged, write_sealed, write_whole
 
 State = Literal["pending", "queued", "running", "done", "failed"]
 
@@ -41,37 +40,30 @@ class Run:
     @property
     def done(self) -> bool:
         """Whether its model is exported, which is the last thing that a run does."""
-        return (Path(self.output) / "model" / "manifest.json").is_file()
+        return storage.is_there(Path(self.output) / "model" / storage.MANIFEST)
 
     @property
     def held(self) -> bool:
         """Whether a process writes to its folder now."""
-        try:
-            with open(Path(self.output) / ".lock") as file:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                return False
-        except BlockingIOError:
-            return True
-        except OSError:
-            return False
+        return storage.is_held(Path(self.output) / ".lock")
 
 
 def write(path: Path, runs: Iterable[Run]) -> None:
     """Write a manifest, whole or not at all, where it is not there as it would be written."""
     text = "".join(json.dumps(asdict(run)) + "\n" for run in runs)
-    with contextlib.suppress(OSError):
-        if path.read_text() == text:
-            return
+    if storage.read_bytes(path) == text.encode():
+        return
     write_whole(path, [text])
 
 
 def read(path: Path) -> list[Run]:
     """The runs of a manifest, in its order. Raises: TrainError for a file that is none."""
+    content = storage.read_bytes(path)
+    if content is None:
+        raise TrainError(f"{path}: No such file or directory; start the sweep first")
     try:
-        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        lines = [json.loads(line) for line in content.splitlines()]
         return [Run(**{**line, "argv": tuple(line["argv"]), "after": tuple(line["after"])}) for line in lines]
-    except OSError as error:
-        raise TrainError(f"{path}: {error.strerror}; start the sweep first") from error
     except (ValueError, TypeError, KeyError) as error:
         raise TrainError(f"{path}: not a manifest: {error}; delete it and start the sweep again") from error
 
@@ -138,13 +130,18 @@ class Ledger:
             self.put(run, replace(record, status=None, error=None))
 
     def get(self, run: Run) -> Record:
+        """What is remembered of a run. Raises: Unreadable; Damaged."""
+        path = self._path(run)
         try:
-            return Record(**json.loads(self._path(run).read_text()))
-        except (OSError, ValueError, TypeError):
-            return Record()
+            return Record(**(storage.read_sealed(path, unsealed=True) or {}))
+        except (Damaged, TypeError):
+            raise Damaged(
+                f"{path}: was edited or damaged, so how often the run was tried is not known; delete the file and "
+                "start the sweep again: the run continues where it was"
+            ) from None
 
     def put(self, run: Run, record: Record) -> None:
-        write_whole(self._path(run), [json.dumps(asdict(record)) + "\n"])
+        write_sealed(self._path(run), asdict(record))
 
     def state(self, run: Run, queue: Mapping[str, str]) -> State:
         """What has become of a run. Args: queue: run -> Slurm's state of it, of the runs that it has."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import fcntl
 import io
 import math
 import statistics
@@ -14,9 +13,9 @@ from typing import Any
 
 from prefopt import config
 from prefopt.figures import readable
-from prefopt.files import write_whole
 from prefopt.launch import progress
 from prefopt.launch.manifest import Ledger, Run
+from prefopt.storage import Lock, write_whole
 
 # Of all figures, those that results.md shows where there are any; results.csv has every one.
 _SHOWN = (
@@ -75,9 +74,12 @@ def write_results(folder: Path, runs: Sequence[Run]) -> tuple[Path, int]:
     Returns: the path of results.md, and how many runs it shows.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".results.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    lock = Lock(folder / ".results.lock")
+    lock.wait()
+    try:
         return _write_results(folder, runs)
+    finally:
+        lock.release()
 
 
 def _write_results(folder: Path, runs: Sequence[Run]) -> tuple[Path, int]:

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from prefopt.errors import ConfigError, did_you_mean
-from prefopt.files import write_whole
 from prefopt.launch import expand, progress
 from prefopt.launch.manifest import Ledger, Run
 from prefopt.launch.sweep_file import Search, Settings, Space, SweepFile
+from prefopt.storage import Damaged, read_sealed, write_sealed
 
 Draws = dict[str, list[Settings]]  # study -> what was asked for, in order
 
@@ -57,7 +57,7 @@ class Searched:
             if len(draws.get(study, ())) >= self.file.draws:
                 break
             draws.setdefault(study, []).append(self._ask(combinations[study], draws.get(study, [])))
-            write_whole(self._path, [json.dumps(draws, indent=1)])
+            write_sealed(self._path, draws)
             self._runs = self._all(draws, combinations)
             asked = True
         if asked:
@@ -70,9 +70,9 @@ class Searched:
 
     def _read(self) -> Draws:
         try:
-            return json.loads(self._path.read_text())
-        except (OSError, ValueError):
-            return {}
+            return read_sealed(self._path, unsealed=True) or {}
+        except Damaged as error:
+            raise Damaged(f"{error}; put it back from a copy, or choose another output") from None
 
     def _key(self, combination: Settings) -> str:
         """Of a study, which another space or another goal makes another one."""

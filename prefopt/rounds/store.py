@@ -15,7 +15,7 @@ from typing import Any
 
 from prefopt.config import RunConfig
 from prefopt.errors import RoundError
-from prefopt.files import finite, write_whole
+from prefopt.storage import finite, write_whole
 
 Row = dict[str, Any]
 

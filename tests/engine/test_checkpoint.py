@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+import shutil
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from prefopt.config import OptimConfig
 from prefopt.engine import checkpoint
 from prefopt.engine.optimizers import make_optimizer
 from prefopt.errors import TrainError
+from prefopt.storage import Unreadable
 
 
 @pytest.fixture
@@ -50,23 +52,23 @@ def flipped(folder):
 
 def no_manifest(folder):
     (folder / "manifest.json").unlink()
-    return "manifest.json is missing or unreadable"
+    return "manifest.json is missing or damaged"
 
 
 def cut_manifest(folder):
     path = folder / "manifest.json"
     path.write_text(path.read_text()[:-9])
-    return "manifest.json is missing or unreadable"
+    return "manifest.json is missing or damaged"
 
 
 def odd_manifest(folder):
     (folder / "manifest.json").write_text('["model.safetensors"]')
-    return "manifest.json is missing or unreadable"
+    return "manifest.json is missing or damaged"
 
 
 def empty_manifest(folder):
     (folder / "manifest.json").write_text("{}")
-    return "manifest.json is missing or unreadable"
+    return "manifest.json is missing or damaged"
 
 
 DAMAGE = [missing, truncated, flipped, no_manifest, cut_manifest, odd_manifest, empty_manifest]
@@ -95,15 +97,79 @@ def test_save_when_more_than_keep_last_then_drops_the_oldest(root):
     assert checkpoint.load_state(root / "step_00000010") == {"step": 10}
 
 
-def test_clean_when_folders_are_half_written_or_newer_then_removes_them(root):
-    kept = save(root, 3)
-    save(root, 6)
-    (root / ".writing-step_00000009").mkdir()
-    (root / ".writing-step_00000009" / "model.safetensors").touch()
-    checkpoint.clean(root, kept)
-    assert names(root) == ["step_00000003"]
-    checkpoint.clean(root, None)
-    assert names(root) == []
+def test_clean_when_folders_are_half_written_then_removes_them_and_nothing_else(root):
+    save(root, 3)
+    for name in (".writing-step_00000009", ".writing-mine", ".writing-step_00000009_mine"):
+        (root / name).mkdir()
+    checkpoint.clean(root)
+    assert names(root) == [".writing-mine", ".writing-step_00000009_mine", "step_00000003"]
+
+
+def test_save_after_a_damaged_one_was_passed_over_then_drops_it_and_not_before(root):
+    good = save(root, 3)
+    flipped(save(root, 6))
+    assert checkpoint.latest(root) == good
+    checkpoint.clean(root)
+    assert names(root) == ["step_00000003", "step_00000006"]
+    save(root, 4)
+    assert names(root) == ["step_00000003", "step_00000004"]
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EACCES])
+@pytest.mark.parametrize("name", ["manifest.json", "model.safetensors", "checkpoints"])
+def test_latest_when_a_file_cannot_be_read_just_now_then_stops_and_nothing_is_deleted(name, number, root, unreadable):
+    for step in (3, 6):
+        save(root, step)
+    unreadable(name, number)
+    with pytest.raises(Unreadable, match=f"{name}: cannot be read just now: {os.strerror(number)}; nothing was del"):
+        checkpoint.latest(root)
+    assert checkpoint.last_good(root) is None  # at the end of an error's line
+    unreadable(None)
+    assert names(root) == ["step_00000003", "step_00000006"]
+    assert checkpoint.latest(root) == root / "step_00000006"
+
+
+def test_folders_of_other_names_are_neither_continued_from_nor_dropped(root):
+    """Copies that a user has made, at the end of the alphabet and in the middle of it."""
+    save(root, 4)
+    theirs = ["step_00000004_mine", "step_00000004.bak", "step_4", "step_000000009", "step_99999999x", "best"]
+    for name in theirs:
+        shutil.copytree(root / "step_00000004", root / name)
+    for step in (8, 12):
+        save(root, step, keep_last=1)
+        assert checkpoint.latest(root) == root / f"step_{step:08d}"
+    checkpoint.drop_all(root)
+    assert names(root) == sorted(theirs)
+    assert all(checkpoint.damage(root / name) is None for name in theirs)
+
+
+def test_drop_when_a_user_has_put_files_into_a_checkpoint_then_these_stay(root):
+    (save(root, 1) / "notes.txt").write_text("the one that I want to look at")
+    save(root, 2, keep_last=1)
+    assert [path.name for path in (root / "step_00000001").iterdir()] == ["notes.txt"]
+    elsewhere = root.parent / "other_disk"
+    shutil.move(root / "step_00000002", elsewhere)
+    (root / "step_00000002").symlink_to(elsewhere)
+    assert checkpoint.latest(root) == root / "step_00000002"
+    save(root, 3, keep_last=1)
+    assert names(root) == ["step_00000001", "step_00000003"]
+    assert checkpoint.damage(elsewhere) is None
+
+
+def test_export_when_its_place_holds_what_is_not_ours_then_that_is_moved_and_named(root):
+    folder = root / "model"
+
+    def write(into):
+        save_file({"w": torch.ones(5)}, into / "model.safetensors")
+
+    assert checkpoint.export(folder, write) is None
+    (folder / "notes.txt").write_text("mine")
+    assert checkpoint.export(folder, write) == root / "model.before-1"
+    assert [path.name for path in (root / "model.before-1").iterdir()] == ["notes.txt"]
+    (folder / "manifest.json").write_text("{")  # what is ours is not known now
+    assert checkpoint.export(folder, write) == root / "model.before-2"
+    assert (root / "model.before-2" / "model.safetensors").exists()
+    assert checkpoint.damage(folder) is None
 
 
 @pytest.mark.parametrize(

@@ -23,9 +23,9 @@ ENGINE = "prefopt.engine."
 # Where a process may die: (function, before or after, the last of its calls that may be the one).
 IN_A_CHECKPOINT = [
     (ENGINE + "checkpoint:save_optimizer", "before", 2),  # the model is written, the optimizer is not
-    (ENGINE + "checkpoint:_seal", "before", 2),  # all written, no manifest
-    (ENGINE + "checkpoint:_sha256", "before", 9),
-    (ENGINE + "checkpoint:_seal", "after", 2),  # whole, but not yet renamed
+    ("prefopt.storage:seal", "before", 2),  # all written, no manifest
+    ("prefopt.storage:sha256", "before", 9),
+    ("prefopt.storage:seal", "after", 2),  # whole, but not yet renamed
 ]
 ANYWHERE = [
     *IN_A_CHECKPOINT,
@@ -34,7 +34,7 @@ ANYWHERE = [
     (ENGINE + "metrics:MetricsFile.rewind", "after", 1),
     (ENGINE + "trainer:Trainer._step", "before", 5),
     (ENGINE + "trainer:pair_stats", "after", 12),
-    (ENGINE + "trainer:write_atomically", "before", 1),
+    (ENGINE + "trainer:write_whole", "before", 1),
     (ENGINE + "metrics:MetricsFile.write", "after", 6),  # logged, but not in a checkpoint
     (ENGINE + "checkpoint:_write_folder", "after", 2),  # renamed, older checkpoints not yet dropped
     ("os:unlink", "before", 9),
@@ -207,7 +207,7 @@ def test_run_when_it_has_more_state_and_is_killed_and_restarted_then_ends_bit_id
         steps = [line for line in read_lines(straight / "metrics.jsonl") if line["split"] == "train"]
         assert {line["skipped_step"] for line in steps} == {0, 1}
     argv = command(method, tmp_path / "run", **SETTINGS[what])
-    for place, count in ((ENGINE + "trainer:Trainer._step", 5), (ENGINE + "checkpoint:_seal", 2)):
+    for place, count in ((ENGINE + "trainer:Trainer._step", 5), ("prefopt.storage:seal", 2)):
         assert server.train(argv, {"at": place, "count": count, "do": "SIGKILL"}).status == -signal.SIGKILL
     finish(server, argv)
     assert_same_run(tmp_path / "run", straight)
@@ -260,7 +260,7 @@ def test_run_when_killed_in_the_middle_of_a_metrics_line_then_ends_bit_identical
 def test_run_when_killed_inside_the_export_then_exports_again(server, command, uninterrupted, tmp_path):
     argv = command("dpo", tmp_path / "run")
     seals = 24 // 3 + 1
-    ended = server.train(argv, {"at": ENGINE + "checkpoint:_seal", "count": seals, "do": "SIGKILL"})
+    ended = server.train(argv, {"at": "prefopt.storage:seal", "count": seals, "do": "SIGKILL"})
     assert ended.status == -signal.SIGKILL
     assert not (tmp_path / "run" / "model").exists()
     assert "continuing from" in finish(server, argv).out
@@ -297,7 +297,7 @@ def test_run_when_killed_at_random_moments_then_ends_bit_identical(seed, server,
         ("SIGTERM", (ENGINE + "trainer:pair_stats", "before", 23), 5),
         ("SIGINT", (ENGINE + "trainer:Trainer._step", "before", 8), 7),
         ("SIGUSR1", (ENGINE + "trainer:Trainer._eval_rows", "before", 3), 8),
-        ("SIGTERM", (ENGINE + "checkpoint:_seal", "before", 2), 6),
+        ("SIGTERM", ("prefopt.storage:seal", "before", 2), 6),
     ],
     ids=["SIGTERM in a step", "SIGINT between steps", "SIGUSR1 in an evaluation", "SIGTERM in a checkpoint"],
 )
