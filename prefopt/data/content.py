@@ -1,17 +1,21 @@
-"""What a file holds, as a hash that is read once: remembered beside the cache for as long as the file is untouched."""
+"""What a file holds, as a hash that is read once: remembered beside the cache for as long as the file is untouched.
+
+A disk that loses bits changes no times, so a remembered hash may be of what the file held when it was read: what was
+made of it then is used again, which is what the run began with.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from prefopt.errors import DataError
-from prefopt.storage import write_whole
+from prefopt import storage
+from prefopt.errors import DataError, PrefoptError
+from prefopt.storage import Damaged, Lock, Unreadable, write_sealed
 
 SETTLED = 2.0  # seconds since a file's last change after which another one would show in its times
 
@@ -44,17 +48,16 @@ def _hashed(note: Path, path: Path) -> str:
     digest = _read(path)
     if _state(path) == before and max(before[-2:]) / 1e9 < began - SETTLED:
         with contextlib.suppress(OSError):  # a full disk costs time, not the run
-            write_whole(note, [json.dumps({"path": str(path), "state": before, "sha256": digest})], flush=False)
+            write_sealed(note, {"path": str(path), "state": before, "content": digest}, flush=False)
     return digest
 
 
 def _remembered(note: Path, path: Path) -> str | None:
-    try:
-        kept = json.loads(note.read_text())
-        return str(kept["sha256"]) if kept["state"] == _state(path) else None
-    except (OSError, ValueError, KeyError, TypeError):
-        path.stat()  # a file that is gone is said to be
-        return None
+    state = _state(path)  # a file that is gone is said to be
+    with contextlib.suppress(Damaged, Unreadable, KeyError):  # to hash it again costs time alone
+        kept = storage.read_sealed(note)
+        return str(kept["content"]) if kept is not None and kept["state"] == state else None
+    return None
 
 
 def _state(path: Path) -> list[int]:
@@ -70,11 +73,10 @@ def _read(path: Path) -> str:
 @contextlib.contextmanager
 def _one_at_a_time(note: Path) -> Iterator[None]:
     """While one process hashes, the others wait for what it finds; without a place for a lock each hashes alone."""
-    import fcntl
-
     with contextlib.ExitStack() as stack:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, PrefoptError):
             note.parent.mkdir(parents=True, exist_ok=True)
-            file = stack.enter_context(note.with_suffix(".lock").open("w"))
-            fcntl.flock(file, fcntl.LOCK_EX)
+            lock = Lock(note.with_suffix(".lock"))
+            lock.wait()
+            stack.callback(lock.release)
         yield

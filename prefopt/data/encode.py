@@ -22,14 +22,17 @@ from typing import Any
 
 import numpy as np
 
+from prefopt import storage
 from prefopt.data.chat import Rendered, end_tokens, render, render_prompt
 from prefopt.data.pairs import BLOCK, Concatenated, View
 from prefopt.data.report import EXAMPLES, DataReport
 from prefopt.data.rows import MAX_ROW_BYTES, BadRow, Messages, OnBadRow, RowProblem, RowReader, first_bad_row
 from prefopt.errors import DataError
+from prefopt.storage import Damaged, Lock, Unreadable
 from prefopt.types import Column, EncodedPair, PairRow
 
 FORMAT_VERSION = 3  # raise it whenever the same file and settings would give other ids, masks or counts
+_ROWS, _REPORT = "rows.arrow", "report.json"  # of a folder of the cache
 _BATCH = 512  # rows tokenised at a time
 _WRITTEN = 4096  # rows in one piece of the cache file
 
@@ -314,7 +317,7 @@ class MappedPairs(View):
 
         self.folder, self.path = folder, path
         self._starts, self._chunks, rows = [], [], 0
-        with pyarrow.ipc.open_stream(pyarrow.memory_map(str(folder / "rows.arrow"))) as stream:
+        with pyarrow.ipc.open_stream(pyarrow.memory_map(str(folder / _ROWS))) as stream:
             for batch in stream:
                 if batch.num_rows:
                     self._starts.append(rows)
@@ -464,20 +467,23 @@ def encode_file(
     ]
     key = _cache_key(reader.source.content(Path(cache_dir).expanduser() / "hashes"), tokenizer, settings)
     folder = Path(cache_dir).expanduser() / key
-    loaded = _load(folder, name)
+    loaded, wrong = _load(folder, name)
     if loaded is None:
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
             with _lock(folder.with_suffix(".lock")):
-                loaded = _load(folder, name)  # another process may have been faster
+                loaded, wrong = _load(folder, name)  # another process may have been faster
                 if loaded is None:
                     _write(folder, reader, encoder, name, on_bad_row)
-                    loaded = _load(folder, name)
+                    loaded, _ = _load(folder, name)
         except OSError as error:
             raise DataError(f"{cache_dir}: cannot keep the encoded data here: {error.strerror or error}") from None
     if loaded is None:
         raise DataError(f"{folder}: the encoded data cannot be read back; is the disk full?")
     encoded, largest = loaded
+    if wrong is not None:
+        note = f"the encoded data in {folder} was damaged ({wrong}) and has been made again"
+        encoded = replace(encoded, report=replace(encoded.report, notes=(*encoded.report.notes, note)))
     if vocab_rows is not None and largest >= vocab_rows:
         raise _no_vocab_row(encoded.pairs, vocab_rows, tokenizer)
     return encoded
@@ -519,25 +525,41 @@ def tokenizer_content(tokenizer: Any) -> str:
 
 @contextmanager
 def _lock(path: Path) -> Iterator[None]:
-    import fcntl
-
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def _load(folder: Path, name: str) -> tuple[Encoded, int] | None:
-    """What stands in a cache folder, or None where it is missing or damaged."""
+    lock = Lock(path)
+    lock.wait()
     try:
-        kept = json.loads((folder / "report.json").read_text())
+        yield
+    finally:
+        lock.release()
+
+
+def _load(folder: Path, name: str) -> tuple[tuple[Encoded, int] | None, str | None]:
+    """(what stands in a cache folder, None where it is missing or damaged; what is wrong with a damaged one).
+
+    All of it is hashed, at every start: a single other bit would be another token.
+
+    Raises: Unreadable.
+    """
+    if not storage.is_there(folder):
+        return None, None
+    try:
+        kept = storage.read_sealed(folder / _REPORT)
+        if kept is None:
+            return None, f"{_REPORT} is missing"
+        wrong = storage.difference(folder / _ROWS, kept["bytes"], kept["rows"])
+        if wrong is not None:
+            return None, wrong
         pairs = MappedPairs(folder, name)
-        if len(pairs) != kept["report"]["kept"] or (folder / "rows.arrow").stat().st_size != kept["bytes"]:
-            return None
         report = DataReport.from_json(kept["report"])
-    except Exception:  # whatever a damaged file raises, the answer is to encode again
-        return None
+    except Unreadable:
+        raise
+    except Damaged:
+        return None, f"{_REPORT} does not match its own hash"
+    except Exception as error:  # written by another version
+        return None, f"{type(error).__name__}: {error}"
     examples = {reason: tuple(name + place for place in places) for reason, places in report.examples.items()}
-    return Encoded(pairs, replace(report, path=name, examples=examples), kept["fingerprint"]), kept["largest"]
+    encoded = Encoded(pairs, replace(report, path=name, examples=examples), kept["fingerprint"])
+    return (encoded, kept["largest"]), None
 
 
 def _write(folder: Path, reader: RowReader, encoder: Encoder, name: str, on_bad_row: OnBadRow) -> None:
@@ -549,6 +571,7 @@ def _write(folder: Path, reader: RowReader, encoder: Encoder, name: str, on_bad_
         _build(temporary, reader, encoder, name, on_bad_row)
         shutil.rmtree(folder, ignore_errors=True)  # a damaged one, or there is none
         os.replace(temporary, folder)
+        storage.flush_folder(folder.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -584,7 +607,7 @@ def _build(folder: Path, reader: RowReader, encoder: Encoder, name: str, on_bad_
             else:
                 yield item
 
-    with (folder / "rows.arrow").open("wb") as file, pyarrow.ipc.new_stream(file, schema) as writer:
+    with (folder / _ROWS).open("wb") as file, pyarrow.ipc.new_stream(file, schema) as writer:
         pending: list[dict[str, Any]] = []
         for encoded in encoder.rows(good_rows()):
             if isinstance(encoded, BadRow):
@@ -634,8 +657,8 @@ def _build(folder: Path, reader: RowReader, encoder: Encoder, name: str, on_bad_
         notes=tuple(notes),
     )
     kept = {"report": report.to_json(), "fingerprint": content.hexdigest(), "largest": count["largest"]}
-    kept["bytes"] = (folder / "rows.arrow").stat().st_size
-    (folder / "report.json").write_text(json.dumps(kept, indent=1))
+    entry = storage.flushed(folder / _ROWS)
+    storage.write_sealed(folder / _REPORT, kept | {"bytes": entry["bytes"], "rows": entry["sha256"]})
 
 
 def _percentiles(counted: Mapping[int, int]) -> tuple[int, int, int, int]:

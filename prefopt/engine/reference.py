@@ -3,17 +3,17 @@
 A cache is a folder named by the hash of all that its numbers depend on (weights, tokens, masks, precision, attention,
 head) and of nothing else: runs that differ in learning rate, beta, method or output share it. Values are found by the
 content of a sequence, so no order, split or mixture of the data can give one sequence the values of another.
+
+Manifest and index are verified when a cache is opened, each value when it is read: caches of hidden states are too
+large to be read at every start.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
-import os
 import shutil
-import socket
 import time
 import zlib
 from array import array
@@ -21,12 +21,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import SystemRandom
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import nn
 
+from prefopt import storage
 from prefopt.config import RunConfig
 from prefopt.data.collate import collate
 from prefopt.data.loader import padded_length
@@ -36,7 +37,7 @@ from prefopt.engine.forward import PolicyWithReference, head_scaling, scored_sta
 from prefopt.engine.layouts import choose_layouts, relative_gap
 from prefopt.engine.runtime import Runtime, say
 from prefopt.errors import ConfigError, TrainError
-from prefopt.storage import write_whole
+from prefopt.storage import Damaged, Lock, Unreadable, write_by, write_sealed
 from prefopt.types import EncodedPair, PairBatch
 
 if TYPE_CHECKING:
@@ -125,16 +126,16 @@ def _tokens(source: Source, need_rejected: bool, cache_dir: Path) -> dict[str, A
     """A hash of the tokens and masks of a source, and how many they are; remembered by the source's fingerprint."""
     name = hashlib.sha256(f"{FORMAT} {source.fingerprint} {need_rejected}".encode()).hexdigest()[:32]
     memo = cache_dir / "tokens" / f"{name}.json"
-    with contextlib.suppress(OSError, ValueError, KeyError):
-        known = json.loads(memo.read_text())
-        return {key: known[key] for key in ("sha256", "pairs", "scored")}
+    with contextlib.suppress(Damaged, Unreadable, KeyError):  # to hash them again costs time alone
+        known = storage.read_sealed(memo) or {}
+        return {"sha256": known["content"], "pairs": known["pairs"], "scored": known["scored"]}
     digest, scored = hashlib.sha256(), 0
     for pair in source.pairs:
         for key, count in _sequences(pair, need_rejected):
             digest.update(key)
             scored += count
     found = {"sha256": digest.hexdigest(), "pairs": len(source.pairs), "scored": scored}
-    write_whole(memo, [json.dumps(found)])
+    write_sealed(memo, {"content": found["sha256"], "pairs": found["pairs"], "scored": scored})
     return found
 
 
@@ -186,7 +187,7 @@ class _Pass:
         whole = self.identity | {"tokens": tokens["sha256"]}
         name = hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:32]
         folder = cache_dir / name
-        found = runtime.on_main(lambda: (folder / _MANIFEST).exists())
+        found = runtime.on_main(lambda: storage.is_there(folder / _MANIFEST))
         if not found:
             found = self._compute_or_wait(folder, source, whole, tokens)
         kept = Kept(folder, whole)
@@ -198,15 +199,22 @@ class _Pass:
 
     def _compute_or_wait(self, folder: Path, source: Source, whole: dict[str, Any], tokens: dict[str, Any]) -> bool:
         """Whether another run has computed it meanwhile."""
-        runtime, lock = self.runtime, _Lock(folder.with_suffix(".lock"))
+        runtime, lock = self.runtime, Lock(folder.with_suffix(".lock"))
         told = False
-        while (owner := runtime.on_main(lock.taken)) is not None:
+
+        def take() -> bool:
+            lock.path.parent.mkdir(parents=True, exist_ok=True)
+            return lock.take()
+
+        while not runtime.on_main(take):
             if not told:
-                say(f"reference: waiting for the pass of {owner}")
+                owner = storage.owner_of(lock.path) if runtime.is_main else None
+                name = "another run" if owner is None else f"process {owner[0]} on {owner[1]}"
+                say(f"reference: waiting for the pass of {name}")
             told = True
             time.sleep(1)
         try:
-            if runtime.on_main(lambda: (folder / _MANIFEST).exists()):
+            if runtime.on_main(lambda: storage.is_there(folder / _MANIFEST)):
                 return True
             runtime.stop.enter_files()
             self._compute(folder, source, whole, tokens)
@@ -225,7 +233,8 @@ class _Pass:
 
         def begin() -> list[int]:
             folder.mkdir(parents=True, exist_ok=True)
-            missing = [first for first, name in names.items() if not (folder / name).exists()]
+            storage.sweep(folder)
+            missing = [first for first, name in names.items() if not self._is_whole(folder / name)]
             need_now = need * len(missing) // len(names)
             free = shutil.disk_usage(folder).free
             say(f"reference: one pass over {len(pairs):,} pairs; it takes {_size(need_now)} of disk in {folder}")
@@ -234,8 +243,6 @@ class _Pass:
                     f"reference.cache: {_size(need_now)} are needed in {folder}, found {_size(free)} free; free space, "
                     "or name another place (--reference.cache_dir DIR)"
                 )
-            for left in folder.glob(".*.tmp"):
-                left.unlink()
             with (folder / _PASSES).open("a") as file:
                 began = time.strftime("%Y-%m-%dT%H:%M:%S%z")
                 file.write(json.dumps({"began": began, "shards": len(missing), "of": len(names)}) + "\n")
@@ -276,11 +283,27 @@ class _Pass:
             "check": torch.tensor([_check(key, value) for key, value in zip(keys, values, strict=True)]),
             "values": torch.cat(values),
         }
-        scratch = path.with_name(f".{path.name}.tmp")
-        save_file(tensors, scratch)
-        with scratch.open("rb") as file:
-            os.fsync(file.fileno())
-        scratch.rename(path)
+        write_by(path, lambda scratch: save_file(tensors, scratch))
+
+    def _is_whole(self, path: Path) -> bool:
+        """Whether a shard that an earlier pass has left can be used; a damaged one is named, and computed again."""
+        if not storage.is_there(path):
+            return False
+        try:
+            with storage.reading(path):
+                tensors = _tensors(path)
+                keys = [key.tobytes() for key in tensors["key"].numpy()]
+                begins = [0, *tensors["end"].tolist()]
+                checks = tensors["check"].tolist()
+                for key, begin, end, check in zip(keys, begins, begins[1:], checks, strict=True):
+                    if _check(key, tensors["values"][begin:end]) != check:
+                        raise ValueError("its values do not match their checksum")
+        except Unreadable:
+            raise
+        except Exception as error:  # whatever a damaged file raises
+            say(f"{path}: damaged, it is computed again: {str(error).splitlines()[0]}")
+            return False
+        return True
 
     def _values(self, pairs: Sequence[EncodedPair], passes: int = 0, bar: Any = None) -> list[list[torch.Tensor]]:
         """Of each pair: the values of its sides, each `(scored tokens,)` or `(scored tokens, H)`, as they are kept.
@@ -340,35 +363,6 @@ class _Pass:
                     raise kept.refuse(f"says something else of {pair.where or 'a pair'} than the reference ({gap:.2g})")
 
 
-class _Lock:
-    """Whose pass it is. The kernel frees it when the owner dies."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.file: IO[str] | None = None
-
-    def taken(self) -> str | None:
-        """Take it and return None, or say who has it."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        file = self.path.open("a+")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            owner = file.read().strip()
-            file.close()
-            return owner or "another run"
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
-        self.file = file
-        return None
-
-    def release(self) -> None:
-        if self.file is not None:
-            self.file.close()
-
-
 def _size(count: float) -> str:
     units = ("B", "kB", "MB", "GB", "TB")
     power = min(len(units) - 1, max(0, (len(str(int(count))) - 1) // 3))
@@ -392,12 +386,18 @@ def _finish(folder: Path, names: Sequence[str], whole: Mapping[str, Any], tokens
         places.append(torch.stack((torch.full((len(keys[-1]),), number), torch.arange(len(keys[-1]))), 1))
     key, place = torch.cat(keys), torch.cat(places)
     order = key[:, 0].argsort(stable=True)
-    scratch = folder / f".{_INDEX}.tmp"
-    save_file({"key": key[order].contiguous(), "place": place[order].contiguous()}, scratch)
-    scratch.rename(folder / _INDEX)
+    index = {"key": key[order].contiguous(), "place": place[order].contiguous()}
+    write_by(folder / _INDEX, lambda scratch: save_file(index, scratch))
     sizes = {name: (folder / name).stat().st_size for name in (*names, _INDEX)}
     manifest = {"identity": whole, "pairs": tokens["pairs"], "scored": tokens["scored"], "bytes": sizes}
-    write_whole(folder / _MANIFEST, [json.dumps(manifest, indent=1)])
+    write_sealed(folder / _MANIFEST, manifest | {"index": storage.sha256(folder / _INDEX)})
+
+
+def _tensors(path: Path) -> dict[str, torch.Tensor]:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in ("key", "end", "check", "values")}
 
 
 # Using it ---------------------------------------------------------------------------------------------------------
@@ -415,24 +415,31 @@ class Kept:
 
         self.folder = folder
         try:
-            manifest = json.loads((folder / _MANIFEST).read_text())
+            manifest = storage.read_sealed(folder / _MANIFEST, unsealed=True) or {}
             found, sizes = manifest["identity"], dict(manifest["bytes"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise self.refuse(f"has no readable {_MANIFEST} ({type(error).__name__})") from None
+        except (Damaged, KeyError, TypeError, ValueError):
+            raise self.refuse(f"has a {_MANIFEST} that was edited or damaged") from None
         for name in sorted(found.keys() | whole.keys()):
             if found.get(name) != whole.get(name):
                 raise self.refuse(f"is of another {name}: {found.get(name)}, expected {whole.get(name)}")
         for name, size in sizes.items():
             path = folder / name
-            if not path.is_file():
+            if not storage.is_there(path):
                 raise self.refuse(f"lacks {name}")
             if path.stat().st_size != size:
                 raise self.refuse(f"holds {path.stat().st_size} bytes of {name}, expected {size}")
+        if "index" in manifest and storage.sha256(folder / _INDEX) != manifest["index"]:
+            raise self.refuse(f"has an {_INDEX} that does not match its hash")
         names = sorted(name for name in sizes if name != _INDEX)
         try:
+            for name in (*names, _INDEX):  # where a library reads it, the system's error would look like damage
+                with storage.reading(folder / name), (folder / name).open("rb") as file:
+                    file.read(1)
             self._shards = [safe_open(folder / name, framework="pt").__enter__() for name in names]
             index = safe_open(folder / _INDEX, framework="pt").__enter__()
             self._key, self._place = (index.get_tensor(name).numpy() for name in ("key", "place"))
+        except Unreadable:
+            raise
         except Exception as error:  # whatever a damaged file raises
             raise self.refuse(f"cannot be read: {str(error).splitlines()[0]}") from None
         self._open: dict[int, dict[str, torch.Tensor]] = {}
@@ -453,7 +460,10 @@ class Kept:
             return None
         shard, row = map(int, self._place[at])
         if shard not in self._open:
-            self._open[shard] = {name: self._shards[shard].get_tensor(name) for name in ("end", "check", "values")}
+            try:
+                self._open[shard] = {name: self._shards[shard].get_tensor(name) for name in ("end", "check", "values")}
+            except Exception as error:  # whatever a damaged file raises
+                raise self.refuse(f"cannot be read: {str(error).splitlines()[0]}") from None
         tensors = self._open[shard]
         begin = int(tensors["end"][row - 1]) if row else 0
         values = tensors["values"][begin : int(tensors["end"][row])]

@@ -1,23 +1,26 @@
 """Answers and scores on disk: one small file each, whole or absent, so that a killed run asks nothing twice.
 
 Engine and judge are wrapped, and look like themselves. A file is named by the content of what was asked, and says what
-came of it; one that cannot be read counts as absent.
+came of it, with a checksum over both: one that was edited, damaged or put under another name is asked for again.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from prefopt import storage
 from prefopt.errors import RoundError
 from prefopt.generation.base import Done, Engine, Sampling
 from prefopt.judges.base import Judge
-from prefopt.storage import finite, write_whole
+from prefopt.storage import Damaged, finite, read_sealed, write_sealed, write_whole
 from prefopt.types import Completion, Judgement, Question
 
 _RESPONSES = 64  # that a judge is given at a time: the most that a kill can cost
@@ -25,8 +28,15 @@ _RESPONSES = 64  # that a judge is given at a time: the most that a kill can cos
 
 def write_text(path: Path, text: str, *, flush: bool = True) -> None:
     """Write a file, whole or not at all, see `write_whole`. Raises: RoundError when there is no room."""
-    try:
+    with writing(path):
         write_whole(path, [text], flush=flush)
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """While it lasts, an error of the disk is one line. Raises: RoundError."""
+    try:
+        yield
     except OSError as error:
         raise RoundError(
             f"{path}: cannot be written: {error.strerror}; what is done is kept: free space and run the same command "
@@ -46,20 +56,29 @@ class Kept:
         return self.folder / name[:2] / f"{name}.json"
 
     def read(self, path: Path) -> Any:
-        """What was written, or None."""
+        """What was written; None where nothing was, and, with a warning, where it is not what was written.
+
+        Raises: Unreadable.
+        """
         try:
-            return json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            found = read_sealed(path)
+        except Damaged:
+            found = {"of": None}
+        if found is None:
             return None
+        if found.get("of") != path.stem:
+            print(f"warning: {path}: was edited or damaged; it is asked for again", file=sys.stderr, flush=True)
+            return None
+        return found["kept"]
 
     def write(self, path: Path, value: Any) -> None:
         """Write it, whole or not at all. Raises: RoundError when there is no room."""
-        write_text(path, json.dumps(value), flush=False)  # after a power cut an empty file counts as absent
+        with writing(path):  # after a power cut an empty file is asked for again
+            write_sealed(path, {"of": path.stem, "kept": value}, flush=False)
 
     def sweep(self) -> None:
         """Remove what killed processes have left half-written."""
-        for left in self.folder.glob("*/.*.tmp"):
-            left.unlink(missing_ok=True)
+        storage.sweep(self.folder)
 
 
 class KeptEngine:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prefopt import generation, judges
+from prefopt import generation, judges, storage
 from prefopt import infer_config as settings
 from prefopt.engine import runtime as rt
 from prefopt.engine.runtime import say
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from prefopt.types import Prompt
 
 CARD = "infer.json"
+_FILES = ("traces.jsonl", "traces.html", "pairs.jsonl", "answers.jsonl")  # beside the summary of a judged run
 
 
 def run(config: InferConfig) -> int:
@@ -83,35 +84,41 @@ class Place:
 
     def refuse_what_is_not_ours(self) -> None:
         """Raises: ConfigError for an output that something else has written."""
-        ours = (self.folder / CARD).exists()
-        other = next((name for name in ("run_card.json", "metrics.jsonl") if (self.folder / name).exists()), None)
+        ours = storage.is_there(self.folder / CARD)
+        others = ("run_card.json", "metrics.jsonl")
+        other = next((name for name in others if storage.is_there(self.folder / name)), None)
         if other is not None:
             raise ConfigError(f"--output {self.folder}: holds a training run ({other}); choose another --output")
-        if self.answers.exists() and not ours:
-            raise ConfigError(f"--output {self.answers}: exists, and is not this command's; choose another --output")
+        names = (self.answers.name, "summary.json", "traces.jsonl", "traces.html", "pairs.jsonl")
+        taken = next((path for name in names if storage.is_there(path := self.answers.with_name(name))), None)
+        if taken is not None and not ours and (taken == self.answers or self.answers.parent == self.folder):
+            raise ConfigError(f"--output {taken}: exists, and is not this command's; choose another --output")
 
     def hold(self, card: Mapping[str, Any]) -> None:
         """Write the card of a new run, or hold a continued one to its card.
 
         Raises: ConfigError naming the first differences.
         """
-        from prefopt.inference.kept import write_text
+        from prefopt.inference.kept import writing
 
         path = self.folder / CARD
         now = json.loads(json.dumps(card, default=str))
-        if not path.exists():
-            write_text(path, json.dumps(now, indent=1))
-            return
         try:
-            before = json.loads(path.read_text(encoding="utf-8"))
+            before = storage.read_sealed(path, unsealed=True)
+            if before is None:
+                with writing(path):
+                    storage.write_sealed(path, now)
+                return
             changed = settings.differences(before["config"], now["config"])
             changed += [
                 f"{key}: {before[key]!r} -> {now[key]!r}"
                 for key in ("model", "prompts", "judge", "templates")
                 if before[key] != now[key]
             ]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"{path}: cannot be read: {error!r}; choose another --output") from None
+        except storage.Damaged as error:
+            raise ConfigError(f"{error}; choose another --output, or put it back from a copy") from None
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ConfigError(f"{path}: is not the card of such a run: {error!r}; choose another --output") from None
         if changed:
             more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
             raise ConfigError(
@@ -259,10 +266,12 @@ class _Run:
         """The summary of a run that is done, and was shown as this one is to be."""
         assert self.place is not None
         try:
-            summary = json.loads((self.place.folder / "summary.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            summary = storage.read_sealed(self.place.folder / "summary.json")
+        except storage.Damaged:  # all is made again of the answers and scores that are kept
             return None
-        return summary if summary.get("thought") == self.config.thought else None
+        files = {} if summary is None else summary.get("files", {})
+        whole = all(storage.is_there(self.place.folder / name) for name in files)
+        return summary if summary is not None and whole and summary.get("thought") == self.config.thought else None
 
     def _optimize_all(self, engine: Engine, judge: Judge, prompts: Sequence[Prompt], tell: Tell) -> list[Trace]:
         from prefopt.inference.test_time_po import TestTimeSettings, optimize_all
@@ -285,7 +294,7 @@ class _Run:
         self, traces: Sequence[Trace], refused: Sequence[Refused], engine: Engine, judge: Judge
     ) -> dict[str, Any]:
         """All files; the summary last, since it says that the others are there."""
-        from prefopt.inference.kept import write_text
+        from prefopt.inference.kept import write_text, writing
 
         config, place = self.config, self.place
         assert place is not None
@@ -318,7 +327,8 @@ class _Run:
         write_text(place.folder / "traces.html", report.page(traces, depths, title, thoughts=shows))
         write_text(place.folder / "pairs.jsonl", report.jsonl(pairs))
         write_text(place.answers, report.jsonl(answers))
-        write_text(place.folder / "summary.json", json.dumps(summary, indent=1, default=str))
+        with writing(place.folder / "summary.json"):
+            storage.write_sealed(place.folder / "summary.json", summary | {"files": [*_FILES]})
         return summary
 
     # What a run is made of --------------------------------------------------------------------------------------------

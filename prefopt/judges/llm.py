@@ -10,8 +10,8 @@ import enum
 import hashlib
 import json
 import math
-import os
 import re
+import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from itertools import combinations
@@ -26,6 +26,7 @@ from prefopt.data.rows import RowProblem
 from prefopt.errors import ConfigError, RoundError
 from prefopt.generation.base import Sampling
 from prefopt.generation.server import Server, TimedOut, TooLong, check_server
+from prefopt.storage import Damaged, read_sealed, write_sealed
 from prefopt.testbed.cache import cache_root
 from prefopt.types import Judgement, Question
 
@@ -279,10 +280,7 @@ class Chat:
         answer = said[0]
         if not answer.strip():
             return answer
-        file.parent.mkdir(parents=True, exist_ok=True)
-        scratch = file.with_name(f".{name}.{os.getpid()}.tmp")
-        scratch.write_text(json.dumps({"model": self.model, "messages": messages, "answer": answer}))
-        scratch.replace(file)
+        write_sealed(file, {"of": name, "model": self.model, "messages": messages, "answer": answer})
         return answer
 
     def describe(self) -> dict[str, Any]:
@@ -295,11 +293,15 @@ class Chat:
 
 
 def _kept(file: Path) -> str | None:
+    """An answer that was given before. Raises: Unreadable."""
     try:
-        answer = json.loads(file.read_text())["answer"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None  # not asked before, or damaged
-    return answer if isinstance(answer, str) else None
+        kept = read_sealed(file)
+    except Damaged:
+        kept = {}
+    if kept is not None and (kept.get("of") != file.stem or not isinstance(kept.get("answer"), str)):
+        print(f"warning: {file}: was edited or damaged; the judge is asked again", file=sys.stderr, flush=True)
+        return None
+    return None if kept is None else str(kept["answer"])
 
 
 class Policy:

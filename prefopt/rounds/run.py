@@ -9,7 +9,6 @@ import dataclasses
 import gc
 import hashlib
 import json
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ from typing import Any
 
 import torch
 
-from prefopt import generation, judges
+from prefopt import generation, judges, storage
 from prefopt.config import FREE_TO_CHANGE, GenerateConfig, JudgeConfig, RoundsConfig, RunConfig
 from prefopt.data.encode import terminators, tokenizer_content
 from prefopt.data.prompts import hold_out, slices
@@ -100,6 +99,7 @@ class Rounds:
     evaluators: Sequence[Evaluator] = field(default_factory=tuple)
     other: OtherRun | None = None
     _loaded: tuple[int, Any] | None = None  # a policy, by the number of its round
+    _verified: set[int] = field(default_factory=set)  # rounds whose policy is as its training left it
 
     def __post_init__(self) -> None:
         rounds = self.config.rounds
@@ -140,7 +140,7 @@ class Rounds:
         order = [[p.key for p in part] for part in self._slices]
         return {
             "train": _hash_of(sorted((p for part in self._slices for p in part), key=lambda p: p.key)),
-            "order": store.digest(order),
+            "order": storage.digest(order),
             "eval": _hash_of([*self.held_out, *self._choosing]),
         }
 
@@ -167,7 +167,7 @@ class Rounds:
     def clean(self) -> None:
         """Remove what kills have left, where no other process works on the same run."""
         if self.workers.first:
-            store.sweep(self.output)
+            storage.sweep(self.output)
             for number in range(1, self.config.rounds.count + 1):
                 if self.policy_is_there(number):
                     self._drop_scratch(number)
@@ -182,13 +182,25 @@ class Rounds:
         return self.folder(number) / "train" / "model" if number else Path(self.start.path)
 
     def policy_is_there(self, number: int) -> bool:
-        return number == 0 or (self.model(number) / "manifest.json").is_file()
+        return number == 0 or storage.is_there(self.model(number) / storage.MANIFEST)
 
     def _policy_hash(self, number: int) -> str:
-        return self.start_hash if number == 0 else store.sha256(self.model(number) / "manifest.json")
+        return self.start_hash if number == 0 else storage.sha256(self.model(number) / storage.MANIFEST)
 
     def _weights(self, number: int) -> adapters.Weights:
-        return self.start if number == 0 else adapters.find(str(self.model(number)), self.config.model)
+        """Where the policy after a round is. Raises: RoundError where it is not as its training left it."""
+        if number == 0:
+            return self.start
+        if number not in self._verified:
+            wrong = storage.damage(self.model(number))
+            if wrong is not None:
+                train = self.folder(number) / "train"
+                raise RoundError(
+                    f"{self.model(number)}: {wrong}: the policy of round {number} is damaged; put it back from a copy, "
+                    f"or delete {train} and run again: the round is trained again"
+                )
+            self._verified.add(number)
+        return adapters.find(str(self.model(number)), self.config.model)
 
     # Stages -----------------------------------------------------------------------------------------------------------
 
@@ -329,7 +341,7 @@ class Rounds:
         path, manifest = folder / "pairs.json", store.read_manifest(folder / "pairs.json")
         files = [folder / "pairs.jsonl", folder / "candidates.jsonl", folder / "prompts.jsonl"]
         if manifest is not None and manifest["inputs"] == json.loads(json.dumps(inputs)):
-            if all(file.is_file() and store.sha256(file) == manifest["files"][file.name] for file in files):
+            if all(store.is_as_written(file, manifest["files"][file.name]) for file in files):
                 return
             self.say(f"{folder}: pairs.jsonl or candidates.jsonl is not as it was written; they are made again")
         paired = stages.pair_rows(
@@ -352,7 +364,7 @@ class Rounds:
             self.say(f"  {name.replace('_', ' ')} {readable(value)}")
         for file, rows in zip(files, (paired.pairs, paired.table, map(_prompt_row, prompts)), strict=True):
             store.write_rows(file, rows)
-        entries = {file.name: store.sha256(file) for file in files}
+        entries = {file.name: storage.sha256(file) for file in files}
         made = {"stage": "pair", "inputs": inputs, "files": entries, "counts": counts, "figures": paired.figures}
         store.write_manifest(path, made)
 
@@ -377,6 +389,7 @@ class Rounds:
                 "run the pair stage"
             )
         self._forget()
+        self.workers.first_alone(lambda: self._weights(number - 1) and None)
         status = self.train(self.config_of(number), [self._chooser(number)] if self._choosing else [])
         if status == 0 and self.workers.first:
             self._drop_scratch(number)
@@ -386,7 +399,7 @@ class Rounds:
     def _drop_scratch(self, number: int) -> None:
         """What a round's training needs no more once its model is exported."""
         for name in ("checkpoints", "best"):
-            shutil.rmtree(self.folder(number) / "train" / name, ignore_errors=True)
+            checkpoint.drop_all(self.folder(number) / "train" / name)
 
     def _chooser(self, number: int) -> Evaluator:
         """Says of the policy in training how good its answers to the prompts of rounds.select_prompts are."""
@@ -467,7 +480,7 @@ class Rounds:
         inputs |= json.loads(json.dumps(self._judge_inputs()))
         if self._other_answers(number) is not None:
             assert self.other is not None
-            inputs["other"] = store.sha256(self.other.held_out(number) / "held_out.json")
+            inputs["other"] = storage.sha256(self.other.held_out(number) / "held_out.json")
         manifest = store.read_manifest(path)
         if manifest is None or manifest["inputs"] != inputs:
             figures = self._figures(number)
@@ -595,6 +608,7 @@ class Rounds:
         return self._autocast() if self.config.judge.path == POLICY else nullcontext()
 
     def _engine(self, number: int) -> Engine:
+        self._weights(number)  # verified, for engines that read the folder themselves
         return generation.make(
             self.config.generate,
             path=str(self.model(number)),
@@ -616,7 +630,7 @@ class Rounds:
         )
 
     def _export(self) -> None:
-        if checkpoint.damage(self.output / "model") is None:
+        if storage.damage(self.output / "model") is None:
             return
         number = self.config.rounds.count
         adapted = self._weights(number).adapter is not None
@@ -650,7 +664,7 @@ class Rounds:
 
 def _hash_of(prompts: Sequence[Prompt]) -> str:
     """Of all that is read of them, answers included: those are judged by, and paired."""
-    return store.digest([[p.key, list(p.ids), p.answer, p.answer_ids and list(p.answer_ids)] for p in prompts])
+    return storage.digest([[p.key, list(p.ids), p.answer, p.answer_ids and list(p.answer_ids)] for p in prompts])
 
 
 def _prompt_row(prompt: Prompt) -> store.Row:

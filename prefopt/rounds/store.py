@@ -1,23 +1,27 @@
 """Stages on disk: shards that are whole or absent, and a manifest that says what they were made from.
 
 A stage is skipped when its manifest is there and its files are as it says; else it goes on at the first missing shard.
+A shard has its hash beside it, in a hidden file, which stands for it until the stage's manifest is there.
 Knows nothing of models, prompts or judges.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from prefopt import storage
 from prefopt.config import RunConfig
 from prefopt.errors import RoundError
-from prefopt.storage import finite, write_whole
+from prefopt.storage import Damaged, digest, finite, read_sealed, sha256, write_sealed, write_whole
 
 Row = dict[str, Any]
+_NEWER = ("generation_config",)  # inputs that manifests of older versions do not have
 
 
 @dataclass(frozen=True)
@@ -55,8 +59,8 @@ class Stage:
         promised = (manifest or {}).get("shards", {})
         for number in range(len(self.keys)):
             path = self.shard_path(number)
-            there = path.is_file()  # asked once: another process may be about to write it
-            wrong = self._damage(path, number, promised.get(path.name)) if there else "is missing" if promised else None
+            there = storage.is_there(path)  # asked once: another process may be about to write it
+            wrong = self._damage(path, promised.get(path.name)) if there else "is missing" if promised else None
             if wrong:
                 self.say(f"{path}: {wrong}; it is made again")
                 if there:
@@ -69,6 +73,8 @@ class Stage:
     def _same_inputs(self, before: Mapping[str, Any]) -> None:
         now = json.loads(json.dumps(dict(self.inputs)))
         for key in sorted(before.keys() | now.keys()):
+            if key in _NEWER and key not in before:
+                continue
             if before.get(key) != now.get(key):
                 raise RoundError(
                     f"{self.manifest_path}: this stage was made from another {key} ({_short(before.get(key))} -> "
@@ -76,28 +82,29 @@ class Stage:
                     f"{self.folder / self.name} to make the stage again"
                 )
 
-    def _damage(self, path: Path, number: int, promised: Mapping[str, Any] | None) -> str | None:
-        """What is wrong with a shard: against its manifest where there is one, else against the prompts it is for."""
+    def _damage(self, path: Path, promised: Mapping[str, Any] | None) -> str | None:
+        """What is wrong with a shard: against its manifest where there is one, else against the hash beside it."""
+        found = sha256(path)
         if promised is not None:
-            return None if sha256(path) == promised["sha256"] else "does not match its hash in the manifest"
-        try:
-            rows = read_rows(path)
-        except ValueError as error:
-            return f"cannot be read ({error})"
-        if [row.get("key") for row in rows] != list(self.keys[number]):
-            return f"holds {len(rows)} rows, not those of its {len(self.keys[number])} prompts"
-        return None
+            return None if found == promised["sha256"] else "does not match its hash in the manifest"
+        with contextlib.suppress(Damaged):
+            beside = read_sealed(_beside(path)) or {}
+            return None if found == beside.get("shard") else "does not match the hash it was written with"
+        return "has a hash beside it that was edited or damaged"
 
     def missing(self) -> list[int]:
         """The numbers of the shards that are not there yet."""
-        return [number for number in range(len(self.keys)) if not self.shard_path(number).exists()]
+        return [number for number in range(len(self.keys)) if not storage.is_there(self.shard_path(number))]
 
     def write(self, number: int, rows: Iterable[Row]) -> None:
         """Write a shard, whole or not at all. Raises: RoundError when the rows are not those of its prompts."""
         rows = list(rows)
         if [row["key"] for row in rows] != list(self.keys[number]):
             raise RoundError(f"{self.shard_path(number)}: {len(rows)} rows for {len(self.keys[number])} prompts")
-        write_rows(self.shard_path(number), rows)
+        path, lines = self.shard_path(number), [*_lines(rows)]
+        with _writing(path):  # the hash first: a shard without one would be made again
+            write_sealed(_beside(path), {"shard": sha256_of(lines)})
+        _write(path, lines)
 
     def read(self, number: int) -> list[Row]:
         return read_rows(self.shard_path(number))
@@ -145,15 +152,22 @@ def finished(folder: Path, name: str) -> bool:
     manifest = read_manifest(folder / f"{name}.json")
     if manifest is None or not manifest["finished"]:
         return False
-    return all(
-        (path := folder / name / shard).is_file() and sha256(path) == entry["sha256"]
-        for shard, entry in manifest.get("shards", {}).items()
-    )
+    shards = manifest.get("shards", {})
+    return all(is_as_written(folder / name / shard, entry["sha256"]) for shard, entry in shards.items())
+
+
+def is_as_written(path: Path, sha: str) -> bool:
+    """Whether a file is there and as it was written. Raises: Unreadable."""
+    return storage.is_there(path) and sha256(path) == sha
+
+
+def _beside(shard: Path) -> Path:
+    return shard.with_name(f".{shard.name}.sha256")
 
 
 def done(config: RunConfig, folder: Path, stage: str) -> bool:
     """Whether a stage of the round in `folder` has left all that it should. A trained round is not looked into."""
-    trained = (folder / "train" / "model" / "manifest.json").is_file()
+    trained = storage.is_there(folder / "train" / "model" / storage.MANIFEST)
     if stage == "evaluate":
         if config.rounds.eval_prompts == 0:
             return True
@@ -167,9 +181,8 @@ def done(config: RunConfig, folder: Path, stage: str) -> bool:
         return trained
     if stage == "pair":
         manifest = read_manifest(folder / "pairs.json")
-        return manifest is not None and all(
-            (folder / name).is_file() and sha256(folder / name) == digest for name, digest in manifest["files"].items()
-        )
+        files = {} if manifest is None else manifest["files"]
+        return bool(files) and all(is_as_written(folder / name, sha) for name, sha in files.items())
     if stage == "judge" and config.judge.kind == "none":
         return True
     return finished(folder, {"generate": "candidates", "judge": "scores"}[stage])
@@ -177,43 +190,53 @@ def done(config: RunConfig, folder: Path, stage: str) -> bool:
 
 def write_manifest(path: Path, manifest: Mapping[str, Any], only_new: bool = False) -> None:
     """Seal a manifest with its own hash. Args: only_new: leave the one that another process has written meanwhile."""
-    plain = json.loads(json.dumps(dict(manifest)))
-    _write(path, [json.dumps(plain | {"sha256": digest(plain)}, indent=1)], only_new)
+    with _writing(path):
+        write_sealed(path, manifest, only_new=only_new)
 
 
 def read_manifest(path: Path) -> dict[str, Any] | None:
-    """A manifest, or None where there is none. Raises: RoundError when it is not as it was written."""
+    """A manifest, or None where there is none. Raises: RoundError when it is not as it was written; Unreadable."""
     try:
-        manifest = json.loads(path.read_text())
-        seal = manifest.pop("sha256")
-    except FileNotFoundError:
-        return None
-    except (ValueError, AttributeError, KeyError, TypeError):
-        manifest, seal = None, ""
-    if manifest is None or digest(manifest) != seal:
+        return read_sealed(path)
+    except Damaged:
         raise RoundError(
             f"{path}: does not match its own hash: it was edited or damaged; "
             "delete it and run again: shards that are whole are kept"
-        )
-    return manifest
+        ) from None
 
 
 def write_rows(path: Path, rows: Iterable[Row]) -> None:
     """A JSONL file, whole or not at all. NaN and infinities become null, which every reader of JSON takes."""
-    _write(path, (json.dumps(finite(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
+    _write(path, _lines(rows))
+
+
+def _lines(rows: Iterable[Row]) -> Iterator[str]:
+    return (json.dumps(finite(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows of a JSONL file. Raises: ValueError when a line is cut or broken."""
-    text = path.read_text(encoding="utf-8")
-    if text and not text.endswith("\n"):
-        raise ValueError("its last line is cut off")
-    return [json.loads(line) for line in text.split("\n")[:-1]]
-
-
-def _write(path: Path, lines: Iterable[str], only_new: bool = False) -> None:
+    """The rows of a JSONL file, which was verified before. Raises: RoundError when a line is cut or broken."""
+    content = storage.read_bytes(path)
+    if content is None:
+        raise RoundError(f"{path}: is missing; run again to have it made again")
     try:
-        write_whole(path, lines, only_new=only_new)
+        text = content.decode("utf-8")
+        if text and not text.endswith("\n"):
+            raise ValueError("its last line is cut off")
+        return [json.loads(line) for line in text.split("\n")[:-1]]
+    except ValueError as error:
+        raise RoundError(f"{path}: was cut, edited or damaged ({error}); delete it to have it made again") from None
+
+
+def _write(path: Path, lines: Iterable[str]) -> None:
+    with _writing(path):
+        write_whole(path, lines)
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise RoundError(
             f"{path}: cannot be written: {error.strerror}; all shards that were finished are kept: "
@@ -221,19 +244,12 @@ def _write(path: Path, lines: Iterable[str], only_new: bool = False) -> None:
         ) from error
 
 
-def sweep(folder: Path) -> None:
-    """Remove what killed processes have left half-written."""
-    for left in folder.rglob(".*.tmp"):
-        left.unlink(missing_ok=True)
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+def sha256_of(lines: Iterable[str]) -> str:
+    """SHA-256 of what `write_whole` makes of these texts."""
+    whole = hashlib.sha256()
+    for line in lines:
+        whole.update(line.encode("utf-8", "replace"))
+    return whole.hexdigest()
 
 
 def _short(value: Any) -> str:

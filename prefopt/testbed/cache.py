@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from prefopt import storage
 from prefopt.errors import TrainError
 
 
@@ -21,15 +24,17 @@ def cache_root() -> Path:
 def built(root: Path, key: str, build: Callable[[Path], None]) -> Path:
     """The folder `root/key`, filled by `build` if it is not there yet.
 
-    The folder appears by one rename, complete or not at all. Processes that build the same key at once do the work
-    twice and keep the first result, so a builder must be deterministic.
+    The folder appears by one rename, complete or not at all, with a manifest of its files. A damaged one is built
+    again, and said to be. Processes that build the same key at once do the work twice and keep the first result, so a
+    builder must be deterministic.
 
     Args: root: parent folder, made if missing. key: the content's hash. build: fills the empty folder it is given.
     Returns: the folder.
-    Raises: TrainError when the folder cannot be written.
+    Raises: TrainError when the folder cannot be written; Unreadable when one that is there cannot be read just now.
     """
     final = root / key
-    if final.is_dir():
+    wrong = storage.damage(final) if storage.is_there(final) else "is missing"
+    if wrong is None:
         return final
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -38,12 +43,27 @@ def built(root: Path, key: str, build: Callable[[Path], None]) -> Path:
         raise TrainError(f"{root}: cannot write the cache: {error.strerror} (set PREFOPT_CACHE)") from None
     try:
         build(scratch)
+        storage.seal(scratch)
         scratch.chmod(0o755)  # mkdtemp's folders are private
-        try:
+        with _one_at_a_time(root / f".{key}.lock"):
+            if storage.is_there(final):
+                wrong = storage.damage(final)
+                if wrong is None:  # another process was first: its folder holds the same bytes
+                    return final
+                print(f"warning: {final}: {wrong}; it has been built again", file=sys.stderr)
+                storage.remove_ours(final)
             scratch.rename(final)
-        except OSError:
-            if not final.is_dir():  # another process was first: its folder holds the same bytes
-                raise
+            storage.flush_folder(root)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return final
+
+
+@contextmanager
+def _one_at_a_time(path: Path) -> Iterator[None]:
+    lock = storage.Lock(path)
+    lock.wait()
+    try:
+        yield
+    finally:
+        lock.release()

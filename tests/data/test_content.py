@@ -81,7 +81,7 @@ def test_hash_when_the_file_changes_while_it_is_read_then_is_not_remembered(file
     assert file_hash(file, tmp_path / "hashes") == hashlib.sha256(b"changed meanwhile").hexdigest()
 
 
-@pytest.mark.parametrize("note", ["{", "[]", '{"sha256": "x"}', '{"sha256": "x", "state": null}'])
+@pytest.mark.parametrize("note", ["{", "[]", "\0" * 99, '{"sha256": "x"}', '{"sha256": "x", "state": null}'])
 def test_hash_when_what_is_remembered_is_damaged_then_the_file_is_read(file, tmp_path, note):
     memory = tmp_path / "hashes"
     expected = file_hash(file, memory)

@@ -1,3 +1,4 @@
+import errno
 import json
 import multiprocessing
 import pickle
@@ -9,6 +10,7 @@ import pytest
 from prefopt.data import encode
 from prefopt.data.encode import Encoder, check_row_structure, encode_file, pad_token, tokenizer_content
 from prefopt.errors import DataError
+from prefopt.storage import Unreadable
 from prefopt.types import Column, PairRow
 from tests.data.conftest import PAIR
 from tests.helpers import CHATML, byte_bpe_tokenizer
@@ -224,21 +226,46 @@ def test_tokenizer_content_when_it_has_padded_then_unchanged_and_another_templat
     assert tokenizer_content(other) != with_template
 
 
-@pytest.mark.parametrize("damage", ["cut", "report", "arrow"])
-def test_encode_file_when_the_cache_is_damaged_then_it_is_made_again(write, tokenizer, damage):
+@pytest.mark.parametrize(
+    "damage", [*(f"bit {i}" for i in range(0, 100, 7)), "cut", "page", "report", "edited", "arrow", "no report"]
+)
+def test_encode_file_when_the_cache_is_damaged_then_it_is_made_again_and_said_to_be(write, tokenizer, damage):
     path = write(*rows_of(5))
     first = encode_file(path, tokenizer, max_length=20, cache_dir="cache")
     expected = list(first.pairs)
     (arrow,) = Path("cache").glob("*/rows.arrow")
-    if damage == "cut":
-        content = arrow.read_bytes()
-        arrow.unlink()  # the mapped file stays as it is for who holds it
-        arrow.write_bytes(content[:-100])
-    elif damage == "report":
-        (arrow.parent / "report.json").write_text("{")
-    else:
-        arrow.unlink()
-    assert list(encode_file(path, tokenizer, max_length=20, cache_dir="cache").pairs) == expected
+    content, report = bytearray(arrow.read_bytes()), arrow.parent / "report.json"
+    what, _, percent = damage.partition(" ")
+    if what == "bit":  # any of them
+        content[len(content) * int(percent) // 100] ^= 4
+    elif what == "cut":
+        del content[-100:]
+    elif what == "page":
+        content[1024:2048] = bytes(1024)
+    arrow.unlink()  # the mapped file stays as it is for who holds it
+    if damage != "arrow":
+        arrow.write_bytes(content)
+    if damage == "report":
+        report.write_text("{")
+    elif damage == "edited":
+        report.write_text(report.read_text().replace('"read": 5', '"read": 6'))
+    elif damage == "no report":
+        report.unlink()
+    again = encode_file(path, tokenizer, max_length=20, cache_dir="cache")
+    assert list(again.pairs) == expected
+    assert again.fingerprint == first.fingerprint
+    assert again.report.notes[-1].startswith(f"the encoded data in {arrow.parent} was damaged (")
+    assert encode_file(path, tokenizer, max_length=20, cache_dir="cache").report == first.report
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EACCES])
+@pytest.mark.parametrize("name", ["rows.arrow", "report.json"])
+def test_encode_file_when_the_cache_cannot_be_read_just_now_then_stops(name, number, write, tokenizer, unreadable):
+    path = write(*rows_of(5))
+    encode_file(path, tokenizer, max_length=20, cache_dir="cache")
+    unreadable(name, number)
+    with pytest.raises(Unreadable, match=f"{name}: cannot be read just now: "):
+        encode_file(path, tokenizer, max_length=20, cache_dir="cache")
 
 
 def _encode(path, tokenizer, queue):

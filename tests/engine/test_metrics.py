@@ -5,6 +5,7 @@ import torch
 
 from prefopt.engine.metrics import Meter, MetricsFile, read_lines, shared_metrics
 from prefopt.engine.runtime import Runtime
+from prefopt.storage import Damaged
 from prefopt.types import PairStats
 
 
@@ -73,3 +74,59 @@ def test_metrics_file_rewinds_to_a_step_and_drops_a_half_line(tmp_path):
     assert not file.has(2, "eval")
     file.write({"step": 3, "split": "eval"})
     assert json.loads(file.path.read_text().splitlines()[-1]) == {"step": 3, "split": "eval"}
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """(a metrics file with four lines, what a checkpoint knows of the first three)."""
+    file = MetricsFile(tmp_path / "metrics.jsonl")
+    for step in range(3):
+        file.write({"step": step, "split": "train", "loss": step / 7})
+    sealed = json.loads(json.dumps(file.seal()))
+    file.write({"step": 3, "split": "train", "loss": 3 / 7})
+    return file, sealed
+
+
+def test_metrics_file_when_restored_then_ends_where_the_checkpoint_was_saved(saved):
+    file, sealed = saved
+    with file.path.open("ab") as handle:
+        handle.write(b"\0\0\0 what a power cut left")
+    file.restore(sealed, "step 2")
+    assert [line["step"] for line in file.lines()] == [0, 1, 2]
+    before = file.path.stat().st_ino
+    file.restore(sealed, "step 2")
+    assert file.path.stat().st_ino == before, "nothing to forget, nothing written"
+
+
+def test_metrics_file_when_any_byte_of_a_saved_line_is_another_then_the_line_is_named(saved):
+    file, sealed = saved
+    whole = file.path.read_bytes()
+    ends = [i for i, byte in enumerate(whole) if byte == ord("\n")]
+    for place in range(ends[2] + 1):
+        data = bytearray(whole)
+        data[place] ^= 1
+        file.path.write_bytes(data)
+        with pytest.raises(Damaged) as caught:
+            file.restore(sealed, "step 2")
+        line = 1 + sum(end < place for end in ends)
+        assert str(caught.value).startswith(f"{file.path}:{line}: is not as it was written before step 2 was saved; ")
+
+
+@pytest.mark.parametrize(("left", "found"), [(0, "is missing"), (2, "ends after 2 lines")])
+def test_metrics_file_when_lines_are_missing_then_refused(left, found, saved):
+    file, sealed = saved
+    lines = file.path.read_text().splitlines(keepends=True)[:left]
+    file.path.write_text("".join(lines)) if lines else file.path.unlink()
+    with pytest.raises(Damaged, match=f"metrics.jsonl: {found}, step 2 was saved after 3; put the file back"):
+        file.restore(sealed, "step 2")
+
+
+@pytest.mark.parametrize("bad", ["{", "\0\0", "3", "[]", "\x80"])
+def test_lines_when_one_in_the_middle_is_broken_then_it_is_named_and_not_the_end(bad, saved):
+    file, _ = saved
+    lines = file.path.read_bytes().splitlines(keepends=True)
+    file.path.write_bytes(b"".join([*lines[:2], bad.encode("latin-1") + b"\n", *lines[2:]]))
+    for read in (file.lines, lambda: file.rewind(9), lambda: file.replace(9, [])):
+        with pytest.raises(Damaged, match=r"metrics.jsonl:3: is not as it was written: no JSON object"):
+            read()
+    assert MetricsFile(file.path.with_name("none")).lines() == []

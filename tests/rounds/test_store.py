@@ -1,5 +1,6 @@
 """Stages on disk."""
 
+import errno
 import json
 
 import datasets
@@ -9,6 +10,7 @@ from prefopt.config import parse
 from prefopt.errors import RoundError
 from prefopt.rounds import store
 from prefopt.rounds.store import Stage
+from prefopt.storage import Unreadable
 
 KEYS = [["a", "b"], ["c"]]
 
@@ -57,18 +59,48 @@ def test_half_finished_stage_goes_on_at_its_first_missing_shard(stage):
     assert stage.missing() == [0]
 
 
-def test_truncated_shard_of_an_unfinished_stage_is_made_again(stage, said):
+def test_damaged_shard_of_an_unfinished_stage_is_made_again(stage, said):
+    stage.begin()
+    text = "".join(store._lines(rows(0)))
+    for damaged in (text[:-5], text.splitlines()[0] + "\n", text.replace("1.5", "1.7"), "\0" * len(text), ""):
+        stage.write(0, rows(0))
+        assert stage.missing() == [1]
+        stage.shard_path(0).write_text(damaged)
+        assert not stage.begin()
+        assert said.pop() == f"{stage.shard_path(0)}: does not match the hash it was written with; it is made again"
+        assert stage.missing() == [0, 1]
+    stage.write(0, rows(0))
+    beside = stage.shard_path(0).with_name(".00000.jsonl.sha256")
+    for spoil in (beside.unlink, lambda: beside.write_text("{")):
+        stage.write(0, rows(0))
+        spoil()
+        assert not stage.begin()
+        assert said.pop().endswith("; it is made again")
+        assert stage.missing() == [0, 1]
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EACCES])
+@pytest.mark.parametrize("name", ["00000.jsonl", "candidates.json", ".00000.jsonl.sha256"])
+def test_stage_whose_files_cannot_be_read_just_now_stops_and_keeps_them(name, number, stage, unreadable):
     stage.begin()
     stage.write(0, rows(0))
-    text = stage.shard_path(0).read_text()
-    for cut, why in (
-        (text[:-5], "its last line is cut off"),
-        (text.splitlines()[0] + "\n", "holds 1 rows, not those of"),
-    ):
-        stage.shard_path(0).write_text(cut)
-        assert not stage.begin()
-        assert why in said.pop()
-        assert stage.missing() == [0, 1]
+    unreadable(name, number)
+    with pytest.raises(Unreadable, match=f"{name}: cannot be read just now: "):
+        stage.begin()
+    unreadable(None)
+    assert not stage.begin()
+    assert stage.missing() == [1]
+
+
+def test_input_that_an_older_version_did_not_note_is_not_held_against_it(stage):
+    finish(stage)
+    newer = Stage(stage.folder, stage.name, {**stage.inputs, "generation_config": "abc"}, KEYS)
+    assert newer.begin()
+
+
+def test_rows_of_a_shard_that_is_gone_are_not_none(stage):
+    with pytest.raises(RoundError, match=r"00000\.jsonl: is missing; run again"):
+        stage.read(0)
 
 
 def test_truncated_shard_of_a_finished_stage_is_made_again_and_must_be_what_it_was(stage, said):

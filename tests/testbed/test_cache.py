@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+import errno
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from prefopt import storage
 from prefopt.errors import TrainError
+from prefopt.storage import Unreadable
 from prefopt.testbed.cache import built, cache_root
 
 
@@ -19,7 +23,7 @@ def test_built_runs_the_builder_once(tmp_path: Path) -> None:
     assert first == second == tmp_path / "new" / "key"
     assert len(calls) == 1
     assert (first / "a").read_text() == "1"
-    assert [p.name for p in first.parent.iterdir()] == ["key"]
+    assert sorted(p.name for p in first.parent.iterdir()) == [".key.lock", "key"]
 
 
 def test_built_leaves_nothing_when_the_builder_fails(tmp_path: Path) -> None:
@@ -37,9 +41,34 @@ def test_built_keeps_the_first_when_two_processes_build_at_once(tmp_path: Path) 
         (folder / "a").write_text("mine")
         (tmp_path / "key").mkdir()  # meanwhile another process has finished
         (tmp_path / "key" / "a").write_text("theirs")
+        storage.seal(tmp_path / "key")
 
     assert (built(tmp_path, "key", build) / "a").read_text() == "theirs"
-    assert [p.name for p in tmp_path.iterdir()] == ["key"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".key.lock", "key"]
+
+
+@pytest.mark.parametrize("name", ["a", "manifest.json"])
+def test_built_builds_again_what_is_damaged_and_says_so(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def build(folder: Path) -> None:
+        (folder / "a").write_text("text")
+
+    built(tmp_path, "key", build)
+    for damage in (b"tekt", b"", b"\0\0\0\0"):
+        (tmp_path / "key" / name).write_bytes(damage)
+        assert (built(tmp_path, "key", build) / "a").read_text() == "text"
+        assert capsys.readouterr().err.startswith(f"warning: {tmp_path}/key: {name} ")
+    built(tmp_path, "key", build)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EACCES])
+def test_built_stops_where_it_cannot_see_what_is_there(number: int, tmp_path: Path, unreadable: Any) -> None:
+    built(tmp_path, "key", lambda folder: (folder / "a").write_text("text"))
+    unreadable("a", number)
+    with pytest.raises(Unreadable, match="key/a: cannot be read just now"):
+        built(tmp_path, "key", lambda folder: pytest.fail("built again"))
 
 
 def test_built_names_the_folder_when_it_cannot_be_written(tmp_path: Path) -> None:
