@@ -203,7 +203,8 @@ def page(traces: Sequence[Trace], rows: Sequence[Mapping[str, Any]], title: str,
 
 def _section(trace: Trace, thoughts: bool) -> str:
     best = trace.best
-    found = "no response" if best is None else f"best score {readable(trace.score(best))}, of step {best.step}"
+    score = None if best is None else trace.score(best)
+    found = "no response" if best is None or score is None else f"best score {readable(score)}, of step {best.step}"
     parts = [
         f'<section id="{html.escape(trace.prompt.key)}"><h2>{html.escape(trace.prompt.where)}</h2>',
         _text(plain_text(trace.prompt.prompt)),
