@@ -60,7 +60,9 @@ def final_figures(config: RunConfig, output: Path) -> list[str]:
     recent = seen[-math.ceil(len(seen) / 10) :]
     rows_of_pairs = _rows_of_pairs(output, step)
 
-    known = [name for name in {**recent[-1], **end} if not name.startswith("loss/") or len(_terms(end or recent[-1])) > 1]
+    known = [
+        name for name in {**recent[-1], **end} if not name.startswith("loss/") or len(_terms(end or recent[-1])) > 1
+    ]
     names = [
         name for shown in _SHOWN for name in known if name == shown or (shown[-1] == "/" and name.startswith(shown))
     ]
