@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from prefopt.config import LoraConfig, ModelConfig, RunConfig
-from prefopt.engine import models, quantized
+from prefopt.engine import models, quantized, weight_files
 from prefopt.errors import ConfigError, TrainError, did_you_mean
 from prefopt.kernels.head import make_head_aware, make_score_precise
 
@@ -79,6 +79,7 @@ def find(path: str, settings: ModelConfig, key: str = "model.path") -> Weights:
         found = find_adapter_config_file(path, revision=settings.revision)
     except Exception as error:
         raise models.refuse(key, path, error) from error
+    weight_files.check_files(path, key)
     if found is None:
         return Weights(path, path, settings.revision)
     from peft import PeftConfig
@@ -116,6 +117,7 @@ def find(path: str, settings: ModelConfig, key: str = "model.path") -> Weights:
             f"{key}: '{path}' is an adapter of '{base}', which does not exist; "
             f"name the model's place as base_model_name_or_path in {found}"
         )
+    weight_files.check_files(base, key)
     return Weights(path, base, adapter.revision, adapter, extract_commit_hash(found, None))
 
 
@@ -472,7 +474,8 @@ def _fill(lm: Any, adapter: str, path: str, model: ModelConfig, key: str) -> Non
     bad = next((name for name, weight in found.items() if not bool(weight.isfinite().all())), None)
     wrong += [f"{bad} is not finite"] if bad is not None else []
     if wrong:
-        raise TrainError(f"{key}: the adapter '{path}' does not fit {type(base_of(lm)).__name__}: {wrong[0]}")
+        more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        raise TrainError(f"{key}: the adapter '{path}' does not fit {type(base_of(lm)).__name__}: {wrong[0]}{more}")
 
 
 def has_adapter(lm: nn.Module) -> bool:

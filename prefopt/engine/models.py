@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import logging
@@ -15,7 +16,7 @@ import torch
 from torch import nn
 
 from prefopt.config import ModelConfig
-from prefopt.engine import quantized
+from prefopt.engine import quantized, weight_files
 from prefopt.errors import TrainError, did_you_mean
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ def load_model(path: str, settings: ModelConfig, key: str = "model.path") -> Pre
     """
     from transformers import AutoModelForCausalLM
 
-    return _load(AutoModelForCausalLM, path, settings, key, attn_implementation=settings.attention)[0]
+    return _load(AutoModelForCausalLM, path, settings, key, attn_implementation=settings.attention)
 
 
 def load_scorer(path: str, settings: ModelConfig, key: str = "model.path") -> PreTrainedModel:
@@ -107,11 +108,12 @@ def load_scorer(path: str, settings: ModelConfig, key: str = "model.path") -> Pr
     """
     from transformers import AutoModelForSequenceClassification
 
-    check_scorer(load_config(path, settings, key), path, key)
+    config = load_config(path, settings, key)
+    check_scorer(config, path, key)
     more = {"attn_implementation": settings.attention, "num_labels": 1}
-    model, missing = _load(AutoModelForSequenceClassification, path, settings, key, **more)
+    new = not is_classifier(config)
+    model = _load(AutoModelForSequenceClassification, path, settings, key, classifier=True, new_score=new, **more)
     check_head(model, key)
-    _refuse_missing([name for name in missing if not name.startswith("score.")], path, key)
     text: Any = model.config.get_text_config()
     text.pad_token_id = None
     embedding: Any = model.get_input_embeddings()
@@ -127,20 +129,17 @@ def load_classifier(path: str, settings: ModelConfig, key: str, kind: Any = None
     """
     from transformers import AutoModelForSequenceClassification
 
-    model, missing = _load(kind or AutoModelForSequenceClassification, path, settings, key)
-    _refuse_missing(missing, path, key)
-    return model
+    return _load(kind or AutoModelForSequenceClassification, path, settings, key, classifier=True)
 
 
-def _refuse_missing(missing: Sequence[str], path: str, key: str) -> None:
-    if missing:
-        raise TrainError(f"{key}: '{path}' has no weights for {missing[0]}, expected a trained classifier")
+def is_classifier(config: PretrainedConfig) -> bool:
+    """Whether a config is that of a classifier, whose score has been trained."""
+    return any("ForSequenceClassification" in name for name in config.architectures or ())
 
 
 def check_scorer(config: PretrainedConfig, path: str, key: str = "model.path") -> None:
     """Raises: TrainError for a classifier of other than one logit, before its weights are loaded."""
-    classifies = any("ForSequenceClassification" in name for name in config.architectures or ())
-    if classifies and config.num_labels != 1:
+    if is_classifier(config) and config.num_labels != 1:
         raise TrainError(f"{key}: '{path}' is a classifier with {config.num_labels} logits, expected one logit")
 
 
@@ -162,21 +161,36 @@ def set_padding(scorer: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> 
     text.pad_token_id = None if tokenizer.pad_token_id == tokenizer.eos_token_id else tokenizer.pad_token_id
 
 
-def _load(kind: Any, path: str, settings: ModelConfig, key: str, **more: Any) -> tuple[PreTrainedModel, Sequence[str]]:
-    """(the model, names of the weights that `path` does not have)."""
+def _load(
+    kind: Any,
+    path: str,
+    settings: ModelConfig,
+    key: str,
+    *,
+    classifier: bool = False,
+    new_score: bool = False,
+    **more: Any,
+) -> PreTrainedModel:
+    """The model, whose weights are those of the files at `path`: none missing, none left over.
+
+    Args: kind: its class. classifier, new_score: see `weight_files.check_loaded`. more: for `from_pretrained`.
+    """
+    weight_files.check_files(path, key)
+    more |= {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
+    more |= {"dtype": getattr(torch, settings.dtype), "output_loading_info": True, "ignore_mismatched_sizes": True}
+    check = functools.partial(weight_files.check_loaded, path=path, key=key, classifier=classifier, new_score=new_score)
     try:
         with quiet():
-            model, loaded = kind.from_pretrained(
-                path,
-                revision=settings.revision,
-                trust_remote_code=settings.trust_remote_code,
-                dtype=getattr(torch, settings.dtype),
-                output_loading_info=True,
-                **quantized.arguments(settings),
-                **more,
-            )
+            with _loaded_whole() as sharded:
+                if sharded:  # ZeRO-3's way of loading sees no weight that is too many
+                    lm, loaded = kind.from_pretrained(path, device_map="meta", **more)
+                    check(loaded, lm)
+            model, loaded = kind.from_pretrained(path, **quantized.arguments(settings), **more)
+    except TrainError:
+        raise
     except Exception as error:
         raise refuse(key, path, error) from error
+    check(loaded, model)
     quantized.settle(model)
     align(model)
     bad = not_finite(model)
@@ -187,7 +201,23 @@ def _load(kind: Any, path: str, settings: ModelConfig, key: str, **more: Any) ->
             module.p = 0.0
         if isinstance(getattr(module, "attention_dropout", None), float):  # attention keeps its rate as a number
             setattr(module, "attention_dropout", 0.0)  # noqa: B010 - not declared on nn.Module
-    return model, sorted(loaded["missing_keys"])
+    return model
+
+
+@contextlib.contextmanager
+def _loaded_whole() -> Iterator[bool]:
+    """While it lasts, ZeRO-3 shards nothing that is loaded. Yields whether it would."""
+    from transformers.integrations import deepspeed as integration
+
+    known = integration._hf_deepspeed_config_weak_ref
+    if known is None or not integration.is_deepspeed_zero3_enabled():
+        yield False
+        return
+    integration.unset_hf_deepspeed_config()
+    try:
+        yield True
+    finally:
+        integration.set_hf_deepspeed_config(known())
 
 
 @contextlib.contextmanager

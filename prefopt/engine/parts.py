@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import nn
 
-from prefopt.engine import adapters, checkpoint, models
+from prefopt.engine import adapters, checkpoint, models, weight_files
 from prefopt.engine.checkpoint import Processes
+from prefopt.errors import TrainError
 
 if TYPE_CHECKING:
     from prefopt.engine.engines import Engine
@@ -82,10 +83,19 @@ def save_frozen(
 
 
 def load_frozen(engine: Engine, folder: Path, stem: str, weights: Mapping[str, nn.Parameter]) -> None:
-    """Undo `save_frozen`. On all processes together."""
+    """Undo `save_frozen`. On all processes together.
+
+    Raises: TrainError for files that lack a weight or hold another.
+    """
     from safetensors import safe_open
 
-    for path in sorted(folder.glob(f"{stem}*.safetensors")):
+    files = sorted(folder.glob(f"{stem}*.safetensors"))
+    held = {name for path in files for name in weight_files.names_in(path, str(folder))}
+    wrong = min(held ^ weights.keys(), default=None)
+    if wrong is not None:
+        what = "lacks" if wrong in weights else "holds an unknown"
+        raise TrainError(f"{folder}: {stem} {what} {wrong}; delete this checkpoint, and the one before is used")
+    for path in files:
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 - it is no mapping
                 engine.put(weights[name], file.get_tensor(name))

@@ -21,8 +21,9 @@ import numpy as np
 import torch
 from transformers import LlamaForCausalLM
 
+from prefopt.config import ModelConfig
 from prefopt.data.loader import Shares
-from prefopt.engine.models import evaluating
+from prefopt.engine import models
 from prefopt.errors import DataError, RoundError
 from prefopt.testbed import truth
 from prefopt.testbed.world import World, WorldSettings, no_progress_bars
@@ -129,7 +130,7 @@ class WordWorld(World):
         prompts, words, length = len(self.prompt_ids), len(self.words), self.length
         leaves = torch.tensor([p + r[:-1] for p in self.prompt_ids for r in self.response_ids])
         device = next(lm.parameters()).device
-        with evaluating(lm):
+        with models.evaluating(lm):
             logits = lm(input_ids=leaves.to(device), use_cache=False).logits[:, -1 - length :]
         logps = logits.cpu().double().log_softmax(-1)  # (P * K, length + 1, V)
 
@@ -151,7 +152,7 @@ class WordWorld(World):
     def log_probs_of(self, path: Path | str) -> torch.Tensor:
         """The same of a policy in a folder, such as a run's exported model."""
         with no_progress_bars():
-            return self.log_probs(LlamaForCausalLM.from_pretrained(path, dtype=torch.float32))
+            return self.log_probs(models.load_model(str(path), ModelConfig(), "testbed"))
 
     @functools.cached_property
     def win_prob(self) -> torch.Tensor:
