@@ -116,8 +116,6 @@ def load_scorer(path: str, settings: ModelConfig, key: str = "model.path") -> Pr
     check_head(model, key)
     text: Any = model.config.get_text_config()
     text.pad_token_id = None
-    embedding: Any = model.get_input_embeddings()
-    embedding.padding_idx = None  # EOS may pad, and is a token like any other here
     return model
 
 
@@ -192,6 +190,7 @@ def _load(
         raise refuse(key, path, error) from error
     check(loaded, model)
     quantized.settle(model)
+    _forget_padding(model)
     align(model)
     bad = not_finite(model)
     if bad is not None:
@@ -202,6 +201,16 @@ def _load(
         if isinstance(getattr(module, "attention_dropout", None), float):  # attention keeps its rate as a number
             setattr(module, "attention_dropout", 0.0)  # noqa: B010 - not declared on nn.Module
     return model
+
+
+def _forget_padding(model: nn.Module) -> None:
+    """Let the embedding of the token that pads be trained like any other: EOS may pad, and stands in prompts too.
+
+    Padding itself is never attended to, so no gradient comes from it. Tables of positions count from their padding.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and "position" not in name.rpartition(".")[2]:
+            module.padding_idx = None  # type: ignore[assignment]
 
 
 @contextlib.contextmanager

@@ -142,13 +142,13 @@ def _check_experts(names: Iterable[str], path: str, key: str) -> None:
 def wrapper_of(names: Iterable[str]) -> str | None:
     """What is wrong with names that a wrapper has made, and the fix; None where no wrapper has."""
     for name in names:
-        found = {
-            prefix: known for prefix, known in _WRAPPERS.items() if name.startswith(prefix) or f".{prefix}" in name
-        }
-        for prefix, (wrapper, inside) in found.items() or ({"module.": _DDP}.items() if name[:7] == "module." else ()):
+        inside = [prefix for prefix in _WRAPPERS if name.startswith(prefix) or f".{prefix}" in name]
+        inside += ["module."] if name.startswith("module.") else []
+        if inside:
+            wrapper, instead = _WRAPPERS.get(inside[0], _DDP)
             return (
-                f"{name}: '{prefix}' is what {wrapper} puts before a name; save {inside} instead, or take '{prefix}' "
-                "out of the names in the file"
+                f"{name}: '{inside[0]}' is what {wrapper} puts before a name; save {instead} instead, or take "
+                f"'{inside[0]}' out of the names in the file"
             )
     return None
 

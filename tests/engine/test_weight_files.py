@@ -106,7 +106,7 @@ def test_load_when_a_head_is_tied_then_either_of_the_two_may_be_missing(kept, tm
 
 
 def test_load_when_the_head_of_an_untied_model_is_missing_then_it_is_refused(base, changed):
-    with pytest.raises(TrainError, match="no weights for lm_head.weight"):
+    with pytest.raises(TrainError, match=r"no weights for lm_head.weight"):
         models.load_model(changed(base, lambda w: w.pop("lm_head.weight")), ModelConfig())
 
 
@@ -116,12 +116,12 @@ def test_scorer_when_a_language_model_has_no_score_then_it_is_new_but_a_trained_
     assert models.load_scorer(str(base), ModelConfig()).score.weight.isfinite().all()
     path = changed(trained, lambda w: w.pop("score.weight"))
     for load in (LOADERS["scorer"], LOADERS["judge"]):
-        with pytest.raises(TrainError, match="no weights for score.weight.*expected a trained classifier"):
+        with pytest.raises(TrainError, match=r"no weights for score.weight.*expected a trained classifier"):
             load(path, ModelConfig())
 
 
 def test_policy_when_the_model_is_a_classifier_then_it_is_refused(trained):
-    with pytest.raises(TrainError, match="no weights for lm_head.weight"):
+    with pytest.raises(TrainError, match=r"no weights for lm_head.weight"):
         models.load_model(str(trained), ModelConfig())
 
 
@@ -233,7 +233,7 @@ def test_adapter_when_its_names_have_a_wrapper_then_it_is_named(base, tmp_path):
         {f"{inside}_orig_mod.{name.removeprefix(inside)}": weight for name, weight in weights.items()},
         tmp_path / "adapter_model.safetensors",
     )
-    with pytest.raises(TrainError, match="'_orig_mod.' is what torch.compile puts"):
+    with pytest.raises(TrainError, match=r"'_orig_mod.' is what torch.compile puts"):
         adapters.find(str(tmp_path), config.model)
 
 
