@@ -14,6 +14,7 @@ from torch import nn
 from prefopt.config import KernelConfig
 from prefopt.engine import adapters
 from prefopt.engine.attention import Kind, Rows, attention_kind
+from prefopt.engine.logits import head_scaling
 from prefopt.errors import TrainError
 from prefopt.kernels.head import HeadRequest, StatsLinear, make_head_aware, make_score_precise
 from prefopt.types import Needs, PairBatch, PairStats, TokenStats
@@ -267,24 +268,6 @@ def scored_states(lm: PreTrainedModel, kind: Kind, batch: PairBatch) -> torch.Te
     """The same of a batch, without head and reference. Args: kind: how this model's attention is told of units."""
     rows = Rows(batch.input_ids, batch.attention_mask, batch.position_ids, batch.units)
     return _scored_states(lm, kind, rows, batch.score_index)
-
-
-def head_scaling(lm: PreTrainedModel) -> tuple[float, float | None]:
-    """(scale, soft-cap) that this architecture applies to its logits after the head.
-
-    Raises: TrainError for a setting that looks like another scaling of logits and is not known here.
-    """
-    config: Any = lm.config
-    config = config.get_text_config()
-    scale = 1.0
-    if getattr(config, "logit_scale", None) is not None:  # Cohere multiplies
-        scale *= float(config.logit_scale)
-    if getattr(config, "logits_scaling", None) is not None:  # Granite divides
-        scale /= float(config.logits_scaling)
-    softcap = getattr(config, "final_logit_softcapping", None)
-    if getattr(config, "lm_head_multiplier", None) not in (None, 1.0):
-        raise TrainError(f"model.path: {type(lm).__name__} scales its logits by lm_head_multiplier, not supported yet")
-    return scale, None if softcap is None else float(softcap)
 
 
 def token_stats_of(model: Callable[..., Any], batch: PairBatch, want: tuple[str, ...]) -> TokenStats:

@@ -33,8 +33,9 @@ from prefopt.data.collate import collate
 from prefopt.data.loader import padded_length
 from prefopt.engine import adapters, models
 from prefopt.engine.check import tolerance
-from prefopt.engine.forward import PolicyWithReference, head_scaling, scored_states, to_device, token_stats_of
+from prefopt.engine.forward import PolicyWithReference, scored_states, to_device, token_stats_of
 from prefopt.engine.layouts import choose_layouts, relative_gap
+from prefopt.engine.logits import head_scaling
 from prefopt.engine.runtime import Runtime, say
 from prefopt.errors import ConfigError, TrainError
 from prefopt.storage import Damaged, Lock, Unreadable, write_by, write_sealed

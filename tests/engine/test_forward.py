@@ -2,12 +2,10 @@
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from prefopt.config import KernelConfig
 from prefopt.data.collate import collate
 from prefopt.engine.forward import ALL_STATISTICS, PolicyWithReference, token_stats_of
-from prefopt.errors import TrainError
 from tests.engine.architectures import ARCHITECTURES, tiny_model
 from tests.invariant.oracle import mask, oracle_row
 from tests.invariant.steps import random_pairs
@@ -61,10 +59,3 @@ def test_architectures_here_when_called_scaled_then_scaling_moves_their_statisti
     expected = plain(policy, reference)["logp"]
     monkeypatch.setattr("prefopt.engine.forward.head_scaling", lambda lm: (1.0, None))
     assert (fused(policy, reference).logp - expected).abs().max() > 1e-3
-
-
-def test_policy_when_its_logits_are_scaled_in_an_unknown_way_then_it_is_refused():
-    lm = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **ARCHITECTURES["llama"][0][1]))
-    lm.config.lm_head_multiplier = 0.5
-    with pytest.raises(TrainError, match="lm_head_multiplier, not supported yet"):
-        PolicyWithReference(lm, None, KernelConfig())
