@@ -147,11 +147,11 @@ def reference(config: RunConfig, start: Weights) -> Frozen | Weights | None:
             "reference.sync_every: found with reference.path and LoRA, where the adapter's own start is what moves; "
             "leave reference.path out"
         )
-    if named is None or _same(named, start.path):
+    if named is None or same_place(named, start.path):
         if start.adapter is not None or (moves and config.lora.r is not None):
             return Frozen.SNAPSHOT
         return start if config.lora.r is None else Frozen.BASE
-    if start.adapter is not None and _same(named, start.base):
+    if start.adapter is not None and same_place(named, start.base):
         return Frozen.BASE
     return find(named, config.model, "reference.path")
 
@@ -314,7 +314,7 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, (nn.Linear, Conv1D))
 
 
-def _same(path: str, other: str) -> bool:
+def same_place(path: str, other: str) -> bool:
     """Whether two paths are one folder, or two ids one id."""
     folders = Path(path).is_dir() and Path(other).is_dir()
     return Path(path).resolve() == Path(other).resolve() if folders else path == other

@@ -3,28 +3,83 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from prefopt.engine import adapters, compiling, quantized
+from prefopt.engine import adapters, compiling, models, quantized
 from prefopt.engine.forward import Policy, pair_stats, scores_of, statistics_for, token_stats_of
 from prefopt.errors import TrainError
 from prefopt.method import Method
-from prefopt.types import EncodedPair, PairBatch, TokenStats
+from prefopt.types import EncodedPair, PairBatch, PairStats, TokenStats
 
 Inside = Callable[[Callable[[], Any]], Any]  # how the unwrapped policy is to be called, see `Engine.inside`
 ROWS = 4  # pairs that are checked
 # Largest difference of a token's log-probability, absolute and relative to it.
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
+# The same where a model of 16 bits is checked in float32: large ones lose some of it.
+IN_FLOAT32 = 1e-3
+# Of the first loss, where policy and reference do the same arithmetic on the same weights.
+_SAME = 1e-3
 
 
 def tolerance(lm: nn.Module, mixed_precision: str) -> float:
     """How far the two paths may be apart in this precision."""
     autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision)
     return _TOLERANCE[autocast or quantized.precision(lm)]
+
+
+# In float32 -----------------------------------------------------------------------------------------------------------
+
+
+def is_rounded(lm: nn.Module, mixed_precision: str) -> bool:
+    """Whether a model computes in 16 bits, which blur an unknown scale or soft-cap of its logits."""
+    return tolerance(lm, mixed_precision) > _TOLERANCE[torch.float32]
+
+
+def float32_bytes(policy: Policy, whole: bool) -> int:
+    """Memory for the weights of a policy in float32, beside what it holds. Args: whole: every weight must be copied."""
+    narrow = (p for p in policy.parameters() if p.is_floating_point() and (whole or p.dtype.itemsize < 4))
+    return sum(4 * models.numel(p) for p in narrow)
+
+
+def free_bytes(device: torch.device, processes: int) -> int:
+    """Memory that is free for one of so many processes of this machine; a GPU's is its own."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            found = dict(line.split(":") for line in file)
+        free = 1024 * int(found["MemAvailable"].split()[0])
+    except (OSError, KeyError, ValueError):
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return free // processes
+
+
+@contextlib.contextmanager
+def in_float32(policy: Policy) -> Iterator[None]:
+    """While it lasts, the models of a policy hold their weights, and compute, in float32 or better. No training in it.
+
+    Args: policy: whole, not wrapped.
+    """
+    tensors = [t for t in (*policy.parameters(), *policy.buffers()) if t.is_floating_point() and t.dtype.itemsize < 4]
+    held = [(tensor, tensor.data) for tensor in tensors]
+    device = next(policy.parameters()).device.type
+    try:
+        for tensor, data in held:
+            tensor.data = data.float()
+        with quantized.computing_in(policy, torch.float32), torch.autocast(device, enabled=False):
+            yield
+    finally:
+        for tensor, data in held:
+            tensor.data = data
+
+
+# The check ------------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -124,23 +179,51 @@ def _plain_scores(lm: nn.Module, prompt: list[int], completion: list[int], mask:
 
 
 @torch.no_grad()
-def unexpected_loss(model: nn.Module, method: Method, batch: PairBatch, tol: float) -> str | None:
-    """What is wrong with the first loss where policy and reference are the same weights, or None."""
+def unexpected_loss(model: nn.Module, method: Method, batch: PairBatch, tol: float, cached: bool = False) -> str | None:
+    """What is wrong with the first loss where policy and reference are the same weights, or None.
+
+    Args:
+        tol: of a token's log-probability. cached: whether what the batch has of the reference was computed before, in
+            batches of another shape: then its rounding is another, and what it says of a completion is compared too.
+    """
     expected = method.loss_at_reference()
     if expected is None:
         return None
     stats = pair_stats(model, batch, statistics_for(method.needs))
+    if cached:
+        for pair in range(batch.pairs):
+            for side, lengths in (("chosen", batch.chosen_lengths), ("rejected", batch.rejected_lengths)):
+                if lengths is None:
+                    continue
+                logp, ref = (float(getattr(stats, f"{side}_{name}")[pair]) for name in ("logps", "ref_logps"))
+                # rounding errors of tokens are of either sign
+                if not abs(logp - ref) <= tol * max(10.0, float(lengths[pair])) ** 0.5:
+                    return (
+                        f"{batch.where[pair]} ({side}): the log-probability is {logp:.6f}, and {ref:.6f} in the "
+                        "reference cache, while policy and reference are the same weights"
+                    )
+        stats = _at_reference(stats)
     found = method.loss(stats, batch).terms[0].value.double()
     scale = max(1.0, abs(expected))
     for pair in range(batch.pairs):
         # the loss is a function of sums over the completion, whose rounding errors add up
-        reach = tol * scale * max(10.0, float(batch.chosen_lengths[pair]))
+        reach = scale * min(_SAME, tol * max(10.0, float(batch.chosen_lengths[pair])))
         if not abs(float(found[pair]) - expected) <= reach:
             return (
                 f"{batch.where[pair]}: the loss is {float(found[pair]):.6f} while policy and reference are the same "
                 f"weights, expected {expected:.6f}"
             )
     return None
+
+
+def _at_reference(stats: PairStats) -> PairStats:
+    """The same with the policy in the place of the reference."""
+    sides = ("chosen", "rejected")
+    members: dict[str, Any] = {f"{side}_ref_logps": getattr(stats, f"{side}_logps") for side in sides}
+    for name in (f"{side}_{kind}" for side in sides for kind in ("kl", "reverse_kl")):
+        value = getattr(stats, name)
+        members[name] = None if value is None else torch.zeros_like(value)
+    return replace(stats, **members)
 
 
 def refuse(problem: str | None) -> None:

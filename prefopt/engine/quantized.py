@@ -5,7 +5,9 @@ The only file that knows bitsandbytes' layers.
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -79,3 +81,17 @@ def precision(lm: Any) -> torch.dtype:
     found = next(p.dtype for p in lm.parameters() if p.is_floating_point())
     computed = {m.compute_dtype for m in lm.modules() if kind(m) is not None}
     return max({found, *computed}, key=lambda dtype: torch.finfo(dtype).eps)
+
+
+@contextlib.contextmanager
+def computing_in(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """While it lasts, products with quantised weights are computed in another type."""
+    layers: list[Any] = [module for module in model.modules() if kind(module) is not None]
+    types = [layer.compute_dtype for layer in layers]
+    try:
+        for layer in layers:
+            layer.compute_dtype = dtype
+        yield
+    finally:
+        for layer, own in zip(layers, types, strict=True):
+            layer.compute_dtype = own

@@ -560,23 +560,47 @@ class Trainer:
         if self.engine.shards:  # all processes must make the same calls
             few, layout = runtime.from_main((few, layout))
         batch = to_device(self._collate(few, layout), runtime.device)
-        tol = check.tolerance(self.policy.lm, config.train.mixed_precision)
+        mixed = config.train.mixed_precision
+        tol = check.tolerance(self.policy.lm, mixed)
         rounded = self.values is not None and self.values.in_bfloat16
         loose = max(tol, check.tolerance(self.policy.lm, "bf16")) if rounded else tol
+        named = config.reference.path
+        same = named is None or (config.model.path is not None and adapters.same_place(named, config.model.path))
+        # every process runs every check, whatever it has found: a wrapped model's forward may wait for the others
         with runtime.accelerator.autocast():
-            # every process runs every check, whatever it has found: a wrapped model's forward may wait for the others
             structure = (f"{p.where}: {w}" for p in few if (w := check_row_structure(p, self.tokenizer)))
             problems = [
                 next(structure, None),
                 check.first_difference(self.model, self.policy, self.method, few, batch, tol, self.engine.inside),
-                check.unexpected_loss(self.model, self.method, batch, loose) if config.reference.path is None else None,
             ]
-        found = runtime.gather_objects([problem for problem in problems if problem])
+            if same:
+                with compiling.eagerly(self.policy):  # the reference's layers are not compiled
+                    problems.append(
+                        check.unexpected_loss(self.model, self.method, batch, loose, self.values is not None)
+                    )
+        precise = check.is_rounded(self.policy.lm, mixed)
+        problem, note = self._check_in_float32(few, batch) if precise else (None, "")
+        found = runtime.gather_objects([problem for problem in (*problems, problem) if problem])
         check.refuse(found[0] if found else None)
-        same = self.needs.reference != "none" and config.reference.path is None
-        known = self.method.loss_at_reference()
-        agreed = f", loss {known:.4f} as it must be" if same and known is not None else ""
-        say(f"step 0: {len(few)} pairs scored again by an independent path agree to {tol:g}{agreed}")
+        known = self.method.loss_at_reference() if self.needs.reference != "none" and same else None
+        agreed = f", loss {known:.4f} as it must be" if known is not None else ""
+        say(f"step 0: {len(few)} pairs scored again by an independent path agree to {tol:g}{note}{agreed}")
+
+    def _check_in_float32(self, pairs: Sequence[EncodedPair], batch: PairBatch) -> tuple[str | None, str]:
+        """(what is wrong with the scores of the same rows without rounding, what is to be said of it)."""
+        runtime = self.runtime
+        needed = check.float32_bytes(self.policy, self.engine.shards)
+        short = [1] if needed > check.free_bytes(runtime.device, runtime.world) // 2 else []
+        if runtime.gather_objects(short):
+            return None, " (not in float32, for want of memory)"
+        if "varlen" in (self.policy.attention, self.policy.reference_attention):
+            return None, " (not in float32, which flash attention does not know)"
+        with self.engine.whole() as policy, check.in_float32(policy), compiling.eagerly(policy):
+            try:
+                problem = check.first_difference(policy, policy, self.method, pairs, batch, check.IN_FLOAT32)
+            except torch.OutOfMemoryError:
+                return None, " (not in float32, for want of memory)"
+        return problem, f", in float32 to {check.IN_FLOAT32:g}"
 
     # Logging ----------------------------------------------------------------------------------------------------------
 

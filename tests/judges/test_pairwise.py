@@ -235,5 +235,7 @@ def test_pairrm_when_a_weight_is_missing_then_it_is_refused(pair_rm, tmp_path):
     weights = load_file(tmp_path / "model.safetensors")
     del weights["head_layer.4.bias"]
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(TrainError, match=r"^judge.path: '.*' has no weights for head_layer.4.bias, expected a trained"):
+    with pytest.raises(
+        TrainError, match=r"^judge.path: '.*' has no weights for head_layer.4.bias, which would be drawn"
+    ):
         make(tmp_path)
