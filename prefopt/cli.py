@@ -576,6 +576,8 @@ def _fit(
     name, adapter = type(adapters.base_of(lm)).__name__, adapters.describe_policy(lm)
     of_them = f", {adapter}" if adapter else ""
     say(f"policy: {name}, {parameters:,} parameters{of_them}, {threads} thread(s) per process; output: {output}")
+    if config.model.attention == "sdpa" and adapters.base_of(lm).config._attn_implementation == "eager":
+        say(f"attention: eager, since {name} computes what SDPA cannot (a soft-cap of attention, say)")
     if task.reference is not None:
         say(f"reference: {adapters.describe(task.reference, task.start, config)}")
     if config.model.dtype == "bfloat16" and not adapter:

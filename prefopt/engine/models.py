@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from prefopt.config import ModelConfig
-from prefopt.engine import quantized, weight_files
+from prefopt.engine import quantized, sizes, weight_files
 from prefopt.errors import TrainError, did_you_mean
 
 if TYPE_CHECKING:
@@ -49,7 +49,8 @@ def refuse(key: str, path: str, error: Exception, what: str = "a model") -> Trai
     """Why a model could not be opened, in one line."""
     folder = Path(path)
     if folder.is_dir():
-        reason = textwrap.shorten(str(error), 200, placeholder=" ...")
+        said = f"unknown {error}" if isinstance(error, KeyError) else str(error) or type(error).__name__
+        reason = textwrap.shorten(said, 200, placeholder=" ...")
         return TrainError(f"{key}: '{path}' is a folder without {what} that can be loaded: {reason}")
     siblings = [p.name for p in folder.parent.iterdir() if p.is_dir()] if folder.parent.is_dir() else []
     near = did_you_mean(folder.name, siblings)
@@ -58,15 +59,34 @@ def refuse(key: str, path: str, error: Exception, what: str = "a model") -> Trai
 
 
 def load_config(path: str, settings: ModelConfig, key: str = "model.path") -> PretrainedConfig:
-    """The model's config. Raises: TrainError naming `key`."""
+    """The model's config, whose sizes are those of a model. Raises: TrainError naming `key`."""
     from transformers import AutoConfig
 
+    _check_object(Path(path) / "config.json", key)
     try:
-        return AutoConfig.from_pretrained(
+        config = AutoConfig.from_pretrained(
             path, revision=settings.revision, trust_remote_code=settings.trust_remote_code
         )
     except Exception as error:
         raise refuse(key, path, error) from error
+    sizes.check_sizes(config, path, key)
+    return config
+
+
+def _check_object(file: Path, key: str) -> None:
+    """Raises: TrainError for a file that is there and holds no JSON object, or one of absurd sizes."""
+    if not file.exists():
+        return
+    try:
+        found: Any = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else "no file"
+    except OSError as error:
+        raise TrainError(f"{key}: '{file}' cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError):
+        found = "no JSON"
+    if not isinstance(found, dict):
+        what = found if found in ("no file", "no JSON") else f"a JSON {type(found).__name__}"
+        raise TrainError(f"{key}: '{file}' holds {what}, expected the JSON object of a model's config")
+    sizes.check_counts(found, str(file), key)
 
 
 def load_tokenizer(
@@ -96,7 +116,9 @@ def load_model(path: str, settings: ModelConfig, key: str = "model.path") -> Pre
     """
     from transformers import AutoModelForCausalLM
 
-    return _load(AutoModelForCausalLM, path, settings, key, attn_implementation=settings.attention)
+    config = load_config(path, settings, key)
+    attention = attention_of(config, settings.attention, AutoModelForCausalLM)
+    return _load(AutoModelForCausalLM, path, settings, key, attn_implementation=attention)
 
 
 def load_scorer(path: str, settings: ModelConfig, key: str = "model.path") -> PreTrainedModel:
@@ -110,7 +132,8 @@ def load_scorer(path: str, settings: ModelConfig, key: str = "model.path") -> Pr
 
     config = load_config(path, settings, key)
     check_scorer(config, path, key)
-    more = {"attn_implementation": settings.attention, "num_labels": 1}
+    attention = attention_of(config, settings.attention, AutoModelForSequenceClassification)
+    more = {"attn_implementation": attention, "num_labels": 1}
     new = not is_classifier(config)
     model = _load(AutoModelForSequenceClassification, path, settings, key, classifier=True, new_score=new, **more)
     check_head(model, key)
@@ -128,6 +151,17 @@ def load_classifier(path: str, settings: ModelConfig, key: str, kind: Any = None
     from transformers import AutoModelForSequenceClassification
 
     return _load(kind or AutoModelForSequenceClassification, path, settings, key, classifier=True)
+
+
+def attention_of(config: PretrainedConfig, asked: str, auto: Any) -> str:
+    """The attention to make a model with: eager where the one asked for is SDPA and the model's code has none.
+
+    Args: auto: transformers' class of the kind of model.
+    """
+    kind = auto._model_mapping.get(type(config), None)
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    without = kind is not None and not any(getattr(one, "_supports_sdpa", True) for one in kinds)
+    return "eager" if asked == "sdpa" and without else asked
 
 
 def is_classifier(config: PretrainedConfig) -> bool:
@@ -173,6 +207,7 @@ def _load(
 
     Args: kind: its class. classifier, new_score: see `weight_files.check_loaded`. more: for `from_pretrained`.
     """
+    config = load_config(path, settings, key)
     weight_files.check_files(path, key)
     more |= {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
     more |= {"dtype": getattr(torch, settings.dtype), "output_loading_info": True, "ignore_mismatched_sizes": True}
@@ -180,7 +215,8 @@ def _load(
     try:
         with quiet():
             with _loaded_whole() as sharded:
-                if sharded:  # ZeRO-3's way of loading sees no weight that is too many
+                # ZeRO-3's way of loading sees no weight that is too many, and missing ones would be made first
+                if sharded or weight_files.are_too_few(path, sizes.weights_of(config)):
                     lm, loaded = kind.from_pretrained(path, device_map="meta", **more)
                     check(loaded, lm)
             model, loaded = kind.from_pretrained(path, **quantized.arguments(settings), **more)

@@ -6,6 +6,7 @@ transformers draws what is missing at random and drops what it does not know; wh
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
@@ -115,6 +116,18 @@ def names_in(file: Path, key: str) -> list[str]:
     except (SafetensorError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise TrainError(f"{key}: '{file}' is damaged or cut short ({reason}); copy it again") from None
+
+
+def are_too_few(path: str, expected: float) -> bool:
+    """Whether the safetensors files in a folder hold far fewer weights than a model should have."""
+    from safetensors import safe_open
+
+    files = sorted(Path(path).glob("model*.safetensors"))
+    found = 0
+    for file in files:
+        with safe_open(file, framework="pt") as header:
+            found += sum(math.prod(header.get_slice(name).get_shape()) for name in header.keys())  # noqa: SIM118
+    return bool(files) and found < expected / 4
 
 
 def _check_names(names: Iterable[str], path: str, key: str) -> None:

@@ -152,7 +152,9 @@ def _hollow(architecture: Any, config: RunConfig, dtype: str) -> Any:
                 architecture,
                 dtype=getattr(torch, dtype),
                 # the others save what SDPA does, and may not be installed here
-                attn_implementation="eager" if config.model.attention == "eager" else "sdpa",
+                attn_implementation=models.attention_of(
+                    architecture, "eager" if config.model.attention == "eager" else "sdpa", kind
+                ),
                 trust_remote_code=config.model.trust_remote_code,
             )
     except Exception as error:
