@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from prefopt import generation
+from prefopt import generation, storage
 from prefopt.data.encode import pad_token
 from prefopt.engine import adapters, models
 from prefopt.errors import ConfigError, TrainError
@@ -31,7 +31,7 @@ class Policy:
         weights: where they are. tokenizer: theirs.
         thought: how it is asked to think, if it is.
         stop: texts that end its answers beside its own terminators, those of the user first.
-        identity: a hash of the weights, base and adapter.
+        identity: a hash of the weights, base and adapter, and of their generation config.
         parameters: how many there are; None where that cannot be seen.
         note: a sentence to say once.
     """
@@ -76,7 +76,7 @@ def find(path: str, config: InferConfig) -> Policy:
         tokenizer=tokenizer,
         thought=_thought(settings, weights.path),
         stop=(*config.generate.stop, *_ends(settings, weights, config, tokenizer)),
-        identity="-".join(_hash(place, weights, config) for place in places),
+        identity="-".join([*(_hash(place, weights, config) for place in places), *_settings_hash(settings)]),
         parameters=_parameters(places),
         note=note,
     )
@@ -103,6 +103,11 @@ def _settings(path: str, config: InferConfig) -> dict[str, Any]:
     except ValueError as error:
         raise TrainError(f"{file}: cannot be read: {error}, expected the JSON object of a generation config") from None
     return found
+
+
+def _settings_hash(settings: dict[str, Any]) -> list[str]:
+    """Of a generation config, which decides where answers end and what of them is a thought; none where none is."""
+    return [storage.digest(settings)[:16]] if settings else []
 
 
 def _thought(settings: dict[str, Any], path: str) -> ThoughtFormat:

@@ -96,9 +96,9 @@ def identity(settings: JudgeConfig) -> str:
 
     parts = [settings.kind, settings.path]
     if settings.kind == "function" and settings.path is not None:
-        from prefopt.judges.function import find, source_of
+        from prefopt.judges.function import source_of
 
-        parts.append(source_of(find(settings.path)))
+        parts.append(source_of(settings.path))
     elif settings.kind in _CLASSIFIERS and settings.path is not None and Path(settings.path).is_dir():
         from prefopt.engine.models import fingerprint
 

@@ -7,18 +7,22 @@ one prompt and one answer for each response.
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import hashlib
 import importlib
 import inspect
 import math
 import queue
 import sys
+import sysconfig
 import threading
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from prefopt import storage
 from prefopt.errors import ConfigError, RoundError, did_you_mean
 from prefopt.types import Judgement, Question
 
@@ -47,12 +51,68 @@ def find(path: str) -> Callable[..., Any]:
     return found
 
 
-def source_of(function: Callable[..., Any]) -> str | None:
-    """A hash of the function's source, or None where that cannot be read."""
-    try:
-        return hashlib.sha256(inspect.getsource(function).encode()).hexdigest()[:16]
-    except (OSError, TypeError):
+def source_of(path: str) -> str | None:
+    """A hash of the module that `module:name` names and of all that it imports from its own folder, or None.
+
+    Of an installed package that is the package alone. What is read at run time, or imported by a computed name, is not
+    seen.
+
+    Raises: ConfigError when there is no such function; Unreadable.
+    """
+    function = find(path)
+    modules = {path.partition(":")[0], str(getattr(function, "__module__", ""))}  # it may be defined elsewhere
+    files: dict[str, Path] = {}
+    for name in sorted(modules):
+        module = sys.modules.get(name)
+        file = getattr(module, "__file__", None)
+        if file is not None:
+            root = Path(file).resolve().parents[name.count(".") + (Path(file).name == "__init__.py")]
+            _collect(name, root, files)
+            files.setdefault(name, Path(file))
+    if not files:
         return None
+    whole = hashlib.sha256(path.encode())
+    for name, found in sorted(files.items()):
+        whole.update(f"{name} {storage.sha256(found)}\n".encode())
+    return whole.hexdigest()[:16]
+
+
+def _collect(name: str, root: Path, files: dict[str, Path]) -> None:
+    """Add a module, the packages that it is in, and what these import, as far as they lie under `root`.
+
+    Args: root: the folder that `import` found the first name in. files: of modules that are known, by their names.
+    """
+    installed = {Path(sysconfig.get_path(key)).resolve() for key in ("purelib", "platlib", "stdlib")}
+    top = name.partition(".")[0]
+    waiting = [name]
+    while waiting:
+        wanted = waiting.pop()
+        parent = wanted.rpartition(".")[0]
+        if parent and parent not in files:
+            waiting.append(parent)
+        first = wanted.partition(".")[0]
+        if wanted in files or (first != top and (root in installed or first == "prefopt")):
+            continue
+        place = root.joinpath(*wanted.split("."))
+        file = next((f for f in (place.with_suffix(".py"), place / "__init__.py") if storage.is_there(f)), None)
+        if file is None:
+            continue
+        files[wanted] = file
+        package = wanted if file.name == "__init__.py" else parent
+        with contextlib.suppress(SyntaxError, ValueError):
+            waiting += _imports(ast.parse(storage.read_bytes(file) or b""), package)
+
+
+def _imports(tree: ast.AST, package: str) -> Iterator[str]:
+    """Names of modules that may be imported anywhere in a module. Args: package: which relative imports start from."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            parts = package.split(".") if package else []
+            base = ".".join([*parts[: len(parts) - node.level + 1], node.module or ""]) if node.level else node.module
+            base = (base or "").strip(".")
+            yield from filter(None, [base, *(f"{base}.{alias.name}".strip(".") for alias in node.names)])
 
 
 class FunctionJudge:
@@ -156,8 +216,8 @@ class FunctionJudge:
                 result.put((None, error))
 
     def describe(self) -> dict[str, Any]:
-        """See `Judge`. The function is known by its name and its source, where that can be read."""
-        return {"kind": "function", "path": self.path, "source": source_of(self.function), "timeout": self.timeout}
+        """See `Judge`. The function is known by its name and by its module's source, where that can be read."""
+        return {"kind": "function", "path": self.path, "source": source_of(self.path), "timeout": self.timeout}
 
     def close(self) -> None:
         """Let the thread go that calls the function."""

@@ -21,7 +21,7 @@ from prefopt import generation, judges, storage
 from prefopt.config import FREE_TO_CHANGE, GenerateConfig, JudgeConfig, RoundsConfig, RunConfig
 from prefopt.data.encode import terminators, tokenizer_content
 from prefopt.data.prompts import hold_out, slices
-from prefopt.engine import adapters, card, checkpoint
+from prefopt.engine import adapters, card, checkpoint, models
 from prefopt.engine.export import describe_answers
 from prefopt.engine.metrics import Evaluation, Evaluator
 from prefopt.engine.runtime import Stop
@@ -115,6 +115,7 @@ class Rounds:
         held = len(self.held_out) + len(self._choosing) if taken else 0
         self._slices = slices(rest, rounds.count, rounds.prompts, self.config.seed, held)
         self.judge_hash = judges.identity(self.config.judge)
+        self._start_generation = models.generation_config(self.start.path) or models.generation_config(self.start.base)
         self._tokenizer_hash = tokenizer_content(self.tokenizer)
         bad = frozenset({self.tokenizer.bos_token_id, self.tokenizer.pad_token_id} - {None})
         self._view = View(self.config.method, bad - terminators(self.tokenizer))
@@ -216,6 +217,8 @@ class Rounds:
         settings, shards = self.config.generate, stages.shards_of(prompts, self.config.rounds.shard)
         inputs = {
             "policy": self._policy_hash(policy),
+            # of the policy that the run begins with; a later one's is in its manifest
+            "generation_config": self._start_generation if policy == 0 else None,
             "prompts": _hash_of(prompts),
             "sampling": dataclasses.asdict(sampling),
             "seed": [self.config.seed, seed],

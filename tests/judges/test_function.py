@@ -9,7 +9,7 @@ from prefopt import judges
 from prefopt.config import JudgeConfig
 from prefopt.errors import ConfigError, RoundError
 from prefopt.judges import function
-from prefopt.judges.function import FunctionJudge
+from prefopt.judges.function import FunctionJudge, source_of
 from tests.judges import rewards
 from tests.judges.conftest import question
 
@@ -103,3 +103,46 @@ def test_function_when_a_file_beside_it_has_a_librarys_name_then_the_library_is_
     monkeypatch.setattr(sys, "path", [str(theirs), *(path for path in sys.path if path)])
     monkeypatch.chdir(tmp_path)
     assert function.find("rewards_of_mine:f").__globals__["from_where"] == "the library"
+
+
+@pytest.fixture
+def lab(tmp_path, monkeypatch):
+    """A package of a user's, found in the folder that the command is typed in."""
+    name = f"lab_{tmp_path.name}".replace("-", "_")
+    files = {
+        "__init__.py": "",
+        "rewards.py": f"from . import words\nfrom {name}.deep.table import SCORES\nimport helper_{name}\n"
+        "def score(prompt, response):\n    return words.count(response) + SCORES[0]\n",
+        "words.py": "def count(text):\n    import json\n    return len(text.split())\n",
+        "deep/table.py": "SCORES = [1]\n",
+        "unused.py": "SCORES = [1]\n",
+    }
+    for file, text in files.items():
+        (tmp_path / name / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name / file).write_text(text)
+    (tmp_path / f"helper_{name}.py").write_text("try:\n    import nowhere_to_be_found\nexcept ImportError:\n    pass\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return tmp_path / name, name
+
+
+@pytest.mark.parametrize(
+    ("file", "matters"),
+    [
+        ("rewards.py", True),
+        ("words.py", True),
+        ("deep/table.py", True),
+        ("__init__.py", True),
+        ("../helper_NAME.py", True),
+        ("unused.py", False),
+    ],
+)
+def test_function_is_known_by_its_module_and_all_that_it_imports_from_its_folder(file, matters, lab):
+    folder, name = lab
+    before = source_of(f"{name}.rewards:score")
+    path = folder / file.replace("NAME", name)
+    path.write_text(path.read_text() + "# edited\n")
+    assert (source_of(f"{name}.rewards:score") != before) == matters
+
+
+def test_function_without_a_module_that_can_be_read_has_no_source():
+    assert source_of("builtins:len") is None
