@@ -455,6 +455,7 @@ def _testbed_task(config: RunConfig) -> _Task:
 
 
 def _file_task(config: RunConfig) -> _Task:
+    from prefopt.data import split
     from prefopt.data.comparison import encoder_for
     from prefopt.data.encode import encode_file, joined, pad_token
     from prefopt.data.loader import FileBatches
@@ -489,6 +490,7 @@ def _file_task(config: RunConfig) -> _Task:
             on_bad_row=config.data.on_bad_row,
             vocab_rows=models.vocabulary(architecture),
             cache_dir=cache_root() / "encoded",
+            dialogues=config.data.dialogues,
         )
         report.extend(encoded.report.lines())
         return encoded
@@ -511,8 +513,9 @@ def _file_task(config: RunConfig) -> _Task:
     elif config.data.eval_fraction == 0:
         eval_pairs, eval_fingerprint = [], "none"
     else:
-        pairs, eval_pairs = split_by_prompt(pairs, config.data.eval_fraction)
-        eval_fingerprint = f"{train.fingerprint}-{config.data.eval_fraction}"
+        version = _split_version(Path(config.output))
+        pairs, eval_pairs = split_by_prompt(pairs, config.data.eval_fraction, version=version)
+        eval_fingerprint = f"{train.fingerprint}-{config.data.eval_fraction}{split.mark(version)}"
         report.append(f"held out by prompt: {len(eval_pairs):,} of {len(train.pairs):,} pairs")
     for encoded in files:
         models.check_positions(architecture, encoded.report, config.data.max_length)
@@ -533,6 +536,14 @@ def _file_task(config: RunConfig) -> _Task:
         report.append(batches.described())
     sources = [Source(encoded.pairs, encoded.fingerprint) for encoded in files]
     return _Task(start, reference, tokenizer, batches, eval_pairs, eval_fingerprint, sources, report)
+
+
+def _split_version(output: Path) -> int:
+    """How prompts are held out: as now, or as the run that the output holds has begun with."""
+    from prefopt.data import split
+
+    card = _read_card(output)
+    return split.VERSION if card is None else split.version_of(str(card["data"].get("eval", "")))
 
 
 def _fit(
@@ -999,6 +1010,7 @@ def _look(config: LookConfig) -> int:
             on_bad_row=config.data.on_bad_row,
             vocab_rows=vocab_rows,
             cache_dir=cache_root() / "encoded",
+            dialogues=config.data.dialogues,
         )
         for name in config.sources
     ]

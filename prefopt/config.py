@@ -98,7 +98,7 @@ class DataConfig:
     """Pairs and how they become tokens."""
 
     train: str | None = None
-    """JSONL or Parquet file, folder or hub id; several with commas between. None: the testbed's pairs."""
+    """JSON, CSV or Parquet file, folder or hub id; several with commas between. None: the testbed's pairs."""
     weights: tuple[float, ...] | None = None
     """Of each source of data.train, its share of the pairs of an epoch. None: each pair once."""
     eval: str | None = None
@@ -113,6 +113,8 @@ class DataConfig:
     """Tokens of prompt and completion together; a longer prompt loses its head first."""
     chat_template: str | None = None
     """Jinja file that replaces the tokenizer's chat template."""
+    dialogues: Literal["text", "messages"] = "text"
+    """Train on HH dialogues as the text that they are, or as the turns of the chat template."""
 
 
 @dataclass(frozen=True)
@@ -541,8 +543,14 @@ def from_dict(settings: Mapping[str, Any]) -> RunConfig:
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """`key: old -> new` for each setting in which two runs' dictionaries differ and that may not change in a run."""
+    """`key: old -> new` for each setting in which two runs' dictionaries differ and that may not change in a run.
+
+    A setting that the old run did not have yet counts as its default.
+    """
     before, after = _leaves(old), _leaves(new)
+    for key, value in _leaves(_defaults()).items():
+        if key in after and _at(old, key, before) is before:
+            before[key] = value
     # what dropout drops, and how many tokens are fed, depends on how a step is cut and laid out
     cut = before.get("lora.dropout") or before.get("train.max_tokens")
     held = ("train.micro_batch", "train.layout", "train.compile") if cut else ()
@@ -552,6 +560,13 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
         if before.get(key) != after.get(key)
         and (key in held or not any(key == free or key.startswith(free + ".") for free in FREE_TO_CHANGE))
     ]
+
+
+def _defaults() -> dict[str, Any]:
+    """The default of every setting but the method's, nested."""
+    fields = [field for field in dataclasses.fields(RunConfig) if field.name not in _NOT_SETTINGS]
+    given = {f.name: f.default if f.default_factory is dataclasses.MISSING else f.default_factory() for f in fields}
+    return {name: _plain(value) for name, value in given.items() if value is not dataclasses.MISSING}
 
 
 def help_text(argv: Sequence[str]) -> str:
@@ -782,10 +797,12 @@ def _leaves(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return out
 
 
-def _at(mapping: Mapping[str, Any], dotted: str) -> Any:
+def _at(mapping: Mapping[str, Any], dotted: str, missing: Any = None) -> Any:
     value: Any = mapping
     for part in dotted.split("."):
-        value = value.get(part) if isinstance(value, Mapping) else None
+        if not isinstance(value, Mapping) or part not in value:
+            return missing
+        value = value[part]
     return value
 
 

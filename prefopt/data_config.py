@@ -25,6 +25,8 @@ class ReadConfig:
     """Tokens of prompt and completion together; a longer prompt loses its head first."""
     chat_template: str | None = None
     """Jinja file that replaces the tokenizer's chat template."""
+    dialogues: Literal["text", "messages"] = "text"
+    """Read HH dialogues as the text that they are, or as the turns of the chat template."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,7 @@ def look_help() -> str:
         "usage: prefopt data FILE[,FILE ...] --model.path DIR [--html PAGE] [--GROUP.SETTING VALUE ...]",
         "",
         "Prints what training would print of the data, and shows some rows as the model reads them: prompt, scored,",
-        "unscored and special tokens in colours. FILE: a JSONL or Parquet file, a folder, or a hub id.",
+        "unscored and special tokens in colours. FILE: a JSON, CSV or Parquet file, a folder, or a hub id.",
         "",
     ]
     hidden = {f"--{key}" for key in (*_UNREAD, *_NOT_FLAGS)}

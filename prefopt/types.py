@@ -63,7 +63,8 @@ class PairRow:
     and the row has no more. `where` is `file:line`. `ids` are prompt, chosen and maybe rejected as tokens, where the
     row has them and they are this tokenizer's: what a policy has sampled is trained on as it was sampled.
     `template_args` are the row's own arguments of the chat template: `tools`, `documents`, and what its
-    `chat_template_kwargs` holds. A message may hold more than text: `tool_calls`, content that is None.
+    `chat_template_kwargs` holds. A message may hold more than text: `tool_calls`, content that is None. `prompt_key` is
+    a hash of the prompt as the file has it, whatever tokenizer and template read it; "" where no file was read.
     """
 
     prompt: str | list[dict[str, Any]]
@@ -73,6 +74,7 @@ class PairRow:
     where: str
     ids: tuple[list[int], ...] | None = None
     template_args: Mapping[str, Any] = field(default_factory=dict)
+    prompt_key: str = ""
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,9 @@ class EncodedPair:
     """One row as token ids. Completions end with the terminator where it fits; the prompt begins with BOS if any.
 
     `chosen_mask` and `rejected_mask` say which completion tokens are scored (all of them, but for completions of
-    several turns, where only the assistant's tokens count).
+    several turns, where only the assistant's tokens count). `prompt_key` is a hash of the prompt as it was rendered,
+    `raw_prompt_key` one of the prompt as the file has it,
+    if the pair comes from one.
     """
 
     prompt_ids: list[int]
@@ -91,6 +95,7 @@ class EncodedPair:
     columns: Mapping[str, float] = field(default_factory=dict)
     where: str = ""
     prompt_key: str = ""
+    raw_prompt_key: str = ""
 
 
 @dataclass(frozen=True)

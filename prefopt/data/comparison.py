@@ -28,8 +28,8 @@ def plain_text(turns: str | Messages) -> str:
     if isinstance(turns, str):
         return turns
     if len(turns) == 1:
-        return turns[0]["content"]
-    return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
+        return turns[0]["content"] or ""
+    return "\n\n".join(f"{turn['role']}: {turn['content'] or ''}" for turn in turns)
 
 
 class BothOrders(Encoder):
@@ -57,7 +57,7 @@ class BothOrders(Encoder):
     def reread(self, pair: EncodedPair) -> EncodedPair:
         """A pair that was encoded completion by completion, in both orders."""
         assert pair.rejected_ids is not None
-        row = PairRow("", "", "", pair.columns, pair.where)
+        row = PairRow("", "", "", pair.columns, pair.where, prompt_key=pair.raw_prompt_key)
         return self._join(row, pair.prompt_key, pair.prompt_ids, [pair.chosen_ids, pair.rejected_ids]).pair
 
     def _prepare(self, row: PairRow) -> tuple[Any, list[str]]:
@@ -91,6 +91,7 @@ class BothOrders(Encoder):
             columns=row.columns,
             where=row.where,
             prompt_key=key,
+            raw_prompt_key=row.prompt_key,
         )
         shorter = [len(a) < len(b) for a, b in zip(cut, (one, other), strict=True)]
         return CutPair(pair, (len(prompt), length, length), kept is not prompt, any(shorter), 0 if self._end else 2)

@@ -23,15 +23,16 @@ from typing import Any
 import numpy as np
 
 from prefopt import storage
+from prefopt.data.bad_rows import BadRow, BadRows, OnBadRow, RowProblem, first_bad_row
 from prefopt.data.chat import Rendered, end_tokens, render, render_prompt
 from prefopt.data.pairs import BLOCK, Concatenated, View
 from prefopt.data.report import EXAMPLES, DataReport
-from prefopt.data.rows import MAX_ROW_BYTES, BadRow, Messages, OnBadRow, RowProblem, RowReader, first_bad_row
+from prefopt.data.rows import MAX_ROW_BYTES, Dialogues, Messages, RowReader
 from prefopt.errors import DataError
 from prefopt.storage import Damaged, Lock, Unreadable
 from prefopt.types import Column, EncodedPair, PairRow
 
-FORMAT_VERSION = 3  # raise it whenever the same file and settings would give other ids, masks or counts
+FORMAT_VERSION = 4  # raise it whenever the same file and settings would give other ids, masks or counts
 _ROWS, _REPORT = "rows.arrow", "report.json"  # of a folder of the cache
 _BATCH = 512  # rows tokenised at a time
 _WRITTEN = 4096  # rows in one piece of the cache file
@@ -189,6 +190,7 @@ class Encoder:
             columns=row.columns,
             where=row.where,
             prompt_key=key,
+            raw_prompt_key=row.prompt_key,
         )
         ended = sum(end and not short for end, short in zip(whole, cut, strict=True))
         return CutPair(pair, lengths, cut_prompt, any(cut), len(completions) - ended)
@@ -309,7 +311,7 @@ class MappedPairs(View):
 
     Args:
         folder: one written by `encode_file`.
-        path: the data file's name, put before each row's place in `where`.
+        path: the data's base, put before each row's place in `where`.
     """
 
     def __init__(self, folder: Path, path: str) -> None:
@@ -344,6 +346,7 @@ class MappedPairs(View):
             columns={name: float(chunk["column." + name][i]) for name in self._names},
             where=self.path + chunk["where"][i].as_py(),
             prompt_key=f"{chunk['prompt_key'][i]:016x}",
+            raw_prompt_key=f"{chunk['raw_prompt_key'][i]:016x}",
         )
 
     def facts(self, name: str, begin: int, end: int) -> np.ndarray:
@@ -431,13 +434,14 @@ def encode_file(
     vocab_rows: int | None = None,
     cache_dir: str | Path,
     max_row_bytes: int = MAX_ROW_BYTES,
+    dialogues: Dialogues = "text",
 ) -> Encoded:
     """Reads, tokenises and cuts a data file, or maps what an earlier call has made of the same content.
 
     Of several processes on a machine one works and the others wait for it.
 
     Args:
-        path, columns, need_rejected, extra, max_row_bytes: as `RowReader`.
+        path, columns, need_rejected, extra, max_row_bytes, dialogues: as `RowReader`.
         tokenizer, max_length: as `Encoder`.
         kind: which encoder.
         on_bad_row: `error` stops at the first bad row; `skip` drops and counts them.
@@ -455,6 +459,7 @@ def encode_file(
         extra=extra,
         max_row_bytes=max_row_bytes,
         tokenizer=tokenizer_content(tokenizer),
+        dialogues=dialogues,
     )
     settings = [
         kind.form,
@@ -464,18 +469,20 @@ def encode_file(
         sorted(reader.columns.items()),
         on_bad_row,
         max_row_bytes,
+        dialogues,
     ]
     key = _cache_key(reader.source.content(Path(cache_dir).expanduser() / "hashes"), tokenizer, settings)
     folder = Path(cache_dir).expanduser() / key
-    loaded, wrong = _load(folder, name)
+    base = reader.source.base
+    loaded, wrong = _load(folder, name, base)
     if loaded is None:
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
             with _lock(folder.with_suffix(".lock")):
-                loaded, wrong = _load(folder, name)  # another process may have been faster
+                loaded, wrong = _load(folder, name, base)  # another process may have been faster
                 if loaded is None:
                     _write(folder, reader, encoder, name, on_bad_row)
-                    loaded, _ = _load(folder, name)
+                    loaded, _ = _load(folder, name, base)
         except OSError as error:
             raise DataError(f"{cache_dir}: cannot keep the encoded data here: {error.strerror or error}") from None
     if loaded is None:
@@ -533,10 +540,10 @@ def _lock(path: Path) -> Iterator[None]:
         lock.release()
 
 
-def _load(folder: Path, name: str) -> tuple[tuple[Encoded, int] | None, str | None]:
+def _load(folder: Path, name: str, base: str) -> tuple[tuple[Encoded, int] | None, str | None]:
     """(what stands in a cache folder, None where it is missing or damaged; what is wrong with a damaged one).
 
-    All of it is hashed, at every start: a single other bit would be another token.
+    All of it is hashed, at every start: a single other bit would be another token. Places are put behind `base`.
 
     Raises: Unreadable.
     """
@@ -549,7 +556,7 @@ def _load(folder: Path, name: str) -> tuple[tuple[Encoded, int] | None, str | No
         wrong = storage.difference(folder / _ROWS, kept["bytes"], kept["rows"])
         if wrong is not None:
             return None, wrong
-        pairs = MappedPairs(folder, name)
+        pairs = MappedPairs(folder, base)
         report = DataReport.from_json(kept["report"])
     except Unreadable:
         raise
@@ -557,7 +564,7 @@ def _load(folder: Path, name: str) -> tuple[tuple[Encoded, int] | None, str | No
         return None, f"{_REPORT} does not match its own hash"
     except Exception as error:  # written by another version
         return None, f"{type(error).__name__}: {error}"
-    examples = {reason: tuple(name + place for place in places) for reason, places in report.examples.items()}
+    examples = {reason: tuple(base + place for place in places) for reason, places in report.examples.items()}
     encoded = Encoded(pairs, replace(report, path=name, examples=examples), kept["fingerprint"])
     return (encoded, kept["largest"]), None
 
@@ -581,8 +588,8 @@ def _build(folder: Path, reader: RowReader, encoder: Encoder, name: str, on_bad_
     import pyarrow
 
     count: Counter[str] = Counter()
-    dropped: Counter[str] = Counter()
-    examples: dict[str, list[str]] = {}
+    bad = BadRows(EXAMPLES)
+    base = reader.source.base
     lengths: dict[str, Counter[int]] = {
         side: Counter() for side in ("prompt", "chosen", *(["rejected"] if reader.need_rejected else []))
     }
@@ -595,10 +602,7 @@ def _build(folder: Path, reader: RowReader, encoder: Encoder, name: str, on_bad_
         if on_bad_row == "error":
             raise first_bad_row(row, items)
         count["read"] += 1
-        dropped[row.reason] += 1
-        places = examples.setdefault(row.reason, [])
-        if len(places) < EXAMPLES:
-            places.append(row.where.removeprefix(name))
+        bad.add(row)
 
     def good_rows() -> Iterator[PairRow]:
         for item in items:
@@ -622,7 +626,7 @@ def _build(folder: Path, reader: RowReader, encoder: Encoder, name: str, on_bad_
             count["largest"] = max(
                 count["largest"], max(pair.prompt_ids), max(pair.chosen_ids), max(pair.rejected_ids or (0,))
             )
-            record = _record(pair, name)
+            record = _record(pair, base)
             ids = repr([record[key] for key in ("prompt_key", "prompt_ids", "chosen_ids", "rejected_ids")])
             seen.append(int.from_bytes(hashlib.sha256(ids.encode()).digest()[:8], "big"))
             masks = [record["chosen_mask"], record["rejected_mask"], sorted(pair.columns.items())]
@@ -633,20 +637,22 @@ def _build(folder: Path, reader: RowReader, encoder: Encoder, name: str, on_bad_
                 pending = []
         writer.write_batch(pyarrow.RecordBatch.from_pylist(pending, schema))
     if not count["kept"]:
-        reasons = ", ".join(f"{number:,} {reason}" for reason, number in dropped.most_common())
-        raise DataError(f"{name}: none of the {count['read']:,} rows can be used: {reasons}")
+        raise bad.none_left(name, count["read"])
 
     notes = [note for note in [pad_token(encoder.tokenizer)[1]] if note]
     if encoder.eos is None:
         notes.append("the tokenizer has no EOS token, so nothing ends a completion")
+    notes += reader.unread.notes(chat=bool(getattr(encoder.tokenizer, "chat_template", None)))
     report = DataReport(
         path="",
         max_length=encoder.max_length,
         formats=dict(reader.formats.most_common()),
         read=count["read"],
         kept=count["kept"],
-        dropped=dict(dropped),
-        examples={reason: tuple(places) for reason, places in examples.items()},
+        dropped=dict(bad.counts),
+        examples={
+            reason: tuple(place.removeprefix(base) for place in places) for reason, places in bad.examples.items()
+        },
         lengths={side: _percentiles(values) for side, values in lengths.items()},
         cut_prompts=count["cut_prompts"],
         cut_completions=count["cut_completions"],
@@ -686,12 +692,12 @@ def _schema(extra: tuple[Column, ...]) -> Any:
 
     ids, mask = pyarrow.list_(pyarrow.int32()), pyarrow.list_(pyarrow.uint8())
     fields = {"prompt_ids": ids, "chosen_ids": ids, "rejected_ids": ids, "chosen_mask": mask, "rejected_mask": mask}
-    fields |= {"where": pyarrow.string(), "prompt_key": pyarrow.uint64()}
+    fields |= {"where": pyarrow.string(), "prompt_key": pyarrow.uint64(), "raw_prompt_key": pyarrow.uint64()}
     fields |= {f"column.{column.name}": pyarrow.float64() for column in extra}
     return pyarrow.schema(list(fields.items()))
 
 
-def _record(pair: EncodedPair, name: str) -> dict[str, Any]:
+def _record(pair: EncodedPair, base: str) -> dict[str, Any]:
     def packed(mask: list[bool] | None) -> list[int]:
         return [] if mask is None or all(mask) else [int(value) for value in mask]
 
@@ -701,7 +707,8 @@ def _record(pair: EncodedPair, name: str) -> dict[str, Any]:
         "rejected_ids": pair.rejected_ids or [],
         "chosen_mask": packed(pair.chosen_mask),
         "rejected_mask": packed(pair.rejected_mask),
-        "where": pair.where.removeprefix(name),
+        "where": pair.where.removeprefix(base),
         "prompt_key": int(pair.prompt_key, 16),
+        "raw_prompt_key": int(pair.raw_prompt_key or pair.prompt_key, 16),
         **{f"column.{column}": value for column, value in pair.columns.items()},
     }

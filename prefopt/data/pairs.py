@@ -19,7 +19,7 @@ BLOCK = 1 << 16  # rows whose facts are held at once
 
 
 def _key(pair: EncodedPair) -> int:
-    """Pairs that do not come from a file are keyed by the prompt's ids."""
+    """Pairs that do not come from a file are keyed by the prompt's ids, or by the key that they have."""
     key = pair.prompt_key or hashlib.sha256(str(pair.prompt_ids).encode()).hexdigest()[:16]
     return int(key, 16)
 
@@ -31,6 +31,7 @@ _FACTS: dict[str, Callable[[EncodedPair], int]] = {
     "chosen_scored": lambda pair: sum(pair.chosen_mask),
     "rejected_scored": lambda pair: sum(pair.rejected_mask or ()),
     "prompt_key": _key,
+    "raw_prompt_key": lambda pair: int(pair.raw_prompt_key, 16) if pair.raw_prompt_key else _key(pair),
 }
 
 
@@ -38,7 +39,7 @@ def facts(pairs: Sequence[EncodedPair], name: str, begin: int, end: int) -> np.n
     """One number of each of the pairs `begin` to `end`, without their tokens where the set can tell.
 
     Args: name: `prompt`, `chosen` or `rejected`: tokens; `chosen_scored`, `rejected_scored`: scored tokens;
-        `prompt_key`; or `column.NAME`. What there is none of is 0.
+        `prompt_key` or `raw_prompt_key`; or `column.NAME`. What there is none of is 0.
     Returns: (end - begin,) int64, uint64 for keys, float64 for columns.
     """
     if hasattr(pairs, "facts"):
@@ -47,7 +48,7 @@ def facts(pairs: Sequence[EncodedPair], name: str, begin: int, end: int) -> np.n
     rows = pairs[begin:end]
     if name.startswith("column."):
         return np.array([pair.columns[name.removeprefix("column.")] for pair in rows], np.float64)
-    return np.array([_FACTS[name](pair) for pair in rows], np.uint64 if name == "prompt_key" else np.int64)
+    return np.array([_FACTS[name](pair) for pair in rows], np.uint64 if name.endswith("prompt_key") else np.int64)
 
 
 def blocks(pairs: Sequence[EncodedPair]) -> Iterator[tuple[int, int]]:

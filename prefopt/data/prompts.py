@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import json
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from prefopt.data.bad_rows import BadRow, BadRows, OnBadRow, RowProblem, first_bad_row
 from prefopt.data.chat import Messages
 from prefopt.data.encode import EXAMPLES, Encoder
-from prefopt.data.rows import BadRow, OnBadRow, RowProblem, RowReader, first_bad_row
+from prefopt.data.rows import Dialogues, RowReader, prompt_key
 from prefopt.errors import DataError
 from prefopt.types import PairRow, Prompt
 
@@ -34,11 +33,12 @@ def read_prompts(
     columns: Mapping[str, str] | None = None,
     on_bad_row: OnBadRow = "error",
     with_answers: bool = False,
+    dialogues: Dialogues = "text",
 ) -> Prompts:
     """The prompts of a file of pairs, of prompts and completions, or of prompts alone; each is read once.
 
     Args:
-        path, columns, on_bad_row: as in `encode_file`.
+        path, columns, on_bad_row, dialogues: as in `encode_file`.
         render: the prompt as the policy reads it, from the one in the file.
         max_prompt: most tokens of a prompt: it must leave room for an answer.
         max_length: most tokens of a prompt and the file's answer together; a longer answer loses its tail.
@@ -46,11 +46,10 @@ def read_prompts(
     Raises: DataError at a bad row, under `error`, or when no row can be used.
     """
     encoder = Encoder(tokenizer, max_length)
-    reader = RowReader(path, columns=columns, need_rejected=False, prompts_only=not with_answers)
+    reader = RowReader(path, columns=columns, need_rejected=False, prompts_only=not with_answers, dialogues=dialogues)
     items = iter(reader)
     prompts: dict[str, Prompt] = {}
-    dropped: Counter[str] = Counter()
-    examples: dict[str, list[str]] = {}
+    bad = BadRows(EXAMPLES)
     read = twice = 0
     for row in items:
         read += 1
@@ -58,16 +57,13 @@ def read_prompts(
         if isinstance(found, BadRow):
             if on_bad_row == "error":
                 raise first_bad_row(found, items)
-            dropped[found.reason] += 1
-            places = examples.setdefault(found.reason, [])
-            places += [found.where] if len(places) < EXAMPLES else []
+            bad.add(found)
         elif found.key in prompts:
             twice += 1
         else:
             prompts[found.key] = found
     if not prompts:
-        reasons = ", ".join(f"{number:,} {reason}" for reason, number in dropped.most_common())
-        raise DataError(f"{path}: none of the {read:,} rows holds a prompt that can be used: {reasons}")
+        raise bad.none_left(path, read, "holds a prompt that can be used")
     lengths = sorted(len(prompt.ids) for prompt in prompts.values())
     report = [
         f"{path}: {read:,} rows, {len(prompts):,} prompts"
@@ -75,8 +71,9 @@ def read_prompts(
         + f", {lengths[0]} to {lengths[-1]} tokens, median {lengths[len(lengths) // 2]}"
     ]
     report += [
-        f"  dropped: {number:,} {reason} ({', '.join(examples[reason])})" for reason, number in dropped.most_common()
+        f"  dropped: {number:,} {reason} ({', '.join(bad.examples[reason])})" for reason, number in bad.most_common()
     ]
+    report += [f"  note: {note}" for note in reader.unread.notes(chat=bool(getattr(tokenizer, "chat_template", None)))]
     return Prompts([*prompts.values()], report)
 
 
@@ -100,7 +97,7 @@ def _prompt(
             )
     except RowProblem as problem:
         return problem.at(row.where)
-    key = hashlib.sha256(json.dumps(row.prompt, sort_keys=True).encode()).hexdigest()[:16]
+    key = prompt_key(row.prompt)
     if row.chosen is None:
         return Prompt(row.prompt, tuple(ids), key, row.where)
     (encoded,) = encoder.rows([row])
@@ -114,7 +111,7 @@ def answer_text(completion: str | Messages) -> str:
     """What a judge may compare a response with: the text, or that of the assistant's turns."""
     if isinstance(completion, str):
         return completion.strip()
-    return "\n".join(turn["content"] for turn in completion if turn["role"] == "assistant").strip()
+    return "\n".join(turn["content"] or "" for turn in completion if turn["role"] == "assistant").strip()
 
 
 def hold_out(prompts: Sequence[Prompt], number: int) -> tuple[list[Prompt], list[Prompt]]:

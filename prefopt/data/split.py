@@ -11,10 +11,23 @@ from prefopt.data.pairs import Subset, blocks, facts
 from prefopt.errors import DataError
 from prefopt.types import EncodedPair
 
+VERSION = 2
+_KEYS = {1: "prompt_key", 2: "raw_prompt_key"}
 
-def _keys(pairs: Sequence[EncodedPair]) -> Iterator[tuple[int, np.ndarray]]:
+
+def mark(version: int) -> str:
+    """What the fingerprint of held-out pairs ends with, by which a continued run knows how they were chosen."""
+    return "" if version == 1 else f"-v{version}"
+
+
+def version_of(fingerprint: str) -> int:
+    """The version of the split that a run's card names. Runs from before there were several name none."""
+    return next((version for version in _KEYS if version > 1 and fingerprint.endswith(mark(version))), 1)
+
+
+def _keys(pairs: Sequence[EncodedPair], name: str = "prompt_key") -> Iterator[tuple[int, np.ndarray]]:
     """(number of the first pair, keys) of one stretch of pairs after the other."""
-    return ((begin, facts(pairs, "prompt_key", begin, end)) for begin, end in blocks(pairs))
+    return ((begin, facts(pairs, name, begin, end)) for begin, end in blocks(pairs))
 
 
 def prompt_keys(pairs: Sequence[EncodedPair]) -> Iterator[str]:
@@ -22,14 +35,20 @@ def prompt_keys(pairs: Sequence[EncodedPair]) -> Iterator[str]:
     return (f"{key:016x}" for _, keys in _keys(pairs) for key in keys.tolist())
 
 
-def split_by_prompt(pairs: Sequence[EncodedPair], fraction: float, *, seed: int = 0) -> tuple[Subset, Subset]:
+def split_by_prompt(
+    pairs: Sequence[EncodedPair], fraction: float, *, seed: int = 0, version: int = VERSION
+) -> tuple[Subset, Subset]:
     """(train, eval): a prompt goes to eval when the hash of (seed, prompt) falls below `fraction`.
 
     A row's side depends on its own prompt alone, so adding rows moves none. Where the hash would leave a side empty,
     the prompt nearest to it goes there.
 
-    Args: pairs: all rows; fraction: share of the prompts to hold out, between 0 and 1; seed: another seed, another
-        split.
+    Args:
+        pairs: all rows.
+        fraction: share of the prompts to hold out, between 0 and 1.
+        seed: another seed, another split.
+        version: 2: by the prompt as the file has it, so that all tokenizers and templates hold out the same ones; 1: by
+            its rendering, as runs that began before have it.
     Raises: DataError when there are fewer than two prompts.
     """
     if not 0 < fraction < 1:
@@ -40,7 +59,7 @@ def split_by_prompt(pairs: Sequence[EncodedPair], fraction: float, *, seed: int 
 
     held_out = np.zeros(len(pairs), bool)
     lowest, highest = (2.0, 0), (-1.0, 0)  # (place, key)
-    for begin, keys in _keys(pairs):
+    for begin, keys in _keys(pairs, _KEYS[version]):
         known, row_of = np.unique(keys, return_inverse=True)
         places = [place(key) for key in known.tolist()]
         held_out[begin : begin + len(keys)] = (np.array(places) < fraction)[row_of]
@@ -52,7 +71,7 @@ def split_by_prompt(pairs: Sequence[EncodedPair], fraction: float, *, seed: int 
         )
     if not held_out.any() or held_out.all():
         key, side = (lowest[1], True) if not held_out.any() else (highest[1], False)
-        for begin, keys in _keys(pairs):
+        for begin, keys in _keys(pairs, _KEYS[version]):
             held_out[begin : begin + len(keys)][keys == key] = side
     train, rest = (np.flatnonzero(side).astype(np.int32) for side in (~held_out, held_out))
     return Subset(pairs, train), Subset(pairs, rest)

@@ -153,6 +153,7 @@ def _from_files(config: RunConfig) -> _Asked:
             max_length=config.data.max_length,
             columns=config.data.columns,
             on_bad_row=config.data.on_bad_row,
+            dialogues=config.data.dialogues,
             with_answers=with_answers,
         )
 

@@ -9,6 +9,7 @@ import pytest
 
 from prefopt.data import encode
 from prefopt.data.encode import Encoder, check_row_structure, encode_file, pad_token, tokenizer_content
+from prefopt.data.rows import prompt_key
 from prefopt.errors import DataError
 from prefopt.storage import Unreadable
 from prefopt.types import Column, PairRow
@@ -181,7 +182,12 @@ def test_encode_file_when_read_back_then_rows_are_what_the_encoder_gives(write, 
     path = write(*rows_of(3), several)
     got = encode_file(path, tokenizer, max_length=20, extra=(Column("win"),), cache_dir="cache")
     expected = [
-        Encoder(tokenizer, 20).pair(PairRow(r["prompt"], r["chosen"], r["rejected"], {"win": r["win"]}, f"{path}:{i}"))
+        Encoder(tokenizer, 20).pair(
+            PairRow(
+                *(r["prompt"], r["chosen"], r["rejected"], {"win": r["win"]}, f"{path}:{i}"),
+                prompt_key=prompt_key(r["prompt"]),
+            )
+        )
         for i, r in enumerate([*rows_of(3), several], 1)
     ]
     assert list(got.pairs) == expected == got.pairs[:]
@@ -311,7 +317,12 @@ def test_encode_file_when_no_row_is_left_then_it_says_why(write, tokenizer):
         encode_file(
             write(b"{", b"{", {**PAIR, "chosen": ""}), tokenizer, max_length=20, on_bad_row="skip", cache_dir="c"
         )
-    assert str(error.value) == "pairs.jsonl: none of the 3 rows can be used: 2 broken JSON, 1 empty completion"
+    assert str(error.value) == (
+        "pairs.jsonl: none of the 3 rows can be used: 2 broken JSON, 1 empty completion; pairs.jsonl:1: broken JSON "
+        "(Expecting property name enclosed in double quotes at column 2), expected one JSON object (drop the row, or "
+        "--data.on_bad_row skip); pairs.jsonl:3: 'chosen': empty, expected a non-empty completion (drop the row, or "
+        "--data.on_bad_row skip)"
+    )
 
 
 def test_encode_file_when_a_row_is_bad_for_the_tokenizer_then_error_stops_and_skip_counts(write, tokenizer):

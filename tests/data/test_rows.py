@@ -107,7 +107,11 @@ def test_rows_when_lines_are_blank_or_end_oddly_then_they_count_as_lines_only(wr
 
 BAD = [
     (b'{"prompt": ', "broken JSON", "broken JSON (Expecting value at column 12), expected one JSON object " + DROP),
-    (b"[" * 100_000, "broken JSON", "JSON that Python cannot read, expected one JSON object " + DROP),
+    (
+        b"[" * 100_000,
+        "nested too deeply",
+        "JSON nested too deeply, expected lists and objects some levels deep " + DROP,
+    ),
     (
         b"[1]",
         "not an object",
@@ -170,14 +174,14 @@ BAD = [
         f"'rejected': ends with a 'user' turn, expected an assistant turn at both ends {DROP}",
     ),
     (
-        {"prompt": [U1], "chosen": [A1], "rejected": [{"from": "gpt", "value": "x"}]},
+        {"prompt": [U1], "chosen": [A1], "rejected": [{"who": "gpt", "value": "x"}]},
         "bad message",
-        f"'rejected[0]': a message with 'from', 'value', expected 'role' and 'content' {DROP}",
+        f"'rejected[0]': a message with 'value', 'who', expected 'role' and 'content' {DROP}",
     ),
     (
-        {"prompt": [U1], "chosen": [A1], "rejected": [{"role": "assistant", "content": ["x"]}]},
+        {"prompt": [U1], "chosen": [A1], "rejected": [{"role": "assistant", "content": [7]}]},
         "bad message",
-        f"'rejected[0].content': found a list, expected a string {DROP}",
+        f"'rejected[0].content[0]': found the number 7, expected a text part {DROP}",
     ),
     (
         {"prompt": [U1], "chosen": [A1], "rejected": [{"role": "assistant", "content": " "}]},

@@ -1,7 +1,9 @@
+import copy
+
 import pytest
 
 from prefopt.data.encode import encode_file
-from prefopt.data.split import prompt_keys, shared_prompts, split_by_prompt
+from prefopt.data.split import mark, prompt_keys, shared_prompts, split_by_prompt, version_of
 from prefopt.errors import DataError
 from prefopt.types import EncodedPair
 from tests.data.conftest import PAIR
@@ -51,3 +53,27 @@ def test_split_when_truncation_cuts_one_prompt_in_two_ways_then_it_is_still_one_
     train, held_out = split_by_prompt(encoded, 0.4)
     assert shared_prompts(train, held_out) == 0
     assert shared_prompts(encoded, held_out) == len(held_out)
+
+
+def test_split_when_another_tokenizer_or_template_reads_the_file_then_the_same_prompts_are_held_out(
+    write, tokenizer, bare_tokenizer
+):
+    """Chat rows through two templates, and one whose runs began before there were two versions."""
+    rows = [
+        {"prompt": [{"role": "user", "content": f"q{i}"}], "chosen": "a", "rejected": "b", "id": i} for i in range(60)
+    ]
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = other.chat_template.replace("<|im_start|>", "<|im_start|>the ")
+    path, held = write(*rows), {}
+    for version in (1, 2):
+        for name, one in (("first", tokenizer), ("second", other)):
+            pairs = encode_file(path, one, max_length=60, cache_dir="cache").pairs
+            _, rest = split_by_prompt(pairs, 0.3, version=version)
+            held[version, name] = [pair.where for pair in rest]
+    assert held[2, "first"] == held[2, "second"] != held[1, "first"]
+    assert held[1, "first"] != held[1, "second"]
+
+
+def test_version_of_a_split_when_a_card_names_none_then_is_the_first():
+    assert [version_of(f"abc-0.05{mark(version)}") for version in (1, 2)] == [1, 2]
+    assert version_of("none") == 1

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from prefopt.data import content, rows
+from prefopt.data import content, sources
 from prefopt.data.encode import encode_file
 from prefopt.data.rows import DROP, RowReader, open_source, read_rows
 from prefopt.errors import DataError
@@ -96,7 +96,7 @@ def test_completion_when_of_another_type_then_row_and_type_are_named(table, colu
         (pa.array([[{"role": "user", "content": 7}]] * 2),
          "'prompt[0].content': found the number 7, expected a string"),
         (pa.array([[{"role": "user", "content": [{"type": "text"}]}]] * 2),
-         "'prompt[0].content': found a list, expected a string"),
+         "'prompt[0].content[0]': found null for its text, expected a text part"),
         (pa.array([{"role": ["user"], "content": ["Hi"]}] * 2),
          "'prompt': found an object, expected a string or a list of messages"),
         (pa.array([["Hi"]] * 2), "'prompt[0]': found a string, expected an object with 'role' and 'content'"),
@@ -144,7 +144,7 @@ def test_saved_dataset_when_opened_again_then_its_files_are_hashed_once_and_no_r
     datasets.Dataset.from_dict(TEXT).save_to_disk("saved")
     first = encode_file("saved", tokenizer, max_length=20, cache_dir="cache")
     monkeypatch.setattr(content, "_read", None)
-    monkeypatch.setattr(rows._Table, "_batches", None)
+    monkeypatch.setattr(sources.Table, "_batches", None)
     again = encode_file("saved", tokenizer, max_length=20, cache_dir="cache")
     assert (again.fingerprint, list(again.pairs)) == (first.fingerprint, list(first.pairs))
     assert all(file["filename"].endswith(".arrow") for file in open_source("saved").table.cache_files), "in memory"
@@ -166,8 +166,8 @@ def test_dataset_on_the_hub_when_it_was_downloaded_then_stays_memory_mapped(toke
 
 def test_content_of_a_table_in_memory_is_that_of_its_rows():
     def source(**columns):
-        return rows._Table("memory", datasets.Dataset.from_dict({**TEXT, **columns}))
+        return sources.Table("memory", datasets.Dataset.from_dict({**TEXT, **columns}))
 
     assert source().content() == pickle.loads(pickle.dumps(source())).content()
     assert source().content() != source(chosen=[" a", " B"]).content()
-    assert source().content() != rows._Table("memory", source().table.select([1, 0])).content()
+    assert source().content() != sources.Table("memory", source().table.select([1, 0])).content()

@@ -1,0 +1,142 @@
+"""What is wrong with a row: the complaint in one line, and the words for what was found in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import Any, Literal
+
+from prefopt.errors import DataError
+from prefopt.types import PairRow
+
+OnBadRow = Literal["error", "skip"]
+
+DROP = "drop the row, or --data.on_bad_row skip"
+MOST_LEVELS = 64  # of lists and objects inside each other, in what is read of a row
+_MOST_SHOWN = 200  # characters of what was found
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """A row that cannot be used. `reason` is what reports count by; `message` is the whole line for a person."""
+
+    where: str
+    reason: str
+    message: str
+
+
+class RowProblem(Exception):
+    """Raised on the way from a row to its tokens, caught where rows are counted; never seen by a user as it is.
+
+    Args:
+        reason: a few words to count by.
+        key: the key at fault, or "" for the row as a whole.
+        found, expected: the two halves of the complaint.
+        mend: what the user can do about it.
+    """
+
+    def __init__(self, reason: str, key: str, found: str, expected: str, mend: str = DROP) -> None:
+        super().__init__(reason)
+        self.reason, self.key, self.found, self.expected, self.mend = reason, key, found, expected, mend
+
+    def at(self, where: str) -> BadRow:
+        key = f"'{short(self.key)}': " if self.key else ""
+        found = short(self.found, 3 * _MOST_SHOWN)
+        return BadRow(where, self.reason, f"{where}: {key}{found}, expected {self.expected} ({self.mend})")
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A value of a table whose column has an extension type that is not decoded here, which it names."""
+
+    name: str
+
+
+def first_bad_row(row: BadRow, rest: Iterator[PairRow | BadRow]) -> DataError:
+    """The error for a bad row under `on_bad_row: error`, with the number of bad rows that follow it in the file."""
+    more = sum(isinstance(item, BadRow) for item in rest)
+    return DataError(row.message + (f"; {more:,} more bad row{'s' * (more > 1)} in the file" if more else ""))
+
+
+class BadRows:
+    """Counts bad rows by reason, with the places of the first ones and what was wrong with the very first."""
+
+    def __init__(self, examples: int) -> None:
+        self.most = examples
+        self.counts: dict[str, int] = {}
+        self.examples: dict[str, list[str]] = {}
+        self._first: dict[str, str] = {}
+
+    def add(self, row: BadRow) -> None:
+        self.counts[row.reason] = self.counts.get(row.reason, 0) + 1
+        self._first.setdefault(row.reason, row.message)
+        places = self.examples.setdefault(row.reason, [])
+        if len(places) < self.most:
+            places.append(row.where)
+
+    def most_common(self) -> list[tuple[str, int]]:
+        return sorted(self.counts.items(), key=lambda item: -item[1])
+
+    def none_left(self, path: str, read: int, what: str = "can be used") -> DataError:
+        """The error where every row is bad: each reason with its number, and the first row of the first ones."""
+        reasons = ", ".join(f"{number:,} {reason}" for reason, number in self.most_common())
+        first = "; ".join(self._first[reason] for reason, _ in self.most_common()[: self.most])
+        return DataError(f"{path}: none of the {read:,} rows {what}: {reasons}; {first}")
+
+
+def kind(value: object) -> str:
+    """What a value is, for the `found` of a complaint."""
+    if value is None:
+        return "null"
+    if isinstance(value, Stored):
+        return f"a value of the extension type '{value.name}', which is not decoded"
+    if isinstance(value, bool):
+        return f"the truth value {str(value).lower()}"
+    if isinstance(value, int) and abs(value) >= 10**20:
+        return f"a number of {_digits(value):,} digits"
+    if isinstance(value, int | float):
+        return f"the number {value}"
+    if isinstance(value, Decimal):
+        return f"the decimal {short(str(value))}"
+    names = {"str": "a string", "list": "a list", "dict": "an object", "bytes": "binary data", "tuple": "a map's entry"}
+    names |= {"datetime": "a time", "date": "a date", "timedelta": "a duration"}
+    return names.get(type(value).__name__, f"a {type(value).__name__}")
+
+
+def _digits(value: int) -> int:
+    """Decimal digits of a whole number, which Python refuses to write out beyond some thousand."""
+    guess = int(abs(value).bit_length() * 0.30102999566398) + 1
+    return guess if abs(value) < 10**guess and abs(value) >= 10 ** (guess - 1) else guess - 1
+
+
+def short(text: str, most: int = _MOST_SHOWN) -> str:
+    """A text that came from the data, short enough for a line."""
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+def check_text(text: str, name: str) -> None:
+    """Raises: RowProblem where the text cannot be written as UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise RowProblem("invalid text", name, "half of a surrogate pair", "valid Unicode") from None
+
+
+def plain(value: Any, name: str, level: int = 0) -> Any:
+    """A value as JSON can hold it; what JSON has no words for (times, binary data) becomes None.
+
+    Raises: RowProblem for invalid text, and where lists and objects are nested more than `MOST_LEVELS` deep.
+    """
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    if isinstance(value, str):
+        check_text(value, name)
+        return value
+    if not isinstance(value, list | dict):
+        return None
+    if level == MOST_LEVELS:
+        raise RowProblem("nested too deeply", name, f"more than {MOST_LEVELS} levels", f"at most {MOST_LEVELS}")
+    if isinstance(value, list):
+        return [plain(item, name, level + 1) for item in value]
+    return {plain(str(key), name): plain(item, name, level + 1) for key, item in value.items()}

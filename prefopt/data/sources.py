@@ -1,0 +1,304 @@
+"""What stands at a name: a file, a folder of files, a dataset of `datasets`, a hub id; and which split of it is meant.
+
+A source gives (where, record or problem) for each row, and a hash of its content for the cache. Its `base` is what all
+places of its rows begin with.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import io
+import os
+import re
+import stat
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from prefopt.data.bad_rows import short
+from prefopt.data.containers import COMPRESSED, MAX_ROW_BYTES, SUFFIXES, Container, container, error_line, rows_of
+from prefopt.data.content import file_hash
+from prefopt.errors import DataError, did_you_mean
+
+_SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
+_SPLITS |= dict.fromkeys(("validation", "valid", "val", "dev"), "validation")
+_SPLITS |= {"eval": "eval", "evaluation": "eval"}
+# What datasets and the hub write beside the rows.
+_NO_ROWS = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json", "config.json")
+_SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})(?:-[0-9a-f]{16})?")
+_NUMBER = re.compile(r"(.*?[a-z])(?:[-_. ]+|[-_. ]*(?:part|shard|chunk)[-_. ]*)\d+", re.IGNORECASE)
+
+
+class Files:
+    """Files that are read one after the other.
+
+    Args: base: what the places of their rows begin with; files: (the place of its rows, what it is) of each.
+    """
+
+    def __init__(self, base: str, files: Sequence[Container], max_row_bytes: int) -> None:
+        self.base, self.files, self.max_row_bytes = base, files, max_row_bytes
+
+    def content(self, memory: Path | None = None) -> str:
+        """A hash of what the files hold and how they are read; `memory` as in `file_hash`."""
+        parts = [f"{file} {file.name.removeprefix(self.base)} {file_hash(file.path, memory)}" for file in self.files]
+        return hashlib.sha256("\n".join(parts).encode(errors="surrogateescape")).hexdigest()
+
+    def records(self) -> Iterator[tuple[str, object]]:
+        for file in self.files:
+            for number, item in file.records(self.max_row_bytes):
+                yield f"{file.name}:{number}", item
+
+
+class Table:
+    """A `datasets.Dataset`, from a folder or from the hub."""
+
+    def __init__(self, name: str, table: Any) -> None:
+        self.base, self.table = name, table
+
+    def content(self, memory: Path | None = None) -> str:
+        """A hash of the rows: of the files that they are mapped from, where there are such."""
+        files = [Path(file["filename"]) for file in self.table.cache_files]
+        if files and self.table._indices is None:
+            hashes = "\n".join(file_hash(file, memory) for file in files)
+            return hashlib.sha256(f"arrow {len(self.table)}\n{hashes}".encode()).hexdigest()
+        import pyarrow
+
+        digest = _Digest()
+        with pyarrow.ipc.new_stream(pyarrow.PythonFile(digest, mode="w"), self.table.features.arrow_schema) as writer:
+            for batch in self._batches():
+                writer.write_table(batch)
+        return digest.hexdigest()
+
+    def records(self) -> Iterator[tuple[str, object]]:
+        number = 0
+        for batch in self._batches():
+            for row in rows_of(batch):
+                number += 1
+                yield f"{self.base}:{number}", row
+
+    def _batches(self) -> Iterator[Any]:
+        """Tables of some hundred rows, as they are stored: nothing in them is decoded."""
+        return iter(self.table.with_format("arrow").iter(256))
+
+
+class _Digest(io.RawIOBase):
+    """A file that keeps nothing but the hash of what is written to it."""
+
+    def __init__(self) -> None:
+        self._digest = hashlib.sha256()
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        self._digest.update(data)
+        return len(data)
+
+    def hexdigest(self) -> str:
+        return self._digest.hexdigest()
+
+
+def open_source(name: str, max_row_bytes: int = MAX_ROW_BYTES) -> Files | Table:
+    """What stands at `name`: a file, a folder or a hub id, with `:split` after it where there are several.
+
+    Raises: DataError when nothing is there or nothing in it can be read.
+    """
+    path, split = _path(name), ""
+    mode = _mode(path, name)
+    if mode is None and ":" in name:
+        base, split = name.rsplit(":", 1)
+        path = _path(base)
+        mode = _mode(path, name)
+    if mode is None:
+        base = name.rsplit(":", 1)[0]
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not path.parent.is_dir() and path.suffix not in SUFFIXES:
+            return _hub(name, base, split)
+        raise DataError(f"{name}: no such file or folder{_near_files(path)}")
+    if stat.S_ISDIR(mode):
+        return _folder(name, path, split, max_row_bytes)
+    _refuse_unless_file(mode, name)
+    if split:
+        raise DataError(f"{name}: a file has no splits; name the file alone: {path}")
+    return Files(name, [container(path, name)], max_row_bytes)
+
+
+def _path(name: str) -> Path:
+    try:
+        return Path(name).expanduser()
+    except RuntimeError as error:  # `~someone` who is not there
+        raise DataError(f"{name}: {str(error).rstrip('.').lower()}") from None
+
+
+def _mode(path: Path, name: str) -> int | None:
+    """What kind of thing is there; None: nothing."""
+    try:
+        return path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except ValueError:
+        raise DataError(f"{name!r}: a name that holds a NUL character, expected a file or folder") from None
+    except OSError as error:
+        raise DataError(f"{short(name)}: cannot be read: {error.strerror}") from None
+
+
+def _refuse_unless_file(mode: int, name: str) -> None:
+    kinds = {
+        stat.S_IFIFO: "a FIFO (a pipe), which can be read only once",
+        stat.S_IFSOCK: "a socket",
+        stat.S_IFCHR: "a device",
+        stat.S_IFBLK: "a device",
+    }
+    if not stat.S_ISREG(mode):
+        raise DataError(f"{name}: {kinds.get(stat.S_IFMT(mode), 'no file')}, expected a file or folder")
+
+
+def _near_files(path: Path) -> str:
+    if not path.parent.is_dir():
+        return f"; the folder '{path.parent}' does not exist either"
+    try:
+        others = [other.name for other in path.parent.iterdir()]
+    except OSError:
+        return ""
+    near = difflib.get_close_matches(path.name, others, n=1, cutoff=0.6)
+    return f"; did you mean '{path.parent / near[0]}'?" if near else ""
+
+
+# Folders.
+
+
+def _folder(name: str, path: Path, split: str, max_row_bytes: int) -> Files | Table:
+    if (path / "dataset_dict.json").exists() or (path / "dataset_info.json").exists():
+        import datasets
+
+        try:
+            table = datasets.load_from_disk(str(path))
+        except Exception as error:
+            raise DataError(f"{name}: cannot be read by datasets: {error_line(error)}") from None
+        return Table(name, _one_split(name, table, split))
+    found = _data_files(path, name)
+    if not found:
+        raise DataError(f"{name}: nothing to read in this folder, expected .jsonl or .parquet files")
+    # train.jsonl beside test.jsonl must never be read as one file.
+    splits = {file: _split_of(file.relative_to(path)) for file in found}
+    known = sorted({s for s in splits.values() if s})
+    if split:
+        files = [file for file in found if splits[file] in (split, _SPLITS.get(split.lower(), split))]
+        if not files:
+            there = ", ".join(known) or "no splits"
+            near = [other for other in known if split.lower() in re.split(r"[^a-z]+", other.lower())]
+            which = f"; name one: {path}:{near[-1]}" if near else did_you_mean(split, known)
+            raise DataError(f"{name}: no split '{split}' in this folder; it has {there}{which}")
+    elif len(set(splits.values())) > 1:
+        no_split = sum(not s for s in splits.values())
+        beside = f" and {no_split:,} file{'s' * (no_split > 1)} of none" if no_split else ""
+        raise DataError(
+            f"{name}: the folder holds several splits ({', '.join(known)}){beside}; name one: {path}:{known[-1]}"
+        )
+    else:
+        files = found
+    _refuse_shards_that_are_not_all(name, files)
+    return Files(str(path), [container(file, str(file)) for file in files], max_row_bytes)
+
+
+def _data_files(path: Path, name: str) -> list[Path]:
+    """The files with rows below a folder, hidden ones left out, in the order of their names.
+
+    Raises: DataError where a folder cannot be listed, or a file of them is a link to nothing or no file: they would be
+    missing from the rows in silence.
+    """
+
+    def unreadable(error: OSError) -> None:
+        raise DataError(f"{error.filename}: cannot be read: {error.strerror}")
+
+    found, seen = [], set()
+    for folder, below, files in os.walk(path, onerror=unreadable, followlinks=True):
+        here = os.stat(folder)
+        if (here.st_dev, here.st_ino) in seen:  # a link to a folder above it
+            below.clear()
+            continue
+        seen.add((here.st_dev, here.st_ino))
+        below[:] = sorted(one for one in below if not one.startswith("."))
+        found += [Path(folder, file) for file in files if not file.startswith(".") and _stem(file) is not None]
+    for file in found:
+        mode = _mode(file, str(file))
+        if mode is None:
+            raise DataError(f"{file}: a link to a file that is not there (needed for {name})")
+        _refuse_unless_file(mode, str(file))
+    return sorted(found)
+
+
+def _stem(file: str) -> str | None:
+    """The name of a file with rows without its suffixes; None where its name is none of such a file."""
+    bare = file
+    for suffix in COMPRESSED:
+        bare = bare.removesuffix(suffix)
+    stem, suffix = os.path.splitext(bare)
+    return stem if suffix in SUFFIXES and file not in _NO_ROWS else None
+
+
+def _split_of(file: Path) -> str:
+    """The split of a file in a folder: the whole name of the file, or of the nearest folder, that has the word of a
+    split in it. `data/train_prefs-00000-of-00001.parquet` is of `train_prefs`, `valid/part-3.jsonl` of `validation`."""
+    stem = _stem(file.name) or ""
+    for part in (stem, *reversed(file.parts[:-1])):
+        numbered = _SHARD.fullmatch(part) or _NUMBER.fullmatch(part)
+        whole = numbered[1] if numbered else part
+        if {*re.split(r"[^a-z]+", whole.lower())} & {*_SPLITS}:
+            return _SPLITS.get(whole.lower(), whole)
+    shard = _SHARD.fullmatch(stem)
+    return shard[1] if shard else ""
+
+
+def _refuse_shards_that_are_not_all(name: str, files: Sequence[Path]) -> None:
+    """Raises: DataError where one of several shards is missing, or one split is there in two forms."""
+    shards: dict[tuple[Path, str], dict[str, set[str]]] = {}
+    stems: dict[tuple[Path, str], Path] = {}
+    for file in files:
+        stem = _stem(file.name) or ""
+        other = stems.setdefault((file.parent, stem), file)
+        if other != file:
+            raise DataError(f"{name}: {other.name} and {file.name} are two forms of one file, expected one of them")
+        if shard := _SHARD.fullmatch(stem):
+            shards.setdefault((file.parent, shard[1]), {}).setdefault(shard[3], set()).add(shard[2])
+    for (folder, stem), by_number in shards.items():
+        if len(by_number) > 1:
+            counts = " and of ".join(str(int(of)) for of in sorted(by_number))
+            raise DataError(f"{folder / stem}: shards of {counts} files, expected those of one download")
+        ((of, there),) = by_number.items()
+        missing = [f"{i:05d}" for i in range(int(of)) if f"{i:05d}" not in there]
+        if missing:
+            raise DataError(
+                f"{folder / stem}-{missing[0]}-of-{of}: missing, expected all {int(of):,} shards (download it again)"
+            )
+
+
+# The hub, and splits of a dataset.
+
+
+def _hub(name: str, base: str, split: str) -> Table:
+    import datasets
+
+    try:
+        table = datasets.load_dataset(base)
+    except Exception as error:
+        raise DataError(
+            f"{name}: neither a file or folder here nor a dataset that can be reached on the hub "
+            f"({error_line(error)}); download it where there is a network (hf download --repo-type dataset {base} "
+            "--local-dir DIR) and name DIR here; with HF_HUB_OFFLINE=1 only what was downloaded before is looked for"
+        ) from None
+    return Table(name, _one_split(name, table, split))
+
+
+def _one_split(name: str, table: Any, split: str) -> Any:
+    if not isinstance(table, Mapping):
+        if split:
+            raise DataError(f"{name}: this dataset has no splits; leave ':{split}' out")
+        return table
+    splits = sorted(map(str, table))
+    if not split and len(splits) == 1:
+        return table[splits[0]]
+    if split not in splits:
+        found = f"no split '{split}'{did_you_mean(split, splits)}" if split else "several splits"
+        raise DataError(f"{name}: {found}; name one of: {', '.join(splits)} (as in {name.split(':')[0]}:{splits[-1]})")
+    return table[split]
