@@ -36,13 +36,11 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     command = COMMANDS.get(argv[0])
     if command is None:
-        from prefopt.errors import did_you_mean
+        from prefopt.engine.runtime import fail
+        from prefopt.errors import ConfigError, did_you_mean
 
-        print(
-            f"error: unknown command '{argv[0]}'{did_you_mean(argv[0], COMMANDS) or ';'} known: {', '.join(COMMANDS)}",
-            file=sys.stderr,
-        )
-        return 2
+        near = did_you_mean(argv[0], COMMANDS) or ";"
+        return fail(ConfigError(f"unknown command '{argv[0]}'{near} known: {', '.join(COMMANDS)}"))
     return command(argv[1:])
 
 

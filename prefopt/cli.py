@@ -25,7 +25,9 @@ from prefopt.config import RunConfig
 from prefopt.engine import runtime as rt
 from prefopt.engine.runtime import say
 from prefopt.engine.slurm import join_step
-from prefopt.errors import ConfigError, PrefoptError, TrainError, did_you_mean
+from prefopt.errors import ConfigError, TrainError, did_you_mean
+from prefopt.exits import about, answered
+from prefopt.redaction import hidden, printable
 from prefopt.storage import write_sealed, write_whole
 from prefopt.testbed.cache import cache_root
 
@@ -55,22 +57,24 @@ def train(argv: Sequence[str]) -> int:
         join_step()
         return _train(settings.parse(argv))
 
-    return _answer(argv, lambda: settings.help_text(argv), trained)
+    return _answer("train", argv, lambda: settings.help_text(argv), trained)
 
 
-def _answer(argv: Sequence[str], help_text: Callable[[], str], run: Callable[[], int]) -> int:
-    """A command's help where it is asked for, else its exit status; a user's mistake is one line and status 2."""
-    try:
+def _answer(command: str, argv: Sequence[str], help_text: Callable[[], str], run: Callable[[], int]) -> int:
+    """A command's help where it is asked for, else its exit status, see `answered`."""
+
+    def helped() -> int:
         if "--help" in argv or "-h" in argv:
             with contextlib.suppress(BrokenPipeError):
                 print(help_text())
             return 0
         return run()
-    except PrefoptError as error:
-        return rt.fail(error)
+
+    return answered(command, argv, helped)
 
 
 def _train(config: RunConfig, only: Stage | None = None) -> int:
+    about(config.to_dict(), Path(config.output))
     stop = rt.Stop()
     stop.install(rt.promised_processes())
     _check_paths(config)
@@ -144,9 +148,9 @@ def _run_once(config: RunConfig, runtime: rt.Runtime, output: Path, evaluators: 
     task = runtime.on_main_first(lambda: _testbed_task(config)) if config.on_testbed else _file_task(config)
     _hold_out_at_most(config, task)
     for line in task.report:
-        say(line)
+        say(printable(line))
     if config.dry_run:
-        say("\nresolved config:\n" + config.to_yaml())
+        say("\nresolved config:\n" + settings.yaml_of(hidden(config.to_dict())))
         return 0
     resume_from = checkpoint.latest(output / "checkpoints", say, runtime)
 
@@ -243,9 +247,9 @@ def _run_rounds(config: RunConfig, runtime: rt.Runtime, output: Path, only: Stag
         generates=only is None or only.name in ("generate", "evaluate"),
     )
     for line in report if only is None else ():
-        say(line)
+        say(printable(line))
     if config.dry_run:
-        say("\nresolved config:\n" + config.to_yaml())
+        say("\nresolved config:\n" + settings.yaml_of(hidden(config.to_dict())))
         return 0
     card = _rounds_card(config, runtime, rounds, report)
     runtime.on_main(lambda: _keep_card(card, output, write=part is None or workers.first))
@@ -276,18 +280,19 @@ class Stage:
 
 def rounds(argv: Sequence[str]) -> int:
     """The `rounds` command: each stage in a process of its own, or the one that `--stage` names. Status as `train`."""
-    try:
-        if "--help" in argv or "-h" in argv:
-            with contextlib.suppress(BrokenPipeError):
-                named = any(word.partition("=")[0] == "--rounds.count" for word in argv)
-                print(ROUNDS_USAGE + "\n" + settings.help_text([*argv, *([] if named else ["--rounds.count", "1"])]))
-            return 0
+
+    def help_text() -> str:
+        named = any(word.partition("=")[0] == "--rounds.count" for word in argv)
+        return ROUNDS_USAGE + "\n" + settings.help_text([*argv, *([] if named else ["--rounds.count", "1"])])
+
+    def conducted() -> int:
         from prefopt.launch import rounds as on_slurm
 
         join_step()
         flags, how = on_slurm.options_of(argv)
         flags, stage = _stage_of(flags)
         config = settings.parse(flags)
+        about(config.to_dict(), Path(config.output))
         if config.rounds.count == 0:
             raise ConfigError("--rounds.count: not given, expected how many rounds")
         if stage is not None and stage.round > config.rounds.count:
@@ -297,8 +302,8 @@ def rounds(argv: Sequence[str]) -> int:
         if how is not None:
             return on_slurm.submit(config, flags, how, say)
         return _conduct(config, flags) if stage is None and not config.dry_run else _train(config, stage)
-    except PrefoptError as error:
-        return rt.fail(error)
+
+    return _answer("rounds", argv, help_text, conducted)
 
 
 ROUNDS_USAGE = """usage: rounds.py --method NAME --rounds.count N [--GROUP.SETTING VALUE ...]
@@ -758,7 +763,7 @@ def _refuse_another_run(config: RunConfig, output: Path, but: Sequence[str] = ()
         _refuse_files_of_others(output)
         return
     _refuse_models_of_others(output)
-    changed = settings.differences(card["config"], config.to_dict())
+    changed = settings.differences(hidden(card["config"]), hidden(config.to_dict()))
     changed = [line for line in changed if line.partition(":")[0] not in but]
     if changed:
         more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
@@ -895,6 +900,7 @@ def _keep_card(card: dict[str, Any], output: Path, write: bool = True) -> None:
 
     Args: write: whether this process begins the run; another one writes the card only where there is none yet.
     """
+    card = hidden(json.loads(json.dumps(card, default=str)))
     old = _read_card(output)
     if old is None:
         write_sealed(output / CARD, card, only_new=not write)
@@ -950,13 +956,14 @@ def infer(argv: Sequence[str]) -> int:
     """The `infer` command: answers prompts. Status 0: done; 2: a user's mistake; 75: stopped, run the same again."""
     from prefopt.infer_config import infer_help, parse_infer
 
-    def answered() -> int:
+    def inferred() -> int:
         config = parse_infer(argv)
+        about(dataclasses.asdict(config), Path(config.output) if config.output else None)
         from prefopt.inference.run import run
 
         return run(config)
 
-    return _answer(argv, infer_help, answered)
+    return _answer("infer", argv, infer_help, inferred)
 
 
 # Looking at data ------------------------------------------------------------------------------------------------------
@@ -966,7 +973,12 @@ def data(argv: Sequence[str]) -> int:
     """The `data` command: what training would say of the data, and some rows with their masks. Status as `infer`."""
     from prefopt.data_config import look_help, parse_look
 
-    return _answer(argv, look_help, lambda: _look(parse_look(argv)))
+    def looked() -> int:
+        config = parse_look(argv)
+        about(dataclasses.asdict(config))
+        return _look(config)
+
+    return _answer("data", argv, look_help, looked)
 
 
 def _look(config: LookConfig) -> int:
@@ -1014,15 +1026,15 @@ def _look(config: LookConfig) -> int:
         )
         for name in config.sources
     ]
-    report = [line for source in sources for line in source.report.lines()]
+    report = [printable(line) for source in sources for line in source.report.lines()]
     pairs = joined(sources).pairs
     rows = [shown(pairs[i], tokenizer) for i in spread(config.rows, len(pairs))]
     if config.html is not None:
         try:
-            write_whole(Path(config.html), [page(", ".join(config.sources), report, rows)])
+            write_whole(Path(config.html), [hidden(page(", ".join(config.sources), report, rows))])
         except OSError as error:
             raise TrainError(f"--html: '{config.html}' cannot be written: {error.strerror}") from None
-        print("\n".join([*report, f"written: {config.html}"]))
+        print("\n".join([*report, printable(f"written: {config.html}")]))
         return 0
     color = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
     with contextlib.suppress(BrokenPipeError):
@@ -1037,10 +1049,7 @@ def sweep(argv: Sequence[str]) -> int:
     """The `sweep` command. Status 0: all runs are done; 1: some failed; 2: a user's mistake; 75: run the same again."""
     from prefopt.launch import command
 
-    try:
-        return command.sweep(argv)
-    except PrefoptError as error:
-        return rt.fail(error)
+    return answered("sweep", argv, lambda: command.sweep(argv))
 
 
 def plan(argv: Sequence[str]) -> int:
@@ -1049,11 +1058,12 @@ def plan(argv: Sequence[str]) -> int:
 
     def planned() -> int:
         own, config = parse_plan(argv)
+        about(config.to_dict())
         rt.check_path("model.path", str(config.model.path))
         from prefopt.launch.report import report
 
         with contextlib.suppress(BrokenPipeError):
-            print(report(own, config))
+            print(printable(report(own, config), lines=True))
         return 0
 
-    return _answer(argv, plan_help, planned)
+    return _answer("plan", argv, plan_help, planned)

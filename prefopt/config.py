@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 import yaml
 
-from prefopt import registry
+from prefopt import redaction, registry
 from prefopt.errors import ConfigError, did_you_mean
 from prefopt.method import Method
 
@@ -403,7 +403,12 @@ class RunConfig:
         return {"method": {"name": self.method_name, **_plain(self.method)}, **plain}
 
     def to_yaml(self) -> str:
-        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+        return yaml_of(self.to_dict())
+
+
+def yaml_of(settings: Mapping[str, Any]) -> str:
+    """Settings as the text of a YAML file."""
+    return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
 
 
 ROUND_GROUPS = ("rounds", "generate", "judge")
@@ -917,6 +922,8 @@ def _build(
 def coerce(value: Any, hint: Any, where: str) -> Any:
     """`value` as the type `hint`, or a ConfigError that begins with `where`. Text is read as a flag's value is."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if isinstance(value, str):
+        redaction.learn_from(where, value)
 
     def refuse(expected: str) -> ConfigError:
         return ConfigError(f"{where}: found {value!r}, expected {expected}")
@@ -1404,6 +1411,7 @@ def _validate_sampling(settings: Mapping[str, Any]) -> None:
     for key in ("generate.api_key_env", "judge.api_key_env"):
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", _at(settings, key)):
             raise ConfigError(f"{key}: expected the name of an environment variable (what was found is not shown)")
+        redaction.named_variable(_at(settings, key))
     need(0 < _at(settings, "generate.top_p") <= 1, "generate.top_p", "a share above 0, up to 1")
 
 

@@ -5,9 +5,23 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+from prefopt.redaction import printable
+
+_LONGEST = 4000  # characters of a line; what is longer holds a value that nobody reads
+
 
 class PrefoptError(Exception):
-    """Anything a user can mend; entry points print it as one line, without a traceback, and exit with 2."""
+    """Anything a user can mend; entry points print it as one line, without a traceback, and exit with 2.
+
+    Its text is that line: without secrets, and with control characters, line breaks among them, as escapes.
+    """
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        if len(text) > _LONGEST:
+            text = printable(text)
+            text = f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 2 :]}"
+        return printable(text)
 
 
 class ConfigError(PrefoptError):

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "prefopt"
 # Floors, bottom up. A module may import from lower floors, and from its own only along the order given in ROOMS.
 FLOORS = [
-    ["__init__", "types", "errors", "figures", "storage", "marks"],
+    ["__init__", "types", "redaction", "errors", "figures", "storage", "marks"],
     ["kernels"],
     ["thoughts", "method", "methods", "ranking", "registry", "losses"],
     ["config", "infer_config", "data_config", "plan_config"],
@@ -22,7 +22,7 @@ FLOORS = [
     ["evaluate"],
     ["rounds", "inference"],
     ["launch"],
-    ["cli", "__main__"],
+    ["exits", "cli", "__main__"],
 ]
 FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
 FILES = sorted(PACKAGE.rglob("*.py"))

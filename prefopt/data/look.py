@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Literal
 
+from prefopt.redaction import escaped, printable
 from prefopt.types import EncodedPair
 
 Kind = Literal["prompt", "scored", "unscored"]
@@ -17,7 +18,6 @@ _KINDS: dict[str, str] = {
     "scored": "completion, scored by the loss",
     "unscored": "completion, not scored",
 }
-_CONTROL = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {127: 0x2421}
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def terminal(pairs: Sequence[Shown], *, color: bool) -> str:
         out: list[str] = []
         for kind, run in groupby(side, key=lambda piece: piece.kind):
             parts = [
-                (special, "".join(piece.text for piece in same).translate(_CONTROL))
+                (special, printable("".join(piece.text for piece in same), lines=True))
                 for special, same in groupby(run, key=lambda piece: piece.special)
             ]
             if color:
@@ -127,7 +127,7 @@ def terminal(pairs: Sequence[Shown], *, color: bool) -> str:
     legend = [paint(name, _COLOURS[kind]) for kind, name in _KINDS.items()]
     lines = ["  ".join([*legend, paint("special", "7")]) if color else "⟦scored by the loss⟧  ‹special token›"]
     for pair in pairs:
-        lines += ["", f"{pair.where}: {_counts('prompt', pair.prompt)}"]
+        lines += ["", f"{printable(pair.where)}: {_counts('prompt', pair.prompt)}"]
         lines += [f"  {line}".rstrip() for line in text_of(pair.prompt).split("\n")]
         for name, side in pair.sides:
             lines.append(f" {_counts(name, side)}")
@@ -177,8 +177,8 @@ def page(title: str, report: Sequence[str], pairs: Sequence[Shown]) -> str:
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{html.escape(title)}</title>\n<style>{_STYLE}</style></head>\n<body>\n<h1>{html.escape(title)}</h1>\n"
-        f"<pre>{html.escape(chr(10).join(report))}</pre>\n"
+        f"<title>{html.escape(printable(title))}</title>\n<style>{_STYLE}</style></head>\n<body>\n<h1>{html.escape(printable(title))}</h1>\n"
+        f"<pre>{html.escape(chr(10).join(map(printable, report)))}</pre>\n"
         f'<div class="legend">{"".join(legend)}</div>\n{body}\n</body></html>\n'
     )
 
@@ -187,7 +187,7 @@ def _article(number: int, pair: Shown) -> str:
     columns = ", ".join(f"{name} = {value:g}" for name, value in pair.columns.items())
     sides = "".join(f"<section>{_side(name, side)}</section>" for name, side in pair.sides)
     return (
-        f"<article><h2>{number}. {html.escape(pair.where)}</h2>{_side('prompt', pair.prompt)}"
+        f"<article><h2>{number}. {html.escape(printable(pair.where))}</h2>{_side('prompt', pair.prompt)}"
         f'<div class="sides">{sides}</div>'
         + (f'<p class="columns">{html.escape(columns)}</p>' if columns else "")
         + "</article>"
@@ -202,7 +202,7 @@ def _spans(side: list[Piece]) -> Iterator[str]:
     for piece in side:
         ids = ", ".join(map(str, piece.ids))
         title = f"token {ids} at {piece.position}: {_KINDS[piece.kind]}{', special' if piece.special else ''}"
-        text = html.escape(piece.text.translate(_CONTROL))
+        text = html.escape(escaped(piece.text, lines=True))
         text = re.sub("\n", '<span class="break">↵</span>\n', text)
         kind = f"t {piece.kind}{' special' if piece.special else ''}"
         yield f'<span class="{kind}" title="{title}">{text}</span>'

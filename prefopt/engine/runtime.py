@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from prefopt.engine import rendezvous
 from prefopt.errors import PrefoptError, RendezvousError, TrainError, did_you_mean
+from prefopt.redaction import printable
 from prefopt.storage import Lock, owner_of
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ _ENGINES = {"NO": "one process", "MULTI_CPU": "ddp", "MULTI_GPU": "ddp", "DEEPSP
 SHARDING = ("zero3", "fsdp2")  # those under which a process holds a part of each weight only
 FOLLOW = "PREFOPT_FOLLOW_PARENT"  # set for processes that must not outlive the one that started them
 _PATIENCE = timedelta(hours=24)
-_SPEAKS_WITHIN = 2.0  # seconds
+SPEAKS_WITHIN = 2.0  # seconds that the first process has for its line before another one ends
 SAVE_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
@@ -40,9 +41,9 @@ def rank() -> int:
 
 
 def say(text: str) -> None:
-    """Print on rank 0 only."""
+    """Print on rank 0 only, without secrets and control characters; the text may have several lines."""
     if rank() == 0:
-        print(text, flush=True)
+        print(printable(text, lines=True), flush=True)
 
 
 class Stop:
@@ -553,7 +554,7 @@ def fail(error: Exception) -> int:
     if rank() == 0 or isinstance(error, RendezvousError):
         print(f"error: {error}", file=sys.stderr, flush=True)
     else:  # launchers end all processes when one has ended, and that must not be before the first one has spoken
-        time.sleep(_SPEAKS_WITHIN)
+        time.sleep(SPEAKS_WITHIN)
     return 2
 
 

@@ -16,8 +16,8 @@ from typing import Any
 
 from prefopt.config import RunConfig
 from prefopt.engine.runtime import Runtime, say
-from prefopt.engine.secrets import hidden, names_a_secret
 from prefopt.figures import readable
+from prefopt.redaction import escaped, hidden, names_a_secret, printable
 
 _CONNECT = 5.0  # seconds to reach wandb's server
 _INIT = 30.0  # seconds for it to answer
@@ -103,7 +103,7 @@ class Trackers:
         if not rows:
             return
         columns = list(rows[0])
-        data = [["" if row.get(column) is None else row[column] for column in columns] for row in rows]
+        data = [["" if row.get(column) is None else _told(row[column]) for column in columns] for row in rows]
         for tracker in self._here():
             if tracker.name == "tensorboard":
                 tracker.writer.add_text(name, _markdown(columns, data), global_step=step)
@@ -117,7 +117,7 @@ class Trackers:
 
     def page(self, name: str, text: str, step: int) -> None:
         """A text in Markdown, such as the run card."""
-        text = self._hidden(text)
+        text = escaped(self._hidden(text), lines=True)
         for tracker in self._here():
             if tracker.name == "tensorboard":
                 tracker.writer.add_text(name, text, global_step=step)
@@ -213,7 +213,12 @@ def _markdown(columns: Sequence[str], data: Sequence[Sequence[Any]]) -> str:
     return "\n".join([line(columns), "|" + " --- |" * len(columns), *map(line, data)])
 
 
+def _told(value: Any) -> Any:
+    """A table's value as it may leave the program."""
+    return printable(value, lines=True, joiners=True) if isinstance(value, str) else value
+
+
 def _cell(value: Any) -> str:
     text = readable(value) if isinstance(value, float) else str(value)
-    line = html.escape(" ⏎ ".join(text.splitlines()), quote=False)
+    line = html.escape(printable(" ⏎ ".join(text.split("\n")), joiners=True), quote=False)
     return re.sub(r"([\\`*_\[\]|~])", r"\\\1", line) or " "

@@ -16,6 +16,7 @@ from prefopt.errors import RoundError
 from prefopt.evaluate.intervals import Interval, bootstrap
 from prefopt.evaluate.texts import ORDERS, TextFigures, describe_texts
 from prefopt.evaluate.win_rate import Groups, Scores, WinRate, judge_scores, judged_win_rate
+from prefopt.redaction import escaped, hidden, markdown_cell
 from prefopt.storage import finite
 from prefopt.types import Prompt
 
@@ -216,7 +217,7 @@ def write_report(folder: Path | str, figures: Sequence[RoundFigures], title: str
     Raises: RoundError when a file cannot be written.
     """
     folder = Path(folder)
-    text = (f"{title}\n\n" if title else "") + rounds_table(figures)
+    text = hidden((f"{escaped(title, lines=True)}\n\n" if title else "") + rounds_table(figures))
     _replace(folder / "rounds.md", lambda scratch: scratch.write_text(text))
     if plot:
         _replace(folder / "rounds.png", lambda scratch: rounds_plot(scratch, figures))
@@ -257,7 +258,7 @@ def rounds_table(figures: Sequence[RoundFigures]) -> str:
     prompts = sorted({f.prompts for f in figures})
     head = f"{' or '.join(map(str, prompts))} held-out prompts; intervals by bootstrap over prompts; KL in nats."
     notes = [
-        f"Round {f.round}, judging: {', '.join(f'{name} {count}' for name, count in sorted(f.problems.items()))}."
+        f"Round {f.round}, judging: {', '.join(f'{markdown_cell(name)} {count}' for name, count in sorted(f.problems.items()))}."
         for f in figures
         if f.problems
     ]
@@ -272,7 +273,7 @@ def _cell(value: float | None, spec: str) -> str:
 
 
 def _markdown(rows: Sequence[Sequence[str]]) -> str:
-    lines = [f"| {' | '.join(row)} |" for row in rows]
+    lines = [f"| {' | '.join(map(markdown_cell, row))} |" for row in rows]
     return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
 
 

@@ -13,7 +13,7 @@ from prefopt.engine.runtime import versions
 from prefopt.errors import RoundError
 from prefopt.generation.base import Done, Sampling, limits
 from prefopt.generation.ends import Ends, positions_of, terminators_of
-from prefopt.generation.server import Server
+from prefopt.generation.server import Server, read
 from prefopt.types import Completion
 
 if TYPE_CHECKING:
@@ -31,12 +31,15 @@ class _Choice:
 
     @classmethod
     def of(cls, choice: Any) -> _Choice:
-        ids = getattr(choice, "token_ids", None)
+        """The same of the client's choice. Raises: ValueError, AttributeError or TypeError for one of another form."""
+        ids, logps = getattr(choice, "token_ids", None), getattr(choice.logprobs, "token_logprobs", None)
+        if ids is not None and not all(0 <= read(token, "a token id", int) < 2**31 for token in ids):
+            raise ValueError("a token id is out of all range")
         return cls(
-            text=choice.text,
-            finish_reason=choice.finish_reason,
-            token_ids=None if ids is None else [int(token) for token in ids],
-            logps=getattr(choice.logprobs, "token_logprobs", None),
+            text=read(choice.text, "a completion's text", str),
+            finish_reason=read(choice.finish_reason, "finish_reason", str, None),
+            token_ids=None if ids is None else [*ids],
+            logps=None if logps is None else [read(logp, "a log-probability", float, int, None) for logp in logps],
         )
 
 
@@ -161,7 +164,10 @@ class OpenAIEngine:
                 extra_body=extra,
                 **optional,
             )
-            return [_Choice.of(choice) for choice in sorted(answer.choices, key=lambda choice: int(choice.index))]
+            return [
+                _Choice.of(choice)
+                for choice in sorted(answer.choices, key=lambda choice: read(choice.index, "a choice's index", int))
+            ]
 
         choices = self._server.ask(request)
         if len(choices) != sampling.n:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import math
 import os
 import random
 import re
@@ -19,6 +20,8 @@ from time import time
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from prefopt.errors import ConfigError, RoundError
+from prefopt.generation import bounded
+from prefopt.redaction import named_variable, printable
 
 if TYPE_CHECKING:
     import openai
@@ -27,6 +30,7 @@ _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 _AGAIN = (408, 409, 425, 429)  # and 5xx: what a second attempt may mend
 _LONGEST_PAUSE = 30.0  # seconds
+_OTHER_FORM = (ValueError, AttributeError, TypeError, KeyError, OverflowError, RecursionError)
 _ABOUT_LENGTH = re.compile(r"context|too long|too many tokens|maximum .*(length|tokens)", re.IGNORECASE)
 
 
@@ -54,6 +58,10 @@ class TimedOut(RoundError):
     """A request whose last attempt took too long, where others may not."""
 
 
+class Unreadable(RoundError):
+    """A request whose last answer could not be read, where others may be."""
+
+
 class TooLong(RoundError):
     """A request whose prompt leaves the model no position for an answer, where others may."""
 
@@ -68,7 +76,7 @@ class Server:
         concurrency: requests at the same time.
         retries: attempts after the first one. Pauses double from half a second, by chance up to a half shorter, and
             are never shorter than the server asks for.
-        timeout: seconds until a request counts as lost, and the longest pause that a server may ask for.
+        timeout: seconds until a request counts as lost that has not been answered whole, and the longest pause that a server may ask for.
     """
 
     def __init__(
@@ -79,29 +87,41 @@ class Server:
         self.url, self.group = url, group
         self._key_env, self._concurrency, self._retries, self._timeout = api_key_env, concurrency, retries, timeout
         self._given_up = threading.Event()
-        self._under_way, self._lock = 0, threading.Lock()
         self._chance = random.Random()  # not the run's
-        key = os.environ.get(api_key_env) or "none"  # the client wants one, most servers of one's own do not
-        self._client = openai.OpenAI(base_url=url, api_key=key, max_retries=0, timeout=timeout)
+        named_variable(api_key_env)
+        key = os.environ.get(api_key_env, "")
+        http = bounded.client(url, timeout, key if len(key) >= 8 else None)
+        # the client wants a key, most servers of one's own do not
+        self._client = openai.OpenAI(
+            base_url=url, api_key=key or "none", max_retries=0, timeout=timeout, http_client=http
+        )
 
     def models(self) -> dict[str, int | None]:
         """The names of the models that it serves, each with its positions where the server states them."""
-        return self.ask(
-            lambda client: {str(model.id): getattr(model, "max_model_len", None) for model in client.models.list().data}
-        )
+
+        def request(client: openai.OpenAI) -> dict[str, int | None]:
+            served = {}
+            for model in client.models.list().data:
+                name = read(model.id, "a model's id", str)
+                served[name] = read(getattr(model, "max_model_len", None), "max_model_len", int, None)
+                if not 0 < (served[name] or 1) < 2**31:
+                    raise ValueError(f"max_model_len is {served[name]}")
+            return served
+
+        return self.ask(request)
 
     def ask(self, request: Callable[[openai.OpenAI], _Result]) -> _Result:
-        """What a request gives. It must read of the answer what it needs, so that one of another form is refused here.
+        """What a request gives. It must read of the answer what it needs, so that one of another form fails here.
 
-        Raises: RoundError when the server refuses it, answers in another form, or has failed on every attempt; TimedOut
-            if the last was late; TooLong where it says so of the prompt.
+        Raises: RoundError when the server refuses it, or has failed on every attempt; TimedOut if the last was late,
+            Unreadable if its answer was of another form; TooLong where it says so of the prompt.
         """
         import openai
 
         for attempt in range(self._retries + 1):
             pause, failure = min(_LONGEST_PAUSE, 0.5 * 2**attempt) * self._chance.uniform(0.5, 1), RoundError
             try:
-                return self._one(request)
+                return request(self._client)
             except openai.APIStatusError as error:
                 if error.status_code not in _AGAIN and error.status_code < 500:
                     raise self._refused(error) from None
@@ -115,15 +135,24 @@ class Server:
             except openai.APITimeoutError:
                 failure = TimedOut
                 found = f"no answer within {self._timeout:g} s"
-            except openai.APIConnectionError as error:
-                found = _reason(error)
-            except (openai.APIResponseValidationError, ValueError) as error:
-                found = f"an answer that cannot be read: {_reason(error)}"
-            except (AttributeError, TypeError) as error:  # a page of text, or JSON of something else
-                raise RoundError(
-                    f"{self.group}.url: {self.url} gave an answer of another form ({_reason(error)}), expected the "
-                    f"JSON of OpenAI's interface{self._mend()}"
-                ) from None
+            # newer clients let what the transport raises through, older ones wrap it
+            except (openai.APIConnectionError, *bounded.RAISED) as error:
+                found, cause = _reason(error), _bottom(error)
+                if isinstance(cause, bounded.NotJSON):
+                    raise RoundError(
+                        f"{self.group}.url: {self.url} gave an answer of another form ({found}), expected the "
+                        f"JSON of OpenAI's interface{self._mend()}"
+                    ) from None
+                if isinstance(cause, bounded.Elsewhere):
+                    raise RoundError(
+                        f"{self.group}.url: {self.url} is not where the answers come from: {found}, expected the "
+                        "address of the server itself"
+                    ) from None
+                if isinstance(cause, bounded.Unusable):
+                    failure = Unreadable
+            # JSON of something else, with fields of other types, or nested without end
+            except (openai.APIResponseValidationError, *_OTHER_FORM) as error:
+                found, failure = f"an answer that cannot be read: {_reason(error)}", Unreadable
             if self._given_up.is_set():
                 break
             if attempt < self._retries:
@@ -168,21 +197,7 @@ class Server:
     def close(self) -> None:
         """Try nothing again, and let the connections go once no request is under way on one."""
         self._given_up.set()
-        with self._lock:
-            if self._under_way == 0:
-                self._client.close()
-
-    def _one(self, request: Callable[[openai.OpenAI], _Result]) -> _Result:
-        """One attempt. A connection that is opened while its client is being closed would stay open for good."""
-        with self._lock:
-            self._under_way += 1
-        try:
-            return request(self._client)
-        finally:
-            with self._lock:
-                self._under_way -= 1
-                if self._under_way == 0 and self._given_up.is_set():
-                    self._client.close()
+        self._client.close()
 
     def _refused(self, error: openai.APIStatusError) -> RoundError:
         found = f"{error.status_code}: {_message(error)}"
@@ -203,14 +218,32 @@ class Server:
 def _message(error: openai.APIStatusError) -> str:
     body = error.body
     text = body.get("message") if isinstance(body, dict) else None
-    return textwrap.shorten(str(text or error.message), 200, placeholder=" ...")
+    return _short(text if isinstance(text, str) and text else error.message)
 
 
 def _reason(error: BaseException) -> str:
     """What lies at the bottom of an error: the client wraps what the network said."""
+    error = _bottom(error)
+    return _short(str(error) or type(error).__name__)
+
+
+def _bottom(error: BaseException) -> BaseException:
     while error.__cause__ is not None:
         error = error.__cause__
-    return textwrap.shorten(str(error) or type(error).__name__, 200, placeholder=" ...")
+    return error
+
+
+def _short(text: str) -> str:
+    """The beginning of a server's words. Secrets go first, lest one be cut and then not be known as one."""
+    return textwrap.shorten(printable(text[:100_000]), 200, placeholder=" ...")
+
+
+def read(value: Any, what: str, *kinds: type | None) -> Any:
+    """A value of an answer as it stands there. Raises: ValueError where it is of another kind than those named."""
+    fits = (None if value is None else type(value)) in kinds
+    if not fits or (isinstance(value, float) and not math.isfinite(value)):
+        raise ValueError(f"{what} is {repr(value)[:100] if isinstance(value, (int, float)) else type(value).__name__}")
+    return value
 
 
 def _retry_after(headers: Any) -> float:
@@ -224,5 +257,5 @@ def _retry_after(headers: Any) -> float:
         pass
     try:
         return max(0.0, parsedate_to_datetime(value).timestamp() - time())
-    except ValueError:
+    except (ValueError, TypeError, IndexError, OverflowError):
         return 0.0

@@ -15,6 +15,7 @@ from prefopt.data.comparison import plain_text
 from prefopt.evaluate.intervals import Interval, bootstrap
 from prefopt.figures import readable
 from prefopt.inference.test_time_po import Cost, Sample, Step, Trace
+from prefopt.redaction import printable
 
 
 @dataclass(frozen=True)
@@ -185,15 +186,15 @@ section { border-top: 1px solid var(--line); margin-top: 1.5rem; } .note { opaci
 def page(traces: Sequence[Trace], rows: Sequence[Mapping[str, Any]], title: str, *, thoughts: bool = False) -> str:
     """All traces on one page of HTML that needs nothing else; whatever a model has written is text and stays it."""
     cells = "".join(
-        f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in line)}</tr>"
+        f"<tr>{''.join(f'<td>{html.escape(printable(cell))}</td>' for cell in line)}</tr>"
         for line in table_rows(rows, len(traces))
     )
     head = "".join(f"<th>{html.escape(name)}</th>" for name in HEAD)
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head><body>\n"
-        f"<h1>{html.escape(title)}</h1>\n"
+        f"<title>{html.escape(printable(title))}</title><style>{_STYLE}</style></head><body>\n"
+        f"<h1>{html.escape(printable(title))}</h1>\n"
         f'<div class="wide"><table><tr>{head}</tr>{cells}</table></div>\n'
         '<p class="note">Means over prompts with bootstrap intervals; samples, tokens and FLOP are per prompt and '
         "count all steps so far. The best so far can only rise; whether a step helps is seen in its newest "
@@ -206,9 +207,9 @@ def _section(trace: Trace, thoughts: bool) -> str:
     score = None if best is None else trace.score(best)
     found = "no response" if best is None or score is None else f"best score {readable(score)}, of step {best.step}"
     parts = [
-        f'<section id="{html.escape(trace.prompt.key)}"><h2>{html.escape(trace.prompt.where)}</h2>',
+        f'<section id="{html.escape(printable(trace.prompt.key))}"><h2>{html.escape(printable(trace.prompt.where))}</h2>',
         _text(plain_text(trace.prompt.prompt)),
-        f"<p>{html.escape(found)}</p>",
+        f"<p>{html.escape(printable(found))}</p>",
     ]
     if best is not None:
         parts.append(_text(best.text or "", "best"))
@@ -226,19 +227,20 @@ def _step(trace: Trace, step: Step, thoughts: bool) -> str:
         score = trace.score(sample)
         said = sample.reason if sample.text is None else "no score" if score is None else f"score {readable(score)}"
         mark = "best" if sample is best else "worst" if sample is worst else ""
-        parts.append(f'<p class="note">sample {sample.number}: {html.escape(str(said))}</p>')
+        parts.append(f'<p class="note">sample {sample.number}: {html.escape(printable(said))}</p>')
         if thoughts and sample.thought:
             parts.append(f'<p class="note">thought</p>{_text(sample.thought)}')
         if sample.text is not None:
             parts.append(_text(sample.text, mark))
     if step.skipped is not None:
-        parts.append(f"<p>skipped: {html.escape(step.skipped)}</p>")
+        parts.append(f"<p>skipped: {html.escape(printable(step.skipped))}</p>")
     title = f"step {step.number}: {sum(s.text is not None for s in step.samples)} of {len(step.samples)} parsed"
     return f"<details><summary>{title}</summary>{''.join(parts)}</details>"
 
 
 def _text(text: str, mark: str = "") -> str:
-    return f'<pre class="{mark}">{html.escape(text)}</pre>' if mark else f"<pre>{html.escape(text)}</pre>"
+    text = html.escape(printable(text, lines=True, joiners=True))
+    return f'<pre class="{mark}">{text}</pre>' if mark else f"<pre>{text}</pre>"
 
 
 def jsonl(rows: Iterable[Mapping[str, Any]]) -> str:

@@ -22,6 +22,7 @@ from prefopt.infer_config import InferConfig
 from prefopt.inference import report
 from prefopt.inference.asked import check_file
 from prefopt.inference.prompts import read_templates
+from prefopt.redaction import hidden, printable
 from prefopt.testbed.cache import cache_root
 from prefopt.thoughts import Answer
 
@@ -102,14 +103,14 @@ class Place:
         from prefopt.inference.kept import writing
 
         path = self.folder / CARD
-        now = json.loads(json.dumps(card, default=str))
+        now = hidden(json.loads(json.dumps(card, default=str)))
         try:
             before = storage.read_sealed(path, unsealed=True)
             if before is None:
                 with writing(path):
                     storage.write_sealed(path, now)
                 return
-            changed = settings.differences(before["config"], now["config"])
+            changed = settings.differences(hidden(before["config"]), now["config"])
             changed += [
                 f"{key}: {before[key]!r} -> {now[key]!r}"
                 for key in ("model", "prompts", "judge", "templates")
@@ -159,7 +160,7 @@ class _Run:
             found = iter([reader.typed(str(config.prompt))]) if config.prompts is None else reader.file(config.prompts)
             prompts, refused = split(found, config.limit)
         for one in refused:
-            print(f"warning: {one.message}", file=sys.stderr, flush=True)
+            _warn(f"warning: {one.message}")
         judges.check_prompts(config.judge, (prompt.prompt for prompt in prompts))
         if self.place is not None:
             self.place.hold(self._card(prompts, refused))
@@ -186,7 +187,7 @@ class _Run:
             write_text(self.place.answers, report.jsonl(rows))
         gave_up = [one for one in answered if one.answer is None]
         for one in gave_up:
-            print(f"warning: {one.prompt.where}: gave up: {one.gave_up}", file=sys.stderr)
+            _warn(f"warning: {one.prompt.where}: gave up: {one.gave_up}")
         if self.place is not None:
             again = sum(one.tries > 1 and one.answer is not None for one in answered)
             say(
@@ -225,7 +226,7 @@ class _Run:
         for line in _typed_lines():
             prompt = reader.typed(line, "prompt")
             if not isinstance(prompt, Prompt):
-                print(f"refused: {prompt.message}", file=sys.stderr, flush=True)
+                _warn(f"refused: {prompt.message}")
                 continue
             if judge is None:
                 (one,) = self._answer_all(engine, [prompt], lambda phase, samples: None)
@@ -427,17 +428,21 @@ def _typed_lines() -> Iterator[str]:
                 print()
             return
         except UnicodeDecodeError:
-            print("refused: prompt: is not text", file=sys.stderr, flush=True)
+            _warn("refused: prompt: is not text")
             continue
         if line.strip():
             yield line.strip()
 
 
+def _warn(text: str) -> None:
+    print(printable(text), file=sys.stderr, flush=True)
+
+
 def _print(one: Answered, shows: bool, name: bool = False) -> None:
     if name:
-        print(f"[{one.prompt.where}]")
+        print(f"[{printable(one.prompt.where)}]")
     if one.answer is None:
-        print(f"gave up: {one.gave_up}", flush=True)
+        print(f"gave up: {printable(one.gave_up)}", flush=True)
         return
     _show(one.answer, shows)
 
@@ -452,9 +457,10 @@ def _print_best(trace: Trace, shows: bool) -> None:
 
 
 def _show(answer: Answer, shows: bool) -> None:
+    """Print it: the text as it is, without what would steer a terminal. Files hold each character."""
     if shows and answer.thought:
-        print(f"[thought]\n{answer.thought}\n[response]")
-    print(answer.response, flush=True)
+        print(f"[thought]\n{printable(answer.thought, lines=True, joiners=True)}\n[response]")
+    print(printable(answer.response, lines=True, joiners=True), flush=True)
 
 
 def _best_row(trace: Trace, shows: bool) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from prefopt.data.encode import Encoder
 from prefopt.data.rows import RowProblem
 from prefopt.errors import ConfigError, RoundError
 from prefopt.generation.base import Sampling
-from prefopt.generation.server import Server, TimedOut, TooLong, check_server
+from prefopt.generation.server import Server, TimedOut, TooLong, Unreadable, check_server, read
 from prefopt.storage import Damaged, read_sealed, write_sealed
 from prefopt.testbed.cache import cache_root
 from prefopt.types import Judgement, Question
@@ -37,7 +37,7 @@ POLICY = "policy"
 _TEMPLATES = Path(__file__).parent / "templates"
 _REQUIRED = {"pairwise": {"prompt", "response_a", "response_b"}, "score": {"prompt", "response"}}
 _ALLOWED = {"pairwise": _REQUIRED["pairwise"], "score": _REQUIRED["score"] | {"low", "high"}}
-_BRACKETS = re.compile(r"\[\[\s*([^\[\]]+?)\s*\]\]")
+_BRACKETS = re.compile(r"\[\[([^\[\]]+)\]\]")
 _VALUE = {"A": 1.0, "B": 0.0, "C": 0.5}  # of the response that stands first
 _SEEDS = 2**31
 
@@ -78,7 +78,7 @@ def read_template(settings: JudgeConfig) -> str:
 
 def verdict_of(answer: str) -> float | None:
     """1 if the first response is better, 0 if the second one is, 1/2 for a tie; None without one and only verdict."""
-    found = {text.upper() for text in _BRACKETS.findall(answer)} & _VALUE.keys()
+    found = {text.strip().upper() for text in _BRACKETS.findall(answer)} & _VALUE.keys()
     return _VALUE[found.pop()] if len(found) == 1 else None
 
 
@@ -234,6 +234,7 @@ class Chat:
             raise
         self.sampling = {"temperature": settings.temperature, "max_tokens": settings.max_tokens, "seed": 0}
         self.cache = cache
+        self._unreadable: Unreadable | None = None  # the last one
 
     def _only_model(self) -> str:
         served = [*self.server.models()]
@@ -246,6 +247,9 @@ class Chat:
     def answers(self, texts: Sequence[str]) -> list[str | Lost]:
         """See `Asked`. What was answered before an error is kept."""
         answers = self.server.map(self._answer, texts)
+        if texts and all(answer is Lost.UNREADABLE for answer in answers):
+            assert self._unreadable is not None
+            raise self._unreadable
         if texts and all(answer is Lost.TIMEOUT for answer in answers):
             raise RoundError(
                 f"judge.timeout: {self.server.url} has answered none of {len(texts)} questions in time, expected a "
@@ -265,7 +269,7 @@ class Chat:
         try:
             said = self.server.ask(
                 lambda client: [
-                    choice.message.content or ""
+                    read(choice.message.content, "a message's content", str, None) or ""
                     for choice in client.chat.completions.create(
                         model=self.model, messages=messages, **settings
                     ).choices
@@ -273,6 +277,9 @@ class Chat:
             )
         except TimedOut:
             return Lost.TIMEOUT
+        except Unreadable as error:
+            self._unreadable = error
+            return Lost.UNREADABLE
         except TooLong:
             return Lost.TOO_LONG
         if not said:

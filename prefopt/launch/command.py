@@ -23,6 +23,7 @@ from prefopt.launch import expand, manifest, results, search, slurm, sweep_file
 from prefopt.launch.local import Local, describe, machine, slots_of
 from prefopt.launch.manifest import Forgiving, Ledger, Run
 from prefopt.launch.sweep_file import SweepFile
+from prefopt.redaction import printable
 from prefopt.storage import owner_of
 
 MANIFEST = "manifest.jsonl"
@@ -84,7 +85,7 @@ def sweep(argv: Sequence[str]) -> int:
         return _status(file, runs, options.watch)
     if action == "results":
         path, count = results.write_results(file.output, runs)
-        print(f"{count} finished runs: {path}, {path.with_suffix('.csv')}")
+        _say(f"{count} finished runs: {path}, {path.with_suffix('.csv')}")
         return 0
     return _cancel(file)
 
@@ -186,7 +187,7 @@ def _start_with(text: str) -> list[str]:
 
 
 def _say(text: str) -> None:
-    print(text, flush=True)
+    print(printable(text, lines=True), flush=True)
 
 
 # Looking and stopping -------------------------------------------------------------------------------------------------
@@ -199,7 +200,7 @@ def _status(file: SweepFile, runs: Sequence[Run], watch: float | None) -> int:
         table = results.status_table(runs, ledger, queue)
         clear = "\x1b[H\x1b[2J" if watch is not None and sys.stdout.isatty() else ""
         with contextlib.suppress(BrokenPipeError):
-            print(clear + table, flush=True)
+            print(clear + printable(table, lines=True), flush=True)
         states = {ledger.state(run, queue) for run in runs}
         if watch is None or not states & {"running", "queued"}:
             return 0

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from prefopt import storage
 from prefopt.engine.runtime import EXIT_UNFINISHED
 from prefopt.errors import TrainError
+from prefopt.redaction import printable
 from prefopt.storage import Damaged, write_sealed, write_whole
 
 State = Literal["pending", "queued", "running", "done", "failed"]
@@ -119,7 +120,7 @@ class Ledger:
         if status not in (0, EXIT_UNFINISHED) and error is None:
             killed = f"killed by {signal.Signals(-status).name}" if status < 0 else None
             error = killed or last_line(self.log(run)) or f"exit status {status}"
-        record = replace(self.get(run), status=status, error=error)
+        record = replace(self.get(run), status=status, error=None if error is None else printable(error))
         self.put(run, record)
         return record
 
@@ -174,4 +175,4 @@ def last_line(log: Path, at_most: int = 400) -> str | None:
     lines = [line.strip() for line in text.replace("\r", "\n").splitlines() if line.strip()]
     errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
     found: Sequence[str] = errors or lines
-    return found[-1][:at_most] if found else None
+    return printable(found[-1])[:at_most] if found else None

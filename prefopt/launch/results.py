@@ -15,6 +15,7 @@ from prefopt import config
 from prefopt.figures import readable
 from prefopt.launch import progress
 from prefopt.launch.manifest import Ledger, Run
+from prefopt.redaction import hidden, markdown_cell, printable
 from prefopt.storage import Lock, write_whole
 
 # Of all figures, those that results.md shows where there are any; results.csv has every one.
@@ -42,7 +43,7 @@ def status_table(runs: Sequence[Run], ledger: Ledger, queue: Mapping[str, str]) 
     for run in runs:
         state, record = states[run.id], ledger.get(run)
         far = progress.of(config.parse(run.argv), Path(run.output)) if state != "done" else None
-        note = record.error or "" if state == "failed" else ""
+        note = printable(record.error or "") if state == "failed" else ""
         if state == "pending" and run.after:
             failed = [other for other in run.after if states.get(other) == "failed"]
             note = f"waits for {failed[0]}, which failed" if failed else ""
@@ -92,7 +93,7 @@ def _write_results(folder: Path, runs: Sequence[Run]) -> tuple[Path, int]:
             output = Path(run.output)
             settings = {key: run.settings.get(key) for key in keys}
             figures = {key: value for key, value in progress.last_figures(output).items() if key not in _COST}
-            rows.append({"run": run.id, **settings, **figures, **progress.spent(output)})
+            rows.append({"run": run.id, **hidden(settings), **figures, **progress.spent(output)})
     names = list(dict.fromkeys(name for row in rows for name in row)) or ["run"]
     names = [name for name in names if name not in _COST] + [name for name in _COST if name in names]
     text = io.StringIO()
@@ -101,7 +102,9 @@ def _write_results(folder: Path, runs: Sequence[Run]) -> tuple[Path, int]:
     writer.writerows({key: "" if value is None else value for key, value in row.items()} for row in rows)
     write_whole(folder / "results.csv", [text.getvalue()])
     shown = [name for name in _SHOWN if name in names]
-    page = f"# {folder.name}\n\n{len(rows)} of {len(ends)} runs are finished. results.csv has every figure.\n\n"
+    page = (
+        f"# {printable(folder.name)}\n\n{len(rows)} of {len(ends)} runs are finished. results.csv has every figure.\n\n"
+    )
     page += _markdown([["run", *keys, *shown], *([row["run"], *_cells(row, keys, shown)] for row in rows)])
     if "seed" in keys and rows:
         page += "\n## Over seeds\n\nMean and standard deviation.\n\n" + _over_seeds(rows, keys, shown)
@@ -133,7 +136,7 @@ def _cells(row: Mapping[str, Any], keys: Sequence[str], shown: Sequence[str]) ->
 def _cell(value: Any) -> str:
     if value is None:
         return ""
-    return readable(value) if isinstance(value, float) else str(value)
+    return readable(value) if isinstance(value, float) else printable(value)
 
 
 def _clock(seconds: float) -> str:
@@ -143,7 +146,7 @@ def _clock(seconds: float) -> str:
 
 
 def _markdown(rows: Sequence[Sequence[str]]) -> str:
-    lines = [" | ".join(cell.replace("|", "\\|") for cell in row) for row in rows]
+    lines = [" | ".join(markdown_cell(cell) for cell in row) for row in rows]
     rule = " | ".join("---" for _ in rows[0])
     return "".join(f"| {line} |\n" for line in (lines[0], rule, *lines[1:]))
 

@@ -1,5 +1,6 @@
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -137,3 +138,14 @@ def test_round_when_another_run_is_compared_with_then_each_is_seen_by_its_own_me
     assert RoundFigures.from_dict(json.loads(json.dumps(found.to_dict()))) == found
     assert found.metrics()["win_rate/vs_other_wins"] == 1
     assert "win rate vs other run" in rounds_table([found])
+
+
+def test_report_when_a_judge_names_odd_problems_then_they_steer_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("LAB_API_KEY", "sk-of-mine-1234")
+    figures = rounds(Asked(word_count))
+    odd = replace(figures[0], problems={"a|b\n\x1b[2J": 1}, more={"x|y\u202e": 1.0})
+    write_report(tmp_path, [odd], "judge sk-of-mine-1234\x1b", plot=False)
+    text = (tmp_path / "rounds.md").read_text()
+    assert text.startswith("judge ***\\x1b\n")
+    assert r"a\|b\\n\\x1b[2J 1" in text
+    assert r"x\|y\\u202e" in text

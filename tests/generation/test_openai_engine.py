@@ -128,7 +128,7 @@ def test_without_token_ids_an_answer_in_a_chat_ends_as_its_turns_do(policy, serv
     assert {*ended} == {policy.tokenizer.convert_tokens_to_ids("<|im_end|>")}
 
 
-@pytest.mark.parametrize("fault", ["429", "500", "503", "cut", "half", "garbage"])
+@pytest.mark.parametrize("fault", ["429", "500", "503", "cut", "half", "garbage", "no_index"])
 def test_what_passes_is_tried_again_and_nothing_is_asked_twice_beside_it(policy, server, engine, fault):
     sampling = Sampling(n=2, max_tokens=8)
     server.fail(fault, fault)
@@ -161,8 +161,10 @@ def test_a_server_that_asks_to_wait_is_waited_for(policy, server, engine):
         ("fewer", r"generate.n: http.* gave 1 of 2 completions of a prompt, expected all"),
         ("no_logprobs", r"generate.logprobs: http.* gave none, expected one for each token"),
         ("no_token_ids", r"gave a completion without token ids, expected them with each, as it gave them at first"),
-        ("no_index", r"gave an answer of another form \(.*NoneType.*\), expected the JSON of OpenAI's interface$"),
-        ("page", r"gave an answer of another form \('str' object .*\), expected the JSON of OpenAI's interface$"),
+        (
+            "page",
+            r"gave an answer of another form \(its content type is text/html\), expected the JSON of OpenAI's interface$",
+        ),
         ("filtered", r"ended a completion with 'content_filter', expected 'stop' or 'length'"),
         ("401", r"generate.api_key_env: http.* refuses the key \(401: told to fail\).*OPENAI_API_KEY"),
     ],

@@ -2,6 +2,8 @@
 
 import csv
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -118,3 +120,29 @@ def test_last_line_is_the_error_of_the_last_attempt(tmp_path):
     assert last_line(log) == "new"
     log.write_text(f"{ATTEMPT}1, now\nTraceback\n  File x\nValueError: y\n")
     assert last_line(log) == "ValueError: y"
+
+
+def test_what_a_run_wrote_last_is_shown_without_its_key_and_without_what_steers(some, monkeypatch):
+    monkeypatch.setenv("LAB_API_KEY", "sk-of-mine-1234")
+    runs, _ = some
+    ledger = Ledger(Path("runs/sweeps/sweep"))
+    log = ledger.begin(runs[0])
+    with log.open("a") as file:
+        file.write("x" * 390 + "\nerror: \x1b[2J\u202e refused " + "y" * 380 + " sk-of-mine-1234\n")
+    record = ledger.end(runs[0], 1)
+    assert record.error.startswith(r"\x1b[2J\u202e refused yyy")
+    state = Path("runs/sweeps/sweep/state") / f"{runs[0].id}.json"
+    assert "sk-of" not in record.error + state.read_text() + status_table(runs, ledger, {})
+    state.write_text(json.dumps({"attempts": 1, "status": 1, "error": "of an older version: \x1b sk-of-mine-1234 a|b"}))
+    assert r"of an older version: \x1b *** a|b" in status_table(runs, ledger, {})
+
+
+def test_settings_stay_in_their_cells(some):
+    runs, trained = some
+    odd = [replace(run, settings={"method": name}) for run, name in zip(runs, ("a|b", "c\nd\x1b"), strict=False)]
+    for run in odd:
+        trained(run, 1)
+    page, _ = write_results(Path("runs/sweeps/sweep"), odd)
+    rows = [line for line in page.read_text().splitlines() if line.startswith("|")]
+    assert [len(re.findall(r"(?<!\\)\|", row)) for row in rows] == [len(re.findall(r"\|", rows[0]))] * 4
+    assert "\x1b" not in page.read_text()

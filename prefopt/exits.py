@@ -1,0 +1,147 @@
+"""How every command ends: its status, one line for what a user can mend, and a report file for what nobody foresaw."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import errno
+import os
+import shlex
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from prefopt.engine import runtime as rt
+from prefopt.errors import PrefoptError, TrainError
+from prefopt.redaction import HIDDEN, guarded_output, hidden, names_a_secret, printable
+
+DEBUG = "PREFOPT_DEBUG"  # set to 1: tracebacks are printed too
+_FAILED = 1
+# What a user can mend, where the error names the file.
+_USERS = {
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "expected a place that this user can read and write"),
+    errno.ENAMETOOLONG: "expected a shorter name",
+    **dict.fromkeys((errno.ENOTDIR, errno.EISDIR, errno.ELOOP), "expected another path"),
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "free space and run the same command again"),
+    **dict.fromkeys((errno.EIO, errno.ESTALE), "the disk or its server fails; run the same command again"),
+    **dict.fromkeys((errno.ENXIO, errno.ENODEV), "expected a regular file"),
+}
+_about: contextvars.ContextVar[dict[str, Any]] = contextvars.ContextVar("about")
+
+
+def about(settings: Mapping[str, Any], output: Path | None = None) -> None:
+    """Note what the command works on: its settings go into a report, which lies in its output folder if there is one."""
+    found = _about.get(None)
+    if found is not None:
+        found |= {"settings": settings, "output": output}
+
+
+def answered(command: str, argv: Sequence[str], run: Callable[[], int]) -> int:
+    """The exit status of a command, whatever happens in it. KeyboardInterrupt and SystemExit stay what they are.
+
+    Status: that of `run`; 2 for a user's mistake and for files that cannot be used; 1 for anything that nobody foresaw.
+    """
+    token = _about.set({})
+    with guarded_output():
+        try:
+            return run()
+        except PrefoptError as error:
+            _debug(error)
+            return rt.fail(error)
+        except OSError as error:
+            fix = _USERS.get(error.errno or 0)
+            if error.filename is None or fix is None:
+                return _unforeseen(command, argv, error)
+            _debug(error)
+            _speak(str(TrainError(f"{_text(error.filename)}: {error.strerror}; {fix}")))
+            return 2
+        except Exception as error:
+            return _unforeseen(command, argv, error)
+        finally:
+            _about.reset(token)
+
+
+def _text(name: Any) -> str:
+    return os.fsdecode(name) if isinstance(name, (str, bytes, os.PathLike)) else f"file descriptor {name}"
+
+
+def _debug(error: BaseException) -> None:
+    if os.environ.get(DEBUG, "") not in ("", "0"):
+        print(_traceback(error), file=sys.stderr, flush=True)
+
+
+def _traceback(error: BaseException) -> str:
+    return printable("".join(traceback.format_exception(error)).rstrip(), lines=True)
+
+
+def _unforeseen(command: str, argv: Sequence[str], error: Exception) -> int:
+    if isinstance(error, BrokenPipeError) and error.filename is None:
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # nor is Python to write there at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _speak("standard output or a connection was closed by the other end")
+        return _FAILED
+    _debug(error)
+    path = _write(f"{_report(command, argv)}\n\n{_traceback(error)}\n")
+    where = (
+        f"the report is in {printable(path)}" if path else f"no report could be written; {DEBUG}=1 shows the traceback"
+    )
+    fix = ""
+    if type(error).__name__ == "OutOfMemoryError":
+        fix = "; the GPU's memory is full: a smaller train.micro_batch, data.max_length or generate.batch needs less"
+    elif isinstance(error, MemoryError):
+        fix = "; this machine's memory is full"
+    found = printable(str(error).strip())[:300]
+    _speak(f"{command} failed: {type(error).__name__}{f': {found}' if found else ''} (unforeseen; {where}){fix}")
+    return _FAILED
+
+
+def _speak(line: str) -> None:
+    """Print an error's line, on the first rank at once; others leave it the time in which a launcher ends them all."""
+    number = rt.rank()
+    if number:
+        time.sleep(rt.SPEAKS_WITHIN)
+    with contextlib.suppress(OSError, ValueError):
+        print(f"error: {f'rank {number}: ' if number else ''}{line}", file=sys.stderr, flush=True)
+
+
+def _report(command: str, argv: Sequence[str]) -> str:
+    """What somebody who mends it wants to know, without secrets."""
+    import yaml
+
+    found = _about.get({})
+    words = list(argv)
+    for i, word in enumerate(words):
+        name, equals, _ = word.partition("=")
+        if name.startswith("-") and names_a_secret(name.lstrip("-")):
+            if equals:
+                words[i] = f"{name}={HIDDEN}"
+            elif i + 1 < len(words):
+                words[i + 1] = HIDDEN
+    lines = [
+        time.strftime("prefopt failed, %Y-%m-%d %H:%M:%S %z"),
+        f"command: prefopt {command} {shlex.join(words)}",
+        f"rank {rt.rank()} of {rt.promised_processes()}, process {os.getpid()}, folder {Path.cwd()}",
+        "versions: " + ", ".join(f"{name} {version}" for name, version in rt.versions(("openai", "deepspeed")).items()),
+    ]
+    if found.get("settings"):
+        lines += ["", "settings:", yaml.safe_dump(hidden(found["settings"]), sort_keys=False, allow_unicode=True)]
+    return printable("\n".join(lines), lines=True)
+
+
+def _write(text: str) -> str | None:
+    """Where the report lies: in the output folder if there is one, else in prefopt's cache, else in that for scratch."""
+    from prefopt.testbed.cache import cache_root
+
+    output = _about.get({}).get("output")
+    places = [output] if output is not None and output.is_dir() else []
+    name = f"crash-{time.strftime('%Y%m%d-%H%M%S')}-rank{rt.rank()}-{os.getpid()}.txt"
+    for folder in (*places, cache_root() / "crashes", Path(tempfile.gettempdir())):
+        with contextlib.suppress(OSError, ValueError):
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(text, encoding="utf-8", errors="backslashreplace")
+            return str((folder / name).absolute())
+    return None
