@@ -7,6 +7,7 @@ import dataclasses
 import errno
 import functools
 import importlib.util
+import json
 import os
 import shlex
 import shutil

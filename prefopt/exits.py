@@ -34,7 +34,7 @@ _about: contextvars.ContextVar[dict[str, Any]] = contextvars.ContextVar("about")
 
 
 def about(settings: Mapping[str, Any], output: Path | None = None) -> None:
-    """Note what the command works on: its settings go into a report, which lies in its output folder if there is one."""
+    """Note what the command works on: a report holds its settings, and lies in its output folder if there is one."""
     found = _about.get(None)
     if found is not None:
         found |= {"settings": settings, "output": output}
@@ -133,7 +133,7 @@ def _report(command: str, argv: Sequence[str]) -> str:
 
 
 def _write(text: str) -> str | None:
-    """Where the report lies: in the output folder if there is one, else in prefopt's cache, else in that for scratch."""
+    """Where the report lies: in the output folder, else in prefopt's cache, else in the folder for scratch files."""
     from prefopt.testbed.cache import cache_root
 
     output = _about.get({}).get("output")

@@ -92,7 +92,7 @@ def test_what_asks_to_leave_is_no_failure(leaves):
 def test_a_file_that_cannot_be_used_is_a_users_line(capsys, number):
     code = getattr(errno, number)
     assert exits.answered("train", [], raises(OSError(code, os.strerror(code), "a\nb.txt"))) == 2
-    out, err = capsys.readouterr()
+    _, err = capsys.readouterr()
     assert err.startswith(f"error: a\\nb.txt: {os.strerror(code)}; ")
     assert err.count("\n") == 1
 

@@ -258,7 +258,7 @@ def rounds_table(figures: Sequence[RoundFigures]) -> str:
     prompts = sorted({f.prompts for f in figures})
     head = f"{' or '.join(map(str, prompts))} held-out prompts; intervals by bootstrap over prompts; KL in nats."
     notes = [
-        f"Round {f.round}, judging: {', '.join(f'{markdown_cell(name)} {count}' for name, count in sorted(f.problems.items()))}."
+        f"Round {f.round}, judging: {', '.join(f'{markdown_cell(key)} {n}' for key, n in sorted(f.problems.items()))}."
         for f in figures
         if f.problems
     ]

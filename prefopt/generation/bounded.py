@@ -1,4 +1,4 @@
-"""HTTP for the `openai` client whose answers end: in time and in size, whatever the server does, and at its own address.
+"""HTTP for the `openai` client whose answers end, in time and in size, and come from the server that was named.
 
 It stands below the client, as the transport of its HTTP library. Knows nothing of OpenAI's interface.
 """

@@ -76,7 +76,8 @@ class Server:
         concurrency: requests at the same time.
         retries: attempts after the first one. Pauses double from half a second, by chance up to a half shorter, and
             are never shorter than the server asks for.
-        timeout: seconds until a request counts as lost that has not been answered whole, and the longest pause that a server may ask for.
+        timeout: seconds until a request counts as lost that has not been answered whole, and the longest pause that a
+            server may ask for.
     """
 
     def __init__(

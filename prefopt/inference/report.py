@@ -206,8 +206,9 @@ def _section(trace: Trace, thoughts: bool) -> str:
     best = trace.best
     score = None if best is None else trace.score(best)
     found = "no response" if best is None or score is None else f"best score {readable(score)}, of step {best.step}"
+    key, where = (html.escape(printable(text)) for text in (trace.prompt.key, trace.prompt.where))
     parts = [
-        f'<section id="{html.escape(printable(trace.prompt.key))}"><h2>{html.escape(printable(trace.prompt.where))}</h2>',
+        f'<section id="{key}"><h2>{where}</h2>',
         _text(plain_text(trace.prompt.prompt)),
         f"<p>{html.escape(printable(found))}</p>",
     ]
