@@ -8,6 +8,7 @@ from decimal import Decimal
 from typing import Any, Literal
 
 from prefopt.errors import DataError
+from prefopt.redaction import escaped
 from prefopt.types import PairRow
 
 OnBadRow = Literal["error", "skip"]
@@ -42,8 +43,8 @@ class RowProblem(Exception):
 
     def at(self, where: str) -> BadRow:
         key = f"'{short(self.key)}': " if self.key else ""
-        found = short(self.found, 3 * _MOST_SHOWN)
-        return BadRow(where, self.reason, f"{where}: {key}{found}, expected {self.expected} ({self.mend})")
+        line = f"{where}: {key}{short(self.found, 3 * _MOST_SHOWN)}, expected {short(self.expected, 5 * _MOST_SHOWN)}"
+        return BadRow(where, self.reason, escaped(f"{line} ({self.mend})"))
 
 
 @dataclass(frozen=True)

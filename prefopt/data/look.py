@@ -18,6 +18,7 @@ _KINDS: dict[str, str] = {
     "scored": "completion, scored by the loss",
     "unscored": "completion, not scored",
 }
+_MOST_IDS = 8  # tokens of one piece: a character has 4 bytes, and bytes that make none could go on for ever
 
 
 @dataclass(frozen=True)
@@ -69,18 +70,24 @@ def shown(pair: EncodedPair, tokenizer: Any) -> Shown:
 
 
 def _pieces(tokenizer: Any, ids: list[int], kinds: Sequence[Kind], special: set[int], first: int) -> list[Piece]:
-    """Tokens with the text that each adds to what stands before it; tokens that share a character are one piece."""
+    """Tokens with the text that each adds to the piece before it; tokens that share a character are one piece."""
+
+    def text_of(some: list[int]) -> str:
+        return str(tokenizer.decode(some, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
     out: list[Piece] = []
-    begin, before = 0, ""
+    previous = begin = 0
+    before = ""  # the text of ids[previous:begin]
     for i, token in enumerate(ids):
-        whole = tokenizer.decode(ids[: i + 1], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        whole = text_of(ids[previous : i + 1])
         last = i + 1 == len(ids) or token in special or ids[i + 1] in special or kinds[i + 1] != kinds[i]
-        if whole.endswith("\ufffd") and not last:
+        if whole.endswith("\ufffd") and not last and i + 1 - begin < _MOST_IDS:
             continue
-        alone = not whole.startswith(before)  # a decoder that rewrites what came before
-        text = tokenizer.decode(ids[begin : i + 1], skip_special_tokens=False) if alone else whole[len(before) :]
+        alone = text_of(ids[begin : i + 1])
+        # else a decoder that rewrites what came before
+        text = whole[len(before) :] if whole.startswith(before) else alone
         out.append(Piece(text, tuple(ids[begin : i + 1]), first + begin, kinds[i], token in special))
-        begin, before = i + 1, whole
+        previous, begin, before = begin, i + 1, alone
     return out
 
 

@@ -8,6 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 from prefopt.data.layouts import cells_of
+from prefopt.redaction import escaped
 from prefopt.types import PairBatch
 
 EXAMPLES = 3  # rows named for each reason
@@ -133,4 +134,5 @@ def show_batch(batch: PairBatch, tokenizer: Any, *, pairs: int = 2, color: bool 
 
 
 def _decode(tokenizer: Any, ids: list[int]) -> str:
-    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return escaped(text, lines=True)

@@ -8,7 +8,9 @@ import pytest
 
 from prefopt.data.encode import Encoder
 from prefopt.data.look import page, shown, spread, terminal
-from prefopt.types import PairRow
+from prefopt.data.rows import read_rows
+from prefopt.errors import DataError
+from prefopt.types import EncodedPair, PairRow
 
 USER = {"role": "user", "content": "Why?"}
 ANSWERS = [{"role": "assistant", "content": text} for text in ("Because é🙂.", "So.", "No.")]
@@ -154,3 +156,35 @@ def test_rows_are_spread_over_all():
     assert spread(3, 9) == [0, 3, 6]
     assert spread(5, 2) == [0, 1]
     assert spread(0, 9) == []
+
+
+def test_pieces_when_a_row_is_long_then_no_token_is_decoded_more_often_than_in_a_short_one(tokenizer):
+    """And bytes that make no character end a piece after some of them."""
+
+    class Counting:
+        added_tokens_decoder, all_special_ids = tokenizer.added_tokens_decoder, tokenizer.all_special_ids
+        decoded = 0
+
+        def decode(self, ids, **settings):
+            self.decoded += len(ids)
+            return tokenizer.decode(ids, **settings)
+
+    byte = tokenizer.convert_tokens_to_ids("ģ")  # 0x80, which begins no character
+    words = tokenizer("An apple is a fruit. ", add_special_tokens=False)["input_ids"]
+    for ids, most in ((words * 60, 6), ([byte] * 900, 40)):
+        pair = EncodedPair([0], ids, None, [True] * len(ids), None)
+        counting = Counting()
+        found = shown(pair, counting)
+        assert [i for piece in found.chosen for i in piece.ids] == ids
+        assert "".join(piece.text for piece in found.chosen) == tokenizer.decode(ids)
+        assert counting.decoded < most * len(ids)
+
+
+def test_complaint_when_a_name_holds_hidden_characters_or_has_no_end_then_is_one_short_line(write):
+    role = "rejected\n\x1b[2J\u202e" + "y" * 9000
+    with pytest.raises(DataError) as error:
+        read_rows(write({"prompt": "q", "chosen": "a", role: "b"}))
+    line = str(error.value)
+    assert line.startswith("pairs.jsonl:1: 'rejected': missing, expected a completion; the row has ")
+    assert len(line) < 1500
+    assert not re.search("[\x00-\x1f\u202e]", line)
