@@ -124,6 +124,14 @@ def test_differences_when_a_setting_may_change_then_it_is_not_among_them():
     assert settings.differences(old, new) == ["optim.lr: 1e-06 -> 2.0"]
 
 
+def test_differences_when_an_older_run_did_not_have_a_setting_then_it_counts_as_its_default():
+    old, new = (parse(["--method", "dpo"]).to_dict() for _ in range(2))
+    del old["data"]["dialogues"]
+    assert settings.differences(old, new) == []
+    new["data"]["dialogues"] = "messages"
+    assert settings.differences(old, new) == ["data.dialogues: 'text' -> 'messages'"]
+
+
 @pytest.mark.parametrize("dropout", ["0", "0.1"])
 def test_differences_when_an_adapter_has_dropout_then_the_cut_of_a_step_is_among_them(dropout):
     lora = [*REAL, "--lora.r", "4", "--lora.dropout", dropout]

@@ -164,3 +164,17 @@ def test_settings_when_named_then_are_read():
     assert (found.data.columns, found.rows) == ({"chosen": "best"}, 5)
     with pytest.raises(ConfigError, match=r"^found 'c.jsonl', expected a flag"):
         parse_look(["a", "--rows", "5", "c.jsonl"])
+
+
+def test_split_of_a_run_when_its_card_is_of_the_first_version_then_is_kept(tmp_path):
+    """A new run takes the newest one."""
+    from prefopt import cli
+    from prefopt.data import split
+    from prefopt.storage import write_sealed
+
+    assert cli._split_version(tmp_path) == split.VERSION
+    (tmp_path / "metrics.jsonl").touch()
+    card = {"config": {}, "model": {}, "reference": None}
+    for version in (1, 2):
+        write_sealed(tmp_path / cli.CARD, card | {"data": {"eval": f"abc-0.05{split.mark(version)}"}})
+        assert cli._split_version(tmp_path) == version
