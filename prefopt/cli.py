@@ -151,7 +151,12 @@ def _run_once(config: RunConfig, runtime: rt.Runtime, output: Path, evaluators: 
     for line in task.report:
         say(printable(line))
     if config.dry_run:
-        say("\nresolved config:\n" + settings.yaml_of(hidden(config.to_dict())))
+        from prefopt.engine import preflight
+        from prefopt.launch import preview
+
+        total = preflight.gpu_memory(runtime.device)
+        lines = preview.of_run(config, runtime, task.train, len(task.eval_pairs), task.start.path, total)
+        _say_dry(config, lines)
         return 0
     resume_from = checkpoint.latest(output / "checkpoints", say, runtime)
 
@@ -175,6 +180,17 @@ def _run_once(config: RunConfig, runtime: rt.Runtime, output: Path, evaluators: 
     finally:
         trackers.finish(failed)
     return status
+
+
+def _say_dry(config: RunConfig, plan: Sequence[str]) -> None:
+    """What `--dry_run` prints behind the report of the data. Args: plan: lines of what the run will do and need."""
+    from prefopt.launch import preview
+
+    whole = [] if config.dry_run != "config" else ["", "resolved config:", settings.yaml_of(hidden(config.to_dict()))]
+    changed = [printable(line) for line in preview.differences(config)]
+    say("\n".join(["", *changed, *plan, *whole]))
+    if not whole:
+        say("(--dry_run config prints every setting as YAML)")
 
 
 def _hold_out_at_most(config: RunConfig, task: _Task) -> None:
@@ -250,7 +266,11 @@ def _run_rounds(config: RunConfig, runtime: rt.Runtime, output: Path, only: Stag
     for line in report if only is None else ():
         say(printable(line))
     if config.dry_run:
-        say("\nresolved config:\n" + settings.yaml_of(hidden(config.to_dict())))
+        from prefopt.engine import preflight
+        from prefopt.launch import preview
+
+        total, each = preflight.gpu_memory(runtime.device), rounds.prompts_of_rounds()
+        _say_dry(config, preview.of_rounds(config, runtime, each, rounds.start.path, total))
         return 0
     card = _rounds_card(config, runtime, rounds, report)
     runtime.on_main(lambda: _keep_card(card, output, write=part is None or workers.first))
@@ -847,6 +867,7 @@ def _run_card(config: RunConfig, runtime: rt.Runtime, task: _Task) -> dict[str, 
     return {
         "method": _described(config),
         "config": config.to_dict(),
+        "learning_rate": {"peak": config.optim.lr, "from": settings.rate_source(config)},
         "batch": _batch_card(config.train, runtime.world),
         "data": {
             "train": task.train.fingerprint,

@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 import yaml
 
-from prefopt import redaction, registry
+from prefopt import other_names, redaction, registry
 from prefopt.errors import ConfigError, did_you_mean
 from prefopt.method import Method
 
@@ -385,8 +385,9 @@ class RunConfig:
     """Of the data order and everything random in the run."""
     output: str = ""
     """Output folder; the same command continues the run it holds."""
-    dry_run: bool = False
-    """Print the resolved config and the data report, and stop."""
+    dry_run: bool | Literal["config"] = False
+    """Print the data report, what differs from the defaults and a plan of the run, and stop. config: every setting too,
+    as YAML."""
 
     @property
     def on_testbed(self) -> bool:
@@ -488,24 +489,15 @@ def parse(argv: Sequence[str]) -> RunConfig:
             f"--method: not given, expected one of {', '.join(registry.names())} (or a dotted module path)"
         )
     method_class = registry.get(name)
-    merged: dict[str, Any] = {}
+    merged: dict[str, Any] = _own_defaults(method_class)
     for where, layer in layers:
         _check_keys(layer, name, method_class, where)
         merged = _merge(merged, _with_sources(layer, where))
     if _at(merged, "model.path") is None and _at(merged, "data.train") is None:
-        known = {f.name for f in dataclasses.fields(method_class)}
-        hidden = {over for named_key, over in _GIVES_WAY.items() if _at(merged, named_key) is not None}
-        departures = TESTBED_DEPARTURES
-        if _at(merged, "rounds.count") not in (None, 0, "0"):
-            world = _at(merged, "testbed.world") or method_class.testbed_world or ROUNDS_WORLD
-            rounds = _merge(ROUNDS_ON_TESTBED, ROUNDS_IN_WORLD.get(str(world), {}))
-            departures = _merge(departures, _merge(rounds, {"testbed": {"world": world}}))
-        departures = {
-            group: {k: v for k, v in settings.items() if f"{group}.{k}" not in hidden}
-            for group, settings in departures.items()
-        }
-        departures["method"] = {k: v for k, v in departures["method"].items() if k in known}
-        merged = _merge(departures, merged)
+        named = merged
+        merged = _merge(_own_defaults(method_class), _testbed_defaults(method_class, named))
+        for where, layer in layers:
+            merged = _merge(merged, _with_sources(layer, where))
     sources = {key: where for where, layer in layers for key in _leaves(layer)}
     config = _build(
         RunConfig,
@@ -530,6 +522,72 @@ def parse(argv: Sequence[str]) -> RunConfig:
     if not config.output:
         config = dataclasses.replace(config, output=f"runs/{_default_folder(config)}")
     return config
+
+
+def _own_defaults(method_class: type[Method]) -> dict[str, Any]:
+    """Settings that a method has defaults of its own for."""
+    return {} if method_class.default_lr is None else {"optim": {"lr": method_class.default_lr}}
+
+
+def _testbed_defaults(method_class: type[Method], named: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that have defaults of their own on the testbed. Args: named: what the user has given."""
+    known = {f.name for f in dataclasses.fields(method_class)}
+    hidden = {over for named_key, over in _GIVES_WAY.items() if _at(named, named_key) is not None}
+    departures = TESTBED_DEPARTURES
+    if _at(named, "rounds.count") not in (None, 0, "0"):
+        world = _at(named, "testbed.world") or method_class.testbed_world or ROUNDS_WORLD
+        rounds = _merge(ROUNDS_ON_TESTBED, ROUNDS_IN_WORLD.get(str(world), {}))
+        departures = _merge(departures, _merge(rounds, {"testbed": {"world": world}}))
+    departures = {
+        group: {k: v for k, v in settings.items() if f"{group}.{k}" not in hidden}
+        for group, settings in departures.items()
+    }
+    departures["method"] = {k: v for k, v in departures["method"].items() if k in known}
+    return departures
+
+
+@dataclass(frozen=True)
+class Override:
+    """A setting that is not at its default. `default` is None where the setting must be given."""
+
+    key: str
+    value: Any
+    default: Any
+    on_testbed: bool  # it is the testbed's own default
+
+    @property
+    def name(self) -> str:
+        """The last part of the key."""
+        return self.key.rpartition(".")[2]
+
+
+def overrides(config: RunConfig) -> list[Override]:
+    """The settings of a run that differ from the defaults, in the order of `--help`."""
+    plain = RunConfig(config.method, config.method_name).to_dict()
+    plain["method"] = {f.name: _plain(f.default) for f in dataclasses.fields(config.method) if f.init}
+    defaults = _leaves(_merge(plain, _own_defaults(type(config.method))))
+    given = {"rounds": {"count": config.rounds.count}, "testbed": {"world": config.testbed.world}}
+    testbed = _leaves(_testbed_defaults(type(config.method), given)) if config.on_testbed else {}
+    return [
+        Override(key, value, None if (d := defaults.get(key)) is dataclasses.MISSING else d, testbed.get(key) == value)
+        for key, value in _leaves(config.to_dict()).items()
+        if key not in ("method.name", "output", "dry_run") and value != defaults.get(key)
+    ]
+
+
+def rate_source(config: RunConfig) -> str:
+    """Where the learning rate comes from, in a few words."""
+    lr, own = config.optim.lr, type(config.method)
+    named = {"rounds": {"count": config.rounds.count}, "testbed": {"world": config.testbed.world}}
+    if config.on_testbed:
+        if lr == _testbed_defaults(own, named)["optim"]["lr"]:
+            return "the testbed's default"
+    elif own.default_lr is not None:
+        if lr == own.default_lr:
+            return f"the default of method {config.method_name}: {own.default_lr_source}"
+    elif lr == OptimConfig.lr:
+        return "prefopt's default for all methods without one of their own"
+    return "given as optim.lr"
 
 
 def sources(named: str | None) -> tuple[str, ...]:
@@ -611,6 +669,11 @@ def help_text(argv: Sequence[str]) -> str:
         method_class = registry.get(str(name))
         title = (method_class.__doc__ or "").strip().partition("\n")[0]
         groups.insert(0, (f"method {name}", title, _help_rows(method_class, "method.")))
+        own = {f"--{key}": f"{value:g}" for key, value in _leaves(_own_defaults(method_class)).items()}
+        groups = [
+            (group, about, [(row[0], row[1], own.get(row[0], row[2]), row[3]) for row in rows])
+            for group, about, rows in groups
+        ]
     methods = f"methods: {', '.join(registry.names())}, or a dotted module path"
     more = "" if name else " (--method NAME --help lists its own settings)"
     here = ", ".join(f"{key} {value}" for key, value in _leaves(TESTBED_DEPARTURES).items())
@@ -646,6 +709,8 @@ def _help_rows(cls: Any, prefix: str) -> list[_HelpRow]:
             return "|".join(map(str, args))
         if typing.get_origin(hint) is dict:
             return "TEXT"
+        if args and typing.get_origin(hint) in (types.UnionType, typing.Union):
+            return "|".join(dict.fromkeys(map(kind, args)))
         return kinds.get(hint) or (kind(args[0]) if args else "TEXT")
 
     texts: dict[str, str] = {}
@@ -889,9 +954,10 @@ def _unknown(layer: Mapping[str, Any], known: Sequence[str], where: str) -> Iter
 
 
 def _refuse_key(key: str, known: Sequence[str], where: str) -> ConfigError:
-    near = did_you_mean(key, known) or next(
-        (f"; did you mean '{k}'?" for k in known if k.rpartition(".")[2] == key.rpartition(".")[2]), ""
-    )
+    same_name = [k for k in known if "." in k and k.rpartition(".")[2] == key.rpartition(".")[2]]
+    near = other_names.ours(key, known)
+    if near is None or (len(same_name) == 1 and not other_names.is_whole(key)):
+        near = f"; did you mean '{same_name[0]}'?" if same_name else did_you_mean(key, known)
     return ConfigError(f"{_source(where, key)}: unknown setting{near or '; --help lists them all'}")
 
 
@@ -1002,7 +1068,8 @@ def _type_name(hint: Any) -> str:
     if hint in names:
         return names[hint]
     if typing.get_origin(hint) is Literal:
-        return "one of " + ", ".join(map(str, typing.get_args(hint)))
+        choices = typing.get_args(hint)
+        return "one of " + ", ".join(map(str, choices)) if len(choices) > 1 else str(choices[0])
     if typing.get_origin(hint) is tuple:
         kind = _type_name(typing.get_args(hint)[0]).removeprefix("a ")
         return f"a list of {kind}s" if kind != "text" else "a list"

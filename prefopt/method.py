@@ -29,6 +29,8 @@ class Method:
 
     ambiguous: ClassVar[tuple[str, ...]] = ()  # names that could mean this method or another one, and are refused
     testbed_world: ClassVar[str | None] = None  # the world of its rounds on the testbed; None: the usual one
+    default_lr: ClassVar[float | None] = None  # of optim.lr, where the usual one is not for this method
+    default_lr_source: ClassVar[str] = ""  # who trains with it, in a few words
 
     @property
     def needs(self) -> Needs:

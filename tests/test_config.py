@@ -40,6 +40,7 @@ def write(tmp_path, monkeypatch):
 def test_settings_when_nothing_else_is_given_then_are_the_dataclass_defaults():
     config = parse(REAL)
     assert config.method == registry.get("dpo")()
+    assert settings.overrides(config)[2:] == []
     assert (config.optim, config.train, config.eval) == (
         settings.OptimConfig(),
         settings.TrainConfig(),
@@ -201,7 +202,7 @@ def test_differences_when_an_adapter_has_dropout_then_the_cut_of_a_step_is_among
         ([*REAL, "--train.max_steps", "many"], "--train.max_steps: found 'many', expected a whole number or none"),
         ([*REAL, "--train.max_steps", "0"], "train.max_steps: found 0, expected a number > 0, or none"),
         ([*REAL, "--train.micro_batch", "0"], "train.micro_batch: found 0, expected a number > 0"),
-        ([*REAL, "--dry_run", "maybe"], "--dry_run: found 'maybe', expected true or false"),
+        ([*REAL, "--dry_run", "maybe"], "--dry_run: found 'maybe', expected true or false or config"),
         ([*REAL, "--data.columns", "x"], "--data.columns: found 'x', expected a mapping of keys to values"),
         (
             [*REAL, "--optim.args.betas", "[0.9"],

@@ -15,7 +15,7 @@ FLOORS = [
     ["__init__", "types", "redaction", "errors", "figures", "storage", "marks"],
     ["kernels"],
     ["thoughts", "method", "methods", "ranking", "registry", "losses"],
-    ["config", "infer_config", "data_config", "plan_config"],
+    ["config", "other_names", "infer_config", "data_config", "plan_config"],
     ["data"],
     ["engine"],
     ["testbed", "generation", "judges"],

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from prefopt.config import RunConfig
+from prefopt.config import RunConfig, rate_source
 from prefopt.engine.metrics import WALL_CLOCK_KEYS
 from prefopt.engine.runtime import versions
 from prefopt.figures import NOTHING, readable
@@ -73,6 +73,7 @@ def facts(
         f"{len(steps):,} steps, {sum(line['pairs'] for line in steps):,} pairs in them"
         + (f" ({readable(steps[-1]['epoch'])} epochs)." if steps and "epoch" in steps[-1] else "."),
     ]
+    data.append(f"Peak learning rate: {readable(config.optim.lr)}, {rate_source(config)}.")
     if evaluations and "pairs" in evaluations[-1]:
         data.append(f"Held-out pairs: {evaluations[-1]['pairs']:,}.")
     return Facts(

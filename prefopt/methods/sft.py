@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from prefopt.method import Method
 from prefopt.types import LossOutput, Needs, PairBatch, PairStats, Term
@@ -27,6 +27,10 @@ def sft(chosen_logps: torch.Tensor) -> torch.Tensor:
 @dataclass(frozen=True)
 class SFT(Method):
     """Token negative log-likelihood of the chosen completion, averaged over the tokens of the global batch."""
+
+    # 2e-5 for the 7B and 13B models of Tülu 2 (arXiv 2311.10702, appendix), and for Alpaca's and Zephyr's
+    default_lr: ClassVar[float | None] = 2e-5
+    default_lr_source: ClassVar[str] = "Tülu 2, arXiv 2311.10702"
 
     @property
     def needs(self) -> Needs:

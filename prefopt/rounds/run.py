@@ -135,6 +135,10 @@ class Rounds:
         self.finish()
         return 0
 
+    def prompts_of_rounds(self) -> list[int]:
+        """How many prompts each round has."""
+        return [len(part) for part in self._slices]
+
     def data_hashes(self) -> dict[str, str]:
         """What the prompts are, in which rounds they are used, and which are held out."""
         assert self.held_out is not None
