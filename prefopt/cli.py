@@ -615,6 +615,8 @@ def _fit(
     say(f"policy: {name}, {parameters:,} parameters{of_them}, {threads} thread(s) per process; output: {output}")
     if config.model.attention == "sdpa" and adapters.base_of(lm).config._attn_implementation == "eager":
         say(f"attention: eager, since {name} computes what SDPA cannot (a soft-cap of attention, say)")
+    for line in adapters.remarks(lm):
+        say(line)
     if task.reference is not None:
         say(f"reference: {adapters.describe(task.reference, task.start, config)}")
     if config.model.dtype == "bfloat16" and not adapter:

@@ -51,6 +51,8 @@ class ModelConfig:
     """Recompute activations in the backward pass: less memory, more time."""
     offload_activations: bool = False
     """Keep what the backbone saves for the backward pass in the host's memory: less on the GPU, more time."""
+    router_aux_weight: float | None = None
+    """Of a mixture-of-experts: coefficient of its routers' load-balancing loss. None: the one in the model's config."""
     trust_remote_code: bool = False
     """Run model code that comes with the weights."""
 
@@ -1142,6 +1144,13 @@ def _validate(config: RunConfig) -> None:
         "optim.warmup_steps",
         config.optim.warmup_steps,
         "a number >= 0, or none",
+    )
+    router = config.model.router_aux_weight
+    need(
+        router is None or 0 <= router < float("inf"),
+        "model.router_aux_weight",
+        router,
+        "a number >= 0 (0: the loss is left out), or none",
     )
     need(config.kernel.cache_mb >= 0, "kernel.cache_mb", config.kernel.cache_mb, "a number >= 0 (0: none is kept)")
     need(config.optim.clip >= 0, "optim.clip", config.optim.clip, "a number >= 0 (0: no clipping)")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import enum
+import re
 import textwrap
 import warnings
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ import torch
 from torch import nn
 
 from prefopt.config import LoraConfig, ModelConfig, RunConfig
-from prefopt.engine import models, quantized, weight_files
+from prefopt.engine import experts, models, quantized, towers, weight_files
 from prefopt.errors import ConfigError, TrainError, did_you_mean
 from prefopt.kernels.head import make_head_aware, make_score_precise
 
@@ -273,9 +274,22 @@ def _check_with_adapter(lora: LoraConfig, start: Weights) -> None:
 
 def _check_modules(lora: LoraConfig, lm: PreTrainedModel) -> None:
     """Every name must be a module of the model that can be trained in the way that is asked for."""
-    modules = dict(lm.named_modules())
+    unread = towers.unreached(lm)
+    modules = {name: module for name, module in lm.named_modules() if not towers.within(name, unread)}
     head = _head(lm)
     leaves = sorted({name.rpartition(".")[2] for name, module in modules.items() if is_linear(module)})
+    for key, targets in (("target_modules", lora.target_modules), ("modules_to_save", lora.modules_to_save)):
+        for target in targets:
+            out = {
+                part
+                for part in unread
+                if any(n.endswith(target) for n, _ in lm.named_modules() if towers.within(n, (part,)))
+            }
+            if out and not any(name.endswith(target) for name in modules):
+                raise ConfigError(
+                    f"lora.{key}: '{target}' is a part that text does not reach ({', '.join(sorted(out))}), "
+                    "expected one of the text model"
+                )
     for target in lora.target_modules:
         hit = [module for name, module in modules.items() if name == target or name.endswith(f".{target}")]
         if not hit:
@@ -334,7 +348,9 @@ def load_policy(
     load = models.load_scorer if config.method.needs.output == "scores" else models.load_model
     torch.manual_seed(config.seed)
     if not trained:
-        return load(str(resume_from or start.base), start.base_settings(config.model))
+        lm = load(str(resume_from or start.base), start.base_settings(config.model))
+        towers.freeze(lm, towers.unreached(lm))
+        return lm
     lm = load(start.base, start.base_settings(config.model))
     settings = start.adapter or _settings(config.lora, lm, start.revision)
     settings = dataclasses.replace(settings, lora_dropout=config.lora.dropout)
@@ -349,6 +365,7 @@ def load_policy(
 def attached(lm: Any, config: RunConfig, start: Weights) -> Any:
     """A model whose weights do not matter, with an adapter like the run's, or as it is where the run has none."""
     if config.lora.r is None and start.adapter is None:
+        towers.freeze(lm, towers.unreached(lm))
         return lm
     quantized.hush()
     return _attach(lm, start.adapter or _settings(config.lora, lm, start.revision), None, config.model)
@@ -367,8 +384,12 @@ def _settings(lora: LoraConfig, lm: PreTrainedModel, revision: str | None) -> An
     import peft
 
     assert lora.r is not None
-    head = _head(lm)
-    all_linear = {name.rpartition(".")[2] for name, m in lm.named_modules() if is_linear(m) and m is not head}
+    head, unread = _head(lm), towers.unreached(lm)
+    all_linear = {
+        name.rpartition(".")[2]
+        for name, m in lm.named_modules()
+        if is_linear(m) and m is not head and not towers.within(name, unread)
+    }
     return peft.LoraConfig(
         task_type=CLASSIFIER if hasattr(lm, "score") else "CAUSAL_LM",
         r=lora.r,
@@ -377,6 +398,7 @@ def _settings(lora: LoraConfig, lm: PreTrainedModel, revision: str | None) -> An
         lora_dropout=lora.dropout,
         target_modules=list(lora.target_modules) or sorted(all_linear - {*lora.modules_to_save}),
         modules_to_save=list(lora.modules_to_save) or None,
+        exclude_modules="|".join(rf"{re.escape(part)}(\..*)?" for part in unread) or None,
         revision=revision,
     )
 
@@ -403,6 +425,7 @@ def _attach(
     """
     import peft
 
+    unread = towers.unreached(lm)
     classifies = hasattr(lm, "score")
     if classifies:  # peft adds the names that a classifier's head may have to those that are trained whole
         saved = {*(settings.modules_to_save or ())} - {"classifier", "score"}
@@ -430,6 +453,7 @@ def _attach(
         )
     if weights is not None:
         _fill(adapted, _POLICY, weights, model, key)
+    towers.freeze(adapted.get_base_model(), unread)
     return adapted
 
 
@@ -518,6 +542,13 @@ def describe_policy(lm: Any) -> str:
     quantize = {q for m in lm.modules() if (q := quantized.kind(m)) is not None}
     held = "".join(f"the others' matrices held in {kind}, " for kind in sorted(quantize))
     return f"{held}{trained:,} of them trained (LoRA r {settings.r}, alpha {settings.lora_alpha} on {names}{saved})"
+
+
+def remarks(lm: Any) -> list[str]:
+    """What a run's first lines say of the parts of a model that are not trained, or take no adapter."""
+    base = base_of(lm)
+    unread = towers.unreached(base)
+    return ([towers.describe(base, unread)] if unread else []) + experts.remark(lm, base)
 
 
 def tensors(lm: Any) -> dict[str, torch.Tensor]:

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from prefopt.engine.runtime import Runtime
 
 
+_ACCUMULATE = "grad_accum_dtype"  # DeepSpeed's name of what gradients add up in
+
+
 def make_engine(runtime: Runtime, config: RunConfig) -> Engine:
     """The engine that the launcher started.
 
@@ -66,6 +69,8 @@ class Engine:
     def __init__(self, runtime: Runtime, config: RunConfig) -> None:
         self.runtime, self.config = runtime, config
         self.accelerator = runtime.accelerator
+        self._sums: dict[nn.Parameter, torch.Tensor] = {}  # of the step's gradients in 16 bits, in float32
+        self._adds = False  # whether gradients go there
 
     def prepare(self, policy: Policy, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, Any]:
         """(the wrapped policy, the wrapped optimizer).
@@ -78,6 +83,7 @@ class Engine:
         names = {id(p): name for name, p in policy.lm.named_parameters()}
         self._order = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
         self.model, self.optimizer = self.accelerator.prepare(policy, optimizer)
+        self._accumulate_in_float32()
         mine, whole, what = self.held()
         if what:
             say(f"{self.runtime.engine}: this process holds {mine:,} of {whole:,} entries of the {what}")
@@ -91,10 +97,34 @@ class Engine:
 
     def micro_batch(self, last: bool) -> contextlib.AbstractContextManager[Any]:
         """Around forward and backward of a micro-batch; gradients travel with the last one."""
-        return contextlib.nullcontext() if last else self.accelerator.no_sync(self.model)
+        self._adds = not last or bool(self._sums)
+        alone = last and not self._sums  # sums in float32 travel by themselves
+        return contextlib.nullcontext() if alone else self.accelerator.no_sync(self.model)
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
         self.accelerator.backward(loss)
+        if last and self._sums:
+            for weight in filter(_is_narrow, self._of_optimizer()):
+                total = self._sums.pop(weight, None)
+                total = torch.zeros_like(weight, dtype=torch.float32) if total is None else total
+                weight.grad = (self.runtime.sum(total) / self.runtime.world).to(weight.dtype)
+
+    def _accumulate_in_float32(self) -> None:
+        """Let the gradients of weights in 16 bits add up in float32, and be rounded once, after the last micro-batch.
+
+        Added to each other in bfloat16, what is less than a 256th of a sum is lost.
+        """
+
+        def add(weight: torch.Tensor) -> None:
+            if self._adds and weight.grad is not None:
+                if weight in self._sums:
+                    self._sums[weight] += weight.grad
+                else:
+                    self._sums[weight] = weight.grad.float()
+                weight.grad = None
+
+        for weight in filter(_is_narrow, self._of_optimizer()):
+            weight.register_post_accumulate_grad_hook(add)
 
     def clip(self, limit: float) -> float | None:
         """Clip the gradient and return its norm over all parameters; None where the step does both."""
@@ -115,6 +145,7 @@ class Engine:
 
     def forget_gradients(self) -> None:
         """After a step, or for one that is given up."""
+        self._sums.clear()
         self.optimizer.zero_grad(set_to_none=True)
 
     # Weights and state; all processes together
@@ -169,19 +200,29 @@ class Fsdp2Engine(Engine):
 
     def __init__(self, runtime: Runtime, config: RunConfig) -> None:
         super().__init__(runtime, config)
-        mixed = config.train.mixed_precision
+        bf16 = config.train.mixed_precision == "bf16"
         plugin: Any = self.accelerator.state.fsdp_plugin
-        if mixed == "bf16":
+        if bf16 or config.model.dtype == "bfloat16":
             from torch.distributed.fsdp import MixedPrecisionPolicy
 
-            # accelerate's own choice would round the statistics to bfloat16 on their way out
+            # accelerate's own choice would round the statistics to bfloat16 on their way out; gradients add up, over
+            # micro-batches and ranks, in what they are reduced in
             plugin.mixed_precision_policy = MixedPrecisionPolicy(
-                param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=None, cast_forward_inputs=False
+                param_dtype=torch.bfloat16 if bf16 else None,
+                reduce_dtype=torch.float32,
+                output_dtype=None,
+                cast_forward_inputs=False,
             )
 
     @property
     def shards(self) -> bool:
         return True
+
+    def _accumulate_in_float32(self) -> None:
+        """The mixed-precision policy does."""
+
+    def micro_batch(self, last: bool) -> contextlib.AbstractContextManager[Any]:
+        return contextlib.nullcontext() if last else self.accelerator.no_sync(self.model)
 
     def held(self) -> tuple[int, int, str]:
         return _held_weights(self.policy)
@@ -235,6 +276,12 @@ class ZeroEngine(Engine):
         settings["gradient_clipping"] = config.optim.clip  # left out, accelerate would put 1.0 there
         settings["zero_allow_untested_optimizer"] = True
         settings["steps_per_print"] = 10**9
+        types = settings.setdefault("data_types", {})
+        if types.get(_ACCUMULATE, "fp32") != "fp32":
+            say(
+                f"DeepSpeed's data_types.{_ACCUMULATE}: found {types[_ACCUMULATE]}, fp32 is used: sums of 16 bits drift"
+            )
+        types[_ACCUMULATE] = "fp32"  # left out, DeepSpeed takes that of the weights
 
     @property
     def shards(self) -> bool:
@@ -243,7 +290,7 @@ class ZeroEngine(Engine):
     def held(self) -> tuple[int, int, str]:
         if self.stage == 3:
             return _held_weights(self.policy)
-        mine = sum(flat.numel() for flat in self.model.optimizer.single_partition_of_fp32_groups)
+        mine = sum(flat.numel() for flat in self._partitions)
         return mine, sum(p.numel() for p in self.trained()), "optimizer's state"
 
     def micro_batch(self, last: bool) -> contextlib.AbstractContextManager[Any]:
@@ -289,6 +336,16 @@ class ZeroEngine(Engine):
         with models.gathered_tensors([weight], from_first=True):
             weight.data.copy_(whole)
 
+    def _accumulate_in_float32(self) -> None:
+        """DeepSpeed does, as its settings say."""
+
+    @property
+    def _partitions(self) -> list[torch.Tensor]:
+        """What this process holds of the trained weights in 32 bits, one after the other."""
+        names = ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition")
+        optimizer = self.model.optimizer  # of ZeRO-3; of 1 and 2; of 1 where weights have fewer bits
+        return next(getattr(optimizer, name) for name in names if hasattr(optimizer, name))
+
     @property
     def _inner(self) -> torch.optim.Optimizer:
         inner: torch.optim.Optimizer = self.model.optimizer.optimizer
@@ -320,11 +377,7 @@ class ZeroEngine(Engine):
 
         if not state:
             return
-        optimizer = self.model.optimizer
-        partitions = (
-            optimizer.fp32_partitioned_groups_flat if self.stage == 3 else optimizer.single_partition_of_fp32_groups
-        )
-        for number, flat in enumerate(partitions):
+        for number, flat in enumerate(self._partitions):
             with self._read_from_disk(number):
                 self._inner.state[flat] = {
                     name: torch.zeros_like(flat) if _per_weight(value) else _copy(value)
@@ -355,6 +408,10 @@ class ZeroEngine(Engine):
             weights = adapters.saved_weights(self.policy.lm, folder)
             for name, parameter in zip(self._order, self.trained(), strict=True):
                 safe_set_full_fp32_param(parameter, weights[name].to(self.runtime.device, torch.float32))
+
+
+def _is_narrow(weight: torch.Tensor) -> bool:
+    return weight.dtype in (torch.bfloat16, torch.float16)
 
 
 def _per_weight(value: Any) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any, cast
@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from prefopt.config import KernelConfig
-from prefopt.engine import adapters
+from prefopt.engine import adapters, experts
 from prefopt.engine.attention import Kind, Rows, attention_kind
 from prefopt.engine.logits import head_scaling
 from prefopt.errors import TrainError
@@ -110,13 +110,17 @@ class Scorer(Policy):
         position_ids: torch.Tensor,
         last_index: torch.Tensor,
         units: np.ndarray | None = None,
-    ) -> torch.Tensor:
-        """The score of each sequence, (S,), in float32 or better. Args: as in PairBatch."""
+        token_weights: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, ...]:
+        """The score of each sequence, (S,), in float32 or better, and the routing where token weights are given.
+
+        Args: as in PairBatch, and as in `experts.routing`.
+        """
         rows = Rows(input_ids, attention_mask, position_ids, units)
         with self.saving:
-            hidden = _scored_states(self.lm, self.attention, rows, last_index)
+            hidden, routing = _states_and_routing(self.lm, self.attention, rows, last_index, token_weights)
         head: Any = adapters.base_of(self.lm).score
-        return head(hidden, precise=True).squeeze(-1)
+        return (head(hidden, precise=True).squeeze(-1), *routing)
 
 
 class ReferenceHead(nn.Module):
@@ -187,17 +191,20 @@ class PolicyWithReference(Policy):
         want: tuple[str, ...],
         units: np.ndarray | None = None,
         ref_hidden: torch.Tensor | None = None,
+        token_weights: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor | None, ...]:
         """Token statistics of the scored positions, in the order of TokenStats, each (N,) or None.
 
-        Args: as in PairBatch; `want` names statistics beside the policy's log-probability.
+        Behind them the policy's routing where token weights are given.
+
+        Args: as in PairBatch, and as in `experts.routing`; `want` names statistics beside the policy's log-probability.
         """
         rows = Rows(input_ids, attention_mask, position_ids, units)
         reads = bool(set(want) & {"ref_logp", "kl", "reverse_kl"})
         live = reads and ref_hidden is None  # before the policy, whose activations are then not held beside its own
         ref = self._reference_request(rows, score_index) if live else {}
         with self.saving:
-            hidden = _scored_states(self.lm, self.attention, rows, score_index)
+            hidden, routing = _states_and_routing(self.lm, self.attention, rows, score_index, token_weights)
         if reads and not live:  # after it, when an engine that shards has gathered a head that is the policy's too
             ref = self._reference_request(rows, score_index, ref_hidden)
         scale, softcap = self._scaling
@@ -212,7 +219,7 @@ class PolicyWithReference(Policy):
             **ref,
         )
         head = cast(StatsLinear, self.lm.get_output_embeddings())
-        return head(hidden, request=request)
+        return (*head(hidden, request=request), *routing)
 
     def _reference_request(
         self, rows: Rows, score_index: torch.Tensor, hidden: torch.Tensor | None = None
@@ -260,8 +267,30 @@ def _backbone(lm: PreTrainedModel) -> nn.Module:
 
 def _scored_states(lm: PreTrainedModel, kind: Kind, rows: Rows, score_index: torch.Tensor) -> torch.Tensor:
     """Final hidden states of the scored positions only, (N, H): no other position reaches the head."""
-    hidden = _backbone(lm)(**rows.arguments(kind, lm.dtype), use_cache=False).last_hidden_state
-    return hidden.flatten(0, 1).index_select(0, score_index)
+    return _states_and_routing(lm, kind, rows, score_index)[0]
+
+
+def _states_and_routing(
+    lm: PreTrainedModel,
+    kind: Kind,
+    rows: Rows,
+    score_index: torch.Tensor,
+    token_weights: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+    """The same, and the members of `experts.Routing` where token weights are given."""
+    asked = {} if token_weights is None else {"output_router_logits": True}
+    outputs = _backbone(lm)(**rows.arguments(kind, lm.dtype), use_cache=False, **asked)
+    hidden = outputs.last_hidden_state.flatten(0, 1).index_select(0, score_index)
+    if token_weights is None:
+        return hidden, ()
+    logits = getattr(outputs, "router_logits", None)
+    if not logits:
+        raise TrainError(
+            f"model.router_aux_weight: {type(adapters.base_of(lm)).__name__} returns no logits of its routers, expected "
+            "some for their load-balancing loss (--model.router_aux_weight 0 leaves it out)"
+        )
+    found = experts.routing(logits, adapters.base_of(lm).config, token_weights)
+    return hidden, (found.chosen, found.probabilities, found.tokens)
 
 
 def scored_states(lm: PreTrainedModel, kind: Kind, batch: PairBatch) -> torch.Tensor:
@@ -279,41 +308,69 @@ def token_stats_of(model: Callable[..., Any], batch: PairBatch, want: tuple[str,
         want: statistics beside the policy's log-probability; see TokenStats. The reference's log-probability is taken
             from the batch where that has it.
     """
+    return _token_stats(model, batch, want)[0]
+
+
+def _token_stats(
+    model: Callable[..., Any], batch: PairBatch, want: tuple[str, ...], **more: Any
+) -> tuple[TokenStats, Sequence[torch.Tensor]]:
+    """(token statistics, what the model returns behind them)."""
     kept = batch.ref_logps if "ref_logp" in want else None
     if kept is not None:
         want = tuple(name for name in want if name != "ref_logp")
-    found = TokenStats(
-        *model(
-            input_ids=batch.input_ids,
-            attention_mask=batch.attention_mask,
-            position_ids=batch.position_ids,
-            score_index=batch.score_index,
-            labels=batch.labels,
-            want=want,
-            units=batch.units,
-            ref_hidden=batch.ref_hidden,
-        )
+    returned = model(
+        input_ids=batch.input_ids,
+        attention_mask=batch.attention_mask,
+        position_ids=batch.position_ids,
+        score_index=batch.score_index,
+        labels=batch.labels,
+        want=want,
+        units=batch.units,
+        ref_hidden=batch.ref_hidden,
+        **more,
     )
-    return found if kept is None else replace(found, ref_logp=kept.to(found.logp.dtype))
+    members = len(fields(TokenStats))
+    found = TokenStats(*returned[:members])
+    return found if kept is None else replace(found, ref_logp=kept.to(found.logp.dtype)), returned[members:]
 
 
 def scores_of(model: Callable[..., Any], batch: PairBatch) -> torch.Tensor:
     """The score of each sequence, (S,). Args: model: a Scorer, wrapped or not; batch: on the model's device."""
+    return _scores(model, batch)[0]
+
+
+def _scores(model: Callable[..., Any], batch: PairBatch, **more: Any) -> tuple[torch.Tensor, ...]:
     return model(
         input_ids=batch.input_ids,
         attention_mask=batch.attention_mask,
         position_ids=batch.position_ids,
         last_index=batch.last_index,
         units=batch.units,
+        **more,
     )
 
 
 def pair_stats(model: Callable[..., Any], batch: PairBatch, want: tuple[str, ...]) -> PairStats:
     """What a loss reads of a batch: token statistics summed per completion, or scores, where those are wanted."""
+    return _pair_stats(model, batch, want)[0]
+
+
+def pair_stats_and_routing(
+    model: Callable[..., Any], batch: PairBatch, want: tuple[str, ...]
+) -> tuple[PairStats, experts.Routing]:
+    """The same, and what the policy's routers did in this pass."""
+    stats, routing = _pair_stats(model, batch, want, token_weights=experts.token_weights(batch))
+    return stats, experts.Routing(*routing)
+
+
+def _pair_stats(
+    model: Callable[..., Any], batch: PairBatch, want: tuple[str, ...], **more: Any
+) -> tuple[PairStats, Sequence[torch.Tensor]]:
     if want != SCORES:
-        return sum_by_sequence(token_stats_of(model, batch, want), batch)
-    scores, pairs = scores_of(model, batch), batch.pairs
-    return PairStats(
+        tokens, behind = _token_stats(model, batch, want, **more)
+        return sum_by_sequence(tokens, batch), behind
+    (scores, *behind), pairs = _scores(model, batch, **more), batch.pairs
+    stats = PairStats(
         None,
         None,
         batch.chosen_lengths,
@@ -321,6 +378,7 @@ def pair_stats(model: Callable[..., Any], batch: PairBatch, want: tuple[str, ...
         chosen_scores=scores[:pairs],
         rejected_scores=None if batch.rejected_lengths is None else scores[pairs:],
     )
+    return stats, behind
 
 
 def sum_by_sequence(tokens: TokenStats, batch: PairBatch) -> PairStats:

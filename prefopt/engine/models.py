@@ -18,7 +18,7 @@ from torch import nn
 
 from prefopt import storage
 from prefopt.config import ModelConfig
-from prefopt.engine import quantized, sizes, weight_files
+from prefopt.engine import experts, quantized, sizes, weight_files
 from prefopt.errors import TrainError, did_you_mean
 
 if TYPE_CHECKING:
@@ -229,6 +229,7 @@ def _load(
     check(loaded, model)
     quantized.settle(model)
     _forget_padding(model)
+    experts.follow_autocast(model)
     align(model)
     bad = not_finite(model)
     if bad is not None:

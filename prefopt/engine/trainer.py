@@ -22,7 +22,7 @@ from prefopt.data.encode import check_row_structure
 from prefopt.data.loader import Batches, Shares
 from prefopt.data.pairs import BLOCK, facts, fed_tokens, padded_lengths
 from prefopt.data.report import show_batch
-from prefopt.engine import adapters, card, check, checkpoint, compiling, export, models, offload, parts
+from prefopt.engine import adapters, card, check, checkpoint, compiling, experts, export, models, offload, parts
 from prefopt.engine.best import Selection
 from prefopt.engine.budget import Budget
 from prefopt.engine.engines import make_engine
@@ -30,6 +30,7 @@ from prefopt.engine.forward import (
     Policy,
     PolicyWithReference,
     pair_stats,
+    pair_stats_and_routing,
     statistics_for,
     statistics_to_evaluate,
     to_device,
@@ -129,6 +130,9 @@ class Trainer:
         self.layouts, note = choose_layouts(config, self.policy, runtime.device, self.engine.inside)
         if note is not None:
             say(note)
+        self.router_weight = experts.router_weight(self.policy.config, config.model.router_aux_weight)
+        if self.router_weight:
+            say(f"router: its load-balancing loss is added, times {self.router_weight:g} (model.router_aux_weight)")
         if config.train.compile:
             compiling.compile_layers(self.policy.backbone)
         whole = self.train.grouped
@@ -227,6 +231,7 @@ class Trainer:
         counted = self.train.counted_pairs(step) if grouped else len(pairs_of_step)
         counts = self._global_counts([batch for _, batch in batches], counted)
         meter, want = Meter(), statistics_for(self.needs)
+        routed = self._routing_of_step([batch for _, batch in batches])
         broken: list[tuple[torch.Tensor, PairBatch]] = []
         tokens = torch.zeros(4, dtype=torch.float64)  # pairs, scored tokens, tokens fed, cells that hold a token or not
         for index, (_, batch) in enumerate(batches):
@@ -237,12 +242,21 @@ class Trainer:
             last = index == len(batches) - 1
             with self.engine.micro_batch(last):
                 batch = to_device(batch, runtime.device)
-                stats = pair_stats(self.model, batch, want)
+                if self.router_weight:
+                    stats, routing = pair_stats_and_routing(self.model, batch, want)
+                else:
+                    stats = pair_stats(self.model, batch, want)
                 output = self.method.loss(stats, batch)
                 loss = sum(
                     (term.weight * term.value.sum() / counts[term.name] for term in output.terms),
                     start=output.terms[0].value.new_zeros(()),
                 )
+                if self.router_weight:
+                    chosen, of_step = routed or (routing.chosen, routing.tokens)
+                    balance = experts.balance_loss(routing, chosen, of_step)
+                    loss = loss + self.router_weight * balance
+                    passes = balance.new_full((1,), 1 / (len(batches) * runtime.world))
+                    meter.add({"aux_loss": (balance.detach()[None], passes)})
                 self.engine.backward(loss * runtime.world, last)  # engines average over processes
             meter.add(_terms(output) | shared_metrics(stats) | dict(output.metrics))
             broken.append((_not_finite(output), batch))
@@ -270,7 +284,7 @@ class Trainer:
         line: dict[str, Any] = {"step": step + 1, "split": "train"}
         if self.train.steps_per_epoch:
             line["epoch"] = self.train.epochs(step + 1)
-        line |= {"loss": _total_loss(output, averages)}
+        line |= {"loss": _total_loss(output, averages) + self.router_weight * averages.get("aux_loss", 0.0)}
         line |= {
             name: value for name, value in averages.items() if len(output.terms) > 1 or not name.startswith("loss/")
         }
@@ -283,6 +297,33 @@ class Trainer:
         if torch.cuda.is_available():
             line["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 2**30
         return line
+
+    @torch.no_grad()
+    def _routing_of_step(self, batches: Sequence[PairBatch]) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """How often each expert is chosen in a step, and of how many tokens, for the router's loss.
+
+        The loss is a product of two averages over the step, so a pass needs the first one of all passes: they are made
+        once without gradients. None where one pass is the step.
+        """
+        if not self.router_weight or (len(batches) == 1 and self.runtime.world == 1):
+            return None
+        self.model.eval()  # no dropout, which would draw numbers
+        total: torch.Tensor | None = None
+        for batch in batches:
+            batch = to_device(batch, self.runtime.device)
+            if self.needs.output != "scores":  # no position for the head
+                none = batch.score_index[:0]
+                batch = replace(
+                    batch, score_index=none, labels=none, sequence_index=none, ref_logps=None, ref_hidden=None
+                )
+            want = statistics_for(self.needs) if self.needs.output == "scores" else ()
+            found = pair_stats_and_routing(self.model, batch, want)[1].packed().double()
+            total = found if total is None else total + found
+        self.model.train()
+        assert total is not None
+        total = self.runtime.sum(total)
+        experts_there = (len(total) - 1) // 2
+        return total[:experts_there], total[-1]
 
     def _seconds_since(self, began: float) -> float:
         """The same on all processes where the run's end depends on it."""

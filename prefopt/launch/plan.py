@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from prefopt.config import RunConfig
-from prefopt.engine import adapters, layouts, models
+from prefopt.engine import adapters, layouts, models, towers
 from prefopt.engine.forward import statistics_for
 from prefopt.errors import ConfigError
 from prefopt.kernels.token_stats import TILES
@@ -201,7 +201,7 @@ def _saved(
     with torch.device("meta"):
         lm = adapters.attached(_hollow(short, config, dtype), config, start)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        _off_meta(lm)
+        towers.off_meta(lm)
         weights = {p.untyped_storage()._cdata for p in lm.parameters()}
 
         def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -224,18 +224,6 @@ def _saved(
         linear: list[Any] = [m for m in run[0].modules() if adapters.is_linear(m)]
         casts = 2 * sum(m.weight.numel() for m in linear) if rounded else 0
     return Saved((layer_bytes - casts) * layers, max(0, outside), casts * layers)
-
-
-def _off_meta(lm: nn.Module) -> None:
-    """Empty tensors in the place of those on the meta device, where attention would not be that of a real device."""
-    made: dict[int, nn.Parameter] = {}
-    for module in lm.modules():
-        for name, p in module._parameters.items():
-            if p is not None and id(p) not in made:
-                made[id(p)] = nn.Parameter(torch.empty(p.shape, dtype=p.dtype), requires_grad=p.requires_grad)
-            module._parameters[name] = None if p is None else made[id(p)]
-        for name, buffer in module._buffers.items():
-            module._buffers[name] = None if buffer is None else torch.empty(buffer.shape, dtype=buffer.dtype)
 
 
 # Memory --------------------------------------------------------------------------------------------------------------
@@ -287,13 +275,16 @@ def memory(config: RunConfig, model: Model, batch: Batch, engine: str, gpus: int
 
     # gradients, and what they travel in
     grad = narrow if zero else trained_bytes
+    # micro-batches add up in 32 bits, whatever weights are held in; ZeRO-1 holds the last one's beside their sum
+    added = 4.0 if zero or accumulates else float(grad)
+    added += grad if zero == 1 and grad < 4 else 0
     # FSDP2 cuts them when they are sent, with the last micro-batch of a step
     together = engine == "fsdp2" and not accumulates
-    gradients = grad * model.trained / (ranks if zero >= 2 or together else 1)
+    gradients = added * model.trained / (ranks if zero >= 2 or together else 1)
     buffers = 0.0
     ends = model.head if model.tied else model.embedding + model.head
     if engine == "ddp":
-        buffers = gradients  # buckets of the same size
+        buffers = grad * model.trained  # buckets of the same size
     elif zero in (1, 2):
         twice = zero == 2 and how.get("overlap", True)  # as configs/deepspeed/zero2.json has it
         buffers = grad * bucket * (1 + twice)

@@ -95,7 +95,9 @@ def test_run_in_bf16_is_near_the_run_of_one_process(engine, server, command, tas
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "lora", [{}, LORA, {"reference__sync_every": 2, "train__file_mb": 0.02}], ids=["full", "lora", "moving"]
+    "lora",
+    [{}, LORA, {"reference__sync_every": 2, "train__file_mb": 0.02}, {"train__mixed_precision": "bf16"}],
+    ids=["full", "lora", "moving", "bf16"],
 )
 @pytest.mark.parametrize("engine", ENGINES)
 def test_run_when_killed_and_continued_under_the_same_engine_ends_bit_identical(

@@ -1,0 +1,39 @@
+"""A multimodal wrapper trained on text by two ranks: the run of one, and a vision tower that is exported as it came."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from prefopt.engine.metrics import read_lines
+from tests.dist.test_engines import alone, update_gap, weights  # noqa: F401 - a fixture
+from tests.engine.test_towers import TOWERS, tiny_gemma3
+
+SGD = {"train__max_steps": 3, "train__save_every": 3, "eval__every": 3, "optim__name": "sgd", "optim__lr": 0.1}
+
+
+@pytest.fixture(scope="module")
+def wrapper(task, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wrapper") / "model"
+    tiny_gemma3(len(task.tokenizer)).save_pretrained(folder)
+    task.tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("engine", ["ddp", "zero3", "fsdp2"])
+def test_wrapper_is_trained_as_by_one_process_and_its_towers_are_exported_as_they_came(
+    engine, server, command, alone, wrapper, tmp_path  # noqa: F811
+):
+    settings = {**SGD, "model__path": wrapper}
+    straight = alone("dpo", **settings)
+    ended = server.train(command("dpo", tmp_path / "run", **settings), ranks=2, engine=engine)
+    assert ended.status == 0, ended.err
+    assert ended.out.count("which text does not reach") == 1
+    for mine, other in zip(*(read_lines(o / "metrics.jsonl") for o in (tmp_path / "run", straight)), strict=True):
+        assert mine["loss"] == pytest.approx(other["loss"], rel=1e-5), mine["step"]
+    start = load_file(wrapper / "model.safetensors")
+    expected, found = weights(straight), weights(tmp_path / "run")
+    assert expected.keys() == found.keys() == start.keys()
+    assert update_gap(expected, found, start) <= 1e-3
+    of_towers = [name for name in start if any(tower.rpartition(".")[2] in name for tower in TOWERS)]
+    assert len(of_towers) > 10
+    assert all(torch.equal(found[name], start[name]) for name in of_towers)
