@@ -69,6 +69,7 @@ def _answer(command: str, argv: Sequence[str], help_text: Callable[[], str], run
             with contextlib.suppress(BrokenPipeError):
                 print(help_text())
             return 0
+        rt.hush_deepspeed()
         return run()
 
     return answered(command, argv, helped)

@@ -180,7 +180,7 @@ class TrainConfig:
     join_seconds: float = 300.0
     """Seconds that processes wait for each other at the start."""
     threads: int | None = None
-    """CPU threads per process. None: 1 for models under 3M parameters, else cores / processes."""
+    """CPU threads per process. None: OMP_NUM_THREADS, else 1 for models under 3M parameters, else cores / processes."""
     show_batch: bool = False
     """Print the first batch, decoded, with its masks."""
     check_first_batch: bool = True

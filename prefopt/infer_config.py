@@ -51,6 +51,8 @@ class InferConfig:
     """JSONL file or folder. None: the terminal for strategy plain with a model, else a folder named by the settings."""
     seed: int = 0
     """Of all samples."""
+    threads: int | None = None
+    """CPU threads. None: OMP_NUM_THREADS, else 1 for models under 3M parameters, else all cores."""
     model: ModelConfig = field(default_factory=ModelConfig)
     generate: GenerateConfig = field(default_factory=GenerateConfig)
     judge: JudgeConfig = field(default_factory=JudgeConfig)
@@ -83,9 +85,15 @@ class InferConfig:
 # What answers on the testbed depart in: a response is three words and a terminator.
 TESTBED_DEPARTURES: dict[str, Any] = {"limit": 64, "generate": {"max_tokens": 4, "batch": 512}}
 # Settings of a run's groups that nothing reads here.
-_UNREAD = ("generate.logprobs", "model.gradient_checkpointing", "testbed.pairs", "testbed.eval_pairs")
+_UNREAD = (
+    "generate.logprobs",
+    "model.gradient_checkpointing",
+    "model.router_aux_weight",
+    "testbed.pairs",
+    "testbed.eval_pairs",
+)
 # Settings that may change between the attempts at one run, beside those of any run.
-FREE_TO_CHANGE = ("thought",)
+FREE_TO_CHANGE = ("thought", "threads")
 _ABOUT = {
     "--config": ("FILE", "YAML file of settings; flags take precedence over it."),
     "--model": (
@@ -163,7 +171,7 @@ def _completed(found: InferConfig, named: bool) -> InferConfig:
     n = usual.n if found.n is None else found.n
     depth = usual.depth if found.depth is None else found.depth
     found = dataclasses.replace(found, n=n, depth=depth, generate=dataclasses.replace(found.generate, n=n))
-    for key in ("limit", "critique_tokens"):
+    for key in ("limit", "critique_tokens", "threads"):
         value = getattr(found, key)
         need(value is None or value >= 1, key, "a number >= 1, or none")
     need(found.retries >= 0, "retries", "a number >= 0")

@@ -1,4 +1,4 @@
-"""Train a model on preferences: `accelerate launch scripts/train.py --method tdpo`; `--help` lists the settings."""
+"""Train a model on preferences: `python scripts/train.py --method tdpo`; `--help` lists the settings."""
 
 import sys
 from pathlib import Path

@@ -124,6 +124,8 @@ def test_what_may_change_between_attempts_is_no_difference():
         ),
         (["--generate.logprobs", "true"], r"--generate.logprobs: unknown setting"),
         (["--model.gradient_checkpointing", "true"], r"--model.gradient_checkpointing: unknown setting"),
+        (["--model.router_aux_weight", "0.1"], r"--model.router_aux_weight: unknown setting"),
+        (["--threads", "0"], r"threads: found 0, expected a number >= 1"),
         (["--testbed.pairs", "5"], r"--testbed.pairs: unknown setting"),
         ([*MODEL, "--prompt", "x", "--quoted_tokens", "9"], r"quoted_tokens: found 9, which strategy 'plain' does not"),
         ([*MODEL, "--prompt", "x", "--critique_tokens", "9"], r"critique_tokens: found 9, which strategy 'plain'"),

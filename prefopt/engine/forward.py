@@ -286,7 +286,7 @@ def _states_and_routing(
     logits = getattr(outputs, "router_logits", None)
     if not logits:
         raise TrainError(
-            f"model.router_aux_weight: {type(adapters.base_of(lm)).__name__} returns no logits of its routers, expected "
+            f"model.router_aux_weight: {type(adapters.base_of(lm)).__name__} gives no logits of its routers, expected "
             "some for their load-balancing loss (--model.router_aux_weight 0 leaves it out)"
         )
     found = experts.routing(logits, adapters.base_of(lm).config, token_weights)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import weakref
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,6 +12,14 @@ from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
 SMALL = 4096  # bytes; a copy of less costs more than it frees
+
+
+@dataclass(frozen=True, eq=False)
+class _Copy:
+    """What autograd holds in place of a tensor; it lives as long as an operation waits for it."""
+
+    storage: StorageWeakRef  # of the tensor
+    packed: Any
 
 
 class Offloading(saved_tensors_hooks):
@@ -26,7 +35,7 @@ class Offloading(saved_tensors_hooks):
 
     def __init__(self, model: nn.Module, pin_memory: bool) -> None:
         self.copied = 0  # bytes that were copied so far
-        copies: dict[Any, tuple[StorageWeakRef, Any]] = {}
+        copies: weakref.WeakValueDictionary[Any, _Copy] = weakref.WeakValueDictionary()
         hooks = save_on_cpu(pin_memory)
         here = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
         shapes = {tuple(weight.shape) for weight in model.parameters() if weight.ndim == 2}
@@ -44,22 +53,16 @@ class Offloading(saved_tensors_hooks):
             flat = tensor.reshape(-1) if tensor.is_contiguous() else tensor  # views of one outcome are one copy
             storage = tensor.untyped_storage()
             key = (storage._cdata, flat.dtype, flat.shape, flat.stride(), flat.storage_offset(), tensor._version)
-            for old in [old for old, (alive, _) in copies.items() if alive.expired()]:
-                del copies[old]  # its place in memory may belong to another tensor soon
-            if key not in copies:
+            copy = copies.get(key)
+            if copy is None or copy.storage.expired():  # whose place in memory may belong to another tensor by now
                 self.copied += tensor.numel() * tensor.element_size()
-                copies[key] = StorageWeakRef(storage), hooks.pack_hook(flat)
-            return copies[key][1], tensor.shape
+                copy = copies[key] = _Copy(StorageWeakRef(storage), hooks.pack_hook(flat))
+            return copy, tensor.shape
 
         def unpack(packed: Any) -> torch.Tensor:
             if isinstance(packed, torch.Tensor):
                 return packed
             copy, shape = packed
-            return hooks.unpack_hook(copy).view(shape)
+            return hooks.unpack_hook(copy.packed).view(shape)
 
         super().__init__(pack, unpack)
-        self.forget: Callable[[], None] = copies.clear
-
-    def __exit__(self, *args: Any) -> None:
-        super().__exit__(*args)
-        self.forget()  # else the copies would live as long as the model

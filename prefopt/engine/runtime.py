@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import logging
 import os
 import random
 import signal
@@ -469,11 +470,24 @@ def set_seed(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+def hush_deepspeed() -> None:
+    """No word of DeepSpeed on a machine without a GPU, where other libraries import it in runs that do not use it."""
+    about = "Setting accelerator to CPU"
+    logging.getLogger("DeepSpeed").addFilter(lambda record: not str(record.msg).startswith(about))
+
+
 def set_threads(threads: int | None, parameters: int) -> int:
-    """Set CPU threads per process: the setting, or what is fast for a model of this size. Returns the number set."""
+    """Set CPU threads per process and return their number.
+
+    It is the setting, else OMP_NUM_THREADS (which torchrun sets to 1 for several ranks), else what is fast for a model
+    of this size.
+    """
     import torch
 
     small_model = 3_000_000  # below it, the hand-over between threads costs more than the work it splits
+    asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()  # a list is of nested levels
+    if threads is None and asked.isdigit() and int(asked) > 0:
+        threads = int(asked)
     if threads is None:
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

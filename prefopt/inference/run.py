@@ -360,7 +360,7 @@ class _Run:
     def _engine(self) -> Engine:
         from prefopt.inference.kept import KeptEngine
 
-        rt.set_threads(None, self.policy.parameters or 10**9)
+        rt.set_threads(self.config.threads, self.policy.parameters or 10**9)
         engine = self.policy.open(self.config)
         self.stack.callback(engine.close)
         kept = self._kept("answers")

@@ -1,5 +1,6 @@
 import dataclasses
 import fcntl
+import logging
 import math
 import os
 import signal
@@ -16,6 +17,7 @@ from prefopt.config import OptimConfig, TrainConfig, parse
 from prefopt.engine.runtime import (
     OutputLock,
     check_path,
+    hush_deepspeed,
     prepare_output,
     random_state,
     set_random_state,
@@ -100,6 +102,7 @@ def test_path_when_it_can_be_a_hub_id_or_is_a_folder_then_passes(tmp_path):
 def test_threads_when_not_set_then_one_for_small_models_and_a_share_of_the_cores_for_large(monkeypatch):
     before = torch.get_num_threads()
     try:
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
         monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
         monkeypatch.delenv("SLURM_CPUS_PER_TASK", raising=False)
         monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(6))
@@ -114,6 +117,32 @@ def test_threads_when_not_set_then_one_for_small_models_and_a_share_of_the_cores
         assert set_threads(None, 3_000_000) == 2
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("said", "threads"), [("3", 3), ("4,2", 4), (" 2 ", 2), ("0", 1), ("many", 1), ("", 1)])
+def test_threads_when_not_set_are_those_of_the_environment(said, threads, monkeypatch):
+    before = torch.get_num_threads()
+    try:
+        monkeypatch.setenv("OMP_NUM_THREADS", said)
+        assert set_threads(None, 10) == torch.get_num_threads() == threads
+        assert set_threads(5, 10) == 5  # a setting goes before it
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_deepspeed_says_nothing_of_a_machine_without_a_gpu(capfd):
+    hush_deepspeed()
+    logger = logging.getLogger("DeepSpeed")
+    handler = logging.StreamHandler()
+    logger.addHandler(handler)
+    try:
+        logger.warning("Setting accelerator to CPU. If you have GPU or other accelerator, we were unable to detect it.")
+        logger.warning("something else")
+    finally:
+        logger.removeHandler(handler)
+    err = capfd.readouterr().err
+    assert "something else" in err
+    assert "accelerator" not in err
 
 
 def test_random_state_when_set_again_then_every_generator_repeats_itself():

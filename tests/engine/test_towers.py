@@ -1,6 +1,5 @@
 """What no text reaches is frozen and takes no adapter; what text reaches is left alone, experts without a token too."""
 
-
 import pytest
 import torch
 from torch import nn

@@ -54,6 +54,15 @@ def argv(**flags):
     return [word for name, value in flags.items() for word in (f"--{name.replace('__', '.')}", str(value))]
 
 
+def test_threads_are_the_settings(place, capsys):
+    before = torch.get_num_threads()
+    try:
+        assert cli.infer(argv(model=place / "model", prompt="x", threads=2, generate__max_tokens=1)) == 0
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
 def asking(server, **flags):
     return argv(generate__engine="openai", generate__url=server.url, **{"generate__retries": 0, **flags})
 
