@@ -19,6 +19,8 @@ class PlanConfig:
 
     gpus: int = 8
     """Ranks: GPUs of all nodes together."""
+    gpus_per_node: int = 8
+    """Most ranks of one node, which share its host's memory."""
     gpu_memory: float = 80.0
     """GB of one GPU; a plan fits when it needs no more than nine tenths of it."""
     tflops: tuple[float, ...] | None = None
@@ -30,7 +32,8 @@ class PlanConfig:
     response_tokens: int | None = None
     """Mean tokens of a completion. None: half of data.max_length."""
     pairs: int | None = None
-    """Pairs of data.train, for the size of a reference's cache. None: lines of a JSONL file, else not known."""
+    """Pairs of data.train, for hours per epoch and the size of a reference's cache. None: lines of a JSONL file, else
+    not known."""
 
 
 NO_DATA = "data that a plan does not read"
@@ -45,7 +48,7 @@ def parse_plan(argv: Sequence[str]) -> tuple[PlanConfig, RunConfig]:
     flags = config._split(argv)
     own = {name: flags.pop(name) for name in list(flags) if name in names}
     plan: PlanConfig = config._build(PlanConfig, own, "", {})
-    for name in ("gpus", "prompt_tokens", "response_tokens", "pairs"):
+    for name in ("gpus", "gpus_per_node", "prompt_tokens", "response_tokens", "pairs"):
         value = getattr(plan, name)
         if value is not None and value < 1:
             raise ConfigError(f"--{name}: found {value}, expected a number >= 1")

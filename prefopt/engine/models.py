@@ -216,7 +216,7 @@ def _load(
     check = functools.partial(weight_files.check_loaded, path=path, key=key, classifier=classifier, new_score=new_score)
     try:
         with quiet():
-            with _loaded_whole() as sharded:
+            with loaded_whole() as sharded:
                 # ZeRO-3's way of loading sees no weight that is too many, and missing ones would be made first
                 if sharded or weight_files.are_too_few(path, sizes.weights_of(config)):
                     lm, loaded = kind.from_pretrained(path, device_map="meta", **more)
@@ -253,7 +253,7 @@ def _forget_padding(model: nn.Module) -> None:
 
 
 @contextlib.contextmanager
-def _loaded_whole() -> Iterator[bool]:
+def loaded_whole() -> Iterator[bool]:
     """While it lasts, ZeRO-3 shards nothing that is loaded. Yields whether it would."""
     from transformers.integrations import deepspeed as integration
 

@@ -74,7 +74,8 @@ def _find(lm: Any) -> tuple[str, ...]:
     config._attn_implementation = "eager"  # whatever is installed here
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config
-    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+    # a tower is made by a call of its own, which ZeRO-3 would shard
+    with models.loaded_whole(), torch.random.fork_rng(devices=[]), torch.device("meta"):
         probe = type(lm)(config).to(torch.bfloat16)
     with FakeTensorMode(allow_non_fake_inputs=True):
         off_meta(probe)

@@ -51,17 +51,17 @@ def check(config: RunConfig, engine: str, gpus: int, total: int) -> str | None:
     held = found.weights + found.gradients + found.reference
     if config.optim.name in plan._STATES and not config.optim.name.startswith("paged"):
         held += found.optimizer
-    has = f"found {total / GB:.3g} GB on its GPU"
+    has = f"found {report.number(total / GB)} GB on its GPU"
     if held * CERTAIN > total:
         _, rows = report.planned(own, config)
         raise TrainError(
-            f"model.path: a rank holds {held / GB:.3g} GB under {engine} before the first row, {has}; "
+            f"model.path: a rank holds {report.number(held / GB)} GB under {engine} before the first row, {has}; "
             f"{'; '.join(report.advice(own, config, rows))} (--train.check_memory false goes on regardless)"
         )
     if found.total > report.ROOM * total:
         _, rows = report.planned(own, config)
         return (
-            f"warning: rows of data.max_length need about {found.total / GB:.3g} GB of a rank under {engine}, {has}; "
+            f"warning: rows of data.max_length need about {report.number(found.total / GB)} GB of a rank under {engine}, {has}; "
             f"should it not fit: {'; '.join(report.advice(own, config, rows))}"
         )
     return None

@@ -226,6 +226,15 @@ def _saved(
     return Saved((layer_bytes - casts) * layers, max(0, outside), casts * layers)
 
 
+def starting_host(config: RunConfig, model: Model, engine: str, ranks: int) -> float:
+    """Bytes of its host's memory that a rank holds while models are loaded, before they are on its GPU.
+
+    ZeRO-3 shards them as they are read; under every other engine each rank reads them whole.
+    """
+    entries = model.weights + model.adapter + _live_reference(config, model)
+    return _BYTES[config.model.dtype] * entries / (ranks if engine.startswith("zero3") else 1)
+
+
 # Memory --------------------------------------------------------------------------------------------------------------
 
 

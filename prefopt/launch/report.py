@@ -21,6 +21,7 @@ ROOM = 0.9  # of a GPU that a plan may fill: allocators leave gaps, and rows dif
 TFLOPS = {2: (200.0, 450.0), 4: (20.0, 45.0)}  # of an H100 in training, by bytes of what products are made of
 HOST_BANDWIDTH = 20.0  # GB/s between a GPU and its host's memory; a guess
 HOST_UPDATES = 0.5e9  # weights that one rank's share of the host updates in a second; a guess
+FASTER = 1.5  # times as fast as in float32 must bf16 be to be recommended in its place
 TIE = 1.02  # an engine that is less than this faster is no reason to leave a simpler one
 
 
@@ -32,6 +33,8 @@ class Row:
     seconds: tuple[float, float]
     refused: str | None
     fits: bool
+    host: float = 0.0  # bytes of a node's host at the most
+    hours: tuple[float, float] | None = None  # of an epoch, where the number of pairs is known
 
 
 def report(own: PlanConfig, config: RunConfig) -> str:
@@ -45,8 +48,8 @@ def report(own: PlanConfig, config: RunConfig) -> str:
         f"a micro-batch: {batch.rows} sequences of up to {batch.width} tokens, {batch.scored} tokens scored"
         + ("; activations are recomputed" if config.model.gradient_checkpointing else ""),
         f"reference: {reference_line(config, model)}",
-        f"GB of one of {own.gpus} GPU(s) of {own.gpu_memory:g} GB; parts do not peak together, total is their largest "
-        "sum at one time",
+        f"GB of one of {own.gpus} GPU(s) of {number(own.gpu_memory)} GB; parts do not peak together, total is their "
+        f"largest sum at one time; host: GB of a node's host, of {min(own.gpus, own.gpus_per_node)} rank(s), at the most",
         "",
         *table(rows),
         "",
@@ -68,11 +71,17 @@ def planned(own: PlanConfig, config: RunConfig) -> tuple[Model, list[Row]]:
     batch = batch_of(own, config)
     model = plan.read_model(config, batch)
     rows = []
+    pairs = pairs_of(own, config)
+    steps = None if pairs is None else max(1, pairs // config.train.global_batch)
     for engine in plan.ENGINES:
         memory = plan.memory(config, model, batch, engine, own.gpus)
         refused = refusal(own, config, engine)
         fits = refused is None and memory.total <= ROOM * own.gpu_memory * GB
-        rows.append(Row(memory, seconds(own, config, model, engine), refused, fits))
+        ranks = 1 if engine == "one process" else own.gpus
+        host = min(ranks, own.gpus_per_node) * max(memory.host, plan.starting_host(config, model, engine, ranks))
+        low, high = seconds(own, config, model, engine)
+        hours = None if steps is None else (low * steps / 3600, high * steps / 3600)
+        rows.append(Row(memory, (low, high), refused, fits, host, hours))
     return model, rows
 
 
@@ -167,20 +176,34 @@ def seconds(own: PlanConfig, config: RunConfig, model: Model, engine: str) -> tu
 
 # Words ---------------------------------------------------------------------------------------------------------------
 
-_COLUMNS = ("engine", "weights", "grads", "optim", "activ", "head", "ref", "comm", "total", "fits", "s per step")
+_COLUMNS = (
+    "engine",
+    "weights",
+    "grads",
+    "optim",
+    "activ",
+    "head",
+    "ref",
+    "comm",
+    "total",
+    "fits",
+    "host",
+    "s per step",
+)
+_EPOCH = "h per epoch"
 
 
 def table(rows: list[Row]) -> Iterator[str]:
     """Lines of the table, columns aligned."""
-    cells: list[tuple[str, ...]] = [_COLUMNS]
+    columns = _COLUMNS if rows[0].hours is None else (*_COLUMNS, _EPOCH)
+    cells: list[tuple[str, ...]] = [columns]
     for row in rows:
         m = row.memory
         parts = (m.weights, m.gradients, m.optimizer, m.activations, m.head, m.reference, m.buffers, m.total)
         fits = "no: " + row.refused if row.refused else ("yes" if row.fits else "no")
-        if m.host:
-            fits += f" (+{_gb(m.host)} of the host's)"
-        cells.append((m.engine, *map(_gb, parts), fits, f"{row.seconds[0]:.3g} to {row.seconds[1]:.3g}"))
-    widths = [max(len(line[i]) for line in cells) for i in range(len(_COLUMNS))]
+        epoch = () if row.hours is None else (span(row.hours),)
+        cells.append((m.engine, *map(_gb, parts), fits, _gb(row.host), span(row.seconds), *epoch))
+    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
     for line in cells:
         first, *others = (
             cell.ljust(width) if i in (0, 9) else cell.rjust(width)
@@ -190,7 +213,19 @@ def table(rows: list[Row]) -> Iterator[str]:
 
 
 def _gb(size: float) -> str:
-    return f"{size / GB:.1f}" if size >= 0.05 * GB or size == 0 else f"{size / GB:.2g}"
+    return f"{size / GB:,.1f}" if size >= 0.05 * GB or size == 0 else number(size / GB)
+
+
+def number(value: float) -> str:
+    """Three digits, and never an exponent."""
+    if value >= 999.5:
+        return f"{value:,.0f}"
+    return f"{value:.3g}" if value >= 1e-4 or value == 0 else f"{value:.10f}".rstrip("0").rstrip(".") or "0"
+
+
+def span(values: tuple[float, float]) -> str:
+    """From the fast end to the slow one."""
+    return f"{number(values[0])} to {number(values[1])}"
 
 
 def reference_line(config: RunConfig, model: Model) -> str:
@@ -228,9 +263,9 @@ def cache_lines(own: PlanConfig, config: RunConfig, model: Model) -> list[str]:
     tokens = pairs * sides * (own.response_tokens or 1)
     stored = 8 if config.model.dtype == "float64" else 4
     hidden = tokens * model.hidden * plan._BYTES[config.reference.cache_dtype]
-    said = f"cache of the reference for {pairs:,} pairs: hidden {hidden / GB:.3g} GB on disk"
+    said = f"cache of the reference for {pairs:,} pairs: hidden {number(hidden / GB)} GB on disk"
     if needs.reference == "sequence":
-        said += f", logps {tokens * stored / GB:.3g} GB"
+        said += f", logps {number(tokens * stored / GB)} GB"
     return [said + ("" if config.reference.cache == "none" else f" (found reference.cache {config.reference.cache})")]
 
 
@@ -240,8 +275,8 @@ def steps_line(own: PlanConfig, config: RunConfig, model: Model) -> str:
     low, high = own.tflops or TFLOPS[2 if narrow else 4]
     return (
         f"a step: {config.train.global_batch} pairs of {own.prompt_tokens} + {own.response_tokens} tokens, "
-        f"{flops(own, config, model) / 1e15:.3g} PFLOP at {low:g} to {high:g} TFLOPS a GPU, "
-        f"communication at {own.bandwidth:g} GB/s beside it or after it"
+        f"{number(flops(own, config, model) / 1e15)} PFLOP at {number(low)} to {number(high)} TFLOPS a GPU, "
+        f"communication at {number(own.bandwidth)} GB/s beside it or after it"
     )
 
 
@@ -264,13 +299,32 @@ def advice(own: PlanConfig, config: RunConfig, rows: list[Row]) -> list[str]:
         return what_to_change(own, config)
     name = best.memory.engine
     small = [row.memory.engine for row in rows if row.refused is None and not row.fits]
-    why = f"{best.memory.total / GB:.1f} GB of {own.gpu_memory:g}"
+    why = f"{best.memory.total / GB:.1f} GB of {number(own.gpu_memory)}"
     if small:
         why += f", where {', '.join(small)} would not fit"
     if sum(row.fits for row in rows) > 1:
         why += "; of those that fit, the soonest done by the slow end of its range"
     start = "python scripts/train.py" if name == "one process" else f"--config_file {_FILES[name]}"
-    return [f"recommended: {name} ({start}): {why}"]
+    faster = in_16_bits(own, config)
+    better = None if faster is None else recommended(planned(own, faster)[1])
+    if better is None or better.seconds[1] * FASTER > best.seconds[1]:
+        return [f"recommended: {name} ({start}): {why}"]
+    other = better.memory.engine
+    start_other = "python scripts/train.py" if other == "one process" else f"--config_file {_FILES[other]}"
+    return [
+        f"recommended: --train.mixed_precision bf16 with {other} ({start_other}): {span(better.seconds)} s a step in place "
+        f"of {span(best.seconds)}, {better.memory.total / GB:.1f} GB of {number(own.gpu_memory)}; statistics and the weights "
+        "that are updated stay in float32",
+        f"as it is, in float32: {name} ({start}): {why}",
+    ]
+
+
+def in_16_bits(own: PlanConfig, config: RunConfig) -> RunConfig | None:
+    """The run with products in bfloat16, where it makes them in float32 and their speed is not given."""
+    wide = config.train.mixed_precision == "no" and config.model.dtype == "float32"
+    if not wide or own.tflops is not None:
+        return None
+    return replace(config, train=replace(config.train, mixed_precision="bf16"))
 
 
 def what_to_change(own: PlanConfig, config: RunConfig) -> list[str]:

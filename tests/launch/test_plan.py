@@ -243,3 +243,51 @@ def test_a_model_that_is_not_there_is_one_line(server, tmp_path, flags, expected
     ended = server.train(["--method", "dpo", *flags], command="plan", cwd=tmp_path)
     assert (ended.status, ended.err.count("\n")) == (2, 1)
     assert expected in ended.err
+
+
+def test_a_run_in_float32_is_told_of_bf16_where_that_is_much_faster(models):
+    words = ["--method", "tdpo", "--model.path", models["middle"], "--gpus", "8"]
+    own, config = parse_plan(words)
+    lines = report.advice(own, config, report.planned(own, config)[1])
+    assert lines[0].startswith("recommended: --train.mixed_precision bf16 with ")
+    assert lines[1].startswith("as it is, in float32: ")
+    slow, fast = (
+        report.recommended(report.planned(own, c)[1]).seconds for c in (config, report.in_16_bits(own, config))
+    )
+    assert slow[1] > 3 * fast[1]
+    assert f"{report.span(fast)} s a step in place of {report.span(slow)}" in lines[0]
+    for flags in (BF16, ("--tflops", "10,20")):  # nothing is left to say, or speeds are the user's
+        own, config = parse_plan([*words, *flags])
+        assert report.in_16_bits(own, config) is None
+
+
+def test_hosts_memory_of_a_node_is_that_of_the_ranks_on_it(planned):
+    model, rows = planned(model="middle", gpus=16, gpus_per_node=4)
+    both = 4 * 2 * model.weights  # policy and reference in float32, as they are read
+    assert rows["one process"].host == both
+    assert rows["ddp"].host == rows["fsdp2"].host == 4 * both
+    assert rows["zero3"].host == 4 * both / 16
+    assert rows["zero3 offload"].host == 4 * rows["zero3 offload"].memory.host > rows["zero3"].host
+
+
+def test_hours_of_an_epoch_are_its_steps(planned):
+    assert planned()[1]["ddp"].hours is None
+    row = planned("--train.global_batch", "64", pairs=64_000)[1]["ddp"]
+    assert row.hours == pytest.approx([1000 * seconds / 3600 for seconds in row.seconds])
+    assert next(report.table([row])).endswith("  h per epoch")
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (1224.4, "1,224"),
+        (999.7, "1,000"),
+        (36.61, "36.6"),
+        (0.0312, "0.0312"),
+        (2e-5, "0.00002"),
+        (0, "0"),
+        (1e9, "1,000,000,000"),
+    ],
+)
+def test_numbers_have_no_exponent(value, said):
+    assert report.number(value) == said
