@@ -56,8 +56,8 @@ class Policy(nn.Module):
 
     @property
     def config(self) -> Any:
-        """The model's: engines size their buffers by it."""
-        return adapters.base_of(self.lm).config
+        """That of the model's text part: engines size their buffers by it."""
+        return adapters.base_of(self.lm).config.get_text_config()
 
     @property
     def _no_split_modules(self) -> list[str]:

@@ -49,7 +49,7 @@ def report(own: PlanConfig, config: RunConfig) -> str:
         + ("; activations are recomputed" if config.model.gradient_checkpointing else ""),
         f"reference: {reference_line(config, model)}",
         f"GB of one of {own.gpus} GPU(s) of {number(own.gpu_memory)} GB; parts do not peak together, total is their "
-        f"largest sum at one time; host: GB of a node's host, of {min(own.gpus, own.gpus_per_node)} rank(s), at the most",
+        f"largest sum at one time; host: GB of a node's host at the most, with {min(own.gpus, own.gpus_per_node)} rank(s)",
         "",
         *table(rows),
         "",
@@ -312,9 +312,9 @@ def advice(own: PlanConfig, config: RunConfig, rows: list[Row]) -> list[str]:
     other = better.memory.engine
     start_other = "python scripts/train.py" if other == "one process" else f"--config_file {_FILES[other]}"
     return [
-        f"recommended: --train.mixed_precision bf16 with {other} ({start_other}): {span(better.seconds)} s a step in place "
-        f"of {span(best.seconds)}, {better.memory.total / GB:.1f} GB of {number(own.gpu_memory)}; statistics and the weights "
-        "that are updated stay in float32",
+        f"recommended: --train.mixed_precision bf16 with {other} ({start_other}): {span(better.seconds)} s a step in "
+        f"place of {span(best.seconds)}, {better.memory.total / GB:.1f} GB of {number(own.gpu_memory)}; statistics and "
+        "the weights that are updated stay in float32",
         f"as it is, in float32: {name} ({start}): {why}",
     ]
 
