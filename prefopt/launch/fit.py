@@ -61,8 +61,8 @@ def check(config: RunConfig, engine: str, gpus: int, total: int) -> str | None:
     if found.total > report.ROOM * total:
         _, rows = report.planned(own, config)
         return (
-            f"warning: rows of data.max_length need about {report.number(found.total / GB)} GB of a rank under {engine}, "
-            f"{has}; "
+            f"warning: rows of data.max_length need about {report.number(found.total / GB)} GB of a rank under "
+            f"{engine}, {has}; "
             f"should it not fit: {'; '.join(report.advice(own, config, rows))}"
         )
     return None

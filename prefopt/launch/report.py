@@ -49,7 +49,7 @@ def report(own: PlanConfig, config: RunConfig) -> str:
         + ("; activations are recomputed" if config.model.gradient_checkpointing else ""),
         f"reference: {reference_line(config, model)}",
         f"GB of one of {own.gpus} GPU(s) of {number(own.gpu_memory)} GB; parts do not peak together, total is their "
-        f"largest sum at one time; host: GB of a node's host at the most, with {min(own.gpus, own.gpus_per_node)} rank(s)",
+        f"largest sum at one time; host: GB of a node's host at most, with {min(own.gpus, own.gpus_per_node)} rank(s)",
         "",
         *table(rows),
         "",
