@@ -62,7 +62,9 @@ def _once_and_often(runtime, places, dtype, mixed, own):  # noqa: F811
     ("engine", "dtype", "mixed", "own"),
     [
         *(
-            pytest.param(engine, "float32", "bf16", None, marks=() if engine in ("zero1", "zero3") else pytest.mark.slow)
+            pytest.param(
+                engine, "float32", "bf16", None, marks=() if engine in ("zero1", "zero3") else pytest.mark.slow
+            )
             for engine in ENGINES
         ),
         ("ddp", "bfloat16", "no", None),
