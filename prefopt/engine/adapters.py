@@ -213,7 +213,7 @@ def check(config: RunConfig, start: Weights, architecture: PretrainedConfig) -> 
     if scores:
         models.check_head(hollow)
     if config.lora.r is not None:
-        _check_modules(config.lora, hollow)
+        _check_modules(config.lora, hollow, towers.unreached(hollow))
         if config.model.quantize is not None:
             _check_trained_whole(config, hollow)
 
@@ -272,23 +272,21 @@ def _check_with_adapter(lora: LoraConfig, start: Weights) -> None:
             )
 
 
-def _check_modules(lora: LoraConfig, lm: PreTrainedModel) -> None:
-    """Every name must be a module of the model that can be trained in the way that is asked for."""
-    unread = towers.unreached(lm)
+def _check_modules(lora: LoraConfig, lm: PreTrainedModel, unread: tuple[str, ...] = ()) -> None:
+    """Every name must be a module of the model that can be trained in the way that is asked for.
+
+    Args: unread: parts that text does not reach, where a new adapter has no business.
+    """
     modules = {name: module for name, module in lm.named_modules() if not towers.within(name, unread)}
     head = _head(lm)
     leaves = sorted({name.rpartition(".")[2] for name, module in modules.items() if is_linear(module)})
     for key, targets in (("target_modules", lora.target_modules), ("modules_to_save", lora.modules_to_save)):
         for target in targets:
-            out = {
-                part
-                for part in unread
-                if any(n.endswith(target) for n, _ in lm.named_modules() if towers.within(n, (part,)))
-            }
-            if out and not any(name.endswith(target) for name in modules):
+            named = [name for name, _ in lm.named_modules() if name.endswith(target)]
+            if named and not any(name in modules for name in named):
                 raise ConfigError(
-                    f"lora.{key}: '{target}' is a part that text does not reach ({', '.join(sorted(out))}), "
-                    "expected one of the text model"
+                    f"lora.{key}: '{target}' is a part that text does not reach ({named[0]}), expected one of the "
+                    "text model"
                 )
     for target in lora.target_modules:
         hit = [module for name, module in modules.items() if name == target or name.endswith(f".{target}")]
@@ -359,6 +357,9 @@ def load_policy(
     lm = _attach(lm, settings, begun, config.model)
     if reference is Frozen.SNAPSHOT:
         _add_snapshot(lm, settings, start.path if start.adapter is not None else None, config.model)
+        towers.freeze(
+            base_of(lm), towers.unreached(base_of(lm))
+        )  # peft has set all of the policy's adapter to be trained
     return lm
 
 

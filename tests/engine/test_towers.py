@@ -1,5 +1,6 @@
 """What no text reaches is frozen and takes no adapter; what text reaches is left alone, experts without a token too."""
 
+import peft
 import pytest
 import torch
 from torch import nn
@@ -7,6 +8,7 @@ from transformers import AutoModelForCausalLM, Gemma3Config, LlamaConfig, LlamaF
 
 from prefopt.config import LoraConfig, ModelConfig, RunConfig
 from prefopt.engine import adapters, towers
+from prefopt.engine.models import load_config
 from prefopt.errors import ConfigError
 from tests.helpers import tiny_llama
 from tests.invariant.two_terms import TwoTerms
@@ -67,8 +69,20 @@ def test_towers_take_no_adapter_and_its_file_names_them(gemma3, tmp_path):
 @pytest.mark.parametrize("setting", ["target_modules", "modules_to_save"])
 def test_lora_setting_that_names_a_part_of_a_tower_is_refused(gemma3, setting):
     name = {"target_modules": "patch_embedding", "modules_to_save": "multi_modal_projector"}[setting]
+    config = run_config(gemma3, r=2, **{setting: (name,)})
+    start = adapters.find(config.model.path, config.model)
     with pytest.raises(ConfigError, match=f"lora.{setting}: '{name}' is a part that text does not reach"):
-        policy(run_config(gemma3, r=2, **{setting: (name,)}))
+        adapters.check(config, start, load_config(str(gemma3), config.model))
+
+
+def test_adapter_that_has_parts_on_a_tower_is_continued_and_those_stay_as_they_are(gemma3, tmp_path):
+    lm = AutoModelForCausalLM.from_pretrained(gemma3)
+    peft.get_peft_model(lm, peft.LoraConfig(r=2, target_modules=["q_proj", "fc1"])).save_pretrained(tmp_path)
+    again = policy(run_config(tmp_path))
+    assert any("tower" in name and "lora" in name for name, _ in again.named_parameters())
+    trained = [name for name, p in again.named_parameters() if p.requires_grad]
+    assert trained
+    assert all("language_model" in name for name in trained)
 
 
 class Experts(nn.Module):
