@@ -75,6 +75,7 @@ def test_lora_setting_that_names_a_part_of_a_tower_is_refused(gemma3, setting):
         adapters.check(config, start, load_config(str(gemma3), config.model))
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # which peft asks for
 def test_adapter_that_has_parts_on_a_tower_is_continued_and_those_stay_as_they_are(gemma3, tmp_path):
     lm = AutoModelForCausalLM.from_pretrained(gemma3)
     peft.get_peft_model(lm, peft.LoraConfig(r=2, target_modules=["q_proj", "fc1"])).save_pretrained(tmp_path)
