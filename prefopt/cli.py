@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from datetime import timedelta
+from datetime import date, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -147,7 +147,8 @@ def _run_once(config: RunConfig, runtime: rt.Runtime, output: Path, evaluators: 
 
     if config.train.check_memory and not config.on_testbed:
         _check_memory(config, runtime)
-    task = runtime.on_main_first(lambda: _testbed_task(config)) if config.on_testbed else _file_task(config)
+    day = runtime.from_main(_first_day(output))
+    task = runtime.on_main_first(lambda: _testbed_task(config)) if config.on_testbed else _file_task(config, day)
     _hold_out_at_most(config, task)
     for line in task.report:
         say(printable(line))
@@ -262,6 +263,7 @@ def _run_rounds(config: RunConfig, runtime: rt.Runtime, output: Path, only: Stag
         say=say,
         track=track,
         cache=cache_root(),
+        day=runtime.from_main(_first_day(output)),
         generates=only is None or only.name in ("generate", "evaluate"),
     )
     for line in report if only is None else ():
@@ -429,6 +431,7 @@ class _Task:
     sources: Sequence[Source]
     report: list[str]
     world: WordWorld | None = None
+    day: date | None = None  # that the chat template is told, where it asks
 
 
 def _testbed_task(config: RunConfig) -> _Task:
@@ -481,13 +484,22 @@ def _testbed_task(config: RunConfig) -> _Task:
     )
 
 
-def _file_task(config: RunConfig) -> _Task:
+def _first_day(output: Path) -> date:
+    """The day that a run began: what a chat template that asks for the date is told, however long the run takes."""
+    card = _read_card(output)
+    kept = None if card is None else card.get("template_date")
+    return date.today() if kept is None else date.fromisoformat(kept)
+
+
+def _file_task(config: RunConfig, day: date) -> _Task:
     from prefopt.data import split
     from prefopt.data.comparison import encoder_for
-    from prefopt.data.encode import encode_file, joined, pad_token
+    from prefopt.data.encode import encode_file, joined
+    from prefopt.data.encoder import pad_token
     from prefopt.data.loader import FileBatches
     from prefopt.data.mixture import mixture_of
     from prefopt.data.split import shared_prompts, split_by_prompt
+    from prefopt.data.templates import Rendering
     from prefopt.engine import adapters, layouts, models
     from prefopt.engine.reference import Source
 
@@ -501,9 +513,10 @@ def _file_task(config: RunConfig) -> _Task:
         other = models.load_config(reference.base, reference.base_settings(config.model), key="reference.path")
         models.check_same_vocabulary(architecture, other, reference.path)
     tokenizer = models.load_tokenizer(*adapters.tokenizer_path(start, config.model), config.data.chat_template)
-    tokenizer.pad_token_id, note = pad_token(tokenizer)
+    tokenizer.pad_token_id, note = pad_token(tokenizer, models.vocabulary(architecture))
+    rendering = Rendering.of(config.data, tokenizer, day)
     needs = config.method.needs
-    report: list[str] = [note] if note else []
+    report: list[str] = [*([note] if note else []), *rendering.lines(tokenizer)]
 
     def encode(path: str) -> Any:
         encoded = encode_file(
@@ -518,6 +531,9 @@ def _file_task(config: RunConfig) -> _Task:
             vocab_rows=models.vocabulary(architecture),
             cache_dir=cache_root() / "encoded",
             dialogues=config.data.dialogues,
+            rendering=rendering,
+            overlong=config.data.overlong,
+            special_tokens=config.data.special_tokens,
         )
         report.extend(encoded.report.lines())
         return encoded
@@ -562,7 +578,9 @@ def _file_task(config: RunConfig) -> _Task:
     if config.train.tokens_per_batch is not None:
         report.append(batches.described())
     sources = [Source(encoded.pairs, encoded.fingerprint) for encoded in files]
-    return _Task(start, reference, tokenizer, batches, eval_pairs, eval_fingerprint, sources, report)
+    return _Task(
+        start, reference, tokenizer, batches, eval_pairs, eval_fingerprint, sources, report, day=rendering.date
+    )
 
 
 def _split_version(output: Path) -> int:
@@ -880,6 +898,7 @@ def _run_card(config: RunConfig, runtime: rt.Runtime, task: _Task) -> dict[str, 
         },
         "model": card(task.start),
         "reference": reference_card(),
+        "template_date": None if task.day is None else task.day.isoformat(),
         **_circumstances(runtime),
     }
 
@@ -906,6 +925,7 @@ def _rounds_card(config: RunConfig, runtime: rt.Runtime, rounds: Rounds, report:
         "model": {"path": rounds.start.path, "sha256": rounds.start_hash},
         "reference": None,
         "judge": {"sha256": rounds.judge_hash},
+        "template_date": rounds.config.data.template_date,
         **_circumstances(runtime),
     }
 
@@ -1020,8 +1040,10 @@ def _look(config: LookConfig) -> int:
             open_source(name)
 
     from prefopt.data.comparison import encoder_for
-    from prefopt.data.encode import encode_file, joined, pad_token
+    from prefopt.data.encode import encode_file, joined
+    from prefopt.data.encoder import pad_token
     from prefopt.data.look import page, shown, spread, terminal
+    from prefopt.data.templates import Rendering
     from prefopt.engine import adapters, models
 
     vocab_rows = None
@@ -1033,7 +1055,8 @@ def _look(config: LookConfig) -> int:
     else:
         assert config.tokenizer is not None
         tokenizer = models.load_tokenizer(config.tokenizer, config.model, config.data.chat_template, key="tokenizer")
-    tokenizer.pad_token_id, _ = pad_token(tokenizer)
+    tokenizer.pad_token_id, _ = pad_token(tokenizer, vocab_rows)
+    rendering = Rendering.of(config.data, tokenizer)
     needs = Needs(reference="none") if config.method is None else registry.get(config.method)().needs
     sources = [
         encode_file(
@@ -1048,10 +1071,14 @@ def _look(config: LookConfig) -> int:
             vocab_rows=vocab_rows,
             cache_dir=cache_root() / "encoded",
             dialogues=config.data.dialogues,
+            rendering=rendering,
+            overlong=config.data.overlong,
+            special_tokens=config.data.special_tokens,
         )
         for name in config.sources
     ]
-    report = [printable(line) for source in sources for line in source.report.lines()]
+    lines = [*rendering.lines(tokenizer), *(line for source in sources for line in source.report.lines())]
+    report = [printable(line) for line in lines]
     pairs = joined(sources).pairs
     rows = [shown(pairs[i], tokenizer) for i in spread(config.rows, len(pairs))]
     if config.html is not None:

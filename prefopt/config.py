@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import datetime
 import difflib
 import hashlib
 import inspect
@@ -20,7 +21,7 @@ import typing
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import yaml
 
@@ -113,10 +114,20 @@ class DataConfig:
     """Stop at a bad row, or drop it and count it in the report."""
     max_length: int = 1024
     """Tokens of prompt and completion together; a longer prompt loses its head first."""
+    overlong: Literal["cut_prompt", "drop", "cut_completion"] = "cut_prompt"
+    """Of a longer pair, what goes: the beginning of the prompt first, the whole pair, or the end of the completions."""
+    special_tokens: tuple[str, ...] = ()
+    """Special tokens that the text of the data may hold, e.g. [THINK],[/THINK]; any other one makes a bad row."""
     chat_template: str | None = None
     """Jinja file that replaces the tokenizer's chat template."""
     dialogues: Literal["text", "messages"] = "text"
     """Train on HH dialogues as the text that they are, or as the turns of the chat template."""
+    template_args: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of the chat template, e.g. `--data.template_args.enable_thinking false`; those of a row win."""
+    template_date: str | None = None
+    """The date, e.g. 2026-11-30, that a chat template which asks for today's is told. None: that of the run's start."""
+    template_seconds: float = 10.0
+    """Processor time, in seconds, that the chat template may take to render a conversation."""
 
 
 @dataclass(frozen=True)
@@ -414,6 +425,17 @@ def yaml_of(settings: Mapping[str, Any]) -> str:
     return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
 
 
+class TemplateSettings(Protocol):
+    """Settings of a run that reach its chat template: those of `data`, or of `infer`."""
+
+    @property
+    def template_args(self) -> Mapping[str, Any]: ...
+    @property
+    def template_date(self) -> str | None: ...
+    @property
+    def template_seconds(self) -> float: ...
+
+
 ROUND_GROUPS = ("rounds", "generate", "judge")
 FOLDED = (*ROUND_GROUPS, "lora", "kernel", "track", "testbed")  # one line each in a `--help` that does not ask for them
 SAMPLES_READ = ("temperature", "top_p", "top_k", "max_tokens", "stop", "batch")  # of `generate`, by eval.generate
@@ -454,6 +476,13 @@ _GIVES_WAY = {
     "optim.warmup_ratio": "optim.warmup_steps",
     **{f"train.{name}": "train.max_steps" for name in ("train_epochs", "max_tokens", "max_seconds")},
 }
+
+# Arguments of `apply_chat_template` that decide what is rendered, or how it comes back, and are not the template's.
+RESERVED_ARGS = (
+    *("messages", "conversation", "chat_template", "add_generation_prompt", "continue_final_message", "tokenize"),
+    *("padding", "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask"),
+    *("tokenizer_kwargs", "sanitize_control_tokens", "strftime_now"),
+)
 
 # Short names of optimizers; engine/optimizers.py makes them.
 OPTIMIZERS = ("adamw", "adamw_8bit", "paged_adamw_8bit", "adafactor", "rmsprop", "sgd")
@@ -941,7 +970,8 @@ def _check_keys(layer: Mapping[str, Any], name: str, method_class: type[Method],
 
 def _unknown(layer: Mapping[str, Any], known: Sequence[str], where: str) -> Iterator[str]:
     """The keys of a layer that no setting has. Raises: ConfigError for a group's name with a value."""
-    mappings = ("data.columns.", "optim.args.", "generate.args.")
+    names = ("data.columns", "data.template_args", "optim.args", "generate.args", "template_args")
+    mappings = tuple(f"{name}." for name in names if name in known)
     for key in _leaves(layer):
         if key in known or key.startswith(mappings):
             continue
@@ -1080,6 +1110,24 @@ def _type_name(hint: Any) -> str:
     return str(hint)
 
 
+def check_template_settings(settings: TemplateSettings, prefix: str) -> None:
+    """Raises: ConfigError, naming the setting."""
+    reserved = next((name for name in settings.template_args if name in RESERVED_ARGS), None)
+    if reserved is not None:
+        raise ConfigError(f"{prefix}template_args.{reserved}: is decided here, expected an argument of the template")
+    if not 0 < settings.template_seconds < float("inf"):
+        raise ConfigError(
+            f"{prefix}template_seconds: found {settings.template_seconds}, expected a number of seconds above 0"
+        )
+    try:
+        if settings.template_date is not None:
+            datetime.date.fromisoformat(settings.template_date)
+    except ValueError:
+        raise ConfigError(
+            f"{prefix}template_date: found {settings.template_date!r}, expected a date such as 2026-11-30"
+        ) from None
+
+
 def _validate(config: RunConfig) -> None:
     def need(holds: bool, key: str, value: Any, expected: str) -> None:
         if not holds:
@@ -1134,6 +1182,7 @@ def _validate(config: RunConfig) -> None:
                 f"train.layout: found '{layout}', but flash_attention_2 cannot share prompts; "
                 "expected auto, padded or packed (or --model.attention sdpa)"
             )
+    check_template_settings(config.data, "data.")
     need(config.data.max_length >= 2, "data.max_length", config.data.max_length, "at least 2")
     need(
         0 <= config.data.eval_fraction < 1, "data.eval_fraction", config.data.eval_fraction, "a share from 0 to below 1"

@@ -23,10 +23,20 @@ class ReadConfig:
     """Stop at a bad row, or count it in the report."""
     max_length: int = 1024
     """Tokens of prompt and completion together; a longer prompt loses its head first."""
+    overlong: Literal["cut_prompt", "drop", "cut_completion"] = "cut_prompt"
+    """Of a longer pair, what goes: the beginning of the prompt first, the whole pair, or the end of the completions."""
+    special_tokens: tuple[str, ...] = ()
+    """Special tokens that the text of the data may hold, e.g. [THINK],[/THINK]; any other one makes a bad row."""
     chat_template: str | None = None
     """Jinja file that replaces the tokenizer's chat template."""
     dialogues: Literal["text", "messages"] = "text"
     """Read HH dialogues as the text that they are, or as the turns of the chat template."""
+    template_args: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of the chat template, e.g. `--data.template_args.enable_thinking false`; those of a row win."""
+    template_date: str | None = None
+    """The date, e.g. 2026-11-30, that a chat template which asks for today's is told. None: today."""
+    template_seconds: float = 10.0
+    """Processor time, in seconds, that the chat template may take to render a conversation."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +90,7 @@ def parse_look(argv: Sequence[str]) -> LookConfig:
         raise ConfigError(f"the tokenizer is {both}, expected one of --model.path DIR and --tokenizer DIR")
     if found.rows < 0:
         raise ConfigError(f"--rows: found {found.rows}, expected a number >= 0")
+    config.check_template_settings(found.data, "data.")
     if found.data.max_length < 2:
         raise ConfigError(f"--data.max_length: found {found.data.max_length}, expected at least 2")
     if found.html is not None:

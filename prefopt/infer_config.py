@@ -47,6 +47,12 @@ class InferConfig:
     """Folder whose .txt files take the place of the prompts that come with prefopt, each by its name."""
     chat_template: str | None = None
     """Jinja file that replaces the tokenizer's chat template."""
+    template_args: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of the chat template, e.g. `--template_args.enable_thinking false`; those of a row win."""
+    template_date: str | None = None
+    """The date, e.g. 2026-11-30, that a chat template which asks for today's is told. None: that of the run's start."""
+    template_seconds: float = 10.0
+    """Processor time, in seconds, that the chat template may take to render a conversation."""
     output: str = ""
     """JSONL file or folder. None: the terminal for strategy plain with a model, else a folder named by the settings."""
     seed: int = 0
@@ -178,13 +184,14 @@ def _completed(found: InferConfig, named: bool) -> InferConfig:
     need(found.quoted_tokens >= 1, "quoted_tokens", "a number >= 1")
     for key in ("seed", "testbed.seed"):
         need(0 <= config._at(found.to_dict(), key) < 2**31, key, "a whole number from 0 to 2147483647")
+    config.check_template_settings(found, "")
     config._validate_sampling({**found.to_dict(), "generate": config._plain(found.generate)})
     if found.prompts is not None and found.prompt is not None:
         raise ConfigError("--prompt: given beside --prompts; name one of them")
     need(found.prompt is None or bool(found.prompt.strip()), "prompt", "a text")
     if found.on_testbed:
-        for key in ("prompts", "prompt", "as_chat", "chat_template"):
-            if getattr(found, key) is not None:
+        for key in ("prompts", "prompt", "as_chat", "chat_template", "template_args", "template_date"):
+            if getattr(found, key) not in (None, {}):
                 raise ConfigError(
                     f"--{key}: given without --model or with the testbed's judge, and the testbed has prompts of its "
                     "own; name the model (--model DIR) and another judge"

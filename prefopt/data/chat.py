@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from prefopt.data.rows import Messages, RowProblem
-from prefopt.errors import DataError
+from prefopt.data.bad_rows import DROP, RowProblem
+from prefopt.data.rows import Messages
+from prefopt.data.structure import Structure
+from prefopt.data.templates import Rendering
+
+REASONING = ("reasoning_content", "reasoning", "thinking")
 
 
 @dataclass(frozen=True)
@@ -14,13 +21,16 @@ class Rendered:
     """One side of a row as text.
 
     `text` is the prompt and the completion. `spans` are the scored stretches as (begin, end) in characters; the first
-    begins where the prompt ends and the last ends where the text ends. `terminated` says that the template has written
-    its own terminator, so none must be added.
+    begins where the prompt ends and the last ends where the text ends. `terminated`: the template has written its own
+    end-of-turn token at the end, so none must be added. `chat`: the template has rendered it. `notes` are what else is
+    to be said of it, to be counted.
     """
 
     text: str
     spans: tuple[tuple[int, int], ...]
     terminated: bool
+    chat: bool = False
+    notes: tuple[str, ...] = ()
 
     @property
     def prompt(self) -> str:
@@ -33,78 +43,197 @@ def render(
     tokenizer: Any,
     key: str = "chosen",
     *,
-    ends: tuple[str, ...] | None = None,
+    rendering: Rendering | None = None,
+    args: Mapping[str, Any] | None = None,
+    structure: Structure | None = None,
 ) -> Rendered:
     """The text of one side, by the tokenizer's chat template where the row is made of messages.
 
-    Only the assistant's turns are scored, each with its terminator. Where they begin and end is found by rendering the
-    conversation up to them, so the template needs no generation marks; each such rendering must be a prefix of the
-    whole.
+    Only the assistant's turns are scored, each to the end-of-turn token behind its content; what the template writes
+    after that one is never generated. Where turns begin and end is found by rendering the conversation up to them, so
+    the template needs no generation marks; each such rendering must be a prefix of the whole, up to that token.
 
-    Args: prompt, completion: of a `PairRow`; tokenizer: one of transformers'; key: named in complaints;
-        ends: what `end_tokens` gives, if it is at hand.
-    Raises: RowProblem when the template refuses the row or rewrites what came before; DataError when there is no
-    template.
+    Args:
+        prompt, completion: of a `PairRow`; a prompt that ends with an assistant's turn is the beginning of the answer.
+        tokenizer: one of transformers'.
+        key: named in complaints.
+        rendering: what the template is given; args: by the row itself.
+        structure: of the tokenizer, if it is at hand.
+    Raises: RowProblem when the template refuses the row, rewrites what came before or drops what is to be scored;
+        DataError when there is no template.
     """
     if isinstance(prompt, str):
         assert isinstance(completion, str)
-        return Rendered(prompt + completion, ((len(prompt), len(prompt) + len(completion)),), terminated=False)
+        ended = structure is not None and bool(structure.ends_with_terminator(completion))
+        return Rendered(prompt + completion, ((len(prompt), len(prompt) + len(completion)),), terminated=ended)
     assert isinstance(completion, list)
-    if not getattr(tokenizer, "chat_template", None):
-        raise DataError(NO_TEMPLATE)
-    messages = prompt + completion
-    whole = _apply(tokenizer, messages, key)
-    ends = end_tokens(tokenizer) if ends is None else ends
+    rendering = rendering or Rendering()
+    structure = structure or Structure(tokenizer, rendering)
+
+    def text(messages: Messages, **how: bool) -> str:
+        return rendering.render(tokenizer, messages, args, key=key, **how)
+
+    messages, first = [*prompt, *completion], len(prompt)
+    opened = bool(prompt) and prompt[-1]["role"] == "assistant"
+    if opened:
+        content = f"{prompt[-1].get('content') or ''}{completion[0].get('content') or ''}"
+        messages, first = [*prompt[:-1], {**completion[0], "content": content}, *completion[1:]], first - 1
+    whole = text(messages)
     spans: list[tuple[int, int]] = []
+    notes: list[str] = []
     terminated = False
-    for i in range(len(prompt), len(messages)):
+    for i in range(first, len(messages)):
         if messages[i]["role"] != "assistant":
             continue
-        before = _apply(tokenizer, messages[:i], key, add_generation_prompt=True)
-        after = whole if i == len(messages) - 1 else _apply(tokenizer, messages[: i + 1], key)
-        for part, name in ((before, "prompt"), (after, "beginning")):
-            if not whole.startswith(part):
-                raise RowProblem(
-                    "template rewrites the prompt",
-                    key,
-                    f"the chat template renders the {name} of turn {i + 1} otherwise alone than in the whole",
-                    "a template whose prompt is a prefix of the whole",
-                    "use another one: --data.chat_template FILE",
-                )
-        # What a template writes after its terminator (a line break) is never generated, so it is never scored.
-        bare = after.rstrip()
-        terminated = len(bare) > len(before) and bare.endswith(ends)
-        spans.append((len(before), len(bare) if terminated else len(after)))
-    if any(end <= begin for begin, end in spans):
-        raise RowProblem("empty completion", key, "the chat template renders nothing", "a non-empty completion")
-    return Rendered(whole[: spans[-1][1]], tuple(spans), terminated)
+        if i == first:
+            before = prompt_text(prompt, tokenizer, rendering, args, key)
+            notes += ["the chat template leaves out the content of a prompt turn"] * _vanished(prompt, before)
+        else:
+            before = text(messages[:i], generation_prompt=True)
+        after = whole if i == len(messages) - 1 else text(messages[: i + 1])
+        if not whole.startswith(before):
+            raise _rewritten(key, "prompt", i)
+        if len(after) <= len(before):
+            raise RowProblem("empty completion", key, "the chat template renders nothing", "a non-empty completion")
+        content_end, closing = _closing(after, len(before), structure)
+        begin = 0 if i == first and opened else len(before)
+        lost = _lost(messages[i], after, begin, content_end)
+        if lost is not None:
+            raise _dropped(key, i, lost, tokenizer, args)
+        notes += _unread(messages[i], after[:content_end])
+        if whole[: content_end + len(closing)] != after[: content_end + len(closing)]:
+            # Some templates end the last turn otherwise than those that others follow.
+            closing = structure.next_special(whole, content_end)
+            if not closing or whole[:content_end] != after[:content_end]:
+                raise _rewritten(key, "beginning", i)
+        terminated = bool(closing)
+        spans.append((len(before), content_end + len(closing)))
+    return Rendered(whole[: spans[-1][1]], tuple(spans), terminated, True, tuple(dict.fromkeys(notes)))
 
 
-def render_prompt(prompt: Messages, tokenizer: Any) -> str:
-    """Chat messages as the text that an assistant's turn follows, by the tokenizer's chat template.
+def prompt_text(
+    prompt: Messages,
+    tokenizer: Any,
+    rendering: Rendering | None = None,
+    args: Mapping[str, Any] | None = None,
+    key: str = "prompt",
+) -> str:
+    """Chat messages as the text that an answer follows, or goes on from where the last of them is the assistant's.
 
     Raises: RowProblem when the template refuses them; DataError when there is no template.
     """
-    if not getattr(tokenizer, "chat_template", None):
-        raise DataError(NO_TEMPLATE)
-    return _apply(tokenizer, prompt, "prompt", add_generation_prompt=True)
+    opened = bool(prompt) and prompt[-1]["role"] == "assistant"
+    how = {"continued": True} if opened else {"generation_prompt": True}
+    return (rendering or Rendering()).render(tokenizer, prompt, args, key=key, **how)
 
 
-NO_TEMPLATE = (
-    "the rows are chat messages and the tokenizer has no chat template, expected one (--data.chat_template FILE)"
+def texts_in(value: Any) -> Iterator[str]:
+    """Every text in a message, or in what a template is given."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for name, part in value.items():
+            if name != "role":
+                yield from texts_in(part)
+    elif isinstance(value, (list, tuple)):
+        for part in value:
+            yield from texts_in(part)
+
+
+def _closing(after: str, begin: int, structure: Structure) -> tuple[int, str]:
+    """(where the last turn's end-of-turn token begins, that token) in a rendering that ends with this turn.
+
+    The template's usual one, the first behind the turn's beginning; else the one that ends the rendering; else "" at
+    its end.
+    """
+    end = structure.closing.end
+    at = after.find(end, begin) if end else -1
+    if at >= 0:
+        return at, end
+    bare = after.rstrip()
+    last = structure.last_special(bare, begin)
+    return (len(bare) - len(last), last) if last else (len(after), "")
+
+
+def _rewritten(key: str, name: str, turn: int) -> RowProblem:
+    return RowProblem(
+        "template rewrites the prompt",
+        key,
+        f"the chat template renders the {name} of turn {turn + 1} otherwise alone than in the whole",
+        "a template whose prompt is a prefix of the whole",
+        "use another one: --data.chat_template FILE",
+    )
+
+
+# What a template leaves out -------------------------------------------------------------------------------------------
+
+
+def _squeezed(text: str) -> str:
+    return "".join(text.split())
+
+
+def _holds(text: str, content: str) -> bool:
+    """Whether a rendering holds a content, whatever became of its white space."""
+    if content in text or _squeezed(content) in _squeezed(text):
+        return True
+    return _squeezed(json.dumps(content, ensure_ascii=False)[1:-1]) in _squeezed(text)
+
+
+def _lost(message: Mapping[str, Any], after: str, begin: int, end: int) -> str | None:
+    """What of an assistant's turn is not in its rendering, or None."""
+    content = message.get("content")
+    content = content.strip() if isinstance(content, str) else ""
+    # The prompt may have opened the turn with the first characters of the content, such as <think>.
+    parts = (after[begin:end], after[max(begin - len(content) + 1, 0) : end])
+    if content and not any(_holds(part, content) for part in parts):
+        return content
+    for call in message.get("tool_calls") or ():
+        name = (call.get("function") or call).get("name") if isinstance(call, Mapping) else None
+        if isinstance(name, str) and name not in after[begin:end]:
+            return name
+    return None
+
+
+def _vanished(prompt: Messages, before: str) -> bool:
+    contents = (turn["content"].strip() for turn in prompt if isinstance(turn.get("content"), str))
+    return not all(_holds(before, content) for content in contents)
+
+
+def _unread(message: Mapping[str, Any], rendered: str) -> Iterator[str]:
+    for name in REASONING:
+        value = message.get(name)
+        if isinstance(value, str) and value.strip() and not _holds(rendered, value.strip()):
+            yield f"the chat template leaves out '{name}' of an answer"
+
+
+_CUTS = re.compile(
+    r"[\w.\[\]'\"]+\s*\.\s*(?:r?split|replace|r?partition|removeprefix|removesuffix)"
+    r"\((?:[^()'\"]|'[^']*'|\"[^\"]*\")*\)(?:\s*\[[^\]]*\])?"
+    r"|\w[\w.\[\]'\"]*\[\s*-?\d*\s*:\s*-?\d*\s*\]"
+    r"|\|\s*(?:truncate|replace|striptags|first|last|regex_replace)\b(?:\([^)]*\))?"
 )
 
 
-def _apply(tokenizer: Any, messages: Messages, key: str, *, add_generation_prompt: bool = False) -> str:
-    try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
-    except Exception as error:  # a template is a program of its own and raises what it likes
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise RowProblem("template refuses the row", key, f"the chat template says: {line}", "a row it takes") from None
+def _dropped(key: str, turn: int, lost: str, tokenizer: Any, args: Mapping[str, Any] | None) -> RowProblem:
+    """The complaint about a turn of which something is not rendered, with the line of the template that may be why."""
+    source = tokenizer.get_chat_template(None, (args or {}).get("tools"))
+    cuts = [(n, cut[0]) for n, line in enumerate(source.splitlines(), 1) for cut in _CUTS.finditer(line)]
+
+    def speaks(cut: str) -> bool:
+        """Whether it cuts at a text that is there."""
+        return any(part in lost for pair in re.findall(r"'([^']+)'|\"([^\"]+)\"", cut) for part in pair if part.strip())
+
+    mine = next((cut for cut in cuts if speaks(cut[1])), next(iter(cuts), None))
+    line = "" if mine is None else f"; see line {mine[0]} of the template: {mine[1]}"
+    return RowProblem(
+        "template drops content",
+        key,
+        f"the chat template leaves out '{_short(lost)}' of turn {turn + 1}{line}",
+        "all of it in the text that is scored",
+        f"use another one: --data.chat_template FILE; or {DROP}",
+    )
 
 
-def end_tokens(tokenizer: Any) -> tuple[str, ...]:
-    """Texts that can be a terminator: every special token but those that mean something else."""
-    added = {str(t) for t in tokenizer.added_tokens_decoder.values() if t.special} | {*tokenizer.all_special_tokens}
-    others = {tokenizer.bos_token, tokenizer.unk_token} - {tokenizer.eos_token}
-    return tuple(sorted(added - others))
+def _short(text: str, most: int = 40) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= most else line[: most - 4] + " ..."

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from typing import Any
 
-from prefopt.data.encode import CutPair, Encoder
+from prefopt.data.encoder import CutPair, Encoder
 from prefopt.data.rows import Messages, RowProblem
 from prefopt.errors import DataError
 from prefopt.types import EncodedPair, Needs, PairRow
@@ -28,8 +28,8 @@ def plain_text(turns: str | Messages) -> str:
     if isinstance(turns, str):
         return turns
     if len(turns) == 1:
-        return turns[0]["content"] or ""
-    return "\n\n".join(f"{turn['role']}: {turn['content'] or ''}" for turn in turns)
+        return turns[0].get("content") or ""
+    return "\n\n".join(f"{turn['role']}: {turn.get('content') or ''}" for turn in turns)
 
 
 class BothOrders(Encoder):
@@ -38,13 +38,15 @@ class BothOrders(Encoder):
     What fits is left whole. Else the prompt loses its head until it has `PROMPT_SHARE`, or what the completions leave;
     the rest is theirs, half each, where a shorter one leaves the other what it does not need; they lose their tails.
 
+    `overlong: cut_completion` cuts as `cut_prompt` does, since each of the three has its share.
+
     Args: as of Encoder. Raises: DataError when `max_length` leaves no token for each of the three.
     """
 
     form = f"both orders, {FIRST!r} and {SECOND!r}"
 
-    def __init__(self, tokenizer: Any, max_length: int) -> None:
-        super().__init__(tokenizer, max_length)
+    def __init__(self, tokenizer: Any, max_length: int, **more: Any) -> None:
+        super().__init__(tokenizer, max_length, **more)
         self._first, self._second = self._tokenize([FIRST, SECOND])
         self._end = [] if self.eos is None else [self.eos]
         least = len(self._first) + len(self._second) + len(self._end) + 4
@@ -63,6 +65,7 @@ class BothOrders(Encoder):
     def _prepare(self, row: PairRow) -> tuple[Any, list[str]]:
         assert row.chosen is not None
         assert row.rejected is not None
+        self._check_texts(row)
         prompt, *sides = (plain_text(part) for part in (row.prompt, row.chosen, row.rejected))
         return prompt, [prompt, *(side.strip() for side in sides)]
 
@@ -75,6 +78,7 @@ class BothOrders(Encoder):
         fixed = len(self._first) + len(self._second) + len(self._end)
         length = len(one) + len(other) + fixed
         room = self.max_length - fixed
+        self._check_length(len(prompt) + length)
         limit = max(int(room * PROMPT_SHARE), room - len(one) - len(other), 2)
         kept = prompt
         if len(prompt) > limit:

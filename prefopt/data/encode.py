@@ -1,7 +1,4 @@
-"""From `PairRow`s to token ids: boundary, BOS, terminator, truncation; encoded once per content, then memory-mapped.
-
-Prompt and completion are tokenised together, so a token never differs from what the model would have seen.
-"""
+"""A data file as token ids: encoded once per content of file, tokenizer and settings, then memory-mapped."""
 
 from __future__ import annotations
 
@@ -13,297 +10,31 @@ import tempfile
 from array import array
 from bisect import bisect_left, bisect_right
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import accumulate, islice, pairwise
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from prefopt import storage
-from prefopt.data.bad_rows import BadRow, BadRows, OnBadRow, RowProblem, first_bad_row
-from prefopt.data.chat import Rendered, end_tokens, render, render_prompt
+from prefopt.data.bad_rows import BadRow, BadRows, OnBadRow, first_bad_row
+from prefopt.data.encoder import TOO_LONG, Encoder, Overlong, pad_token
 from prefopt.data.pairs import BLOCK, Concatenated, View
 from prefopt.data.report import EXAMPLES, DataReport
-from prefopt.data.rows import MAX_ROW_BYTES, Dialogues, Messages, RowReader
+from prefopt.data.rows import MAX_ROW_BYTES, Dialogues, RowReader
+from prefopt.data.structure import added_bos
+from prefopt.data.templates import Rendering
 from prefopt.errors import DataError
 from prefopt.storage import Damaged, Lock, Unreadable
 from prefopt.types import Column, EncodedPair, PairRow
 
-FORMAT_VERSION = 4  # raise it whenever the same file and settings would give other ids, masks or counts
+FORMAT_VERSION = 5  # raise it whenever the same file and settings would give other ids, masks or counts
 _ROWS, _REPORT = "rows.arrow", "report.json"  # of a folder of the cache
-_BATCH = 512  # rows tokenised at a time
+_NAME = "\0"  # in a kept note, the place of the data's base, which may be another one when it is read
 _WRITTEN = 4096  # rows in one piece of the cache file
-
-
-# One row.
-
-
-@dataclass(frozen=True)
-class CutPair:
-    """An encoded pair and what truncation did to it. Lengths are those before it."""
-
-    pair: EncodedPair
-    lengths: tuple[int, ...]  # prompt, chosen and, in pairs, rejected
-    cut_prompt: bool
-    cut_completion: bool
-    unterminated: int  # completions without a terminator
-
-
-class Encoder:
-    """Turns rows into token ids with one tokenizer.
-
-    Args:
-        tokenizer: one of transformers'.
-        max_length: the most tokens that prompt and completion may have together.
-
-    Raises: DataError when `max_length` leaves no room for a prompt token and a completion token.
-    """
-
-    form = "completions"  # of the sequences that it makes
-
-    def __init__(self, tokenizer: Any, max_length: int) -> None:
-        if max_length < 2:
-            raise DataError(
-                f"data.max_length: found {max_length}, expected at least 2: a prompt token and a scored one"
-            )
-        self.tokenizer, self.max_length = tokenizer, max_length
-        self.bos, self.eos, self.ends = added_bos(tokenizer), tokenizer.eos_token_id, end_tokens(tokenizer)
-        self.terminators = terminators(tokenizer)
-
-    def rows(self, rows: Iterable[PairRow]) -> Iterator[CutPair | BadRow]:
-        """Each row encoded, or what is wrong with it, in order. Rows are tokenised a few hundred at a time."""
-        rows = iter(rows)
-        while batch := list(islice(rows, _BATCH)):
-            prepared: list[tuple[Any, list[str]] | BadRow] = []
-            for row in batch:
-                try:
-                    prepared.append(self._prepare(row))
-                except RowProblem as problem:
-                    prepared.append(problem.at(row.where))
-            ids = iter(self._tokenize([text for one in prepared if not isinstance(one, BadRow) for text in one[1]]))
-            for row, one in zip(batch, prepared, strict=True):
-                if isinstance(one, BadRow):
-                    yield one
-                    continue
-                mine = [next(ids) for _ in one[1]]
-                try:
-                    yield self._finish(row, one[0], mine)
-                except RowProblem as problem:
-                    yield problem.at(row.where)
-
-    def _prepare(self, row: PairRow) -> tuple[Any, list[str]]:
-        """(what `_finish` is to be told, the texts whose ids it is to be given)."""
-        if row.ids is not None:  # a row that carries its ids needs no text
-            return None, []
-        sides = [self._render(row, key, side) for key, side in _sides(row)]
-        return sides, [text for side in sides for text in _texts(side)]
-
-    def _finish(self, row: PairRow, prepared: Any, ids: list[list[int]]) -> CutPair:
-        if row.ids is not None:
-            return self._sampled(row, row.ids)
-        following = iter(ids)
-        return self._pair(row, prepared, [[next(following) for _ in _texts(side)] for side in prepared])
-
-    def prompt(self, prompt: str | Messages) -> list[int]:
-        """The tokens of a prompt alone, as a policy reads them before it answers.
-
-        Raises: RowProblem when the chat template refuses it, or nothing is left of it.
-        """
-        text = prompt if isinstance(prompt, str) else render_prompt(prompt, self.tokenizer)
-        return self._with_bos(self._tokenize([text])[0])
-
-    def _with_bos(self, prompt: list[int]) -> list[int]:
-        """BOS exactly once, where this tokenizer adds one."""
-        if self.bos is not None:
-            begin = next((i for i, token in enumerate(prompt) if token != self.bos), len(prompt))
-            prompt = [self.bos, *prompt[begin:]]
-        if not prompt:
-            raise RowProblem("empty prompt", "prompt", "no token", "at least one (this tokenizer adds no BOS)")
-        return prompt
-
-    def pair(self, row: PairRow) -> EncodedPair:
-        """One row encoded. Raises: DataError with the complaint when it is a bad row."""
-        (encoded,) = self.rows([row])
-        if isinstance(encoded, BadRow):
-            raise DataError(encoded.message)
-        return encoded.pair
-
-    def _render(self, row: PairRow, key: str, side: str | Messages) -> Rendered:
-        return render(row.prompt, side, self.tokenizer, key, ends=self.ends)
-
-    def _tokenize(self, texts: list[str]) -> list[list[int]]:
-        """The ids of each text; one that stands there twice, as the prompt of both sides, is tokenised once."""
-        if not texts:  # some tokenizers have no fast form and cannot take an empty list
-            return []
-        once = list(dict.fromkeys(texts))
-        bare = {"return_attention_mask": False, "return_token_type_ids": False}
-        ids = self.tokenizer(once, add_special_tokens=False, verbose=False, **bare)["input_ids"]
-        known = dict(zip(once, ids, strict=True))
-        return [known[text] for text in texts]
-
-    def _pair(self, row: PairRow, sides: list[Rendered], parts: list[list[list[int]]]) -> CutPair:
-        keys = [key for key, _ in _sides(row)]
-        encoded = [self._side(*args) for args in zip(keys, sides, parts, strict=True)]
-        prompt = encoded[0][0]
-        assert all(other == prompt for other, _, _ in encoded), "one prompt text has given two lists of ids"
-        prompt = self._with_bos(prompt)
-        completions, masks = [ids for _, ids, _ in encoded], [mask for _, _, mask in encoded]
-        whole = [self._ends(ids, side) for ids, side in zip(completions, sides, strict=True)]
-        key = hashlib.sha256(sides[0].prompt.encode()).hexdigest()[:16]
-        return self._cut(row, key, prompt, completions, masks, whole)
-
-    def _sampled(self, row: PairRow, ids: tuple[list[int], ...]) -> CutPair:
-        """A row that carries its ids. A completion that was not ended stays so: nothing is added to it."""
-        prompt, *completions = ids
-        masks = [[True] * len(side) for side in completions]
-        whole = [side[-1] in self.terminators for side in completions]
-        return self._cut(row, hashlib.sha256(str(prompt).encode()).hexdigest()[:16], prompt, completions, masks, whole)
-
-    def _cut(
-        self,
-        row: PairRow,
-        key: str,
-        prompt: list[int],
-        completions: list[list[int]],
-        masks: list[list[bool]],
-        whole: list[bool],
-    ) -> CutPair:
-        """At most `max_length` tokens of it. Args: key: of the prompt; whole: whether each completion is terminated."""
-        lengths = (len(prompt), *(len(ids) for ids in completions))
-        # The prompt's head goes first, cut by the longer side so that both sides keep one prompt; then the tails.
-        room = max(self.max_length - max(lengths[1:]), 1)
-        cut_prompt = len(prompt) > room
-        if cut_prompt:
-            prompt = prompt[:1] + prompt[len(prompt) - room + 1 :] if self.bos is not None else prompt[-room:]
-        left = self.max_length - len(prompt)
-        cut = [len(ids) > left for ids in completions]
-        completions, masks = [ids[:left] for ids in completions], [mask[:left] for mask in masks]
-        pair = EncodedPair(
-            prompt_ids=prompt,
-            chosen_ids=completions[0],
-            rejected_ids=completions[1] if len(completions) > 1 else None,
-            chosen_mask=masks[0],
-            rejected_mask=masks[1] if len(completions) > 1 else None,
-            columns=row.columns,
-            where=row.where,
-            prompt_key=key,
-            raw_prompt_key=row.prompt_key,
-        )
-        ended = sum(end and not short for end, short in zip(whole, cut, strict=True))
-        return CutPair(pair, lengths, cut_prompt, any(cut), len(completions) - ended)
-
-    def _ends(self, ids: list[int], side: Rendered) -> bool:
-        return side.terminated or (self.eos is not None and ids[-1] == self.eos)
-
-    def _side(self, key: str, side: Rendered, parts: list[list[int]]) -> tuple[list[int], list[int], list[bool]]:
-        """(prompt ids, completion ids, mask): `parts` are the ids of the texts that `_texts` names."""
-        ids = parts[-1]
-        for part in parts[:-1]:
-            if ids[: len(part)] != part:
-                raise RowProblem(
-                    "token over the boundary",
-                    key,
-                    "its first characters merge with the end of the prompt into one token",
-                    "a prompt that is a token prefix of the whole",
-                    "move white space from the end of the prompt to the beginning of the completions",
-                )
-        marks = [len(part) for part in parts]
-        boundary = marks[0]
-        mask = [False] * (len(ids) - boundary)
-        for begin, end in zip(marks[::2], marks[1::2], strict=True):
-            if end == begin:
-                raise RowProblem("empty completion", key, "no token", "a non-empty completion")
-            mask[begin - boundary : end - boundary] = [True] * (end - begin)
-            last = ids[end - 1]
-            stop = last if side.terminated else self.eos
-            if stop is not None and stop in ids[begin : end - 1]:
-                text = self.tokenizer.convert_ids_to_tokens(stop)
-                raise RowProblem("terminator inside", key, f"'{text}' inside a completion", "it at the end only")
-        completion = ids[boundary:]
-        if not side.terminated and self.eos is not None and completion[-1] != self.eos:
-            completion, mask = [*completion, self.eos], [*mask, True]
-        return ids[:boundary], completion, mask
-
-
-def _sides(row: PairRow) -> list[tuple[str, str | Messages]]:
-    assert row.chosen is not None, "a row without any completion has nothing to score"
-    return [("chosen", row.chosen)] + ([("rejected", row.rejected)] if row.rejected is not None else [])
-
-
-def _texts(side: Rendered) -> list[str]:
-    """The beginnings whose ends are the boundaries of spans: the prompt first, the whole last."""
-    return [side.text[:mark] for span in side.spans for mark in span]
-
-
-def added_bos(tokenizer: Any) -> int | None:
-    """The BOS id, if this tokenizer puts one before a text by itself; None otherwise."""
-    bos = tokenizer.bos_token_id
-    return bos if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else None
-
-
-def terminators(tokenizer: Any) -> frozenset[int]:
-    """What ends a completion in training: EOS, and the token with which the chat template ends an assistant's turn."""
-    found = {tokenizer.eos_token_id}
-    if getattr(tokenizer, "chat_template", None):
-        with suppress(RowProblem):  # a template that refuses the simplest of exchanges has no end to show
-            turn = render([{"role": "user", "content": "a"}], [{"role": "assistant", "content": "b"}], tokenizer)
-            if turn.terminated:
-                found.add(tokenizer(turn.text, add_special_tokens=False)["input_ids"][-1])
-    return frozenset(found - {None})
-
-
-def pad_token(tokenizer: Any) -> tuple[int, str | None]:
-    """(the id to pad with, a sentence to say once where it is not the tokenizer's own).
-
-    Raises: DataError when the tokenizer has neither a pad token nor EOS.
-    """
-    if tokenizer.pad_token_id is not None:
-        return tokenizer.pad_token_id, None
-    if tokenizer.eos_token_id is None:
-        raise DataError("the tokenizer has neither a pad token nor an EOS token, expected one of them")
-    return tokenizer.eos_token_id, f"the tokenizer has no pad token; EOS '{tokenizer.eos_token}' pads instead"
-
-
-def check_row_structure(pair: EncodedPair, tokenizer: Any) -> str | None:
-    """What is wrong with an encoded pair, or None: an independent look at what `Encoder` promises.
-
-    BOS once, at the start, where the tokenizer adds one; a prompt token and a scored completion token on each side;
-    masks as long as completions; no pad token inside; one terminator at most.
-    """
-    bos, eos, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
-    special = {*tokenizer.convert_tokens_to_ids(list(end_tokens(tokenizer))), eos}
-    prompt = pair.prompt_ids
-    if not prompt:
-        return "the prompt has no token"
-    if (bos_added := added_bos(tokenizer)) is not None and prompt[0] != bos_added:
-        return f"BOS ({bos_added}) is not the first token"
-    for side, ids, mask in (
-        ("chosen", pair.chosen_ids, pair.chosen_mask),
-        ("rejected", pair.rejected_ids, pair.rejected_mask),
-    ):
-        if ids is None or mask is None:
-            continue
-        if not ids or len(mask) != len(ids) or not any(mask):
-            return f"{side}: {len(ids)} tokens, a mask of {len(mask)}, {sum(mask)} scored"
-        whole = prompt + ids
-        if bos is not None and whole[:2] == [bos, bos]:
-            return f"{side}: BOS ({bos}) stands twice at the start"
-        # Some chat templates begin each exchange with BOS, after the EOS of the one before.
-        if bos is not None and bos != eos and any(b == bos and a != eos for a, b in pairwise(whole)):
-            return f"{side}: BOS ({bos}) inside the row"
-        if pad is not None and pad not in (eos, bos, tokenizer.unk_token_id) and pad in whole:
-            return f"{side}: the pad token ({pad}) inside the row"
-        if eos is not None and all(mask) and eos in ids[:-1]:
-            return f"{side}: the terminator ({eos}) before the end of the completion"
-        if len(ids) > 1 and ids[-1] == eos and ids[-2] in special:
-            return f"{side}: two terminators ({ids[-2]}, {ids[-1]})"
-    return None
-
-
-# A file, in the cache.
 
 
 class MappedPairs(View):
@@ -435,6 +166,9 @@ def encode_file(
     cache_dir: str | Path,
     max_row_bytes: int = MAX_ROW_BYTES,
     dialogues: Dialogues = "text",
+    rendering: Rendering | None = None,
+    overlong: Overlong = "cut_prompt",
+    special_tokens: Sequence[str] = (),
 ) -> Encoded:
     """Reads, tokenises and cuts a data file, or maps what an earlier call has made of the same content.
 
@@ -442,7 +176,7 @@ def encode_file(
 
     Args:
         path, columns, need_rejected, extra, max_row_bytes, dialogues: as `RowReader`.
-        tokenizer, max_length: as `Encoder`.
+        tokenizer, max_length, rendering, overlong, special_tokens: as `Encoder`.
         kind: which encoder.
         on_bad_row: `error` stops at the first bad row; `skip` drops and counts them.
         vocab_rows: rows of the model's embedding; more rows than tokens is normal, fewer is refused.
@@ -451,7 +185,7 @@ def encode_file(
     Raises: DataError.
     """
     name = str(path)
-    encoder = kind(tokenizer, max_length)
+    encoder = kind(tokenizer, max_length, rendering=rendering, overlong=overlong, special_tokens=special_tokens)
     reader = RowReader(
         name,
         columns=columns,
@@ -470,6 +204,9 @@ def encode_file(
         on_bad_row,
         max_row_bytes,
         dialogues,
+        overlong,
+        sorted(special_tokens),
+        encoder.rendering.key(tokenizer),
     ]
     key = _cache_key(reader.source.content(Path(cache_dir).expanduser() / "hashes"), tokenizer, settings)
     folder = Path(cache_dir).expanduser() / key
@@ -565,7 +302,9 @@ def _load(folder: Path, name: str, base: str) -> tuple[tuple[Encoded, int] | Non
     except Exception as error:  # written by another version
         return None, f"{type(error).__name__}: {error}"
     examples = {reason: tuple(base + place for place in places) for reason, places in report.examples.items()}
-    encoded = Encoded(pairs, replace(report, path=name, examples=examples), kept["fingerprint"])
+    notes = tuple(note.replace(_NAME, base) for note in report.notes)
+    report = replace(report, path=name, examples=examples, notes=notes)
+    encoded = Encoded(pairs, report, kept["fingerprint"])
     return (encoded, kept["largest"]), None
 
 
@@ -590,6 +329,8 @@ def _build(folder: Path, reader: RowReader, encoder: Encoder, name: str, on_bad_
     count: Counter[str] = Counter()
     bad = BadRows(EXAMPLES)
     base = reader.source.base
+    noted: Counter[str] = Counter()
+    first: dict[str, str] = {}  # where each was noted first
     lengths: dict[str, Counter[int]] = {
         side: Counter() for side in ("prompt", "chosen", *(["rejected"] if reader.need_rejected else []))
     }
@@ -599,7 +340,7 @@ def _build(folder: Path, reader: RowReader, encoder: Encoder, name: str, on_bad_
     schema = _schema(reader.extra)
 
     def drop(row: BadRow) -> None:
-        if on_bad_row == "error":
+        if on_bad_row == "error" and row.reason != TOO_LONG:
             raise first_bad_row(row, items)
         count["read"] += 1
         bad.add(row)
@@ -621,6 +362,11 @@ def _build(folder: Path, reader: RowReader, encoder: Encoder, name: str, on_bad_
             count.update(read=1, kept=1, cut_prompts=encoded.cut_prompt, cut_completions=encoded.cut_completion)
             count.update(unterminated=encoded.unterminated, completions=len(encoded.lengths) - 1)
             count["identical"] += pair.chosen_ids == pair.rejected_ids
+            count["cut"] += encoded.cut_prompt or encoded.cut_completion
+            for note in encoded.notes:
+                if note not in noted:
+                    first[note] = pair.where.removeprefix(base)
+                noted[note] += 1
             for side, length in zip(lengths, encoded.lengths, strict=True):
                 lengths[side][length] += 1
             count["largest"] = max(
@@ -642,6 +388,12 @@ def _build(folder: Path, reader: RowReader, encoder: Encoder, name: str, on_bad_
     notes = [note for note in [pad_token(encoder.tokenizer)[1]] if note]
     if encoder.eos is None:
         notes.append("the tokenizer has no EOS token, so nothing ends a completion")
+    if count["cut"] > 0.01 * count["kept"]:
+        share = 100 * count["cut"] / count["kept"]
+        notes.append(
+            f"warning: {share:.1f}% of the pairs are cut; raise data.max_length, or choose what goes by data.overlong"
+        )
+    notes += [f"{note}: {number:,} rows, the first {_NAME}{first[note]}" for note, number in noted.most_common()]
     notes += reader.unread.notes(chat=bool(getattr(encoder.tokenizer, "chat_template", None)))
     report = DataReport(
         path="",

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from prefopt.data.bad_rows import BadRow, BadRows, OnBadRow, RowProblem, first_bad_row
 from prefopt.data.chat import Messages
-from prefopt.data.encode import EXAMPLES, Encoder
+from prefopt.data.encoder import Encoder
+from prefopt.data.report import EXAMPLES
 from prefopt.data.rows import Dialogues, RowReader, prompt_key
+from prefopt.data.templates import Rendering
 from prefopt.errors import DataError
 from prefopt.types import PairRow, Prompt
 
@@ -34,18 +37,20 @@ def read_prompts(
     on_bad_row: OnBadRow = "error",
     with_answers: bool = False,
     dialogues: Dialogues = "text",
+    rendering: Rendering | None = None,
+    special_tokens: Sequence[str] = (),
 ) -> Prompts:
     """The prompts of a file of pairs, of prompts and completions, or of prompts alone; each is read once.
 
     Args:
-        path, columns, on_bad_row, dialogues: as in `encode_file`.
+        path, columns, on_bad_row, dialogues, rendering, special_tokens: as in `encode_file`.
         render: the prompt as the policy reads it, from the one in the file.
         max_prompt: most tokens of a prompt: it must leave room for an answer.
         max_length: most tokens of a prompt and the file's answer together; a longer answer loses its tail.
         with_answers: whether every row must have a completion, the chosen one.
     Raises: DataError at a bad row, under `error`, or when no row can be used.
     """
-    encoder = Encoder(tokenizer, max_length)
+    encoder = Encoder(tokenizer, max_length, rendering=rendering, special_tokens=special_tokens)
     reader = RowReader(path, columns=columns, need_rejected=False, prompts_only=not with_answers, dialogues=dialogues)
     items = iter(reader)
     prompts: dict[str, Prompt] = {}
@@ -86,7 +91,7 @@ def _prompt(
         except ValueError as error:
             mend = "drop the row, or --data.on_bad_row skip"
             raise RowProblem("prompt cannot be asked", "prompt", str(error), "one that can be", mend) from None
-        ids = encoder.prompt(asked)
+        ids = encoder.prompt(asked, row.template_args, check=True)
         if len(ids) > most:
             raise RowProblem(
                 "prompt too long",
@@ -98,6 +103,8 @@ def _prompt(
     except RowProblem as problem:
         return problem.at(row.where)
     key = prompt_key(row.prompt)
+    if row.template_args:  # one question with two sets of tools is two prompts
+        key = hashlib.sha256(f"{key}{json.dumps(row.template_args, sort_keys=True)}".encode()).hexdigest()[:16]
     if row.chosen is None:
         return Prompt(row.prompt, tuple(ids), key, row.where)
     (encoded,) = encoder.rows([row])
@@ -111,7 +118,7 @@ def answer_text(completion: str | Messages) -> str:
     """What a judge may compare a response with: the text, or that of the assistant's turns."""
     if isinstance(completion, str):
         return completion.strip()
-    return "\n".join(turn["content"] or "" for turn in completion if turn["role"] == "assistant").strip()
+    return "\n".join(turn.get("content") or "" for turn in completion if turn["role"] == "assistant").strip()
 
 
 def hold_out(prompts: Sequence[Prompt], number: int) -> tuple[list[Prompt], list[Prompt]]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prefopt.data.encode import terminators
+from prefopt.data.structure import terminators
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

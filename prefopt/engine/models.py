@@ -18,6 +18,7 @@ from torch import nn
 
 from prefopt import storage
 from prefopt.config import ModelConfig
+from prefopt.data import templates
 from prefopt.engine import experts, quantized, sizes, weight_files
 from prefopt.errors import TrainError, did_you_mean
 
@@ -92,9 +93,16 @@ def _check_object(file: Path, key: str) -> None:
 
 
 def load_tokenizer(
-    path: str, settings: ModelConfig, chat_template: str | None = None, key: str = "model.path"
+    path: str,
+    settings: ModelConfig,
+    chat_template: str | None = None,
+    key: str = "model.path",
+    template_key: str = "data.chat_template",
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer beside a model, with another chat template if one is named."""
+    """The tokenizer beside a model, with another chat template if one is named.
+
+    Raises: TrainError naming `key` or `template_key` for what is no tokenizer, or no chat template.
+    """
     from transformers import AutoTokenizer
 
     try:
@@ -103,11 +111,10 @@ def load_tokenizer(
         )
     except Exception as error:
         raise refuse(key, path, error, "a tokenizer") from error
+    named = key if chat_template is None else template_key
     if chat_template is not None:
-        try:
-            tokenizer.chat_template = Path(chat_template).read_text()
-        except OSError as error:
-            raise TrainError(f"data.chat_template: '{chat_template}': {error.strerror}") from error
+        tokenizer.chat_template = templates.read_template(chat_template, named, TrainError)
+    templates.check_template(tokenizer, named if chat_template is None else f"{named}: '{chat_template}'", TrainError)
     return tokenizer
 
 

@@ -18,10 +18,11 @@ import torch
 from prefopt import storage
 from prefopt.config import RunConfig
 from prefopt.data.collate import collate
-from prefopt.data.encode import check_row_structure
 from prefopt.data.loader import Batches, Shares
 from prefopt.data.pairs import BLOCK, facts, fed_tokens, padded_lengths
 from prefopt.data.report import show_batch
+from prefopt.data.structure import Structure, check_row_structure
+from prefopt.data.templates import Rendering
 from prefopt.engine import adapters, card, check, checkpoint, compiling, experts, export, models, offload, parts
 from prefopt.engine.best import Selection
 from prefopt.engine.budget import Budget
@@ -601,6 +602,7 @@ class Trainer:
         if self.engine.shards:  # all processes must make the same calls
             few, layout = runtime.from_main((few, layout))
         batch = to_device(self._collate(few, layout), runtime.device)
+        promised = Structure(self.tokenizer, Rendering(config.data.template_args))
         mixed = config.train.mixed_precision
         tol = check.tolerance(self.policy.lm, mixed)
         rounded = self.values is not None and self.values.in_bfloat16
@@ -609,7 +611,7 @@ class Trainer:
         same = named is None or (config.model.path is not None and adapters.same_place(named, config.model.path))
         # every process runs every check, whatever it has found: a wrapped model's forward may wait for the others
         with runtime.accelerator.autocast():
-            structure = (f"{p.where}: {w}" for p in few if (w := check_row_structure(p, self.tokenizer)))
+            structure = (f"{p.where}: {w}" for p in few if (w := check_row_structure(p, promised)))
             problems = [
                 next(structure, None),
                 check.first_difference(self.model, self.policy, self.method, few, batch, tol, self.engine.inside),

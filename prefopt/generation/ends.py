@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from prefopt.config import ModelConfig
-from prefopt.data import encode
+from prefopt.data import structure
 from prefopt.types import Completion
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ def terminators(generation_config: Any, tokenizer: Any) -> frozenset[int]:
     """
     named = getattr(generation_config, "eos_token_id", None)
     named = named if isinstance(named, (list, tuple)) else [named]
-    return encode.terminators(tokenizer) | {int(token) for token in named if token is not None}
+    return structure.terminators(tokenizer) | {int(token) for token in named if token is not None}
 
 
 def terminators_of(weights: Weights, model: ModelConfig, tokenizer: Any) -> frozenset[int]:

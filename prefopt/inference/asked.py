@@ -5,14 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prefopt.data.encode import Encoder
+from prefopt.data.encoder import Encoder
 from prefopt.data.prompts import answer_text
 from prefopt.data.rows import BadRow, Messages, RowProblem, RowReader, open_source
+from prefopt.data.templates import Rendering
 from prefopt.errors import DataError, did_you_mean
 from prefopt.thoughts import ThoughtFormat
 from prefopt.types import Prompt
@@ -47,12 +48,19 @@ class Reader:
         thought: puts a thought prompt around them, where the policy thinks first.
         context: positions of the policy, None where it has no end.
         as_chat: whether a text is a user's turn; None: typed ones are, where there is a chat template.
+        rendering: what the chat template is given.
     """
 
     def __init__(
-        self, tokenizer: Any, thought: ThoughtFormat, context: int | None = None, as_chat: bool | None = None
+        self,
+        tokenizer: Any,
+        thought: ThoughtFormat,
+        context: int | None = None,
+        as_chat: bool | None = None,
+        rendering: Rendering | None = None,
     ) -> None:
-        self.encoder, self.thought, self.context, self.as_chat = Encoder(tokenizer, 2**31), thought, context, as_chat
+        self.encoder = Encoder(tokenizer, 2**31, rendering=rendering)
+        self.thought, self.context, self.as_chat = thought, context, as_chat
         self.has_template = bool(getattr(tokenizer, "chat_template", None))
         self._seen: Counter[str] = Counter()
 
@@ -78,14 +86,21 @@ class Reader:
             turn = isinstance(row.prompt, str) and bool(self.as_chat)
             text: Any = row.prompt
             answer = None if row.chosen is None else answer_text(row.chosen)
-            yield self.prompt([{"role": "user", "content": text}] if turn else text, row.where, answer)
+            yield self.prompt(
+                [{"role": "user", "content": text}] if turn else text, row.where, answer, row.template_args
+            )
 
-    def prompt(self, prompt: str | Messages, where: str, answer: str | None = None) -> Prompt | Refused:
-        """One prompt. Asked again it has another key, so that it draws other answers."""
+    def prompt(
+        self, prompt: str | Messages, where: str, answer: str | None = None, args: Mapping[str, Any] | None = None
+    ) -> Prompt | Refused:
+        """One prompt. Asked again it has another key, so that it draws other answers.
+
+        Args: args: its own arguments of the chat template.
+        """
         if not isinstance(prompt, str) and not self.has_template:
             return Refused(where, prompt, f"{where}: 'prompt': {NO_TEMPLATE}")
         try:
-            ids = self.encoder.prompt(self.thought.render(prompt))
+            ids = self.encoder.prompt(self.thought.render(prompt), args)
         except RowProblem as problem:
             return Refused(where, prompt, problem.at(where).message)
         except ValueError as error:
@@ -97,7 +112,7 @@ class Reader:
                 f"{where}: 'prompt': {len(ids)} tokens leave no room for an answer, expected fewer than the model's "
                 f"{self.context} positions (shorten it)",
             )
-        content = json.dumps(prompt, sort_keys=True)
+        content = json.dumps([prompt, args] if args else prompt, sort_keys=True)
         again = self._seen[content]
         self._seen[content] += 1
         key = hashlib.sha256((content + (f":{again}" if again else "")).encode()).hexdigest()[:16]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from prefopt import generation, storage
-from prefopt.data.encode import pad_token
+from prefopt.data.encoder import pad_token
 from prefopt.engine import adapters, models
 from prefopt.errors import ConfigError, TrainError
 from prefopt.generation.base import Engine
@@ -67,8 +67,12 @@ def find(path: str, config: InferConfig) -> Policy:
     Raises: TrainError for what is no language model; ConfigError for a thought format that cannot be read.
     """
     weights = adapters.find(path, config.model)
-    tokenizer = models.load_tokenizer(*adapters.tokenizer_path(weights, config.model), config.chat_template)
-    tokenizer.pad_token_id, note = pad_token(tokenizer)
+    tokenizer = models.load_tokenizer(
+        *adapters.tokenizer_path(weights, config.model), config.chat_template, template_key="chat_template"
+    )
+    tokenizer.pad_token_id, note = pad_token(
+        tokenizer, models.vocabulary(models.load_config(weights.base, weights.base_settings(config.model)))
+    )
     settings = _settings(weights.path, config) or (_settings(weights.base, config) if weights.adapter else {})
     places = [weights.path] if weights.adapter is None else [weights.base, weights.path]
     return Policy(

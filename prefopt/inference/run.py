@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ from prefopt.testbed.cache import cache_root
 from prefopt.thoughts import Answer
 
 if TYPE_CHECKING:
+    from prefopt.data.encoder import Encoder
     from prefopt.generation.base import Engine, Sampling
     from prefopt.inference.answers import Answered
     from prefopt.inference.asked import Reader, Refused
@@ -95,6 +97,14 @@ class Place:
         if taken is not None and not ours and (taken == self.answers or self.answers.parent == self.folder):
             raise ConfigError(f"--output {taken}: exists, and is not this command's; choose another --output")
 
+    def day(self) -> date | None:
+        """The day that the run here began, as its chat template was told; None for a new one."""
+        try:
+            kept = json.loads((self.folder / CARD).read_text(encoding="utf-8"))["template_date"]
+            return None if kept is None else date.fromisoformat(kept)
+        except (OSError, ValueError, KeyError, TypeError):  # a card that cannot be read is refused when it is held to
+            return None
+
     def hold(self, card: Mapping[str, Any]) -> None:
         """Write the card of a new run, or hold a continued one to its card.
 
@@ -137,8 +147,9 @@ class _Run:
         self.config, self.templates, self.place, self.stop, self.stack = config, templates, place, stop, stack
 
     def run(self) -> int:
+        from prefopt.data.templates import Rendering
         from prefopt.inference import policy
-        from prefopt.inference.asked import Reader, split
+        from prefopt.inference.asked import split
 
         config = self.config
         self.world = self._world()
@@ -150,13 +161,16 @@ class _Run:
             say(
                 f"{path} thinks before it answers; its thoughts are {'shown' if config.thought == 'show' else 'hidden'}"
             )
+        self.rendering = Rendering.of(config, self.policy.tokenizer, None if self.place is None else self.place.day())
+        for line in self.rendering.lines(self.policy.tokenizer):
+            say(line)
         if config.typed:
-            return self._typed(Reader(self.policy.tokenizer, self.policy.thought, as_chat=config.as_chat))
+            return self._typed(self._reader(None))
         refused: Sequence[Refused] = ()
         if self.world is not None:
             prompts = self.world.prompts(config.limit or 64, config.seed)
         else:
-            reader = Reader(self.policy.tokenizer, self.policy.thought, self._positions(), config.as_chat)
+            reader = self._reader(self._positions())
             found = iter([reader.typed(str(config.prompt))]) if config.prompts is None else reader.file(config.prompts)
             prompts, refused = split(found, config.limit)
         for one in refused:
@@ -288,6 +302,7 @@ class _Run:
             seed=config.seed,
             thought=self.policy.thought,
             templates=self.templates,
+            rendering=self.rendering,
         )
         return optimize_all(prompts, engine, judge, self.policy.tokenizer, how, tell=tell)
 
@@ -347,6 +362,17 @@ class _Run:
             )
         return build_world(test.world, seed=test.seed, cache_dir=cache_root())
 
+    def _reader(self, context: int | None) -> Reader:
+        from prefopt.inference.asked import Reader
+
+        policy = self.policy
+        return Reader(policy.tokenizer, policy.thought, context, self.config.as_chat, self.rendering)
+
+    def _encoder(self) -> Encoder:
+        from prefopt.data.encoder import Encoder
+
+        return Encoder(self.policy.tokenizer, 2**31, rendering=self.rendering)
+
     def _positions(self) -> int | None:
         from prefopt.generation.ends import positions_of
 
@@ -377,7 +403,7 @@ class _Run:
         judge = judges.make(
             self.config.judge,
             device=device_here(),
-            policy=lambda: (engine, self.policy.tokenizer),
+            policy=lambda: (engine, self._encoder()),
             world=None if self.world is None else self.world.judge(),
             cache=None if self.place is None else self.place.folder / "verdicts",
         )
@@ -407,6 +433,7 @@ class _Run:
         return {
             "config": self.config.to_dict(),
             "model": self.policy.identity,
+            "template_date": None if self.rendering.date is None else self.rendering.date.isoformat(),
             "prompts": hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16],
             "judge": json.dumps(self._judge_identity(), sort_keys=True) if self.config.judged else None,
             "templates": self.templates.digest() if self.config.judged else None,

@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from prefopt.data.comparison import plain_text
-from prefopt.data.encode import Encoder
+from prefopt.data.encoder import Encoder
 from prefopt.data.rows import RowProblem
+from prefopt.data.templates import Rendering
 from prefopt.generation.base import Engine, Sampling
 from prefopt.inference.prompts import Templates, read_templates, short_value
 from prefopt.judges.base import Judge
@@ -59,6 +60,7 @@ class TestTimeSettings:
         alone: whether the textual loss is of the best response alone, without the worst beside it.
         seed: of the run.
         thought: how thoughts are told from responses.
+        rendering: what the policy's chat template is given.
     """
 
     __test__ = False  # not a test class, whatever pytest thinks of its name
@@ -72,6 +74,7 @@ class TestTimeSettings:
     seed: int = 0
     thought: ThoughtFormat = field(default_factory=lambda: ThoughtFormat(None))
     templates: Templates = field(default_factory=read_templates)
+    rendering: Rendering = field(default_factory=Rendering)
 
     @classmethod
     def of(cls, strategy: str, **more: Any) -> TestTimeSettings:
@@ -311,7 +314,7 @@ class _Run:
     ) -> None:
         self.states = [_State(prompt) for prompt in prompts]
         self.engine, self.judge, self.tokenizer, self.settings, self.tell = engine, judge, tokenizer, settings, tell
-        self.encoder = Encoder(tokenizer, _SEEDS)
+        self.encoder = Encoder(tokenizer, _SEEDS, rendering=settings.rendering)
         self.compares: bool | None = None  # whether the judge does; known once it has judged
 
     def begin(self) -> None:

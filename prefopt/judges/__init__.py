@@ -12,6 +12,7 @@ from prefopt.errors import ConfigError
 if TYPE_CHECKING:
     import torch
 
+    from prefopt.data.encoder import Encoder
     from prefopt.data.rows import Messages
     from prefopt.generation.base import Engine
     from prefopt.judges.base import Judge
@@ -112,7 +113,7 @@ def make(
     settings: JudgeConfig,
     *,
     device: torch.device,
-    policy: Callable[[], tuple[Engine, Any]] | None = None,
+    policy: Callable[[], tuple[Engine, Encoder]] | None = None,
     world: Judge | None = None,
     cache: Path | None = None,
 ) -> Judge:
@@ -120,7 +121,7 @@ def make(
 
     Args:
         device: where a classifier is to be.
-        policy: gives the policy as an engine, and its tokenizer, where the judge is the policy itself.
+        policy: gives the policy as an engine, and how it reads prompts, where the judge is the policy itself.
         world: the testbed's own judge.
         cache: folder in which a server's answers are kept; None: one in the cache of the user.
 

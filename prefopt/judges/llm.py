@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from prefopt import marks
 from prefopt.config import JudgeConfig
 from prefopt.data.comparison import plain_text
-from prefopt.data.encode import Encoder
+from prefopt.data.encoder import Encoder
 from prefopt.data.rows import RowProblem
 from prefopt.errors import ConfigError, RoundError
 from prefopt.generation.base import Sampling
@@ -316,13 +316,12 @@ class Policy:
 
     A question that leaves it less than `max_tokens` positions is too long, one that its template refuses unreadable.
 
-    Args: engine, tokenizer: of the policy. settings: how it samples.
+    Args: engine: of the policy. encoder: how it reads prompts. settings: how it samples.
     """
 
-    def __init__(self, engine: Engine, tokenizer: Any, settings: JudgeConfig) -> None:
-        self.engine, self.tokenizer = engine, tokenizer
+    def __init__(self, engine: Engine, encoder: Encoder, settings: JudgeConfig) -> None:
+        self.engine, self.encoder = engine, encoder
         self.sampling = Sampling(n=1, temperature=settings.temperature, max_tokens=settings.max_tokens)
-        self.encoder = Encoder(tokenizer, _SEEDS)
 
     def answers(self, texts: Sequence[str]) -> list[str | Lost]:
         """See `Asked`. The seed of an answer depends on its question alone."""
@@ -338,7 +337,7 @@ class Policy:
 
     def _read(self, text: str) -> list[int] | Lost:
         """The tokens of a question."""
-        chat = getattr(self.tokenizer, "chat_template", None)
+        chat = getattr(self.encoder.tokenizer, "chat_template", None)
         try:
             ids = self.encoder.prompt([{"role": "user", "content": text}] if chat else text)
         except RowProblem:
@@ -356,7 +355,9 @@ class Policy:
         self.engine.close()
 
 
-def make(settings: JudgeConfig, policy: Callable[[], tuple[Engine, Any]] | None, cache: Path | None = None) -> LLMJudge:
+def make(
+    settings: JudgeConfig, policy: Callable[[], tuple[Engine, Encoder]] | None, cache: Path | None = None
+) -> LLMJudge:
     """The judge of these settings. Args: as in `prefopt.judges.make`."""
     if settings.path != POLICY:
         return LLMJudge(settings, Chat(settings, cache or cache_root() / "judge"))

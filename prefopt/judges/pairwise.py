@@ -8,8 +8,7 @@ from itertools import combinations
 from typing import Any
 
 from prefopt.data.comparison import BothOrders, plain_text
-from prefopt.data.encode import BadRow
-from prefopt.data.rows import Messages
+from prefopt.data.rows import BadRow, Messages
 from prefopt.judges.reward_model import Classifier
 from prefopt.types import Judgement, PairRow, Question
 

@@ -12,8 +12,8 @@ from torch import nn
 
 from prefopt.config import ModelConfig
 from prefopt.data.comparison import plain_text
-from prefopt.data.encode import BadRow, CutPair, Encoder, pad_token
-from prefopt.data.rows import Messages
+from prefopt.data.encoder import CutPair, Encoder, pad_token
+from prefopt.data.rows import BadRow, Messages
 from prefopt.engine import adapters, models
 from prefopt.engine.runtime import versions
 from prefopt.errors import DataError, RoundError, TrainError
@@ -192,11 +192,7 @@ def _unused(rows: list[list[int]], vocabulary: int) -> int:
 class _Apart(Encoder):
     """As in training; but where prompt and response merge into one token each is tokenised alone, as it was sampled."""
 
-    def _side(self, key: str, side: Any, parts: list[list[int]]) -> tuple[list[int], list[int], list[bool]]:
-        prompt, whole = parts[0], parts[-1]
-        if whole[: len(prompt)] != prompt:
-            parts = [prompt, prompt + self._tokenize([side.text[len(side.prompt) :]])[0]]
-        return super()._side(key, side, parts)
+    splits_text = True
 
 
 class RewardModelJudge:

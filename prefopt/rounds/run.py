@@ -19,8 +19,11 @@ import torch
 
 from prefopt import generation, judges, storage
 from prefopt.config import FREE_TO_CHANGE, GenerateConfig, JudgeConfig, RoundsConfig, RunConfig
-from prefopt.data.encode import terminators, tokenizer_content
+from prefopt.data.encode import tokenizer_content
+from prefopt.data.encoder import Encoder
 from prefopt.data.prompts import hold_out, slices
+from prefopt.data.structure import Structure
+from prefopt.data.templates import Rendering
 from prefopt.engine import adapters, card, checkpoint, models
 from prefopt.engine.export import describe_answers
 from prefopt.engine.metrics import Evaluation, Evaluator
@@ -117,8 +120,8 @@ class Rounds:
         self.judge_hash = judges.identity(self.config.judge)
         self._start_generation = models.generation_config(self.start.path) or models.generation_config(self.start.base)
         self._tokenizer_hash = tokenizer_content(self.tokenizer)
-        bad = frozenset({self.tokenizer.bos_token_id, self.tokenizer.pad_token_id} - {None})
-        self._view = View(self.config.method, bad - terminators(self.tokenizer))
+        self._rendering = Rendering.of(self.config.data, self.tokenizer)
+        self._view = View(self.config.method, Structure(self.tokenizer, self._rendering))
 
     # The conductor ----------------------------------------------------------------------------------------------------
 
@@ -629,10 +632,11 @@ class Rounds:
         return self._judge_with(lambda: self._engine(number))
 
     def _judge_with(self, policy: Callable[[], Engine]) -> Judge:
+        encoder = Encoder(self.tokenizer, 2**31, rendering=self._rendering)
         return judges.make(
             self.config.judge,
             device=self.device,
-            policy=lambda: (policy(), self.tokenizer),
+            policy=lambda: (policy(), encoder),
             world=self.world_judge,
         )
 

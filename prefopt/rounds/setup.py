@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ import torch
 
 from prefopt import generation, judges
 from prefopt.config import RunConfig, from_dict, sources
-from prefopt.data.encode import pad_token
+from prefopt.data.encoder import pad_token
 from prefopt.data.prompts import Prompts, read_prompts
+from prefopt.data.templates import Rendering
 from prefopt.engine import adapters, layouts, models
 from prefopt.engine.metrics import Evaluator
 from prefopt.engine.runtime import Stop, set_threads
@@ -26,8 +28,9 @@ from prefopt.types import Prompt
 
 @dataclass(frozen=True)
 class _Asked:
-    """What the policy is asked, and whose policy it is."""
+    """What the policy is asked, and whose policy it is. `config` is the run's, with what the prompts have decided."""
 
+    config: RunConfig
     start: adapters.Weights
     tokenizer: Any
     prompts: Sequence[Prompt]
@@ -48,11 +51,14 @@ def set_up(
     say: Callable[[str], None],
     track: Callable[[Mapping[str, float], int], None],
     cache: Path,
+    day: date,
     generates: bool = True,
 ) -> tuple[Rounds, list[str]]:
     """The rounds, and what to say of the prompts.
 
-    Args: generates: whether these processes are to sample completions.
+    Args:
+        day: that the run began, for a chat template that asks for the date.
+        generates: whether these processes are to sample completions.
     Raises: ConfigError, DataError or TrainError for whatever can be seen before any model is loaded.
     """
     judges.check(config.judge)
@@ -64,7 +70,8 @@ def set_up(
             "share; use scripts/rounds.py with the same flags"
         )
     other = None if config.rounds.compare is None else _other_run(config.rounds.compare)
-    asked = _from_testbed(config, cache) if config.on_testbed else _from_files(config)
+    asked = _from_testbed(config, cache) if config.on_testbed else _from_files(config, day)
+    config = asked.config
     judges.check_prompts(config.judge, (prompt.prompt for prompt in (*asked.prompts, *(asked.held_out or ()))))
     start_hash = workers.first_alone(lambda: _weights_hash(asked.start, config))
     # once, for all stages: what a sum rounds to depends on the threads, which must not depend on what is left to do
@@ -113,11 +120,11 @@ def _from_testbed(config: RunConfig, cache: Path) -> _Asked:
     held_out = world.prompts(more, config.seed + 2**31, render)
     what = f"testbed world '{config.testbed.world}': {len(prompts):,} prompts drawn for {config.rounds.count} rounds"
     return _Asked(
-        start, world.tokenizer, prompts, held_out, [what], world.judge(), [lambda lm: world.evaluate(lm, beta)]
+        config, start, world.tokenizer, prompts, held_out, [what], world.judge(), [lambda lm: world.evaluate(lm, beta)]
     )
 
 
-def _from_files(config: RunConfig) -> _Asked:
+def _from_files(config: RunConfig, day: date) -> _Asked:
     assert config.model.path is not None
     assert config.data.train is not None
     start = adapters.find(config.model.path, config.model)
@@ -131,7 +138,10 @@ def _from_files(config: RunConfig) -> _Asked:
             f"use --data.max_length {limit}"
         )
     tokenizer = models.load_tokenizer(*adapters.tokenizer_path(start, config.model), config.data.chat_template)
-    tokenizer.pad_token_id, note = pad_token(tokenizer)
+    tokenizer.pad_token_id, note = pad_token(tokenizer, models.vocabulary(architecture))
+    rendering = Rendering.of(config.data, tokenizer, day)
+    if rendering.date is not None:  # each round's training is told the same
+        config = replace(config, data=replace(config.data, template_date=rendering.date.isoformat()))
 
     def read(named: str, with_answers: bool) -> tuple[list[Prompt], list[str]]:
         """The prompts of all sources that are named, each prompt once."""
@@ -155,16 +165,19 @@ def _from_files(config: RunConfig) -> _Asked:
             on_bad_row=config.data.on_bad_row,
             dialogues=config.data.dialogues,
             with_answers=with_answers,
+            rendering=rendering,
+            special_tokens=config.data.special_tokens,
         )
 
-    prompts, report = read(config.data.train, config.rounds.pairs != "best_worst")
+    prompts, report = read(str(config.data.train), config.rounds.pairs != "best_worst")
     held_out = None
     if config.data.eval is not None:
         held_out, more = read(config.data.eval, False)
         seen = {prompt.key for prompt in prompts}
         both = sum(prompt.key in seen for prompt in held_out)
         report += more + ([f"warning: {both:,} held-out prompts are in the training data"] if both else [])
-    return _Asked(start, tokenizer, prompts, held_out, ([note] if note else []) + report)
+    report = [*([note] if note else []), *rendering.lines(tokenizer), *report]
+    return _Asked(config, start, tokenizer, prompts, held_out, report)
 
 
 def _weights_hash(start: adapters.Weights, config: RunConfig) -> str:

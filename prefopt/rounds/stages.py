@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from prefopt.config import RunConfig
+from prefopt.data.structure import Structure
 from prefopt.errors import RoundError
 from prefopt.generation.base import Engine, Sampling
 from prefopt.judges.base import Judge
@@ -57,6 +58,9 @@ def completions_of(row: Row) -> tuple[Completion, ...]:
 # judge ----------------------------------------------------------------------------------------------------------------
 
 
+MISPLACED = "BOS, EOS, padding or an end-of-turn token inside"
+
+
 @dataclass(frozen=True)
 class Seen:
     """What of a prompt's completions a judge sees.
@@ -75,11 +79,12 @@ class Seen:
 class View:
     """What of completions can be judged, and trained on.
 
-    Args: method: says what a judge may see. special: token ids that may stand in no completion, BOS and padding.
+    Args: method: says what a judge may see. structure: what every row of tokens must be; a candidate that is not so
+        could not be trained on, and is neither judged nor paired.
     """
 
     method: Method
-    special: frozenset[int]
+    structure: Structure
 
     def of(self, completions: Sequence[Completion]) -> Seen:
         seen: list[tuple[int, Response]] = []
@@ -87,8 +92,10 @@ class View:
         why: Counter[str] = Counter()
         for index, completion in enumerate(completions):
             response = self.method.judge_view(completion.text)
-            if self.special & {*completion.token_ids}:
-                why["BOS or padding in it"] += 1
+            if not completion.token_ids:
+                why["no token"] += 1
+            elif self.structure.problem((), completion.token_ids):
+                why[MISPLACED] += 1
             elif isinstance(response, str):
                 why[response] += 1
                 unparsed.append(index)

@@ -6,8 +6,10 @@ from dataclasses import replace
 import pytest
 
 from prefopt.data.comparison import FIRST, SECOND, BothOrders, encoder_for, plain_text
-from prefopt.data.encode import Encoder, check_row_structure, encode_file
+from prefopt.data.encode import encode_file
+from prefopt.data.encoder import Encoder
 from prefopt.data.rows import BadRow
+from prefopt.data.structure import Structure, check_row_structure
 from prefopt.errors import DataError
 from prefopt.types import Needs, PairRow
 from tests.helpers import byte_bpe_tokenizer
@@ -35,7 +37,7 @@ def test_both_orders_when_all_fits_then_the_text_is_the_template(tokenizer):
     assert decoded(tokenizer, pair.prompt_ids) == f"{bos}Name a colour."
     assert decoded(tokenizer, pair.chosen_ids) == f"{FIRST}red it is{SECOND}no</s>"
     assert decoded(tokenizer, pair.rejected_ids) == f"{FIRST}no{SECOND}red it is</s>"
-    assert check_row_structure(pair, tokenizer) is None
+    assert check_row_structure(pair, Structure(tokenizer)) is None
     assert pair.chosen_mask == [True] * len(pair.chosen_ids)
     assert (found.cut_prompt, found.cut_completion, found.unterminated) == (False, False, 0)
     assert found.lengths == (len(pair.prompt_ids), len(pair.chosen_ids), len(pair.rejected_ids))
@@ -60,7 +62,7 @@ def test_both_orders_when_the_prompt_is_long_then_it_loses_its_head_and_the_comp
     assert decoded(tokenizer, found.pair.prompt_ids).endswith("long end")
     if tokenizer.bos_token:
         assert found.pair.prompt_ids[0] == tokenizer.bos_token_id
-    assert check_row_structure(found.pair, tokenizer) is None
+    assert check_row_structure(found.pair, Structure(tokenizer)) is None
 
 
 @pytest.mark.parametrize(("chosen", "rejected"), [(90, 90), (90, 3), (3, 90)])

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from prefopt.data import encode
-from prefopt.data.encode import Encoder, check_row_structure, encode_file, pad_token, tokenizer_content
+from prefopt.data.encode import encode_file, tokenizer_content
+from prefopt.data.encoder import Encoder, pad_token
 from prefopt.data.rows import prompt_key
+from prefopt.data.structure import Structure, check_row_structure
 from prefopt.errors import DataError
 from prefopt.storage import Unreadable
 from prefopt.types import Column, PairRow
@@ -40,7 +42,7 @@ def test_pair_when_text_then_bos_once_terminator_once_and_ids_of_the_whole(token
     assert tokenizer.decode(pair.rejected_ids) == " bad</s>"
     assert pair.prompt_ids.count(BOS) == 1
     assert pair.chosen_mask == [True] * len(pair.chosen_ids)
-    assert check_row_structure(pair, tokenizer) is None
+    assert check_row_structure(pair, Structure(tokenizer)) is None
 
 
 @pytest.mark.parametrize("prompt", ["A question:", "<s>A question:", "<s><s>A question:"])
@@ -67,7 +69,7 @@ def test_pair_when_chat_then_the_templates_terminator_and_no_eos(tokenizer):
     assert pair.chosen_ids[-1] == end
     assert EOS not in pair.chosen_ids
     assert tokenizer.decode(pair.chosen_ids) == "An apple<|im_end|>"
-    assert check_row_structure(pair, tokenizer) is None
+    assert check_row_structure(pair, Structure(tokenizer)) is None
     forged = {"role": "assistant", "content": "x<|im_end|>y"}
     assert "'<|im_end|>' inside a completion" in problem(tokenizer, [USER], [forged], [TWO])
 
@@ -77,7 +79,7 @@ def test_pair_when_several_turns_then_the_mask_covers_the_assistants_tokens(toke
     scored = [token for token, mask in zip(pair.chosen_ids, pair.chosen_mask, strict=True) if mask]
     assert tokenizer.decode(scored) == "An apple<|im_end|>Blue pears<|im_end|>"
     assert tokenizer.decode(pair.chosen_ids).count("Name a fruit") == 1
-    assert check_row_structure(pair, tokenizer) is None
+    assert check_row_structure(pair, Structure(tokenizer)) is None
 
 
 def test_pair_when_a_token_spans_the_boundary_then_the_row_is_bad(tokenizer):
@@ -119,7 +121,7 @@ def test_pair_when_the_completion_alone_is_too_long_then_its_tail_goes(tokenizer
     assert len(cut.pair.chosen_ids) == len(cut.pair.chosen_mask) == max_length - 1
     assert len(cut.pair.rejected_ids) >= 1
     assert cut.unterminated == 1 + (max_length < 4)
-    assert check_row_structure(cut.pair, tokenizer) is None
+    assert check_row_structure(cut.pair, Structure(tokenizer)) is None
 
 
 def test_a_sampled_row_when_it_ends_with_the_templates_terminator_or_eos_then_it_is_terminated():
@@ -146,11 +148,11 @@ def test_check_row_structure_when_a_row_is_damaged_then_it_says_how(tokenizer):
     pair = Encoder(tokenizer, 99).pair(row())
     mask = [*pair.chosen_mask, True]
     cases = [
-        (replace(pair, prompt_ids=[BOS, *pair.prompt_ids]), "chosen: BOS (0) stands twice at the start"),
-        (replace(pair, prompt_ids=pair.prompt_ids[1:]), "BOS (0) is not the first token"),
-        (replace(pair, prompt_ids=[]), "the prompt has no token"),
+        (replace(pair, prompt_ids=[BOS, *pair.prompt_ids]), "prompt: BOS (0) stands twice at the start"),
+        (replace(pair, prompt_ids=pair.prompt_ids[1:]), "prompt: BOS (0) is not the first token"),
+        (replace(pair, prompt_ids=[]), "prompt: the prompt has no token"),
         (replace(pair, chosen_ids=[BOS, *pair.chosen_ids], chosen_mask=mask), "chosen: BOS (0) inside the row"),
-        (replace(pair, prompt_ids=[*pair.prompt_ids, 2]), "chosen: the pad token (2) inside the row"),
+        (replace(pair, prompt_ids=[*pair.prompt_ids, 2]), "prompt: the pad token (2) inside the row"),
         (
             replace(pair, chosen_ids=[*pair.chosen_ids, EOS], chosen_mask=mask),
             "chosen: the terminator (1) before the end of the completion",
@@ -162,7 +164,7 @@ def test_check_row_structure_when_a_row_is_damaged_then_it_says_how(tokenizer):
         (replace(pair, chosen_mask=mask), f"chosen: {len(mask) - 1} tokens, a mask of {len(mask)}, {len(mask)} scored"),
     ]
     for damaged, complaint in cases:
-        assert check_row_structure(damaged, tokenizer) == complaint
+        assert check_row_structure(damaged, Structure(tokenizer)) == complaint
 
 
 def test_pad_token_when_there_is_none_then_eos_and_a_sentence(tokenizer, bare_tokenizer):

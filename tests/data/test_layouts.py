@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from prefopt.data.collate import collate
-from prefopt.data.encode import Encoder
+from prefopt.data.encoder import Encoder
 from prefopt.data.layouts import LAYOUTS, block_and_branch, cells_of, rows_of
 from prefopt.data.report import show_batch
 from prefopt.types import EncodedPair, PairRow

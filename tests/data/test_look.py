@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from prefopt.data.encode import Encoder
+from prefopt.data.encoder import Encoder
 from prefopt.data.look import page, shown, spread, terminal
 from prefopt.data.rows import read_rows
 from prefopt.errors import DataError

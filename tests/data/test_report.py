@@ -1,7 +1,8 @@
 import json
 
 from prefopt.data.collate import collate
-from prefopt.data.encode import Encoder, encode_file
+from prefopt.data.encode import encode_file
+from prefopt.data.encoder import Encoder
 from prefopt.data.report import DataReport, show_batch
 from prefopt.types import PairRow
 from tests.data.conftest import PAIR
@@ -23,6 +24,10 @@ def test_report_when_printed_then_every_count_is_there(write, bare_tokenizer):
         "  cut to 24 tokens: 2 (50.0%) prompts at the head, 1 (25.0%) rows at the tail",
         "  completions without terminator: 1 of 8; duplicate rows: 1; chosen == rejected: 0",
         "  note        the tokenizer has no pad token; EOS '</s>' pads instead",
+        "  note        warning: 50.0% of the pairs are cut; raise data.max_length, or choose what goes by "
+        "data.overlong",
+        "  note        the prompt is cut to one token, since a completion fills data.max_length: 1 rows, the first "
+        "pairs.jsonl:5",
     ]
     assert str(report) == "\n".join(report.lines())
     assert DataReport.from_json(json.loads(json.dumps(report.to_json()))) == report

@@ -14,7 +14,7 @@ import pytest
 
 from prefopt import generation
 from prefopt.config import GenerateConfig, ModelConfig
-from prefopt.data.encode import terminators
+from prefopt.data.structure import terminators
 from prefopt.engine.adapters import Weights
 from prefopt.errors import ConfigError, RoundError
 from prefopt.generation.base import Sampling

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from prefopt.data.encode import Encoder
+from prefopt.data.encoder import Encoder
 from prefopt.engine import trainer as trainer_module
 from prefopt.errors import TrainError
 from prefopt.types import EncodedPair, PairRow

@@ -16,7 +16,7 @@ from transformers import (
 
 from prefopt import judges
 from prefopt.config import JudgeConfig, LoraConfig, ModelConfig, RunConfig
-from prefopt.data.encode import Encoder
+from prefopt.data.encoder import Encoder
 from prefopt.engine import adapters
 from prefopt.engine.models import set_padding
 from prefopt.errors import ConfigError, DataError, RoundError, TrainError

@@ -3,7 +3,7 @@
 import json
 from collections import Counter
 
-from prefopt.data.encode import Encoder
+from prefopt.data.encoder import Encoder
 from prefopt.data.rows import BadRow, RowReader
 from tests.parity.trajectory import row
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from prefopt.data.encode import Encoder
+from prefopt.data.encoder import Encoder
 from prefopt.errors import ConfigError
 from prefopt.testbed import build_world, truth
 from prefopt.testbed.bandit import LENGTH, PROMPTS, WORDS, Bandit, BanditSettings

@@ -1,0 +1,252 @@
+"""The chat template as the program that it is: its arguments, the date that it reads, how long it may take.
+
+A template is code of the tokenizer's author. What it raises is a bad row, what it reads of the world is fixed, and an
+endless loop in it ends.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import datetime
+import re
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from prefopt.config import RESERVED_ARGS, TemplateSettings
+from prefopt.data.bad_rows import RowProblem
+from prefopt.data.rows import Messages
+from prefopt.errors import DataError, PrefoptError
+
+SECONDS = 10.0
+NO_TEMPLATE = (
+    "the rows are chat messages and the tokenizer has no chat template, expected one (--data.chat_template FILE)"
+)
+_COMMENT = re.compile(r"\{#.*?#\}", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Rendering:
+    """What a chat template is given beside the messages.
+
+    Args:
+        args: further arguments of the template, such as `enable_thinking`; a row's own take precedence.
+        date: what a template that asks for today's date is told. None: today.
+        seconds: of processor time that one rendering may take.
+    """
+
+    args: Mapping[str, Any] = field(default_factory=dict)
+    date: datetime.date | None = None
+    seconds: float = SECONDS
+
+    @classmethod
+    def of(cls, settings: TemplateSettings, tokenizer: Any = None, day: datetime.date | None = None) -> Rendering:
+        """By the settings of a run. Args: day: of the run's start, for a template that asks for the date."""
+        named = settings.template_date
+        if named is not None:
+            day = datetime.date.fromisoformat(named)
+        clock = tokenizer is None or reads_clock(tokenizer)
+        return cls(settings.template_args, (day or datetime.date.today()) if clock else None, settings.template_seconds)
+
+    def lines(self, tokenizer: Any) -> list[str]:
+        """What a run says of it once."""
+        if self.date is None or not reads_clock(tokenizer):
+            return []
+        return [f"the chat template asks for today's date: it is told {self.date} in all of this run"]
+
+    def key(self, tokenizer: Any) -> list[Any]:
+        """What of it decides a rendering by this tokenizer's template; for keys of caches."""
+        clock = reads_clock(tokenizer)
+        return [sorted(self.args.items(), key=str), str(self.date or datetime.date.today()) if clock else None]
+
+    def render(
+        self,
+        tokenizer: Any,
+        messages: Messages,
+        args: Mapping[str, Any] | None = None,
+        *,
+        key: str = "prompt",
+        generation_prompt: bool = False,
+        continued: bool = False,
+    ) -> str:
+        """Chat messages as text.
+
+        Args:
+            args: of the row.
+            key: named in complaints.
+            generation_prompt: whether what precedes an answer follows the messages.
+            continued: whether the last message is left open, as the beginning of an answer.
+        Raises: RowProblem when the template refuses the messages or takes too long; DataError when there is none.
+        """
+        if not getattr(tokenizer, "chat_template", None):
+            raise DataError(NO_TEMPLATE)
+        args = {**self.args, **(args or {})}
+        reserved = next((name for name in args if name in RESERVED_ARGS), None)
+        if reserved is not None:
+            raise RowProblem("bad template argument", reserved, "an argument of the chat template", "another name")
+        try:
+            with _at_most(self.seconds):
+                source = tokenizer.get_chat_template(None, args.get("tools"))
+                if _CLOCK.search(source):
+                    source = _dated(source, self.date or datetime.date.today())
+                text: str = tokenizer.apply_chat_template(
+                    messages,
+                    chat_template=source,
+                    tokenize=False,
+                    add_generation_prompt=generation_prompt,
+                    continue_final_message=continued,
+                    **args,
+                )
+            return text
+        except _TookTooLongError:
+            raise RowProblem(
+                TOO_SLOW,
+                key,
+                f"the chat template takes longer than {self.seconds:g} s",
+                "one that comes to an end",
+                "use another one: --data.chat_template FILE, or --data.template_seconds",
+            ) from None
+        except Exception as error:  # a template is a program of its own and raises what it likes
+            line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise RowProblem(
+                "template refuses the row", key, f"the chat template says: {line}", "a row it takes"
+            ) from None
+
+
+TOO_SLOW = "template takes too long"
+
+
+def read_template(path: str, setting: str, error: type[PrefoptError]) -> str:
+    """A file with a chat template. Raises: `error`, naming the setting, for what is no Jinja template."""
+    try:
+        file = Path(path)
+        if file.exists() and not file.is_file():
+            raise error(f"{setting}: '{path}': is not a file, expected a Jinja template")
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as problem:
+        raise error(
+            f"{setting}: '{path}': byte {problem.start + 1} is not UTF-8, expected the text of a Jinja template"
+        ) from None
+    except OSError as problem:
+        raise error(f"{setting}: '{path}': {problem.strerror}") from None
+    except ValueError as problem:  # a name that no file can have
+        raise error(f"{setting}: {path!r}: {problem}") from None
+    if "\0" in text:
+        raise error(f"{setting}: '{path}': holds NUL bytes, expected the text of a Jinja template")
+    if not text.strip():
+        raise error(f"{setting}: '{path}': is empty, expected a Jinja template")
+    return text
+
+
+def check_template(tokenizer: Any, setting: str, error: type[PrefoptError]) -> None:
+    """Raises: `error`, naming the setting, where the chat template is not one, or draws at random."""
+    from jinja2 import TemplateSyntaxError
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    sources = tokenizer.chat_template or {}
+    for source in sources.values() if isinstance(sources, dict) else [sources]:
+        try:
+            _compile_jinja_template(source)
+        except TemplateSyntaxError as problem:
+            raise error(f"{setting}: line {problem.lineno}: {problem.message}, expected a Jinja template") from None
+        if _RANDOM.search(_COMMENT.sub("", source)):
+            raise error(f"{setting}: the template draws at random, expected one that renders a row in one way")
+
+
+# The date -------------------------------------------------------------------------------------------------------------
+
+_CLOCK = re.compile(r"\bstrftime_now\b")  # the only clock that transformers gives to a template
+_RANDOM = re.compile(r"\|\s*random\b|\blipsum\b")
+
+
+def reads_clock(tokenizer: Any) -> bool:
+    """Whether the tokenizer's chat template asks for the date."""
+    sources = getattr(tokenizer, "chat_template", None) or {}
+    every = sources.values() if isinstance(sources, dict) else [sources]
+    return any(_CLOCK.search(_COMMENT.sub("", source)) for source in every)
+
+
+@lru_cache(maxsize=16)
+def _dated(source: str, day: datetime.date) -> str:
+    """The template with a clock of its own that stands at the beginning of a day.
+
+    A macro in front of it takes the name: arguments that are functions do not reach a template.
+    """
+    moment = datetime.datetime(day.year, day.month, day.day)
+    letters = "aAbBcdDeFgGhHIjklmMnpPrRsStTuUVwWxXyYzZ"
+    values = {f"%{flag}{letter}": moment.strftime(f"%{flag}{letter}") for flag in ("-", "_", "") for letter in letters}
+    filled = "".join(f"|replace({name!r},{value!r})" for name, value in values.items())
+    body = f"{{{{ format|replace('%%','\\x00'){filled}|replace('\\x00','%') }}}}"
+    return f"{{%- macro strftime_now(format) -%}}{body}{{%- endmacro %}}\n{source}"  # that line break is not rendered
+
+
+# The time -------------------------------------------------------------------------------------------------------------
+
+
+class _TookTooLongError(BaseException):
+    """Raised inside a rendering by another thread; no template and no library catches it."""
+
+
+class _Watch:
+    """Ends what a thread does after some processor time, whatever thread it is, without a signal.
+
+    An exception set from outside arrives at the next bytecode, and a compiled template is bytecode. One thread looks
+    now and then at what is under way.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._under_way: dict[int, tuple[int, float]] = {}  # thread: its clock, and when it has had enough
+        self._thread: threading.Thread | None = None
+        self._wake = threading.Event()
+
+    def begin(self, seconds: float) -> None:
+        me = threading.get_ident()
+        clock = time.pthread_getcpuclockid(me) if hasattr(time, "pthread_getcpuclockid") else time.CLOCK_MONOTONIC
+        with self._lock:
+            self._under_way[me] = (clock, time.clock_gettime(clock) + seconds)
+            if self._thread is None or not self._thread.is_alive():  # at first, and in a process that was forked
+                self._thread = threading.Thread(target=self._look, name="chat template watch", daemon=True)
+                self._thread.start()
+        if not self._wake.is_set():
+            self._wake.set()
+
+    def end(self) -> None:
+        me = threading.get_ident()
+        with self._lock:
+            if self._under_way.pop(me, None) is None:  # it was told to end: what has not arrived yet is taken back
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(me), None)
+
+    def _look(self) -> None:
+        while True:
+            self._wake.wait()
+            time.sleep(0.05)
+            with self._lock:
+                for thread, (clock, limit) in list(self._under_way.items()):
+                    try:
+                        late = time.clock_gettime(clock) > limit
+                    except OSError:  # the thread is gone
+                        late = True
+                    if late:
+                        del self._under_way[thread]
+                        told = ctypes.py_object(_TookTooLongError)
+                        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), told)
+                if not self._under_way:
+                    self._wake.clear()
+
+
+_WATCH = _Watch()
+
+
+@contextmanager
+def _at_most(seconds: float) -> Iterator[None]:
+    _WATCH.begin(seconds)
+    try:
+        yield
+    finally:
+        _WATCH.end()
