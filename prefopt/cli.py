@@ -409,7 +409,8 @@ def _run_stage(command: list[str], environment: Mapping[str, str]) -> int:
             asked.append(number)
             process.send_signal(number)
 
-        before = {number: signal.signal(number, pass_on) for number in rt.SAVE_SIGNALS}
+        numbers = rt.SAVE_SIGNALS if rt.handles_signals() else ()
+        before = {number: signal.signal(number, pass_on) for number in numbers}
         try:
             status = process.wait()
         finally:

@@ -18,7 +18,7 @@ import re
 import textwrap
 import types
 import typing
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -28,6 +28,7 @@ import yaml
 from prefopt import other_names, redaction, registry
 from prefopt.errors import ConfigError, did_you_mean
 from prefopt.method import Method
+from prefopt.storage import read_text
 
 
 @dataclass(frozen=True)
@@ -799,6 +800,8 @@ def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:
     nested: dict[str, Any] = {}
     for key, value in flat.items():
         *parents, leaf = key.split(".")
+        if len(parents) > _DEEPEST:
+            raise ConfigError(f"--{key[:40]}...: unknown setting; --help lists them all")
         room = nested
         for parent in parents:
             room = room.setdefault(parent, {})
@@ -809,20 +812,78 @@ def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """A YAML loader that refuses a key given twice, and reads 1e-6 as a number."""
+    """A YAML loader that refuses a key given twice or that is no text, and reads 1e-6 as a number."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            if key_node.tag == "tag:yaml.org,2002:merge":
-                continue
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, Hashable):
-                raise yaml.constructor.ConstructorError(None, None, "a key must be a word", key_node.start_mark)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key '{key}' given twice", key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
+    def __init__(self, stream: Any) -> None:
+        super().__init__(stream)
+        self._checked: set[int] = set()
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Check a mapping's own keys before those that `<<` merges into it, which they may repeat, join them."""
+        if id(node) not in self._checked:
+            self._checked.add(id(node))
+            seen = set()
+            for key_node, _ in node.value:
+                if key_node.tag == "tag:yaml.org,2002:merge":
+                    continue
+                key = self.construct_object(key_node, deep=True)
+                if not isinstance(key, str):
+                    found = f"found {key!r}, expected text as a key (put it in quotes)"
+                    raise yaml.constructor.ConstructorError(None, None, found, key_node.start_mark)
+                if key in seen:
+                    raise yaml.constructor.ConstructorError(None, None, f"key '{key}' given twice", key_node.start_mark)
+                seen.add(key)
+        super().flatten_mapping(node)
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            value = super().construct_object(node, deep=deep)
+            if isinstance(value, int) and value.bit_length() > 4096:
+                raise ValueError("a number that nobody writes out")
+            return value
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:  # such as !!int x, 2020-99-99
+            found = f"cannot be read as {node.tag.rpartition(':')[2]} ({type(error).__name__})"
+            raise yaml.constructor.ConstructorError(None, None, found, node.start_mark) from None
+
+
+_MOST_TEXT, _DEEPEST, _MOST_NODES = 4_000_000, 100, 200_000  # characters, levels, values of a YAML text
+
+
+def _read_as_yaml(text: str) -> Any:
+    """A YAML text as plain values, each of which stands there once: aliases are counted as what they stand for.
+
+    Raises: yaml.YAMLError, also where it is too long, too deep, or grows without bound.
+    """
+
+    def refuse(found: str, mark: Any) -> yaml.YAMLError:
+        return yaml.constructor.ConstructorError(None, None, found, mark)
+
+    if len(text) > _MOST_TEXT:
+        raise yaml.YAMLError(f"found {len(text):,} characters, expected at most {_MOST_TEXT:,}")
+    sizes: dict[str, int] = {}
+    opened: list[tuple[str | None, int]] = []  # (anchor, values before it) of each collection that is not closed
+    count = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        if isinstance(event, yaml.CollectionStartEvent):
+            opened.append((event.anchor, count))
+            count += 1
+        elif isinstance(event, yaml.CollectionEndEvent):
+            anchor, before = opened.pop()
+            if anchor is not None:
+                sizes[anchor] = count - before
+        elif isinstance(event, yaml.AliasEvent):
+            if any(anchor == event.anchor for anchor, _ in opened):
+                raise refuse(f"alias '*{event.anchor}' stands inside what it names", event.start_mark)
+            count += sizes.get(event.anchor, 1)
+        elif isinstance(event, yaml.ScalarEvent):
+            count += 1
+            if event.anchor is not None:
+                sizes[event.anchor] = 1
+        if len(opened) > _DEEPEST:
+            raise refuse(f"nested more than {_DEEPEST} levels deep", event.start_mark)
+        if count > _MOST_NODES:
+            raise refuse(f"more than {_MOST_NODES:,} values, aliases counted as what they stand for", event.start_mark)
+    return yaml.load(text, Loader=_UniqueKeys)
 
 
 _UniqueKeys.add_implicit_resolver(
@@ -843,7 +904,7 @@ def load_yaml(path: Path, flag: str, expected: str) -> dict[str, Any]:
     Args: flag: what names the file, before a path that cannot be read. expected: what a mapping would hold.
     """
     try:
-        text = path.read_text()
+        text = read_text(path)
     except OSError as error:
         near = difflib.get_close_matches(
             path.name, [p.name for p in path.parent.glob("*")] if path.parent.is_dir() else [], 1
@@ -853,7 +914,7 @@ def load_yaml(path: Path, flag: str, expected: str) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise ConfigError(f"{flag}{path}: not a text file (byte {error.start + 1} is not UTF-8)") from error
     try:
-        loaded = yaml.load(text, Loader=_UniqueKeys)
+        loaded = _read_as_yaml(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
@@ -1028,7 +1089,7 @@ def coerce(value: Any, hint: Any, where: str) -> Any:
 
     if hint is Any:
         try:
-            return yaml.load(value, Loader=_UniqueKeys) if isinstance(value, str) else value
+            return _read_as_yaml(value) if isinstance(value, str) else value
         except yaml.YAMLError:
             raise refuse("a number, a word or a list such as [0.9, 0.95]") from None
     if origin in (types.UnionType, typing.Union):
@@ -1078,16 +1139,24 @@ def coerce(value: Any, hint: Any, where: str) -> Any:
             number = float(value)
         except (TypeError, ValueError):
             raise refuse("a whole number") from None
+        except OverflowError:
+            number = float("inf")
         if number != number or number in (float("inf"), float("-inf")) or number != int(number):
             raise refuse("a whole number")
+        if abs(number) >= 2**63:
+            raise refuse("a whole number below 2^63")
         return int(value) if isinstance(value, int) or str(value).lstrip("+-").isdigit() else int(number)
     if hint is float:
         try:
             return float(value)
         except (TypeError, ValueError):
             raise refuse("a number") from None
+        except OverflowError:
+            raise refuse("a number that a float holds") from None
     if hint is str:
         if isinstance(value, (str, int, float)):
+            if "\0" in str(value):
+                raise refuse("text without a NUL character")
             return str(value)
         raise refuse("text")
     raise ConfigError(

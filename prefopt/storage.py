@@ -67,6 +67,26 @@ def read_bytes(path: Path) -> bytes | None:
     return None
 
 
+def read_text(path: Path) -> str:
+    """The text of a regular file: a pipe that nobody writes to would be waited for, and a device has no end.
+
+    Raises: OSError, also for what is no regular file and for a name that can be none; UnicodeDecodeError.
+    """
+    check_regular(path)
+    return path.read_text(encoding="utf-8")
+
+
+def check_regular(path: Path) -> None:
+    """Raises: OSError where there is something that is neither a regular file nor a folder, or nothing can be."""
+    try:
+        mode = path.stat().st_mode
+    except ValueError:
+        raise OSError(errno.EINVAL, "its name holds a NUL character", str(path)) from None
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        kind = "named pipe" if stat.S_ISFIFO(mode) else "socket" if stat.S_ISSOCK(mode) else "device"
+        raise OSError(errno.ENXIO, f"is a {kind}, expected a regular file", str(path))
+
+
 def read_json(path: Path) -> Any:
     """The JSON value of a file without a checksum; None where it is missing. Raises: Unreadable; Damaged."""
     content = read_bytes(path)
@@ -142,6 +162,8 @@ def write_whole(path: Path, texts: Iterable[str], *, only_new: bool = False, flu
 def write_by(path: Path, write: Callable[[Path], Any], *, only_new: bool = False, flush: bool = True) -> None:
     """The same for what a library writes. Args: write: makes the file at the path that it is given."""
     scratch = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
+    with contextlib.suppress(FileNotFoundError):
+        check_regular(path)  # a device's name is not to be taken
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(scratch)

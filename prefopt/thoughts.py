@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from prefopt import marks
+from prefopt import marks, storage
 from prefopt.errors import ConfigError, did_you_mean
 
 Messages = list[dict[str, Any]]
@@ -139,7 +139,7 @@ def read_format(
         return ThoughtFormat(None)
     path = _FOLDER / f"{name}.txt" if name in names() else Path(name)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = storage.read_text(path)
     except (OSError, UnicodeDecodeError) as error:
         reason = "is not text" if isinstance(error, UnicodeDecodeError) else str(error.strerror).lower()
         known = (NONE, *names())

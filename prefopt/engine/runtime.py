@@ -9,6 +9,7 @@ import os
 import random
 import signal
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -47,6 +48,11 @@ def say(text: str) -> None:
         print(printable(text, lines=True), flush=True)
 
 
+def handles_signals() -> bool:
+    """Whether this thread may install handlers of signals; in a program that calls a command from another, none is."""
+    return threading.current_thread() is threading.main_thread()
+
+
 class Stop:
     """Turns SIGTERM, SIGINT and SIGUSR1 into a wish to save and leave, which the loop reads between micro-batches.
 
@@ -62,6 +68,8 @@ class Stop:
 
     def install(self, processes: int) -> None:
         self._alone = processes == 1
+        if not handles_signals():
+            return
         for number in SAVE_SIGNALS:
             signal.signal(number, self._handle)
         _follow_launcher()
@@ -81,7 +89,8 @@ class Stop:
 
         Python gives signals their defaults back before it ends, and the default of SIGUSR1 is to kill.
         """
-        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        if handles_signals():
+            signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
     def _handle(self, number: int, _frame: Any) -> None:
         self.requested = signal.Signals(number).name

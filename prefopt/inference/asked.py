@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from prefopt import storage
 from prefopt.data.encoder import Encoder
 from prefopt.data.prompts import answer_text
 from prefopt.data.rows import BadRow, Messages, RowProblem, RowReader, open_source
@@ -141,7 +142,7 @@ def split(found: Iterable[Prompt | Refused], limit: int | None = None) -> tuple[
 def _lines(path: str) -> list[str]:
     file = Path(path)
     try:
-        return file.read_text(encoding="utf-8").splitlines()
+        return storage.read_text(file).splitlines()
     except UnicodeDecodeError:
         raise DataError(f"{path}: is not text, expected one prompt per line in UTF-8") from None
     except OSError as error:

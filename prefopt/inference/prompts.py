@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prefopt import marks
+from prefopt import marks, storage
 from prefopt.errors import ConfigError, did_you_mean
 from prefopt.types import Response
 
@@ -131,7 +131,7 @@ def short_value(text: str, words: int = 10) -> str:
 
 def _read(path: Path, name: str) -> str:
     try:
-        text = path.read_text(encoding="utf-8").strip("\n")
+        text = storage.read_text(path).strip("\n")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "is not text"
         raise ConfigError(f"templates: '{path}': {reason}") from error

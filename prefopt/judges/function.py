@@ -13,10 +13,13 @@ import hashlib
 import importlib
 import inspect
 import math
-import queue
+import multiprocessing
+import os
+import pickle
+import signal
+import subprocess
 import sys
 import sysconfig
-import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -25,6 +28,8 @@ from typing import Any
 from prefopt import storage
 from prefopt.errors import ConfigError, RoundError, did_you_mean
 from prefopt.types import Judgement, Question
+
+_IMPORTS_WITHIN = 600.0  # seconds for the function's module, which may load a model
 
 
 def find(path: str) -> Callable[..., Any]:
@@ -39,7 +44,7 @@ def find(path: str) -> Callable[..., Any]:
         sys.path.append("")  # at the end: what is installed is not hidden by a file beside the data
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         if isinstance(error, ModuleNotFoundError) and error.name and f"{module_name}.".startswith(f"{error.name}."):
             raise ConfigError(f"judge.path: no module named '{error.name}' (looked in {Path.cwd()} too)") from error
         raise ConfigError(f"judge.path: importing '{module_name}' failed: {type(error).__name__}: {error}") from error
@@ -116,10 +121,10 @@ def _imports(tree: ast.AST, package: str) -> Iterator[str]:
 
 
 class FunctionJudge:
-    """Scores responses by a function.
+    """Scores responses by a function, which is called in a process of its own.
 
-    A call that takes longer than `timeout` counts as lost, and so does a result that is no finite number. The thread
-    that is stuck in such a call is left behind: a function should be quick.
+    A call that takes longer than `timeout` counts as lost, and so does a result that is no finite number. The process
+    is ended then, and another one started: what the function keeps in memory is lost with it.
 
     Args:
         path: `module:name`.
@@ -130,97 +135,130 @@ class FunctionJudge:
 
     def __init__(self, path: str, timeout: float) -> None:
         self.path, self.timeout = path, timeout
-        self.function = find(path)
         try:
-            parameters = inspect.signature(self.function).parameters
+            parameters = inspect.signature(find(path)).parameters
         except ValueError:  # some functions of C show none
             parameters = {}  # type: ignore[assignment]
         self.takes_many = "responses" in parameters
         self.answer_key = "answers" if self.takes_many else "answer"
         anything = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
         self.takes_answer = anything or self.answer_key in parameters
-        self._calls: queue.SimpleQueue[Any] | None = None
+        self._worker: _Worker | None = None
 
     def judge(self, questions: Sequence[Question]) -> list[Judgement]:
-        """See `Judge`. Raises: RoundError when the function raises, or gives what is no number, or too few of them."""
+        """See `Judge`.
+
+        Raises: RoundError when the function raises, ends its process, or gives what is no number, or too few of them.
+        """
         asked = [(q, response.text) for q in questions for response in q.responses]
         if self.takes_many:
             prompts, texts, answers = [q.prompt for q, _ in asked], [t for _, t in asked], [q.answer for q, _ in asked]
-            values, late = self._many(prompts, texts, answers) if asked else ([], False)
-            said = iter([(value, late) for value in values])
+            said = iter(self._call((prompts, texts), answers, f"{len(texts)} responses", len(texts)) if asked else [])
         else:
-            said = iter([self._one(q, text) for q, text in asked])
+            said = iter(
+                [
+                    value
+                    for q, text in asked
+                    for value in self._call((q.prompt, text), q.answer, f"prompt {q.key or repr(q.prompt)}", 1)
+                ]
+            )
         judgements = []
         for question in questions:
             problems: Counter[str] = Counter()
             scores = []
             for _ in question.responses:
-                value, late = next(said)
-                if late:
+                value = next(said)
+                if value is None:
                     problems["timeout"] += 1
                 elif not math.isfinite(value):
                     problems["nan"] += 1
-                scores.append(value if math.isfinite(value) else math.nan)
+                scores.append(value if value is not None and math.isfinite(value) else math.nan)
             judgements.append(Judgement(scores=tuple(scores), problems=dict(problems)))
         return judgements
 
-    def _one(self, question: Question, text: str) -> tuple[float, bool]:
-        where = f"prompt {question.key or repr(question.prompt)}"
-        value, late = self._call((question.prompt, text), question.answer, where, self.timeout)
-        return (math.nan if late else self._number(value, where)), late
-
-    def _many(self, prompts: list[Any], texts: list[str], answers: list[str | None]) -> tuple[list[float], bool]:
-        where = f"{len(texts)} responses"
-        values, late = self._call((prompts, texts), answers, where, self.timeout * len(texts))
-        if late:
-            return [math.nan] * len(texts), True
-        try:
-            numbers = list(values)
-        except TypeError:
-            numbers = []
-        if len(numbers) != len(texts):
-            found = f"{len(numbers)} numbers" if numbers else repr(values)
-            raise RoundError(f"judge.path: {self.path} gave {found} for {len(texts)} responses, expected one each")
-        return [self._number(value, where) for value in numbers], False
-
-    def _number(self, value: Any, where: str) -> float:
-        try:
-            return float(value)
-        except (TypeError, ValueError):
-            raise RoundError(f"judge.path: {self.path} gave {value!r} for {where}, expected a number") from None
-
-    def _call(self, arguments: tuple[Any, ...], answer: Any, where: str, timeout: float) -> tuple[Any, bool]:
-        """(what the function gives, whether it took too long)."""
-        if self._calls is None:
-            self._calls = queue.SimpleQueue()
-            threading.Thread(target=self._work, args=(self._calls,), daemon=True).start()
-        result: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
+    def _call(self, arguments: tuple[Any, ...], answer: Any, where: str, count: int) -> Sequence[float | None]:
+        """What the function gives for `count` responses; None for each where it took too long."""
+        if self._worker is None:
+            self._worker = _Worker(self.path)
         keywords = {self.answer_key: answer} if self.takes_answer else {}
-        self._calls.put((arguments, keywords, result))
         try:
-            value, error = result.get(timeout=timeout)
-        except queue.Empty:
-            self._calls = None  # whoever is stuck is left alone
-            return None, True
-        if error is not None:
-            said = f"{type(error).__name__}: {error}".rstrip(": ")
-            raise RoundError(f"judge.path: {self.path} raised {said} for {where}") from error
-        return value, False
-
-    def _work(self, calls: queue.SimpleQueue[Any]) -> None:
-        while (call := calls.get()) is not None:
-            arguments, keywords, result = call
-            try:
-                result.put((self.function(*arguments, **keywords), None))
-            except BaseException as error:
-                result.put((None, error))
+            kind, found = self._worker.call((arguments, keywords, self.takes_many), self.timeout * count)
+        except _Ended as ended:
+            self._worker = None
+            raise RoundError(f"judge.path: {self.path} ended its process ({ended}) for {where}") from None
+        if kind == "late":
+            self.close()
+            return [None] * count
+        if kind == "raised":
+            raise RoundError(f"judge.path: {self.path} raised {found} for {where}")
+        expected = "one number each" if self.takes_many else "a number"
+        if kind == "odd":
+            raise RoundError(f"judge.path: {self.path} gave {found} for {where}, expected {expected}")
+        if len(found) != count:
+            raise RoundError(f"judge.path: {self.path} gave {len(found)} numbers for {where}, expected one each")
+        numbers: list[float | None] = found
+        return numbers
 
     def describe(self) -> dict[str, Any]:
-        """See `Judge`. The function is known by its name and by its module's source, where that can be read."""
+        """See `Judge`. The function is known by its name and its source, where that can be read."""
         return {"kind": "function", "path": self.path, "source": source_of(self.path), "timeout": self.timeout}
 
     def close(self) -> None:
-        """Let the thread go that calls the function."""
-        if self._calls is not None:
-            self._calls.put(None)
-            self._calls = None
+        """End the process that calls the function."""
+        if self._worker is not None:
+            self._worker.end()
+            self._worker = None
+
+
+class _Ended(Exception):
+    """The process of a function is gone."""
+
+
+class _Worker:
+    """A process that calls a function, see worker.py: one that hangs or ends takes nothing else with it."""
+
+    def __init__(self, path: str) -> None:
+        mine, theirs = multiprocessing.Pipe()
+        with theirs:
+            program = [sys.executable, str(Path(__file__).with_name("worker.py")), str(theirs.fileno())]
+            self._process = subprocess.Popen(
+                program, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, start_new_session=True
+            )
+        self._connection = mine
+        try:
+            self._connection.send_bytes(pickle.dumps((sys.path, path)))
+            kind, _ = self._receive(_IMPORTS_WITHIN)
+        except _Ended as ended:
+            raise RoundError(f"judge.path: importing {path} in a process of its own ended that ({ended})") from None
+        if kind == "late":
+            self.end()
+            raise RoundError(f"judge.path: importing {path} takes longer than {_IMPORTS_WITHIN:.0f} s")
+
+    def call(self, call: tuple[Any, ...], timeout: float) -> tuple[str, Any]:
+        """The worker's answer, or ("late", None). Raises: _Ended with how it ended."""
+        try:
+            self._connection.send((*call, timeout))
+        except OSError:
+            raise self._ended() from None
+        return self._receive(timeout)
+
+    def _receive(self, timeout: float) -> tuple[str, Any]:
+        try:
+            if not self._connection.poll(timeout):
+                return "late", None
+            answer: tuple[str, Any] = self._connection.recv()
+            return answer
+        except (EOFError, OSError):
+            raise self._ended() from None
+
+    def _ended(self) -> _Ended:
+        status = self._process.wait()
+        self._connection.close()
+        return _Ended(f"killed by {signal.Signals(-status).name}" if status < 0 else f"exit status {status}")
+
+    def end(self) -> None:
+        """End it, with what it has started."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        self._connection.close()

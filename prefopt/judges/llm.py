@@ -18,7 +18,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from prefopt import marks
+from prefopt import marks, storage
 from prefopt.config import JudgeConfig
 from prefopt.data.comparison import plain_text
 from prefopt.data.encoder import Encoder
@@ -65,7 +65,7 @@ def read_template(settings: JudgeConfig) -> str:
     """The text of the question. Raises: ConfigError for a file that cannot be read, or has not the marks it needs."""
     path = Path(settings.template) if settings.template else _TEMPLATES / f"{settings.mode}.txt"
     try:
-        text = path.read_text()
+        text = storage.read_text(path)
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "is not text"
         raise ConfigError(f"judge.template: '{path}': {reason}") from error

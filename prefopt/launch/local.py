@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from prefopt.engine.runtime import EXIT_UNFINISHED, FOLLOW, SAVE_SIGNALS
+from prefopt.engine.runtime import EXIT_UNFINISHED, FOLLOW, SAVE_SIGNALS, handles_signals
 from prefopt.errors import ConfigError
 from prefopt.launch.manifest import Ledger, Run
 
@@ -124,7 +124,8 @@ class Local:
 
         Returns: 0 when all runs are done, 1 when some have failed, 75 after a signal that asks to save and leave.
         """
-        before = {number: signal.signal(number, self._stop) for number in SAVE_SIGNALS}
+        numbers = SAVE_SIGNALS if handles_signals() else ()
+        before = {number: signal.signal(number, self._stop) for number in numbers}
         try:
             due = 0.0
             while True:

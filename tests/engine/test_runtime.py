@@ -13,9 +13,12 @@ import time
 import pytest
 import torch
 
+from prefopt import cli
 from prefopt.config import OptimConfig, TrainConfig, parse
 from prefopt.engine.runtime import (
+    SAVE_SIGNALS,
     OutputLock,
+    Stop,
     check_path,
     hush_deepspeed,
     prepare_output,
@@ -279,3 +282,20 @@ def test_work_of_the_first_process_may_outlast_what_others_usually_wait_and_move
     from tests.dist.ranks import run_ranks
 
     assert run_ranks(_waits) == [("done no", True)] * 2
+
+
+def test_signals_when_the_command_runs_in_another_thread_then_none_is_handled_and_it_runs_all_the_same():
+    before = {number: signal.getsignal(number) for number in SAVE_SIGNALS}
+    done = []
+
+    def run():
+        stop = Stop()
+        stop.install(1)
+        stop.leave_be()
+        done.append(cli._run_stage([sys.executable, "-c", "raise SystemExit(3)"], os.environ))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert done == [3]
+    assert {number: signal.getsignal(number) for number in SAVE_SIGNALS} == before

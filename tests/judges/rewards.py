@@ -1,9 +1,10 @@
 """Functions as a user would write them, good and bad."""
 
 import math
+import os
+import re
+import signal
 import time
-
-calls = []
 
 
 def exact(prompt, response, answer):
@@ -11,8 +12,7 @@ def exact(prompt, response, answer):
 
 
 def keywords(prompt, response, **more):
-    calls.append(more)
-    return len(response)
+    return len(response) if more == {"answer": "7"} else -1
 
 
 def many(prompts, responses, answers):
@@ -46,6 +46,26 @@ def hangs(prompt, response):
     if "7" in response:
         time.sleep(30)
     return 1.0
+
+
+def says_much(prompts, responses):
+    return [1.0, None, 1.0, 1.0, 1.0]
+
+
+def quits(prompt, response):
+    os._exit(0)
+
+
+def crashes(prompt, response):
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+
+def backtracks(prompt, response):
+    return float(re.match(r"(y+)+z$", response + "!") is None) if "y" in response else 1.0
+
+
+def huge(prompt, response):
+    return 10**400
 
 
 NUMBER = 3

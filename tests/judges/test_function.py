@@ -10,35 +10,41 @@ from prefopt.config import JudgeConfig
 from prefopt.errors import ConfigError, RoundError
 from prefopt.judges import function
 from prefopt.judges.function import FunctionJudge, source_of
-from tests.judges import rewards
 from tests.judges.conftest import question
 
 HERE = "tests.judges.rewards:"
 ASKED = [question("6", "7", answer="7", key="one"), question("5", "8", "9", answer="9", key="two")]
 
 
-def judge(name, timeout=10.0):
-    return FunctionJudge(HERE + name, timeout)
+@pytest.fixture
+def judge():
+    made = []
+
+    def judge(name, timeout=10.0):
+        made.append(FunctionJudge(HERE + name, timeout))
+        return made[-1]
+
+    yield judge
+    for one in made:
+        one.close()
 
 
-def test_function_when_asked_then_it_gets_prompt_response_and_answer():
+def test_function_when_asked_then_it_gets_prompt_response_and_answer(judge):
     found = judge("exact").judge(ASKED)
     assert [judgement.scores for judgement in found] == [(0.0, 1.0), (0.0, 0.0, 1.0)]
     assert [judgement.problems for judgement in found] == [{}, {}]
 
 
-def test_function_when_it_takes_any_keyword_then_it_gets_the_answer_only():
-    rewards.calls.clear()
+def test_function_when_it_takes_any_keyword_then_it_gets_the_answer_only(judge):
     assert judge("keywords").judge(ASKED[:1])[0].scores == (1.0, 1.0)
-    assert rewards.calls == [{"answer": "7"}] * 2
 
 
-def test_function_when_it_takes_many_then_it_is_called_once_for_all():
+def test_function_when_it_takes_many_then_it_is_called_once_for_all(judge):
     found = judge("many").judge([question("a", "bb", answer="x"), question("ccc", answer="y")])
     assert [judgement.scores for judgement in found] == [(1.0, 2.0), (3.0,)]
 
 
-def test_function_when_a_score_is_not_finite_then_it_is_nan_and_counted():
+def test_function_when_a_score_is_not_finite_then_it_is_nan_and_counted(judge):
     first, second = judge("sometimes_nan").judge(ASKED)
     assert first.scores[0] == 1.0
     assert math.isnan(first.scores[1])
@@ -46,7 +52,7 @@ def test_function_when_a_score_is_not_finite_then_it_is_nan_and_counted():
     assert (first.problems, second.problems) == ({"nan": 1}, {"nan": 1})
 
 
-def test_function_when_a_call_takes_too_long_then_it_is_counted_and_the_others_are_judged():
+def test_function_when_a_call_takes_too_long_then_it_is_counted_and_the_others_are_judged(judge):
     first, second = judge("hangs", timeout=0.3).judge(ASKED)
     assert first.problems == {"timeout": 1}
     assert math.isnan(first.scores[1])
@@ -63,11 +69,39 @@ def test_function_when_a_call_takes_too_long_then_it_is_counted_and_the_others_a
             "says_nothing",
             r"^judge.path: tests.judges.rewards:says_nothing gave None for prompt one, expected a number$",
         ),
+        (
+            "says_much",
+            r"^judge.path: .*:says_much gave None for 5 responses, expected one number each$",
+        ),
+        ("quits", r"^judge.path: tests.judges.rewards:quits ended its process \(exit status 0\) for prompt one$"),
+        (
+            "crashes",
+            r"^judge.path: .*:crashes ended its process \(killed by SIGSEGV\) for prompt one$",
+        ),
     ],
 )
-def test_function_when_it_fails_then_one_line_names_it(name, message):
+def test_function_when_it_fails_then_one_line_names_it(name, message, judge):
     with pytest.raises(RoundError, match=message):
         judge(name).judge(ASKED)
+
+
+def test_function_when_it_holds_the_interpreter_then_it_is_ended_all_the_same(judge):
+    (found,) = judge("backtracks", timeout=0.5).judge([question("x", "y" * 60, "z")])
+    assert found.problems == {"timeout": 1}
+    assert (found.scores[0], found.scores[2]) == (1.0, 1.0)
+    assert math.isnan(found.scores[1])
+
+
+def test_function_when_a_number_is_beyond_a_float_then_it_is_counted(judge):
+    (found,) = judge("huge").judge([question("x")])
+    assert found.problems == {"nan": 1}
+
+
+def test_function_when_its_module_ends_the_process_then_it_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "module_that_leaves.py").write_text("import sys\nsys.exit(0)\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ConfigError, match=r"^judge.path: importing 'module_that_leaves' failed: SystemExit: 0$"):
+        function.find("module_that_leaves:f")
 
 
 @pytest.mark.parametrize(
@@ -85,7 +119,7 @@ def test_function_when_there_is_none_then_it_is_refused_before_anything_is_loade
         judges.check(JudgeConfig(kind="function", path=path))
 
 
-def test_function_when_described_then_its_source_is_known_by_its_hash():
+def test_function_when_described_then_its_source_is_known_by_its_hash(judge):
     first, other = judge("exact").describe(), judge("many").describe()
     assert first["kind"] == "function"
     assert first["path"] == HERE + "exact"
