@@ -20,6 +20,7 @@ import shutil
 import socket
 import stat
 import threading
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -92,10 +93,12 @@ def read_json(path: Path) -> Any:
     content = read_bytes(path)
     if content is None:
         return None
-    try:
-        return json.loads(content.decode("utf-8"))
-    except (ValueError, RecursionError):
-        raise Damaged(f"{path}: is not JSON: it was cut, edited or damaged") from None
+    value = None
+    with contextlib.suppress(ValueError, RecursionError):
+        value = json.loads(content.decode("utf-8"))
+    if value is None:  # null, which nobody writes, would look like a file that is missing
+        raise Damaged(f"{path}: is not JSON: it was cut, edited or damaged")
+    return value
 
 
 def read_sealed(path: Path, *, unsealed: bool = False) -> dict[str, Any] | None:
@@ -107,10 +110,60 @@ def read_sealed(path: Path, *, unsealed: bool = False) -> dict[str, Any] | None:
     value = read_json(path)
     if value is None:
         return None
+    return unseal(value, str(path), unsealed=unsealed)
+
+
+def unseal(value: Any, where: str, *, unsealed: bool = False) -> dict[str, Any]:
+    """An object without its hash. Args: where: it was read, for the error. Raises: Damaged when they do not match."""
     seal = value.pop(_SEAL, None) if isinstance(value, dict) else None
     if not isinstance(value, dict) or (seal != digest(value) and not (unsealed and seal is None)):
-        raise Damaged(f"{path}: does not match its own hash: it was edited or damaged")
+        raise Damaged(f"{where}: does not match its own hash: it was edited or damaged")
     return value
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSONL file that lines are added to, without one that a kill has cut in half.
+
+    Returns: none where the file is missing.
+    Raises: Damaged naming a line that is no JSON object; Unreadable.
+    """
+    lines: list[dict[str, Any]] = []
+    texts = (read_bytes(path) or b"").split(b"\n")
+    for number, text in enumerate(texts, 1):
+        try:
+            line = json.loads(text)
+            if not isinstance(line, dict):
+                raise ValueError
+        except (ValueError, RecursionError):
+            if number == len(texts):
+                break  # empty, or the last line of a killed process
+            raise Damaged(
+                f"{path}:{number}: is not as it was written: no JSON object; put the file back from a copy"
+            ) from None
+        lines.append(line)
+    return lines
+
+
+def sums_of(content: bytes) -> dict[str, Any]:
+    """What the whole lines of a file are known by later, as JSON values; see `other_line`."""
+    sums = [zlib.crc32(line) for line in content.split(b"\n")[:-1]]
+    return {"lines": len(sums), "crc32": "".join(f"{one:08x}" for one in sums)}
+
+
+def other_line(path: Path, content: bytes, sums: Mapping[str, Any], since: str) -> Damaged | None:
+    """The error that names the first line that is not as it was at `sums_of`; None where all are.
+
+    Args: since: what knows them by their sums.
+    """
+    lines = content.split(b"\n")[:-1]
+    mend = "put the file back from a copy, or choose another --output"
+    for number in range(sums["lines"]):
+        if number == len(lines):
+            found = f"ends after {number} lines" if content else "is missing"
+            return Damaged(f"{path}: {found}, {since} was saved after {sums['lines']}; {mend}")
+        if f"{zlib.crc32(lines[number]):08x}" != sums["crc32"][8 * number : 8 * number + 8]:
+            return Damaged(f"{path}:{number + 1}: is not as it was written before {since} was saved; {mend}")
+    return None
 
 
 def is_there(path: Path) -> bool:
@@ -185,8 +238,13 @@ def write_by(path: Path, write: Callable[[Path], Any], *, only_new: bool = False
 
 def write_sealed(path: Path, value: Mapping[str, Any], *, only_new: bool = False, flush: bool = True) -> None:
     """Write a JSON object with its own hash in it, see `write_whole`; what JSON lacks becomes text."""
+    write_whole(path, [json.dumps(sealed(value), indent=1)], only_new=only_new, flush=flush)
+
+
+def sealed(value: Mapping[str, Any]) -> dict[str, Any]:
+    """A JSON object with its own hash in it, see `unseal`."""
     plain = json.loads(json.dumps(dict(value), default=str))
-    write_whole(path, [json.dumps(plain | {_SEAL: digest(plain)}, indent=1)], only_new=only_new, flush=flush)
+    return plain | {_SEAL: digest(plain)}
 
 
 def flush_file(path: Path) -> None:

@@ -1,10 +1,11 @@
 """SIGKILLs at random moments over training, a reference's pass, rounds and sweeps, and what is left when all is done.
 
-    python -m tests.chaos [--kills 100] [--seed 0]
+    python -m tests.chaos [--kills 100] [--damages 30] [--seed 0]
 
 Each scenario is run once undisturbed. Then it is started again and again in fresh folders and killed after a time drawn
 from its undisturbed length, a few times in a row, and let end. Its weights must be those of the undisturbed run, bit by
 bit; no file that it names may be damaged, and no attempt may take longer than ten times the undisturbed run.
+Then files are damaged, see `damages`.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from prefopt.engine import checkpoint
+from tests import damages
 from tests.fork_server import ROOT, ForkServer
 from tests.helpers import byte_bpe_tokenizer, tiny_llama
 
@@ -41,12 +43,29 @@ class Scenario:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", default=100, type=int)
+    parser.add_argument("--damages", default=30, type=int)
     parser.add_argument("--seed", default=0, type=int)
     args = parser.parse_args()
+    found: dict[str, dict[str, int]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        found = chaos(Path(folder), args.kills, args.seed)
+        if args.kills:
+            (Path(folder) / "kills").mkdir()
+            found["kills"] = chaos(Path(folder) / "kills", args.kills, args.seed)
+        if args.damages:
+            (Path(folder) / "damages").mkdir()
+            found["damages"] = damage(Path(folder) / "damages", args.damages, args.seed)
     print(json.dumps(found))
-    return 0 if not any(found[key] for key in ("differing", "damaged", "hangs", "failed")) else 1
+    wrong = ("differing", "damaged", "hangs", "failed", *damages.WRONG)
+    return 1 if any(counts.get(key, 0) for counts in found.values() for key in wrong) else 0
+
+
+def damage(root: Path, count: int, seed: int) -> dict[str, int]:
+    """Counts: files that were damaged or unreadable, what came of it, and what was wrong; see `damages`."""
+    server = ForkServer(root)
+    try:
+        return damages.damages(server, _base(root), root, count, seed)
+    finally:
+        server.close()
 
 
 def chaos(root: Path, kills: int, seed: int) -> dict[str, int]:
@@ -94,14 +113,19 @@ def _weights(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in found}
 
 
-def _scenarios(root: Path, server: ForkServer) -> list[Scenario]:
+def _base(root: Path) -> dict[str, object]:
+    """Pairs and a model, and the settings of a short run with them."""
     rows = [{"prompt": f"say {i}:", "chosen": f" it is {i}", "rejected": f" no {i * 7 % 11}"} for i in range(60)]
     (root / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     tokenizer = byte_bpe_tokenizer([row["prompt"] + row["chosen"] for row in rows], vocab_size=300)
     tiny_llama(len(tokenizer), hidden=16, layers=1).save_pretrained(root / "model")
     tokenizer.save_pretrained(root / "model")
     base = {"model.path": root / "model", "data.train": root / "pairs.jsonl", "data.max_length": 64, "optim.lr": 1e-2}
-    base |= {"train.global_batch": 4, "train.micro_batch": 2}
+    return base | {"train.global_batch": 4, "train.micro_batch": 2}
+
+
+def _scenarios(root: Path, server: ForkServer) -> list[Scenario]:
+    base = _base(root)
     steps = {"train.max_steps": 24, "train.save_every": 3, "eval.every": 6}
     rounds = {"rounds.count": 2, "rounds.prompts": 16, "rounds.shard": 4, "rounds.eval_prompts": 8}
     rounds |= {"judge.kind": "length", "generate.n": 3, "generate.max_tokens": 8, "train.save_every": 2}

@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.faults import refuse
+
 ROOT = Path(__file__).resolve().parent.parent
 # What accelerate's launcher sets for each of configs/accelerate/*.yaml.
 ENGINES: dict[str, dict[str, str]] = {
@@ -87,12 +89,14 @@ class ForkServer:
         ranks: int = 1,
         engine: str = "ddp",
         environment: dict[str, str] | None = None,
+        unreadable: tuple[str, int] | None = None,
     ) -> Ended:
         """Run `prefopt train ARGV` in a fork of the server and wait for its end.
 
         Args: engine: what joins several ranks, one of `ENGINES` or `OFFLOADED`; environment: more for all of them.
             ranks: processes joined by gloo; a fault happens on the one that its `rank` names, else the first; when
             one dies the others are killed, as a launcher does. What is written is the first one's.
+            unreadable: the end of a path that cannot be read, and the number of the error; see `faults.refuse`.
         """
         out, err = self.folder / "out.txt", self.folder / "err.txt"
         request = {
@@ -103,6 +107,7 @@ class ForkServer:
             "environment": environment or {},
             "port": _free_port() if ranks > 1 else None,
             "fault": fault,
+            "unreadable": unreadable,
             "kill_after": kill_after,
             "file_size_limit": file_size_limit,
             "cwd": str(cwd or self.folder),
@@ -196,6 +201,8 @@ def _child(request: dict[str, Any], rank: int) -> None:
         fault = dict(request["fault"] or {})
         if fault and rank == fault.pop("rank", 0):
             _arm(**fault)
+        if request["unreadable"] is not None:
+            refuse(*request["unreadable"])
         import prefopt.cli
 
         status = getattr(prefopt.cli, request["command"])(request["argv"])
@@ -236,6 +243,9 @@ def _arm(at: str, do: str, when: str = "before", count: int = 1) -> None:
 def _happen(do: str, args: tuple[Any, ...]) -> None:
     if do == "ENOSPC":
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    if do == "WORSE":  # args: the metrics file and the line
+        args[1]["loss"] = 99.0
+        return
     if do == "NAN":  # args: the trainer
         import torch
 

@@ -40,7 +40,9 @@ def test_sealed_object_when_any_bit_of_it_is_flipped_then_it_is_damaged(sealed):
     assert len(found) < 30
 
 
-@pytest.mark.parametrize("content", [b"", b"\0" * 4096, b"[]", b"{}", b'"text"', b"{" * 5000, b"\xff\xfe", b"1" * 9999])
+@pytest.mark.parametrize(
+    "content", [b"", b"\0" * 4096, b"[]", b"{}", b"null", b'"text"', b"{" * 5000, b"\xff\xfe", b"1" * 9999]
+)
 def test_sealed_object_when_the_file_holds_something_else_then_it_is_damaged(content, sealed):
     sealed.write_bytes(content)
     with pytest.raises(Damaged, match=re.escape(str(sealed))):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 from torch import nn
 
 from prefopt import storage
-from prefopt.storage import Damaged, write_whole
+from prefopt.storage import read_lines, write_whole
 from prefopt.types import PairStats
 
 if TYPE_CHECKING:
@@ -113,26 +112,21 @@ class MetricsFile:
         content = storage.read_bytes(self.path)
         if content is not None:
             storage.flush_file(self.path)
-        sums = [zlib.crc32(line) for line in (content or b"").split(b"\n")[:-1]]
-        return {"lines": len(sums), "crc32": "".join(f"{one:08x}" for one in sums)}
+        return storage.sums_of(content or b"")
 
-    def restore(self, sealed: Mapping[str, Any], where: str) -> None:
+    def restore(self, sums: Mapping[str, Any], since: str) -> None:
         """Forget all lines behind those that were there at `seal`.
 
-        Args: where: the checkpoint that holds `sealed`, for errors.
+        Args: since: the checkpoint that holds `sums`, for errors.
         Raises: Damaged naming the first line that is not as it was; Unreadable.
         """
         content = storage.read_bytes(self.path) or b""
-        lines = content.split(b"\n")[:-1]
-        mend = "put the file back from a copy, or choose another --output"
-        for number in range(sealed["lines"]):
-            if number == len(lines):
-                found = f"ends after {number} lines" if content else "is missing"
-                raise Damaged(f"{self.path}: {found}, {where} was saved after {sealed['lines']}; {mend}")
-            if f"{zlib.crc32(lines[number]):08x}" != sealed["crc32"][8 * number : 8 * number + 8]:
-                raise Damaged(f"{self.path}:{number + 1}: is not as it was written before {where} was saved; {mend}")
-        if len(lines) > sealed["lines"] or not content.endswith(b"\n"):
-            write_whole(self.path, (line.decode() + "\n" for line in lines[: sealed["lines"]]))
+        wrong = storage.other_line(self.path, content, sums, since)
+        if wrong is not None:
+            raise wrong
+        kept = [line.decode() + "\n" for line in content.split(b"\n")[: sums["lines"]]]
+        if len("".join(kept).encode()) != len(content):
+            write_whole(self.path, kept)
 
     def lines(self) -> list[dict[str, Any]]:
         """All that was written and not forgotten."""
@@ -145,25 +139,3 @@ class MetricsFile:
     def write(self, line: Mapping[str, Any]) -> None:
         with self.path.open("a") as file:
             file.write(json.dumps(line) + "\n")
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file, without one that a kill has cut in half; none where the file is missing.
-
-    Raises: Damaged naming a line that is no JSON object; Unreadable.
-    """
-    lines: list[dict[str, Any]] = []
-    texts = (storage.read_bytes(path) or b"").split(b"\n")
-    for number, text in enumerate(texts, 1):
-        try:
-            line = json.loads(text)
-            if not isinstance(line, dict):
-                raise ValueError
-        except ValueError:
-            if number == len(texts):
-                break  # empty, or the last line of a killed process
-            raise Damaged(
-                f"{path}:{number}: is not as it was written: no JSON object; put the file back from a copy"
-            ) from None
-        lines.append(line)
-    return lines

@@ -51,7 +51,7 @@ class Run:
 
 def write(path: Path, runs: Iterable[Run]) -> None:
     """Write a manifest, whole or not at all, where it is not there as it would be written."""
-    text = "".join(json.dumps(asdict(run)) + "\n" for run in runs)
+    text = "".join(json.dumps(storage.sealed(asdict(run))) + "\n" for run in runs)
     if storage.read_bytes(path) == text.encode():
         return
     write_whole(path, [text])
@@ -63,7 +63,10 @@ def read(path: Path) -> list[Run]:
     if content is None:
         raise TrainError(f"{path}: No such file or directory; start the sweep first")
     try:
-        lines = [json.loads(line) for line in content.splitlines()]
+        lines = [
+            storage.unseal(json.loads(line), f"{path}:{number}", unsealed=True)
+            for number, line in enumerate(content.splitlines(), 1)
+        ]
         return [Run(**{**line, "argv": tuple(line["argv"]), "after": tuple(line["after"])}) for line in lines]
     except (ValueError, TypeError, KeyError) as error:
         raise TrainError(f"{path}: not a manifest: {error}; delete it and start the sweep again") from error

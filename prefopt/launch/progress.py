@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from prefopt import storage
 from prefopt.config import RunConfig
+from prefopt.storage import read_lines
 
+_CHECKPOINT = re.compile(r"step_\d{8}")
 _NOT_FIGURES = ("step", "split", "round", "epoch")
 
 
@@ -23,25 +26,30 @@ class Progress:
     left: float | None
 
 
-def lines_of(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a JSONL file that may be written to meanwhile; none where it is not there."""
-    lines = []
-    with contextlib.suppress(OSError):
-        for text in path.read_text(errors="replace").splitlines():
-            try:
-                lines.append(json.loads(text))
-            except ValueError:
-                break  # the last line, half written
-    return lines
+def _finished_lines(output: Path) -> list[dict[str, Any]]:
+    """The metrics of a run that is done, held to what its last checkpoint knows of them.
+
+    Raises: Damaged naming a line that is not as it was written; Unreadable.
+    """
+    path = output / "metrics.jsonl"
+    saved = [place for place in storage.listing(output / "checkpoints") if _CHECKPOINT.fullmatch(place.name)]
+    state = None
+    with contextlib.suppress(storage.Damaged):  # of a checkpoint that is not needed any more
+        state = storage.read_json(saved[-1] / "state.json") if saved else None
+    if isinstance(state, dict) and "metrics" in state:
+        wrong = storage.other_line(path, storage.read_bytes(path) or b"", state["metrics"], str(saved[-1]))
+        if wrong is not None:
+            raise wrong
+    return read_lines(path)
 
 
 def of(run_config: RunConfig, output: Path) -> Progress:
     """How far a run is."""
     train = run_config.train
     if run_config.rounds.count:
-        rounds = len(lines_of(output / "rounds.jsonl"))
+        rounds = len(read_lines(output / "rounds.jsonl"))
         return Progress(rounds, rounds / (run_config.rounds.count + 1), 0.0, None)
-    lines = lines_of(output / "metrics.jsonl")
+    lines = read_lines(output / "metrics.jsonl")
     steps = [line for line in lines if line.get("split") == "train"]
     if not steps:
         return Progress(0, None, 0.0, None)
@@ -60,16 +68,16 @@ def of(run_config: RunConfig, output: Path) -> Progress:
 
 
 def last_figures(output: Path) -> dict[str, float]:
-    """The figures of the last evaluation: of the run's rounds, or of its training."""
-    rounds = lines_of(output / "rounds.jsonl")
-    evals = [line for line in lines_of(output / "metrics.jsonl") if line.get("split") == "eval"]
+    """The figures of a finished run's last evaluation: of its rounds, or of its training. Raises: Damaged."""
+    rounds = read_lines(output / "rounds.jsonl")
+    evals = [line for line in _finished_lines(output) if line.get("split") == "eval"]
     last = (rounds or evals or [{}])[-1]
     return {key: value for key, value in last.items() if key not in _NOT_FIGURES and isinstance(value, (int, float))}
 
 
 def spent(output: Path) -> dict[str, float]:
-    """Steps, pairs, tokens fed and seconds of training."""
-    steps = [line for line in lines_of(output / "metrics.jsonl") if line.get("split") == "train"]
+    """Steps, pairs, tokens fed and seconds of a finished run's training. Raises: Damaged."""
+    steps = [line for line in _finished_lines(output) if line.get("split") == "train"]
     if not steps:
         return {}
     return {

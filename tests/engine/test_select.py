@@ -67,6 +67,36 @@ def test_choosing_when_killed_then_ends_with_the_same_model(train, count):
     )
 
 
+def test_choosing_when_another_attempt_finds_another_best_then_that_of_the_undone_attempt_is_not_exported(train):
+    """Killed after step 8, the best so far, and continued from step 6 to another loss at step 8 than it had before."""
+    flags = {"eval__select": "loss", "train__max_steps": 8}
+    at = {"at": "prefopt.engine.trainer:Trainer._keep_if_best", "when": "after", "count": 3, "do": "SIGKILL"}
+    run, _ = train("run", status=-signal.SIGKILL, fault=at, **flags)
+    assert sorted(path.name for path in (run / "best").iterdir()) == ["step_00000004", "step_00000008"]
+    fourth = (run / "best/step_00000004/model.safetensors").read_bytes()
+    _, ended = train(
+        "run", fault={"at": "prefopt.engine.metrics:MetricsFile.write", "count": 3, "do": "WORSE"}, **flags
+    )
+    assert "exported: the model of step 4, with the best loss: " in ended.out
+    assert (run / "model/model.safetensors").read_bytes() == fourth
+    assert not (run / "best").exists()
+
+
+def test_choosing_when_the_best_so_far_is_damaged_then_refused_before_the_first_step(train):
+    flags = {"eval__select": "loss", "train__max_steps": 8}
+    at = {"at": "prefopt.engine.trainer:Trainer._step", "count": 8, "do": "SIGTERM"}
+    run, _ = train("run", status=75, fault=at, **flags)
+    weights = run / "best/step_00000004/model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1])
+    lines = (run / "metrics.jsonl").read_bytes()
+    _, ended = train("run", status=2, **flags)
+    assert ended.err.startswith(f"error: {run}/best/step_00000004: the model that eval.select chose is damaged or miss")
+    assert (run / "metrics.jsonl").read_bytes() == lines
+    weights.write_bytes(content)
+    train("run", **flags)
+
+
 def test_metric_that_no_evaluation_has_is_named_before_the_first_step(train):
     run, ended = train("run", status=2, eval__select="rewards/accuracy")
     assert "eval.select: found 'rewards/accuracy', expected a metric of the evaluations: " in ended.err
