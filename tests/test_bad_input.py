@@ -120,7 +120,8 @@ def test_sources_when_one_is_wrong_then_it_is_named(error, task, named, found):
 
 
 def test_weights_when_a_source_is_left_without_pairs_then_it_is_named(error, task, tmp_path):
-    (tmp_path / "one.jsonl").write_text(task.pairs.read_text().partition("\n")[0] + "\n")  # its prompt is held out
+    line = task.pairs.read_text().splitlines(keepends=True)[2]
+    (tmp_path / "one.jsonl").write_text(line)  # its prompt is held out
     found = error(data__train=f"{task.pairs},one.jsonl", data__weights="1,1", data__eval_fraction=0.9)
     assert found.startswith("data.weights: nothing is left of one.jsonl to train on, all its prompts are held out")
 

@@ -137,6 +137,7 @@ class RowReader:
                 near = did_you_mean(key, known) or ";"
                 raise DataError(f"data.columns: unknown key '{key}'{near} known: {', '.join(known)}")
         self.source = open_source(str(path), max_row_bytes)
+        self.unread.folders = self.source.notes()
 
     def __iter__(self) -> Iterator[PairRow | BadRow]:
         for where, item in self.source.records():
@@ -256,13 +257,14 @@ class RowReader:
     ) -> tuple[str | Messages, str | Messages, str | Messages | None, str]:
         if isinstance(prompt, list):
             self._check_question(prompt)
+            opened = ", the prompt begins the answer" if prompt[-1]["role"] == "assistant" else ""
             chosen = as_turn(chosen) if isinstance(chosen, str) else chosen
             rejected = as_turn(rejected) if isinstance(rejected, str) else rejected
             sides = [chosen] if rejected is None else [chosen, rejected]
             if all(len(side) > len(prompt) and side[: len(prompt)] == prompt for side in sides):
                 cut = len(prompt)
                 return prompt, chosen[cut:], rejected and rejected[cut:], "messages, prompt repeated in the completions"
-            return prompt, chosen, rejected, "messages, explicit prompt"
+            return prompt, chosen, rejected, f"messages, explicit prompt{opened}"
         if isinstance(prompt, str) and isinstance(chosen, str):
             return prompt, chosen, rejected, "text, explicit prompt"
         if isinstance(prompt, str) and isinstance(chosen, list) and chosen and chosen[0]["role"] == "assistant":
@@ -301,7 +303,9 @@ class RowReader:
 
     def _turns(self, prompt: str) -> Messages:
         turns = dialogue_turns(prompt.removesuffix(HH_TURN), self._key("prompt"))
-        self._check_question(turns)
+        if turns[-1]["role"] == "assistant":
+            found, expected = "two turns of the assistant at its end", "a turn of the human before the last one"
+            raise RowProblem("prompt without a question", self._key("prompt"), found, expected)
         return turns
 
     def _answer(self, side: str | Messages | None, key: str) -> Messages | None:
@@ -368,12 +372,13 @@ class RowReader:
         return read_messages(value, name)
 
     def _check_question(self, prompt: str | Messages) -> None:
-        if isinstance(prompt, list) and (not prompt or prompt[-1]["role"] == "assistant"):
+        """A prompt may end with the assistant's turn, which the completions then go on with."""
+        if isinstance(prompt, list) and (not prompt or "tool_calls" in prompt[-1]):
             raise RowProblem(
                 "prompt without a question",
                 self._key("prompt"),
-                "ends with an assistant turn" if prompt else "an empty list",
-                "messages that end with a turn to answer",
+                "ends with a tool call that no tool has answered" if prompt else "an empty list",
+                "messages that end with a turn to answer, or with the beginning of the answer",
             )
 
     def _sampled(self, record: Mapping[str, Any], where: str) -> PairRow:

@@ -13,6 +13,7 @@ import os
 import re
 import stat
 from collections.abc import Iterator, Mapping, Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,13 @@ class Files:
     def __init__(self, base: str, files: Sequence[Container], max_row_bytes: int) -> None:
         self.base, self.files, self.max_row_bytes = base, files, max_row_bytes
 
+    def notes(self) -> list[str]:
+        """What the report says of where they lie."""
+        folders = dict.fromkeys(str(file.path.parent) for file in self.files)
+        names = [folder.removeprefix(self.base).strip("/") or "the folder itself" for folder in folders]
+        listed = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+        return [f"the files of {len(names):,} folders are read as one: {listed}"] if len(names) > 1 else []
+
     def content(self, memory: Path | None = None) -> str:
         """A hash of what the files hold and how they are read; `memory` as in `file_hash`."""
         parts = [f"{file} {file.name.removeprefix(self.base)} {file_hash(file.path, memory)}" for file in self.files]
@@ -55,6 +63,10 @@ class Table:
 
     def __init__(self, name: str, table: Any) -> None:
         self.base, self.table = name, table
+
+    def notes(self) -> list[str]:
+        """Nothing: one split of a dataset is one table."""
+        return []
 
     def content(self, memory: Path | None = None) -> str:
         """A hash of the rows: of the files that they are mapped from, where there are such."""
@@ -198,6 +210,7 @@ def _folder(name: str, path: Path, split: str, max_row_bytes: int) -> Files | Ta
     else:
         files = found
     _refuse_shards_that_are_not_all(name, files)
+    _refuse_several_configurations(name, path, files)
     return Files(str(path), [container(file, str(file)) for file in files], max_row_bytes)
 
 
@@ -271,6 +284,38 @@ def _refuse_shards_that_are_not_all(name: str, files: Sequence[Path]) -> None:
             raise DataError(
                 f"{folder / stem}-{missing[0]}-of-{of}: missing, expected all {int(of):,} shards (download it again)"
             )
+
+
+def _refuse_several_configurations(name: str, path: Path, files: Sequence[Path]) -> None:
+    """Raises: DataError where the README of a downloaded dataset parts these files into several configurations."""
+    patterns = _configurations(path / "README.md")
+    places = [file.relative_to(path).as_posix() for file in files]
+    mine = [{key for key, globs in patterns.items() if any(fnmatch(place, one) for one in globs)} for place in places]
+    if len(patterns) > 1 and all(mine) and not set.intersection(*mine):
+        there = sorted(set.union(*mine))
+        raise DataError(
+            f"{name}: the folder holds several configurations ({', '.join(there)}), as its README.md says; name the "
+            f"folder of one, or its files with commas between: {files[0].parent}"
+        )
+
+
+def _configurations(readme: Path) -> dict[str, list[str]]:
+    """The patterns of the files of each configuration that the head of a dataset's README names."""
+    import yaml
+
+    found: dict[str, list[str]] = {}
+    try:
+        head = readme.read_text(encoding="utf-8")[:1_000_000].split("---", 2)[1]
+        for config in yaml.safe_load(head)["configs"]:
+            named = config["data_files"]
+            named = [named] if isinstance(named, str | dict) else named
+            paths = [one["path"] if isinstance(one, dict) else one for one in named]
+            found[str(config["config_name"])] = [
+                str(path).removeprefix("./") for one in paths for path in (one if isinstance(one, list) else [one])
+            ]
+    except (OSError, ValueError, LookupError, TypeError, yaml.YAMLError, RecursionError):
+        return {}  # no README, or one that parts nothing
+    return found
 
 
 # The hub, and splits of a dataset.

@@ -32,6 +32,7 @@ class Unread:
     def __init__(self) -> None:
         self._counts: Counter[str] = Counter()
         self.dialogues = 0  # rows of text that are HH dialogues
+        self.folders: list[str] = []  # what the source says of where its files lie
 
     def count(self, record: Mapping[str, Any], used: set[str], row: PairRow, prompt: object, *, paired: bool) -> None:
         """Args: used: keys of the record that were read; prompt: the record's own prompt, None where it has none;
@@ -66,7 +67,7 @@ class Unread:
 
     def notes(self, *, chat: bool) -> list[str]:
         """One sentence each. Args: chat: whether the tokenizer has a chat template."""
-        notes = [note.format(rows=_rows(number)) for note, number in self._counts.items()]
+        notes = self.folders + [note.format(rows=_rows(number)) for note, number in self._counts.items()]
         if chat and self.dialogues:
             notes.append(
                 f"warning: {_rows(self.dialogues)} with dialogues of '\\n\\nHuman:' and '\\n\\nAssistant:' that are "

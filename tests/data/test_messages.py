@@ -162,6 +162,8 @@ def test_rows_when_dialogues_are_wanted_as_messages_then_they_are_turns_with_the
          "'chosen': a completion that goes on with another turn, expected the assistant's answer alone"),
         ({"chosen": "Note." + HH + " a", "rejected": "Note." + HH + " b"},
          "'prompt': text before the first turn, expected a dialogue that begins with '\\n\\nHuman:'"),
+        ({"prompt": HH + " x\n\nAssistant:", "chosen": " a", "rejected": " b"},
+         "'prompt': two turns of the assistant at its end, expected a turn of the human before the last one"),
         ({"chosen": HH + " a", "rejected": HH + "a "}, "'rejected': the same as 'chosen', expected two different"),
     ],
 )  # fmt: skip

@@ -52,6 +52,8 @@ def test_rows_when_implicit_messages_then_prompt_is_what_both_share(write):
         ({"prompt": [SYSTEM], "chosen": [A1], "rejected": [A2]}, ([SYSTEM], [A1], [A2]), "messages, explicit prompt"),
         ({"prompt": [U1], "chosen": "a", "rejected": "b"}, ([U1], [A1], [A2]), "messages, explicit prompt"),
         ({"prompt": "q", "chosen": [A1], "rejected": [A2]}, ([U1], [A1], [A2]), "messages, explicit prompt text"),
+        ({"prompt": [U1, A1], "chosen": "a", "rejected": "b"}, ([U1, A1], [A1], [A2]),
+         "messages, explicit prompt, the prompt begins the answer"),
         ({"prompt": "q", "chosen": [U1, A1], "rejected": [U1, A2]}, ([U1], [A1], [A2]), "messages, implicit prompt"),
     ],
 )  # fmt: skip
@@ -164,9 +166,10 @@ BAD = [
         f"question, expected the same messages up to two different answers {DROP}",
     ),
     (
-        {"prompt": [U1, A1], "chosen": [A1], "rejected": [A2]},
+        {"prompt": [U1, {**A1, "tool_calls": [{"name": "x"}]}], "chosen": [A1], "rejected": [A2]},
         "prompt without a question",
-        f"'prompt': ends with an assistant turn, expected messages that end with a turn to answer {DROP}",
+        "'prompt': ends with a tool call that no tool has answered, expected messages that end with a turn to answer, "
+        f"or with the beginning of the answer {DROP}",
     ),
     (
         {"prompt": [U1], "chosen": [A1], "rejected": [A1, U1]},

@@ -10,7 +10,7 @@ import pytest
 
 from prefopt.data import sources
 from prefopt.data.encode import encode_file
-from prefopt.data.rows import read_rows
+from prefopt.data.rows import RowReader, read_rows
 from prefopt.errors import DataError
 
 GOOD = {"prompt": "p:", "chosen": " a", "rejected": " b"}
@@ -136,3 +136,24 @@ def test_place_of_a_row_when_a_split_is_named_then_is_a_path_and_a_row(folder, t
     assert [pair.where for pair in encode_file("e:train", tokenizer, **settings).pairs] == [
         "e/data/train-00000-of-00001.jsonl:1"
     ]
+
+
+def test_folder_when_its_readme_names_configurations_then_they_are_never_mixed(folder):
+    folder("main/train-00000-of-00001.jsonl", "more/train-00000-of-00001.jsonl")
+    assert RowReader("d").unread.notes(chat=False) == ["the files of 2 folders are read as one: main, more"]
+    configs = [("main", "main/train-*"), ("more", "more/train-*"), ("all", "*/train-*")]
+    for named, mixed in ((configs[:2], False), (configs, True)):
+        lines = "".join(
+            f"- config_name: {name}\n  data_files:\n  - split: train\n    path: {path}\n" for name, path in named
+        )
+        Path("d/README.md").write_text(f"---\nlicense: mit\nconfigs:\n{lines}---\n# Pairs\n")
+        if mixed:
+            assert len(asked("d")) == 2
+        else:
+            assert refused("d:train") == (
+                "d:train: the folder holds several configurations (main, more), as its README.md says; name the folder "
+                "of one, or its files with commas between: d/main"
+            )
+            assert asked("d/main:train") == ["main/train-00000-of-00001.jsonl"]
+    Path("d/README.md").write_text("---\nconfigs: [\n---\n")
+    assert len(asked("d")) == 2
