@@ -309,14 +309,15 @@ def _table(file: IO[bytes], name: str, tabs: bool, max_row_bytes: int) -> Iterat
 
     text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
     try:
-        first = next(source := lines(), "")
+        source = lines()
+        blank, first = next(((i, line) for i, line in enumerate(source) if line.strip()), (0, ""))
         delimiter = "\t" if tabs else max(",;\t|", key=first.count)
         reader = csv.reader(chain([first], source), delimiter=delimiter, strict=True)
         names = next(reader, [])
         twice = [key for i, key in enumerate(names) if key in names[:i]]
         if twice:
             raise DataError(f"{name}: two columns are named '{twice[0]}', expected a name of its own for each")
-        begin = reader.line_num + 1
+        begin = blank + reader.line_num + 1
         for row in reader:
             size = sum(map(len, row))
             if size > max_row_bytes:
@@ -328,7 +329,7 @@ def _table(file: IO[bytes], name: str, tabs: bool, max_row_bytes: int) -> Iterat
                 yield begin, RowProblem("invalid UTF-8", "", "bytes that are not UTF-8", "UTF-8 text", CONVERT)
             elif row:
                 yield begin, TextRow(zip(names, row, strict=True))
-            begin = reader.line_num + 1
+            begin = blank + reader.line_num + 1
     except csv.Error as error:
         raise DataError(f"{name}:{begin}: broken CSV ({error}), expected rows whose quotes are closed") from None
     finally:

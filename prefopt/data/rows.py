@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from prefopt.data.bad_rows import DROP, BadRow, OnBadRow, RowProblem, check_text, first_bad_row, kind, plain
+from prefopt.config import RESERVED_ARGS
+from prefopt.data.bad_rows import DROP, BadRow, OnBadRow, RowProblem, check_text, first_bad_row, kind, plain, short
 from prefopt.data.containers import MAX_ROW_BYTES, TextRow
 from prefopt.data.messages import (
     HH_TURN,
@@ -52,10 +53,6 @@ Dialogues = Literal["text", "messages"]
 KEYS = ("prompt", "chosen", "rejected", "completion", "messages", "conversations", "instruction", "input", "output")
 _COMPLETIONS = ("chosen", "completion", "messages", "conversations", "output")  # the first that a row has
 _TEMPLATE_ARGS = ("tools", "documents", "chat_template_kwargs")
-# What the renderer of a chat template is given by who calls it, and never by a row.
-_NOT_ARGS = ("conversation", "messages", "chat_template", "tokenize", "add_generation_prompt", "continue_final_message")
-_NOT_ARGS += ("padding", "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask")
-_NOT_ARGS += ("tokenizer_kwargs",)
 MAP = "rename it, or name it under data.columns"
 
 
@@ -351,7 +348,7 @@ class RowReader:
 
     def _missing(self, record: Mapping[str, Any], key: str) -> RowProblem:
         keys = sorted(str(name) for name, value in record.items() if value is not None)
-        found = f"the row has {', '.join(map(repr, keys[:12])) or 'no keys'}"
+        found = f"the row has {', '.join(repr(short(name, 60)) for name in keys[:12]) or 'no keys'}"
         used = {self._key(other) for other in KEYS if other != key}
         near = did_you_mean(self._key(key), [name for name in keys if name not in used])
         what = "a completion" if key in KEYS else "a number"
@@ -432,7 +429,7 @@ class RowReader:
                 raise RowProblem(f"bad {key}", key, f"found {kind(value)}", f"{expected}, as JSON or as text")
             value = plain(value, key)
             args |= value if shape is dict else {key: value} if value else {}
-        taken = [key for key in args if key in _NOT_ARGS]
+        taken = [key for key in args if key in RESERVED_ARGS]
         if taken:
             found = f"found '{taken[0]}'"
             raise RowProblem(

@@ -126,10 +126,10 @@ def open_source(name: str, max_row_bytes: int = MAX_ROW_BYTES) -> Files | Table:
         base = name.rsplit(":", 1)[0]
         if re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not path.parent.is_dir() and path.suffix not in SUFFIXES:
             return _hub(name, base, split)
-        raise DataError(f"{name}: no such file or folder{_near_files(path)}")
+        raise DataError(f"{short(name)}: no such file or folder{_near_files(path)}")
     if stat.S_ISDIR(mode):
         return _folder(name, path, split, max_row_bytes)
-    _refuse_unless_file(mode, name)
+    refuse_unless_file(mode, name)
     if split:
         raise DataError(f"{name}: a file has no splits; name the file alone: {path}")
     return Files(name, [container(path, name)], max_row_bytes)
@@ -154,7 +154,8 @@ def _mode(path: Path, name: str) -> int | None:
         raise DataError(f"{short(name)}: cannot be read: {error.strerror}") from None
 
 
-def _refuse_unless_file(mode: int, name: str) -> None:
+def refuse_unless_file(mode: int, name: str) -> None:
+    """Raises: DataError for what has a name and is no file, by what it is."""
     kinds = {
         stat.S_IFIFO: "a FIFO (a pipe), which can be read only once",
         stat.S_IFSOCK: "a socket",
@@ -167,7 +168,7 @@ def _refuse_unless_file(mode: int, name: str) -> None:
 
 def _near_files(path: Path) -> str:
     if not path.parent.is_dir():
-        return f"; the folder '{path.parent}' does not exist either"
+        return f"; the folder '{short(str(path.parent))}' does not exist either"
     try:
         others = [other.name for other in path.parent.iterdir()]
     except OSError:
@@ -237,7 +238,7 @@ def _data_files(path: Path, name: str) -> list[Path]:
         mode = _mode(file, str(file))
         if mode is None:
             raise DataError(f"{file}: a link to a file that is not there (needed for {name})")
-        _refuse_unless_file(mode, str(file))
+        refuse_unless_file(mode, str(file))
     return sorted(found)
 
 

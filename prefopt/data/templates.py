@@ -112,6 +112,12 @@ class Rendering:
                 "use another one: --data.chat_template FILE, or --data.template_seconds",
             ) from None
         except Exception as error:  # a template is a program of its own and raises what it likes
+            if any("content" in turn and turn["content"] is None for turn in messages):
+                # A call without text: some templates ask whether there is content, others join it to a string.
+                filled = [{**turn, "content": ""} if turn.get("content") is None else turn for turn in messages]
+                return self.render(
+                    tokenizer, filled, args, key=key, generation_prompt=generation_prompt, continued=continued
+                )
             line = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise RowProblem(
                 "template refuses the row", key, f"the chat template says: {line}", "a row it takes"

@@ -55,6 +55,7 @@ def zstd(content):
         ("a.json", "".join(json.dumps(row, indent=2) + "\n" for row in ROWS).encode(), 2),
         ("a.json", LINES, 2),
         ("a.csv", CSV, 3),
+        ("a.csv", b"\r\n\r\n" + CSV, 5),
         ("a.csv", b"\xef\xbb\xbf" + CSV.replace(b",", b";", 2).replace(b":,", b":;").replace(b" a,", b" a;"), 3),
         ("a.tsv", CSV.replace(b",", b"\t", 2).replace(b":,", b":\t").replace(b" a,", b" a\t"), 3),
         ("a.jsonl.gz", gzip.compress(LINES[:50]) + gzip.compress(LINES[50:]), 2),

@@ -1,7 +1,10 @@
 """What a chat message may be in a data file, and dialogues as messages."""
 
+import copy
+
 import pytest
 
+from prefopt.data.encode import encode_file
 from prefopt.data.messages import dialogue_turns, read_messages
 from prefopt.data.rows import read_rows
 from prefopt.errors import DataError
@@ -177,3 +180,27 @@ def test_dialogue_when_its_line_ends_are_of_two_characters_then_they_are_named(w
     text = HH.replace("\n", "\r\n")
     with pytest.raises(DataError, match=r"^pairs.jsonl:1: 'chosen': a dialogue whose line ends are of two characters"):
         read_rows(write({"chosen": text + " a", "rejected": text + " b"}))
+
+
+def test_call_without_text_when_the_template_wants_a_string_then_it_is_given_an_empty_one(write, tokenizer):
+    """And one that asks whether there is content is given none; so are tools, and a prompt that begins the answer."""
+    call = {"role": "assistant", "content": None, "tool_calls": [CALL]}
+    row = {"prompt": [USER, call, {"role": "tool", "content": "t"}, {"role": "assistant", "content": "So "}]}
+    path = write({**row, "chosen": "a", "rejected": "b", "tools": [{"name": "look"}]})
+    template = (
+        "{% for t in tools %}[{{ t.name }}]{% endfor %}"
+        "{% for m in messages %}<|im_start|>{{ m.role + ':' + m.content }}"
+        "{% for c in m.tool_calls %}({{ c.name }} {{ c.arguments.x }}){% endfor %}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant:{% endif %}"
+    )
+    for with_it, without in ((template, ""), (template.replace("m.content", "(m.content or 'none')"), "none")):
+        other = copy.deepcopy(tokenizer)
+        other.chat_template = with_it
+        encoded = encode_file(path, other, max_length=120, cache_dir="cache")
+        (pair,) = encoded.pairs
+        assert other.decode(pair.prompt_ids).removeprefix("<s>") == (
+            f"[look]<|im_start|>user:q<|im_end|><|im_start|>assistant:{without}(look sky)<|im_end|><|im_start|>tool:t"
+            "<|im_end|><|im_start|>assistant:So "
+        )
+        assert other.decode(pair.chosen_ids) == "a<|im_end|>"
+        assert dict(encoded.report.formats) == {"messages, explicit prompt, the prompt begins the answer": 1}
