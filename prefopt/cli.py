@@ -168,6 +168,9 @@ def _run_once(config: RunConfig, runtime: rt.Runtime, output: Path, evaluators: 
         return card["reference"]
 
     hashes = runtime.on_main(keep)  # hashing weights reads all of them: once, on one process
+    note = runtime.on_main(lambda: _extend(config, task, output))
+    if note is not None:
+        say(note)
     if runtime.on_main(lambda: checkpoint.damage(output / "model") is None):
         say(f"{output}: this run is finished; the model is in {output / 'model'}")
         _report_figures(config, runtime, task, output)
@@ -182,6 +185,19 @@ def _run_once(config: RunConfig, runtime: rt.Runtime, output: Path, evaluators: 
     finally:
         trackers.finish(failed)
     return status
+
+
+def _extend(config: RunConfig, task: _Task, output: Path) -> str | None:
+    """Make a finished run one that goes on, where its length was raised. Returns: a line on its schedule, or None."""
+    from prefopt.engine import extension
+    from prefopt.engine.trainer import learning_rate, total_steps
+
+    steps = None if task.train.steps_per_epoch is None else task.train.steps
+
+    def rate(settings: RunConfig, step: int) -> float | None:
+        return None if total_steps(settings, steps) is None else learning_rate(settings, steps, step)
+
+    return extension.begin(output, output / CARD, config, rate)
 
 
 def _say_dry(config: RunConfig, plan: Sequence[str]) -> None:
@@ -203,7 +219,7 @@ def _hold_out_at_most(config: RunConfig, task: _Task) -> None:
     most, there = config.eval.max_pairs, len(task.eval_pairs)
     if most is not None and most < there:
         task.eval_pairs = sample(task.eval_pairs, most)
-        task.eval_fingerprint += f"-{most}"
+        task.eval_fingerprint = f"{most}-of-{task.eval_fingerprint}"  # its end tells the version of a split
         task.report.append(f"eval.max_pairs: {most:,} of {there:,} held-out pairs are scored, a random sample")
     warning = too_few(config, len(task.eval_pairs))
     task.report += [warning] if warning is not None else []
@@ -808,6 +824,13 @@ def _refuse_another_run(config: RunConfig, output: Path, but: Sequence[str] = ()
     _refuse_models_of_others(output)
     changed = settings.differences(hidden(card["config"]), hidden(config.to_dict()))
     changed = [line for line in changed if line.partition(":")[0] not in but]
+    keys = [line.partition(":")[0] for line in changed]
+    if keys and not but and config.rounds.count == 0 and set(keys) <= set(settings.LENGTHS):
+        from prefopt.engine import extension
+
+        lengths = extension.changes(card["config"], config.to_dict())
+        extension.check(output, settings.from_dict(card["config"]), lengths)
+        return
     if changed:
         more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
         raise ConfigError(

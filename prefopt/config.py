@@ -488,6 +488,9 @@ RESERVED_ARGS = (
 # Short names of optimizers; engine/optimizers.py makes them.
 OPTIMIZERS = ("adamw", "adamw_8bit", "paged_adamw_8bit", "adafactor", "rmsprop", "sgd")
 
+# Settings of a run's length: a finished run is trained on where they are raised.
+LENGTHS = ("train.max_steps", "train.train_epochs", "train.max_tokens", "train.max_seconds")
+
 # Settings that may change between the attempts at one run: they do not move the trajectory by more than rounding.
 FREE_TO_CHANGE = (
     *("dry_run", "output", "track", "kernel", "eval.batch", "model.gradient_checkpointing", "reference.cache_dir"),

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+SELECTED = "selected.json"  # in the folder of a kept model: which step it is of
+
 
 @dataclass(frozen=True)
 class Selection:

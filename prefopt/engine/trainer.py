@@ -23,8 +23,20 @@ from prefopt.data.pairs import BLOCK, facts, fed_tokens, padded_lengths
 from prefopt.data.report import show_batch
 from prefopt.data.structure import Structure, check_row_structure
 from prefopt.data.templates import Rendering
-from prefopt.engine import adapters, card, check, checkpoint, compiling, experts, export, models, offload, parts
-from prefopt.engine.best import Selection
+from prefopt.engine import (
+    adapters,
+    card,
+    check,
+    checkpoint,
+    compiling,
+    experts,
+    export,
+    extension,
+    models,
+    offload,
+    parts,
+)
+from prefopt.engine.best import SELECTED, Selection
 from prefopt.engine.budget import Budget
 from prefopt.engine.engines import make_engine
 from prefopt.engine.forward import (
@@ -51,7 +63,6 @@ from prefopt.types import EncodedPair, LossOutput, Needs, PairBatch, PairStats
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_SELECTED = "selected.json"  # which step the best model so far is of
 _REFERENCE = "moving_reference"  # files of a checkpoint
 
 
@@ -559,7 +570,7 @@ class Trainer:
             def write(folder: Path) -> list[Path]:
                 mine = self._write_export(folder)
                 if self.runtime.is_main:
-                    (folder / _SELECTED).write_text(json.dumps({"step": step, by.metric: line.get(by.metric)}))
+                    (folder / SELECTED).write_text(json.dumps({"step": step, by.metric: line.get(by.metric)}))
                 return mine
 
             checkpoint.export(self._best / checkpoint.name_of(step), write, self.runtime, self._checkpoints)
@@ -757,7 +768,7 @@ class Trainer:
 
         def copied(folder: Path) -> None:
             if self.runtime.is_main:
-                checkpoint.copy(self._best / checkpoint.name_of(step or 0), folder, without=(_SELECTED,))
+                checkpoint.copy(self._best / checkpoint.name_of(step or 0), folder, without=(SELECTED,))
 
         if step is not None:
             source = copied
@@ -786,7 +797,7 @@ class Trainer:
         if best is None:
             say(f"exported: the last model, since no evaluation knew a {by.metric}")
             return None
-        chosen = storage.read_json(self._good_best(best) / _SELECTED)
+        chosen = storage.read_json(self._good_best(best) / SELECTED)
         say(f"exported: the model of step {best}, with the best {by.metric}: {readable(chosen[by.metric])}")
         return best
 
@@ -815,6 +826,7 @@ class Trainer:
         lines = [line for line in self.metrics.lines() if step is None or line["step"] <= step]
         adapter = adapters.has_adapter(self.policy.lm) and not merged
         facts = card.facts(self.config, self.tokenizer, lines, self.train.fingerprint, adapter=adapter, merged=merged)
+        facts = replace(facts, data=[*facts.data, *extension.notes(self.output / "run_card.json")])
         (folder / card.FILE).write_text(card.page(facts), encoding="utf-8")
 
 
