@@ -186,9 +186,11 @@ def _dated(source: str, day: datetime.date) -> str:
     moment = datetime.datetime(day.year, day.month, day.day)
     letters = "aAbBcdDeFgGhHIjklmMnpPrRsStTuUVwWxXyYzZ"
     values = {f"%{flag}{letter}": moment.strftime(f"%{flag}{letter}") for flag in ("-", "_", "") for letter in letters}
-    filled = "".join(f"|replace({name!r},{value!r})" for name, value in values.items())
-    body = f"{{{{ format|replace('%%','\\x00'){filled}|replace('\\x00','%') }}}}"
-    return f"{{%- macro strftime_now(format) -%}}{body}{{%- endmacro %}}\n{source}"  # that line break is not rendered
+    pairs = [("%%", "\0"), *values.items(), ("\0", "%")]
+    step = "{%- set said.text = said.text | replace(code, value) -%}"
+    body = f"{{%- set said = namespace(text=format) -%}}{{%- for code, value in {pairs} -%}}{step}{{%- endfor -%}}"
+    macro = f"{{%- macro strftime_now(format) -%}}{body}{{{{ said.text }}}}{{%- endmacro %}}"
+    return f"{macro}\n{source}"  # that line break is not rendered
 
 
 # The time -------------------------------------------------------------------------------------------------------------
