@@ -116,7 +116,7 @@ class DataConfig:
     max_length: int = 1024
     """Tokens of prompt and completion together; a longer prompt loses its head first."""
     overlong: Literal["cut_prompt", "drop", "cut_completion"] = "cut_prompt"
-    """Of a longer pair, what goes: the beginning of the prompt first, the whole pair, or the end of the completions."""
+    """Of a longer pair, what goes: the beginning of the prompt first, all of it, or the end of completions."""
     special_tokens: tuple[str, ...] = ()
     """Special tokens that the text of the data may hold, e.g. [THINK],[/THINK]; any other one makes a bad row."""
     chat_template: str | None = None

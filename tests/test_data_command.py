@@ -178,3 +178,15 @@ def test_split_of_a_run_when_its_card_is_of_the_first_version_then_is_kept(tmp_p
     for version in (1, 2):
         write_sealed(tmp_path / cli.CARD, card | {"data": {"eval": f"abc-0.05{split.mark(version)}"}})
         assert cli._split_version(tmp_path) == version
+
+
+def test_settings_of_rows_are_those_of_training_under_the_same_defaults():
+    """What one command accepts, the other does; only bad rows are counted here and an error there."""
+    from dataclasses import asdict
+
+    from prefopt.config import DataConfig
+    from prefopt.data_config import ReadConfig
+
+    ours, theirs = asdict(ReadConfig()), asdict(DataConfig())
+    assert {key for key, value in ours.items() if theirs[key] != value} == {"on_bad_row"}
+    assert {*theirs} - {*ours} <= {"train", "eval", "weights", "eval_fraction", "workers"}

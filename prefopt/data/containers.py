@@ -140,7 +140,7 @@ def _layout(head: bytes, suffix: str, name: str) -> str:
     return "values" if goes_on and isinstance(_json(lines[0]), RowProblem) and lines[1].strip() else "lines"
 
 
-def _opened(path: Path, compression: str) -> IO[bytes]:
+def _opened(path: Path, compression: str) -> Any:  # which is what all of these share: a binary file
     """The file's bytes, decompressed."""
     if compression == "gzip":
         return gzip.open(path)

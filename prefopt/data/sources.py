@@ -129,7 +129,7 @@ def open_source(name: str, max_row_bytes: int = MAX_ROW_BYTES) -> Files | Table:
         raise DataError(f"{short(name)}: no such file or folder{_near_files(path)}")
     if stat.S_ISDIR(mode):
         return _folder(name, path, split, max_row_bytes)
-    refuse_unless_file(mode, name)
+    _refuse_unless_file(mode, name)
     if split:
         raise DataError(f"{name}: a file has no splits; name the file alone: {path}")
     return Files(name, [container(path, name)], max_row_bytes)
@@ -154,7 +154,7 @@ def _mode(path: Path, name: str) -> int | None:
         raise DataError(f"{short(name)}: cannot be read: {error.strerror}") from None
 
 
-def refuse_unless_file(mode: int, name: str) -> None:
+def _refuse_unless_file(mode: int, name: str) -> None:
     """Raises: DataError for what has a name and is no file, by what it is."""
     kinds = {
         stat.S_IFIFO: "a FIFO (a pipe), which can be read only once",
@@ -181,7 +181,8 @@ def _near_files(path: Path) -> str:
 
 
 def _folder(name: str, path: Path, split: str, max_row_bytes: int) -> Files | Table:
-    if (path / "dataset_dict.json").exists() or (path / "dataset_info.json").exists():
+    saved = (path / "dataset_info.json").exists() and (path / "state.json").exists()
+    if saved or (path / "dataset_dict.json").exists():
         import datasets
 
         try:
@@ -191,7 +192,9 @@ def _folder(name: str, path: Path, split: str, max_row_bytes: int) -> Files | Ta
         return Table(name, _one_split(name, table, split))
     found = _data_files(path, name)
     if not found:
-        raise DataError(f"{name}: nothing to read in this folder, expected .jsonl or .parquet files")
+        one = next(path.rglob("state.json"), None)
+        hint = "" if one is None else f"; datasets.save_to_disk has written {one.parent}: name that folder"
+        raise DataError(f"{name}: nothing to read in this folder, expected .jsonl or .parquet files{hint}")
     # train.jsonl beside test.jsonl must never be read as one file.
     splits = {file: _split_of(file.relative_to(path)) for file in found}
     known = sorted({s for s in splits.values() if s})
@@ -225,7 +228,8 @@ def _data_files(path: Path, name: str) -> list[Path]:
     def unreadable(error: OSError) -> None:
         raise DataError(f"{error.filename}: cannot be read: {error.strerror}")
 
-    found, seen = [], set()
+    found: list[Path] = []
+    seen: set[tuple[int, int]] = set()
     for folder, below, files in os.walk(path, onerror=unreadable, followlinks=True):
         here = os.stat(folder)
         if (here.st_dev, here.st_ino) in seen:  # a link to a folder above it
@@ -238,7 +242,7 @@ def _data_files(path: Path, name: str) -> list[Path]:
         mode = _mode(file, str(file))
         if mode is None:
             raise DataError(f"{file}: a link to a file that is not there (needed for {name})")
-        refuse_unless_file(mode, str(file))
+        _refuse_unless_file(mode, str(file))
     return sorted(found)
 
 

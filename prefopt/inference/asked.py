@@ -14,7 +14,6 @@ from prefopt import storage
 from prefopt.data.encoder import Encoder
 from prefopt.data.prompts import answer_text
 from prefopt.data.rows import BadRow, Messages, RowProblem, RowReader, open_source
-from prefopt.data.sources import refuse_unless_file
 from prefopt.data.templates import Rendering
 from prefopt.errors import DataError, did_you_mean
 from prefopt.thoughts import ThoughtFormat
@@ -143,7 +142,6 @@ def split(found: Iterable[Prompt | Refused], limit: int | None = None) -> tuple[
 def _lines(path: str) -> list[str]:
     file = Path(path)
     try:
-        refuse_unless_file(file.stat().st_mode, path)
         return storage.read_text(file).splitlines()
     except UnicodeDecodeError:
         raise DataError(f"{path}: is not text, expected one prompt per line in UTF-8") from None

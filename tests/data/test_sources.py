@@ -157,3 +157,12 @@ def test_folder_when_its_readme_names_configurations_then_they_are_never_mixed(f
             assert asked("d/main:train") == ["main/train-00000-of-00001.jsonl"]
     Path("d/README.md").write_text("---\nconfigs: [\n---\n")
     assert len(asked("d")) == 2
+
+
+def test_folder_when_datasets_has_saved_into_one_below_then_that_one_is_named(tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.chdir(tmp_path)
+    datasets.Dataset.from_list([GOOD]).save_to_disk("d/saved")
+    assert refused("d").endswith("; datasets.save_to_disk has written d/saved: name that folder")
+    assert asked("d/saved") == ["p:"]
