@@ -1,6 +1,7 @@
 """A reference that is computed once: equal to a live one, shared by a sweep, refused when it is not what it says."""
 
 import copy
+import errno
 import hashlib
 import itertools
 import json
@@ -16,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from prefopt import storage
 from prefopt.config import EvalConfig, ModelConfig, ReferenceConfig, RunConfig, TrainConfig
 from prefopt.data.collate import collate
 from prefopt.engine import adapters, reference
@@ -23,6 +25,7 @@ from prefopt.engine.forward import ReferenceHead
 from prefopt.engine.metrics import read_lines
 from prefopt.engine.reference import Oracle, Source, obtain
 from prefopt.errors import TrainError
+from prefopt.storage import Unreadable
 from tests.dist.ranks import run_ranks
 from tests.engine.test_lora import both, config
 from tests.fork_server import ROOT
@@ -202,8 +205,8 @@ def test_two_runs_that_need_the_same_cache_at_once_compute_it_once(command, task
 def test_run_that_finds_another_one_computing_waits_and_says_so(kept, runtime, capsys, monkeypatch):
     aside = kept.folder.with_name("aside")
     kept.folder.rename(aside)
-    held = reference._Lock(kept.folder.with_suffix(".lock"))
-    assert held.taken() is None
+    held = storage.Lock(kept.folder.with_suffix(".lock"))
+    assert held.take()
     computed = threading.Timer(1.5, lambda: (aside.rename(kept.folder), held.release()))
     computed.start()
     monkeypatch.setattr(reference._Pass, "_compute", None)  # it must not be needed
@@ -220,7 +223,7 @@ def test_pass_when_killed_and_started_again_does_the_rest(runtime, tmp_path, mon
     def third_fails(self, path, *args):
         calls.append(path)
         if len(calls) == 3:
-            path.with_name(f".{path.name}.tmp").write_bytes(b"half")
+            path.with_name(f".{path.name}.12.34.tmp").write_bytes(b"half")
             raise KeyboardInterrupt
         shard(self, path, *args)
 
@@ -267,7 +270,8 @@ def test_run_when_resumed_asks_the_reference_and_not_the_policy_that_has_moved(s
 def edit(path, change):
     content = json.loads(path.read_text())
     change(content)
-    path.write_text(json.dumps(content))
+    content.pop("sha256")
+    storage.write_sealed(path, content)
 
 
 PARTS = [
@@ -337,14 +341,37 @@ def test_cache_when_a_file_is_missing_then_it_is_refused(kept):
 def test_cache_when_a_file_is_overwritten_with_noise_then_it_is_refused(file, kept):
     path = shard_of(kept.folder) if file == "shard" else kept.folder / file
     path.write_bytes(b"\xff" * path.stat().st_size)
-    with pytest.raises(TrainError, match=r"cannot be read: .*; delete the folder"):
+    with pytest.raises(TrainError, match=r"(cannot be read: .*|does not match its hash); delete the folder"):
         kept.again()
 
 
 def test_cache_when_the_manifest_is_not_readable_then_it_is_refused(kept):
-    (kept.folder / "cache.json").write_text("{")
-    with pytest.raises(TrainError, match=r"has no readable cache\.json"):
+    for damaged in ("{", (kept.folder / "cache.json").read_text().replace('"pairs": 8', '"pairs": 9')):
+        (kept.folder / "cache.json").write_text(damaged)
+        with pytest.raises(TrainError, match=r"has a cache\.json that was edited or damaged; delete the folder"):
+            kept.again()
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EACCES])
+@pytest.mark.parametrize("name", ["cache.json", "index.safetensors", "pairs_000000000.safetensors"])
+def test_cache_when_it_cannot_be_read_just_now_then_stops_and_does_not_say_to_delete_it(name, number, kept, unreadable):
+    unreadable(name, number)
+    with pytest.raises(Unreadable, match=f"{name}: cannot be read just now"):
         kept.again()
+
+
+def test_shard_of_an_unfinished_pass_when_a_bit_is_flipped_then_it_is_computed_again(kept, capsys):
+    (kept.folder / "cache.json").unlink()
+    shard = shard_of(kept.folder)
+    whole = shard.read_bytes()
+    for place in (3, len(whole) // 2, len(whole) - 1):
+        data = bytearray(whole)
+        data[place] ^= 16
+        shard.write_bytes(data)
+        kept.again()
+        assert f"{shard}: damaged, it is computed again: " in capsys.readouterr().out
+        assert shard.read_bytes() == whole
+        (kept.folder / "cache.json").unlink()
 
 
 def test_cache_when_one_value_is_changed_then_it_is_refused_where_it_is_read(kept):
