@@ -107,7 +107,7 @@ def works(server: ForkServer, base: dict[str, object], root: Path) -> Iterator[C
         "sampling",
         {**rounds, "output": root / "sampling"},
         {"at": "prefopt.rounds.store:Stage.write", "when": "after", "count": 4, "do": "SIGKILL"},
-        ("round_01/candidates/00000.jsonl", "round_01/candidates/.00000.jsonl.sha256", "round_01/candidates.json"),
+        ("round_01/candidates/00000.jsonl", "round_01/.candidates/00000.json", "round_01/candidates.json"),
     )
     yield work(
         "second_round",

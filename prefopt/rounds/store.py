@@ -1,7 +1,8 @@
 """Stages on disk: shards that are whole or absent, and a manifest that says what they were made from.
 
 A stage is skipped when its manifest is there and its files are as it says; else it goes on at the first missing shard.
-A shard has its hash beside it, in a hidden file, which stands for it until the stage's manifest is there.
+A shard's hash is written before it, into a hidden folder beside that of the shards; once the stage is finished, its
+manifest has the hashes of all.
 Knows nothing of models, prompts or judges.
 """
 
@@ -162,7 +163,8 @@ def is_as_written(path: Path, sha: str) -> bool:
 
 
 def _beside(shard: Path) -> Path:
-    return shard.with_name(f".{shard.name}.sha256")
+    """The file with a shard's hash, out of the way of whoever reads the folder of shards."""
+    return shard.parent.with_name(f".{shard.parent.name}") / f"{shard.stem}.json"
 
 
 def done(config: RunConfig, folder: Path, stage: str) -> bool:

@@ -71,7 +71,7 @@ def test_self_rewarding_when_the_policy_can_judge_then_it_trains_on_its_own_verd
     ended = server.train(flags(SELF, tmp_path / "run", model, data, judge__max_tokens=8))
     assert ended.status == 0, ended.err
     folder = tmp_path / "run" / "round_01"
-    said = [row["scores"] for shard in sorted((folder / "scores").iterdir()) for row in read_rows(shard)]
+    said = [row["scores"] for shard in sorted((folder / "scores").glob("*.jsonl")) for row in read_rows(shard)]
     scores = [score for row in said for score in row if score is not None]
     assert len(scores) >= 12, "it was taught to answer with a score"
     assert {*scores} <= {0, 1, 2, 3, 4, 5}

@@ -70,7 +70,7 @@ def test_damaged_shard_of_an_unfinished_stage_is_made_again(stage, said):
         assert said.pop() == f"{stage.shard_path(0)}: does not match the hash it was written with; it is made again"
         assert stage.missing() == [0, 1]
     stage.write(0, rows(0))
-    beside = stage.shard_path(0).with_name(".00000.jsonl.sha256")
+    beside = stage.folder / ".candidates/00000.json"
     for spoil in (beside.unlink, lambda: beside.write_text("{")):
         stage.write(0, rows(0))
         spoil()
@@ -80,7 +80,7 @@ def test_damaged_shard_of_an_unfinished_stage_is_made_again(stage, said):
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EACCES])
-@pytest.mark.parametrize("name", ["00000.jsonl", "candidates.json", ".00000.jsonl.sha256"])
+@pytest.mark.parametrize("name", ["00000.jsonl", "candidates.json", ".candidates/00000.json"])
 def test_stage_whose_files_cannot_be_read_just_now_stops_and_keeps_them(name, number, stage, unreadable):
     stage.begin()
     stage.write(0, rows(0))
