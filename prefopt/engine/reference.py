@@ -296,7 +296,7 @@ class _Pass:
                 keys = [key.tobytes() for key in tensors["key"].numpy()]
                 begins = [0, *tensors["end"].tolist()]
                 checks = tensors["check"].tolist()
-                for key, begin, end, check in zip(keys, begins, begins[1:], checks, strict=True):
+                for key, begin, end, check in zip(keys, begins[:-1], begins[1:], checks, strict=True):
                     if _check(key, tensors["values"][begin:end]) != check:
                         raise ValueError("its values do not match their checksum")
         except Unreadable:
