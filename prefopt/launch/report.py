@@ -312,10 +312,10 @@ def advice(own: PlanConfig, config: RunConfig, rows: list[Row]) -> list[str]:
     other = better.memory.engine
     start_other = "python scripts/train.py" if other == "one process" else f"--config_file {_FILES[other]}"
     return [
+        f"as it is, in float32: {name} ({start}): {why}",
         f"recommended: --train.mixed_precision bf16 with {other} ({start_other}): {span(better.seconds)} s a step in "
         f"place of {span(best.seconds)}, {better.memory.total / GB:.1f} GB of {number(own.gpu_memory)}; statistics and "
         "the weights that are updated stay in float32",
-        f"as it is, in float32: {name} ({start}): {why}",
     ]
 
 
