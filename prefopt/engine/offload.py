@@ -35,7 +35,8 @@ class Offloading(saved_tensors_hooks):
 
     def __init__(self, model: nn.Module, pin_memory: bool) -> None:
         self.copied = 0  # bytes that were copied so far
-        copies: weakref.WeakValueDictionary[Any, _Copy] = weakref.WeakValueDictionary()
+        self.copies: weakref.WeakValueDictionary[Any, _Copy] = weakref.WeakValueDictionary()
+        copies = self.copies
         hooks = save_on_cpu(pin_memory)
         here = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
         shapes = {tuple(weight.shape) for weight in model.parameters() if weight.ndim == 2}
