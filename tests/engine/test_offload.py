@@ -6,7 +6,6 @@ from torch import nn
 
 from prefopt.engine import offload
 
-
 MODEL = nn.Linear(1, 1)  # lives as long as who looks where its weights are
 
 
