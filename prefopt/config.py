@@ -44,7 +44,7 @@ class ModelConfig:
     export_dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = None
     """Precision of the exported weights. None: that in which they are held."""
     attention: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] = "sdpa"
-    """Attention implementation, as transformers names it."""
+    """Attention implementation, as transformers names it; eager in place of sdpa where a family has none."""
     quantize: Literal["nf4", "fp4"] | None = None
     """QLoRA: hold the weights below the head in 4 bits (bitsandbytes), doubly quantised, under an adapter. None: no."""
     compute_dtype: Literal["float32", "bfloat16", "float16"] | None = None
@@ -90,7 +90,7 @@ class LoraConfig:
     dropout: float = 0.0
     """Share of the adapter's inputs dropped in training steps; never in the reference, never in evaluations."""
     target_modules: tuple[str, ...] = ()
-    """Names of the linear layers that get an adapter, e.g. q_proj,v_proj. None named: all but the output head."""
+    """Names of the linear layers that get an adapter, e.g. q_proj,v_proj. None, or all-linear: all but the head."""
     modules_to_save: tuple[str, ...] = ()
     """Modules trained whole beside the adapter, and saved with it, e.g. lm_head."""
     merge: bool = False

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import enum
+import functools
 import re
 import textwrap
 import warnings
@@ -22,7 +23,7 @@ from torch import nn
 from prefopt.config import LoraConfig, ModelConfig, RunConfig
 from prefopt.engine import experts, models, quantized, towers, weight_files
 from prefopt.errors import ConfigError, TrainError, did_you_mean
-from prefopt.kernels.head import make_head_aware, make_score_precise
+from prefopt.kernels.head import HeadRequest, answer, make_head_aware, make_score_precise
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -31,6 +32,8 @@ _POLICY = "default"  # peft's own name for an only adapter: it is saved at the t
 _SNAPSHOT = "reference"
 _CONFIG = "adapter_config.json"
 CLASSIFIER = "SEQ_CLS"  # peft's name of a classifier's task
+_MOST_RANK = 65_536
+ALL_LINEAR = "all-linear"  # peft's word for all linear layers but the head
 # Ways of starting an adapter that leave the base weights as they are; the others move part of them into the adapter.
 _STARTS = (True, False, "gaussian", "orthogonal", "eva")
 
@@ -93,8 +96,13 @@ def find(path: str, settings: ModelConfig, key: str = "model.path") -> Weights:
     kind = str(getattr(adapter.peft_type, "value", adapter.peft_type))
     start = getattr(adapter, "init_lora_weights", True)
     base = adapter.base_model_name_or_path
+    rank = getattr(adapter, "r", None)
     for wrong, text in (
         (kind != "LORA", f"is a {kind} adapter, expected a LoRA adapter"),
+        (
+            not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= _MOST_RANK,
+            f"has rank {rank!r}, expected a number from 1 to {_MOST_RANK:,}",
+        ),
         (
             getattr(adapter, "bias", "none") != "none",
             f"was trained with bias '{getattr(adapter, 'bias', '')}', which changes the weights below it that the "
@@ -200,7 +208,7 @@ def check(config: RunConfig, start: Weights, architecture: PretrainedConfig) -> 
             f"model.path: '{start.path}' is an adapter of a {kind}, and method '{config.method_name}' trains a "
             f"{wanted} (merge the adapter into its base first, or name the base)"
         )
-    if start.adapter is not None or (config.lora.r is None and not scores):
+    if start.adapter is None and config.lora.r is None and not scores:
         return
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -212,10 +220,28 @@ def check(config: RunConfig, start: Weights, architecture: PretrainedConfig) -> 
         raise models.refuse("model.path", start.base, error) from error
     if scores:
         models.check_head(hollow)
-    if config.lora.r is not None:
+    if start.adapter is not None:
+        _check_adapter(start, hollow, config.model)
+    elif config.lora.r is not None:
         _check_modules(config.lora, hollow, towers.unreached(hollow))
         if config.model.quantize is not None:
             _check_trained_whole(config, hollow)
+
+
+def _check_adapter(start: Weights, hollow: Any, settings: ModelConfig, key: str = "model.path") -> None:
+    """Whether an adapter can be built on its base, and its file holds what that needs. Args: hollow: the base."""
+    with torch.device("meta"):
+        adapted = _attach(hollow, start.adapter, None, settings, key, start.path)
+    file = Path(start.path) / "adapter_model.safetensors"
+    if not file.is_file():
+        return
+    found = weight_files.shapes_in(file, key)
+    parameters = dict(adapted.named_parameters())
+    wanted = {saved: tuple(parameters[name].shape) for name, saved in _saved_names(adapted).items()}
+    for name in sorted(found.keys() | wanted.keys()):
+        if found.get(name) != wanted.get(name):
+            what = "is missing" if name not in found else "is unknown" if name not in wanted else "has another shape"
+            raise TrainError(f"{key}: the adapter '{start.path}' does not fit {type(hollow).__name__}: {name} {what}")
 
 
 def _check_quantized(config: RunConfig, start: Weights, architecture: PretrainedConfig) -> None:
@@ -288,7 +314,11 @@ def _check_modules(lora: LoraConfig, lm: PreTrainedModel, unread: tuple[str, ...
                     f"lora.{key}: '{target}' is a part that text does not reach ({named[0]}), expected one of the "
                     "text model"
                 )
+    if ALL_LINEAR in lora.target_modules and len(lora.target_modules) > 1:
+        raise ConfigError(f"lora.target_modules: '{ALL_LINEAR}' stands beside other names, expected it alone")
     for target in lora.target_modules:
+        if target == ALL_LINEAR:
+            continue
         hit = [module for name, module in modules.items() if name == target or name.endswith(f".{target}")]
         if not hit:
             raise ConfigError(
@@ -397,7 +427,7 @@ def _settings(lora: LoraConfig, lm: PreTrainedModel, revision: str | None) -> An
         lora_alpha=2 * lora.r if lora.alpha is None else lora.alpha,
         use_rslora=bool(lora.use_rslora),
         lora_dropout=lora.dropout,
-        target_modules=list(lora.target_modules) or sorted(all_linear - {*lora.modules_to_save}),
+        target_modules=[*({*lora.target_modules} - {ALL_LINEAR})] or sorted(all_linear - {*lora.modules_to_save}),
         modules_to_save=list(lora.modules_to_save) or None,
         exclude_modules="|".join(rf"{re.escape(part)}(\..*)?" for part in unread) or None,
         revision=revision,
@@ -418,15 +448,21 @@ def _quiet() -> Iterator[None]:
 
 
 def _attach(
-    lm: Any, settings: Any, weights: str | None, model: ModelConfig, key: str = "model.path"
+    lm: Any,
+    settings: Any,
+    weights: str | None,
+    model: ModelConfig,
+    key: str = "model.path",
+    path: str | None = None,
 ) -> PreTrainedModel:
-    """`lm` with an adapter, whose weights are new or those of a folder.
+    """`lm` with an adapter, whose weights are new or those of a folder. Args: path: the adapter's, if not there.
 
     The head is made head-aware first, so that a copy that is trained whole is too.
     """
     import peft
 
     unread = towers.unreached(lm)
+    path = weights if path is None else path
     classifies = hasattr(lm, "score")
     if classifies:  # peft adds the names that a classifier's head may have to those that are trained whole
         saved = {*(settings.modules_to_save or ())} - {"classifier", "score"}
@@ -435,9 +471,9 @@ def _attach(
     try:
         _check_modules(LoraConfig(target_modules=named, modules_to_save=tuple(settings.modules_to_save or ())), lm)
     except ConfigError as error:
-        if weights is None:
+        if path is None:
             raise
-        raise TrainError(f"{key}: the adapter '{weights}' cannot be used: {error}") from error
+        raise TrainError(f"{key}: the adapter '{path}' cannot be used: {error}") from error
     if classifies:
         make_score_precise(lm)
     else:
@@ -445,17 +481,48 @@ def _attach(
     base = lm.name_or_path
     lm.name_or_path = str(Path(base).resolve()) if Path(base).is_dir() else base  # opens from any folder
     settings = dataclasses.replace(settings, inference_mode=False, base_model_name_or_path=lm.name_or_path)
-    with _quiet():
-        adapted: Any = peft.get_peft_model(lm, settings, adapter_name=_POLICY)
+    try:
+        with _quiet():
+            adapted: Any = peft.get_peft_model(lm, settings, adapter_name=_POLICY)
+    except Exception as error:  # whatever peft makes of settings that are none
+        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 200, placeholder=" ...")
+        what = f"the adapter '{path}' has settings" if path is not None else "found settings of an adapter"
+        raise TrainError(f"{key}: {what} that peft cannot build on {type(lm).__name__}: {reason}") from error
     head = _head(adapted)
     if isinstance(head, peft.tuners.tuners_utils.BaseTunerLayer):
         raise TrainError(
             f"{key}: the adapter has a part on the output head, expected a plain head or one in modules_to_save"
         )
+    if isinstance(head, peft.utils.TrainableTokensWrapper):  # tied to an embedding that some rows are trained of
+        head.__class__ = _stats_tokens()
     if weights is not None:
         _fill(adapted, _POLICY, weights, model, key)
     towers.freeze(adapted.get_base_model(), unread)
     return adapted
+
+
+@functools.cache
+def _stats_tokens() -> type:
+    """A class of heads tied to an embedding of which peft trains some rows, that answer requests as a StatsLinear."""
+    from peft.utils import TrainableTokensWrapper
+
+    class StatsTokens(TrainableTokensWrapper):  # type: ignore[misc]
+        def forward(self, x: torch.Tensor, request: HeadRequest | None = None) -> Any:
+            return super().forward(x) if request is None else answer(request, x, self.weight, self.bias)
+
+        @property
+        def bias(self) -> torch.Tensor | None:
+            return self.token_adapter.base_layer.bias
+
+        @property
+        def in_features(self) -> int:
+            return self.token_adapter.in_features
+
+        @property
+        def out_features(self) -> int:
+            return self.token_adapter.out_features
+
+    return StatsTokens
 
 
 def _add_snapshot(lm: Any, settings: Any, path: str | None, model: ModelConfig) -> None:
@@ -494,7 +561,11 @@ def _fill(lm: Any, adapter: str, path: str, model: ModelConfig, key: str) -> Non
     except Exception as error:
         raise models.refuse(key, path, error, "an adapter") from error
     models.align(lm)
+    # peft counts as missing what is tied to a weight that it has
+    named = dict(lm.named_parameters(remove_duplicate=False))
+    there = {id(weight) for name, weight in named.items() if name not in result.missing_keys}
     missing = [name for name in result.missing_keys if f".{adapter}." in name or name.endswith(f".{adapter}")]
+    missing = [name for name in missing if id(named.get(name)) not in there]
     wrong = [f"{name} is missing" for name in missing] + [f"{name} is unknown" for name in result.unexpected_keys]
     bad = next((name for name, weight in found.items() if not bool(weight.isfinite().all())), None)
     wrong += [f"{bad} is not finite"] if bad is not None else []
@@ -540,6 +611,9 @@ def describe_policy(lm: Any) -> str:
     names = targets if isinstance(targets, str) else ", ".join(sorted(targets))
     whole = sorted({name for name in settings.modules_to_save or () if any(name in n for n, _ in lm.named_modules())})
     saved = f", and {', '.join(whole)} whole" if whole else ""
+    tokens = getattr(settings, "trainable_token_indices", None) or {}
+    rows = sum(map(len, tokens.values())) if isinstance(tokens, dict) else len(tokens)
+    saved += f", and {rows} rows of the embedding" if rows else ""
     quantize = {q for m in lm.modules() if (q := quantized.kind(m)) is not None}
     held = "".join(f"the others' matrices held in {kind}, " for kind in sorted(quantize))
     return f"{held}{trained:,} of them trained (LoRA r {settings.r}, alpha {settings.lora_alpha} on {names}{saved})"

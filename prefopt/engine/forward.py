@@ -255,8 +255,9 @@ def _check_backbone(lm: Any) -> None:
     base = adapters.base_of(lm)
     if base.base_model is base:
         raise TrainError(
-            f"model.path: {type(base).__name__} has no part below its head that could be called by itself "
-            f"(its base_model_prefix names none), expected a causal language model such as Llama or Qwen"
+            f"model.path: {type(base).__name__} names '{base.base_model_prefix}' as the part below its head and has no "
+            "such part, so its hidden states cannot be had by themselves; expected a causal language model such as "
+            "Llama or Qwen"
         )
 
 

@@ -225,7 +225,7 @@ def _load(
         with quiet():
             with loaded_whole() as sharded:
                 # ZeRO-3's way of loading sees no weight that is too many, and missing ones would be made first
-                if sharded or weight_files.are_too_few(path, sizes.weights_of(config)):
+                if sharded or weight_files.are_too_few(path, sizes.weights_of(config), key):
                     lm, loaded = kind.from_pretrained(path, device_map="meta", **more)
                     check(loaded, lm)
             model, loaded = kind.from_pretrained(path, **quantized.arguments(settings), **more)

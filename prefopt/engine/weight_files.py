@@ -98,19 +98,22 @@ def _check_shards(mapped: Mapping[str, str], folder: Path, index: str, key: str)
 
 
 def names_in(file: Path, key: str) -> list[str]:
-    """Names of the weights in a safetensors file, from its header; none of a file of another kind.
+    """Names of the weights in a file of safetensors; none of a file of another kind. Raises: as `shapes_in`."""
+    return [*shapes_in(file, key)] if file.suffix == ".safetensors" else []
+
+
+def shapes_in(file: Path, key: str) -> dict[str, tuple[int, ...]]:
+    """The shape of each weight in a safetensors file, from its header.
 
     Raises: TrainError for a file that is damaged, cut short or not to be read.
     """
     from safetensors import SafetensorError, safe_open
 
-    if file.suffix != ".safetensors":
-        return []
     try:
         with file.open("rb") as opened:  # safetensors has one error for all that it cannot open
             opened.read(1)
         with safe_open(file, framework="pt") as header:
-            return [*header.keys()]
+            return {name: tuple(header.get_slice(name).get_shape()) for name in header.keys()}  # noqa: SIM118
     except OSError as error:
         raise TrainError(f"{key}: '{file}' cannot be read: {error.strerror or error}") from None
     except (SafetensorError, ValueError) as error:
@@ -118,15 +121,10 @@ def names_in(file: Path, key: str) -> list[str]:
         raise TrainError(f"{key}: '{file}' is damaged or cut short ({reason}); copy it again") from None
 
 
-def are_too_few(path: str, expected: float) -> bool:
+def are_too_few(path: str, expected: float, key: str) -> bool:
     """Whether the safetensors files in a folder hold far fewer weights than a model should have."""
-    from safetensors import safe_open
-
     files = sorted(Path(path).glob("model*.safetensors"))
-    found = 0
-    for file in files:
-        with safe_open(file, framework="pt") as header:
-            found += sum(math.prod(header.get_slice(name).get_shape()) for name in header.keys())  # noqa: SIM118
+    found = sum(math.prod(shape) for file in files for shape in shapes_in(file, key).values())
     return bool(files) and found < expected / 4
 
 

@@ -50,26 +50,29 @@ class StatsLinear(nn.Linear):
         Returns: with a request, a plain tuple of `(N,)` vectors in float32 or better, None where not wanted. It is a
             tuple because engines look for tensors in tuples only.
         """
-        if request is None:
-            return super().forward(x)
-        stats = token_stats(
-            x,
-            self.weight,
-            request.labels,
-            bias=self.bias,
-            scale=request.scale,
-            softcap=request.softcap,
-            ref_hidden=request.ref_hidden,
-            ref_weight=request.ref_weight,
-            ref_bias=request.ref_bias,
-            ref_scale=request.ref_scale,
-            ref_softcap=request.ref_softcap,
-            want=request.want,
-            token_tile=request.token_tile,
-            vocab_tile=request.vocab_tile,
-            cache_mb=request.cache_mb,
-        )
-        return tuple(getattr(stats, name) for name in ORDER)
+        return super().forward(x) if request is None else answer(request, x, self.weight, self.bias)
+
+
+def answer(request: HeadRequest, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> Any:
+    """What a head of this weight, (V, H), and bias, (V,) or None, says of states `x`, (N, H): see `StatsLinear`."""
+    stats = token_stats(
+        x,
+        weight,
+        request.labels,
+        bias=bias,
+        scale=request.scale,
+        softcap=request.softcap,
+        ref_hidden=request.ref_hidden,
+        ref_weight=request.ref_weight,
+        ref_bias=request.ref_bias,
+        ref_scale=request.ref_scale,
+        ref_softcap=request.ref_softcap,
+        want=request.want,
+        token_tile=request.token_tile,
+        vocab_tile=request.vocab_tile,
+        cache_mb=request.cache_mb,
+    )
+    return tuple(getattr(stats, name) for name in ORDER)
 
 
 class ScoreLinear(nn.Linear):
