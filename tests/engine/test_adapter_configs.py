@@ -29,9 +29,7 @@ def places(tmp_path_factory):
         lm = models.load_model(str(root / name), ModelConfig())
         of = {"r": 2, "task_type": "CAUSAL_LM", "target_modules": ["q_proj"], "trainable_token_indices": [3, 5]}
         with adapters._quiet():
-            adapted = peft.get_peft_model(
-                lm, peft.LoraConfig(r=2, task_type="CAUSAL_LM", target_modules=["q_proj"], **more)
-            )
+            adapted = peft.get_peft_model(lm, peft.LoraConfig(**of))
             with torch.no_grad():
                 for weight in adapted.parameters():
                     weight += 0.2 * weight.requires_grad * torch.randn(weight.shape)
