@@ -155,6 +155,32 @@ def test_trained_tokens_when_continued_then_statistics_gradients_and_files_are_p
     assert torch.allclose(merged(IDS).logits, lm(IDS).logits, atol=1e-6)
 
 
+def test_run_when_it_trains_tokens_of_a_tied_model_and_is_killed_then_it_ends_as_the_straight_one(
+    server, command, task, tmp_path
+):
+    few = {"hidden": 16, "layers": 1, "tie_word_embeddings": True}
+    tiny_llama(len(task.tokenizer), **few).save_pretrained(tmp_path / "base")
+    task.tokenizer.save_pretrained(tmp_path / "base")
+    lm = models.load_model(str(tmp_path / "base"), ModelConfig())
+    of = {"r": 2, "task_type": "CAUSAL_LM", "target_modules": ["q_proj"], "trainable_token_indices": [1, 70, 71]}
+    with adapters._quiet():
+        peft.get_peft_model(lm, peft.LoraConfig(**of)).save_pretrained(tmp_path / "start", save_embedding_layers=False)
+    made = {}
+    for name in ("straight", "killed"):
+        argv = command("dpo", tmp_path / name, model__path=tmp_path / "start", train__max_steps=4, train__save_every=2)
+        if name == "killed":
+            fault = {"at": "prefopt.engine.trainer:Trainer._step", "count": 4, "do": "SIGKILL"}
+            assert server.train(argv, fault).status == -9
+        ended = server.train(argv)
+        assert ended.status == 0, ended.err
+        made[name] = load_file(tmp_path / name / "model/adapter_model.safetensors")
+    tokens = next(name for name in made["straight"] if "trainable_tokens_delta" in name)
+    begun = load_file(tmp_path / "start/adapter_model.safetensors")[tokens]
+    assert (made["straight"][tokens] - begun).abs().max() > 1e-3
+    assert made["straight"].keys() == made["killed"].keys()
+    assert all(torch.equal(made["straight"][name], made["killed"][name]) for name in made["straight"])
+
+
 # All linear layers ----------------------------------------------------------------------------------------------------
 
 
