@@ -130,6 +130,19 @@ def load_model(path: str, settings: ModelConfig, key: str = "model.path") -> Pre
     return _load(AutoModelForCausalLM, path, settings, key, attn_implementation=attention)
 
 
+def check_model(path: str, settings: ModelConfig, key: str = "model.path") -> None:
+    """Whether the causal language model at `path` is whole, by names and shapes alone: for whoever loads it elsewhere.
+
+    Nothing for one that is held quantised, whose files have names of their own.
+
+    Raises: TrainError as `load_model`.
+    """
+    from transformers import AutoModelForCausalLM
+
+    if getattr(load_config(path, settings, key), "quantization_config", None) is None:
+        _load(AutoModelForCausalLM, path, settings, key, hollow=True)
+
+
 def load_scorer(path: str, settings: ModelConfig, key: str = "model.path") -> PreTrainedModel:
     """The classifier with one logit at `path`, like `load_model`; its head is new where `path` is a language model.
 
@@ -210,11 +223,14 @@ def _load(
     *,
     classifier: bool = False,
     new_score: bool = False,
+    hollow: bool = False,
     **more: Any,
 ) -> PreTrainedModel:
     """The model, whose weights are those of the files at `path`: none missing, none left over.
 
-    Args: kind: its class. classifier, new_score: see `weight_files.check_loaded`. more: for `from_pretrained`.
+    Args:
+        kind: its class. classifier, new_score: see `weight_files.check_loaded`. more: for `from_pretrained`.
+        hollow: whether names and shapes are to be checked alone; the model is then on the meta device.
     """
     config = load_config(path, settings, key)
     weight_files.check_files(path, key)
@@ -225,9 +241,11 @@ def _load(
         with quiet():
             with loaded_whole() as sharded:
                 # ZeRO-3's way of loading sees no weight that is too many, and missing ones would be made first
-                if sharded or weight_files.are_too_few(path, sizes.weights_of(config), key):
+                if hollow or sharded or weight_files.are_too_few(path, sizes.weights_of(config), key):
                     lm, loaded = kind.from_pretrained(path, device_map="meta", **more)
                     check(loaded, lm)
+            if hollow:
+                return lm
             model, loaded = kind.from_pretrained(path, **quantized.arguments(settings), **more)
     except TrainError:
         raise

@@ -73,6 +73,8 @@ def make(
         from prefopt.generation.openai_engine import OpenAIEngine
 
         return OpenAIEngine(settings, weights, model, tokenizer)
+    from prefopt.engine import models
     from prefopt.generation.vllm_engine import VllmEngine
 
+    models.check_model(weights.base, weights.base_settings(model), "generate")
     return VllmEngine(settings, weights, model, tokenizer)

@@ -18,6 +18,7 @@ Q = "model.layers.0.self_attn.q_proj.weight"
 LOADERS = {
     "policy": models.load_model,
     "scorer": models.load_scorer,
+    "sampler elsewhere": models.check_model,
     "judge": lambda path, settings, key="judge.path": models.load_classifier(path, settings, key),
 }
 
