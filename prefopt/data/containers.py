@@ -15,6 +15,7 @@ import re
 import sys
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain
@@ -43,6 +44,19 @@ CONVERT = "convert the file, or --data.on_bad_row skip"
 
 class TextRow(dict[str, Any]):
     """A row of a file in which every value is text, numbers too."""
+
+
+class TwiceNamed(dict[str, Any]):
+    """A JSON object in which some keys stand more than once; it holds what came last."""
+
+    def __init__(self, pairs: list[tuple[str, Any]]) -> None:
+        super().__init__(pairs)
+        self.twice = {key for key, number in Counter(key for key, _ in pairs).items() if number > 1}
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    out = dict(pairs)
+    return out if len(out) == len(pairs) else TwiceNamed(pairs)
 
 
 @dataclass(frozen=True)
@@ -188,7 +202,7 @@ def _too_large(size: int, most: int) -> RowProblem:
 def _json(text: bytes) -> object:
     """One JSON value, or what is wrong with it."""
     try:
-        return json.loads(text.strip(b"\r\n").decode("utf-8-sig"))
+        return json.loads(text.strip(b"\r\n").decode("utf-8-sig"), object_pairs_hook=_object)
     except UnicodeDecodeError as error:
         return RowProblem("invalid UTF-8", "", f"byte {error.start + 1} is not UTF-8", "UTF-8 text", CONVERT)
     except json.JSONDecodeError as error:

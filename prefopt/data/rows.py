@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from prefopt.config import RESERVED_ARGS
 from prefopt.data.bad_rows import DROP, BadRow, OnBadRow, RowProblem, check_text, first_bad_row, kind, plain, short
-from prefopt.data.containers import MAX_ROW_BYTES, TextRow
+from prefopt.data.containers import MAX_ROW_BYTES, TextRow, TwiceNamed
 from prefopt.data.messages import (
     HH_TURN,
     Messages,
@@ -133,6 +133,8 @@ class RowReader:
             if key not in known:
                 near = did_you_mean(key, known) or ";"
                 raise DataError(f"data.columns: unknown key '{key}'{near} known: {', '.join(known)}")
+        names = (name for column in extra for name in (self._key(column.name), *column.aliases))
+        self._read = {*map(self._key, KEYS), *_TEMPLATE_ARGS, *names}
         self.source = open_source(str(path), max_row_bytes)
         self.unread.folders = self.source.notes()
 
@@ -153,6 +155,8 @@ class RowReader:
             raise RowProblem(
                 "not an object", "", f"found {kind(record)}", "a JSON object, one per line", "write the file as JSONL"
             )
+        if isinstance(record, TwiceNamed) and (twice := sorted(record.twice & self._read)):
+            raise RowProblem("key twice", twice[0], "stands twice in the row", "each key once")
         if self.tokenizer is not None and record.get("tokenizer") == self.tokenizer:
             return self._sampled(record, where), "token ids"
         prompt = self._prompt(record)

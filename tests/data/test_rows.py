@@ -130,6 +130,11 @@ BAD = [
         "'rejected': missing, expected a completion; the row has 'chosen', 'prompt', 'rejeted'; did you mean "
         "'rejeted'? (rename it, or name it under data.columns)",
     ),
+    (
+        b'{"prompt": "p", "chosen": "a", "id": 1, "id": 2, "chosen": "c", "rejected": "b"}',
+        "key twice",
+        f"'chosen': stands twice in the row, expected each key once {DROP}",
+    ),
     ({**GOOD, "chosen": ""}, "empty completion", f"'chosen': empty, expected a non-empty completion {DROP}"),
     ({**GOOD, "rejected": " \n"}, "empty completion", f"'rejected': empty, expected a non-empty completion {DROP}"),
     (
