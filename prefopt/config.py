@@ -322,6 +322,9 @@ class JudgeConfig:
     """llm: a verdict on two responses, asked in both orders, or a score of each."""
     scale: tuple[float, ...] = (1.0, 10.0)
     """llm, mode score: the lowest and the highest score; another one is not counted as an answer."""
+    reward_scale: float | Literal["std"] = 1.0
+    """Factor on scores and logits before the sigmoid that makes win probabilities of them; std: 1 / their standard
+    deviation among the responses of a prompt, over a round. For judges whose scores lie close together."""
     template: str | None = None
     """llm: file with the question that is asked. None: the one that comes with prefopt for this mode."""
     batch: int = 16

@@ -239,6 +239,8 @@ def _named_judge(found: InferConfig, one: bool) -> JudgeConfig:
             f"judge.kind: {'not given' if kind is None else repr(kind)}, expected who scores the samples of strategy "
             f"'{found.strategy}': reward_model, pairwise, llm, function or length"
         )
+    if found.judge.reward_scale == "std":
+        raise ConfigError("judge.reward_scale: found 'std', which is of the candidates of a round, expected a number")
     return found.judge
 
 

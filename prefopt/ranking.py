@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import get_args
+from collections.abc import Sequence
+from typing import Literal, get_args
 
 import numpy as np
 
@@ -24,6 +25,8 @@ def win_probabilities(judgement: Judgement, mode: WinProb = "pairwise_sigmoid") 
     pairwise_sigmoid  sigmoid(s_ij), s_ij from both orders, or the difference of two scores
     blender_score     sigmoid(S_i - S_j), S_i = mean_j (L_ij - L_ji) over all K, i itself included
 
+    Scores and logits are multiplied by the judgement's `scale` before the sigmoid.
+
     Args: judgement: with scores, logits or probabilities; the latter are taken as they are by `pairwise_sigmoid`.
     Returns: shape `(K, K)`, float64.
     Raises: ValueError for an unknown mode, or probabilities under `blender_score`, which reads logits.
@@ -34,11 +37,48 @@ def win_probabilities(judgement: Judgement, mode: WinProb = "pairwise_sigmoid") 
         raise ValueError(f"unknown way to a win probability {mode!r}")
     if mode == "blender_score":
         rank = order_scores(judgement, mode)
-        return _sigmoid(rank[:, None] - rank[None, :])
+        return _sigmoid(_scaled(_difference(rank), judgement.scale))
     if judgement.probs is not None:
         probs = np.array(judgement.probs, dtype=np.float64)
         return (probs + 1 - probs.T) / 2  # both orders
-    return _sigmoid(_preferences(judgement))
+    return _sigmoid(_scaled(_preferences(judgement), judgement.scale))
+
+
+def reward_scale(setting: float | Literal["std"], judgements: Sequence[Judgement]) -> float:
+    """The factor on a judge's scores before the sigmoid: the number itself, or 1 / their spread for `std`.
+
+    spread = sqrt(sum over prompts and responses of (score - mean of the prompt)^2 / sum over prompts of (K - 1))
+
+    Only responses of the same prompt are compared, so how far prompts lie apart does not count. Logits count by the
+    mean of each response's. Without any spread the factor is 1.
+
+    Raises: ValueError for `std` of a judge that gives probabilities.
+    """
+    if setting != "std":
+        return float(setting)
+    squares, free = 0.0, 0
+    groups = [np.array([])]
+    for judgement in judgements:
+        if judgement.probs is not None:
+            raise ValueError("a judge that gives probabilities has no scores with a spread")
+        order = order_scores(judgement)
+        groups.append(order[np.isfinite(order)])
+    largest = max(float(np.abs(group).max(initial=0.0)) for group in groups)
+    unit = largest if largest > _SQUARES else 1.0
+    for group in groups:
+        if len(group) > 1:
+            squares += float(((group / unit - safe_mean(group / unit)) ** 2).sum())
+            free += len(group) - 1
+    spread = float(np.sqrt(squares / free)) if free else 0.0
+    return 1 / spread / unit if spread > 1e-12 * max(1.0, largest / unit) else 1.0
+
+
+def safe_mean(values: np.ndarray | Sequence[float]) -> float:
+    """The mean, also of numbers whose sum no float holds."""
+    array = np.asarray(values, dtype=np.float64)
+    with np.errstate(over="ignore"):
+        mean = float(array.mean())
+    return mean if np.isfinite(mean) or not np.isfinite(array).all() else float((array / array.size).sum())
 
 
 def order_scores(judgement: Judgement, mode: WinProb = "pairwise_sigmoid") -> np.ndarray:
@@ -95,6 +135,8 @@ def length_controlled(scores: np.ndarray, lengths: np.ndarray, *, rho: float, dd
 
 
 def _standard(values: np.ndarray, ddof: int) -> np.ndarray:
+    largest = float(np.abs(values).max(initial=0.0))
+    values = values / largest if largest > _SQUARES else values
     spread = values.std(ddof=ddof) if len(values) > ddof else 0.0
     # a spread that rounding alone has made is none
     if not spread > 1e-12 * max(1.0, float(np.abs(values).max(initial=0.0))):
@@ -141,11 +183,25 @@ def elo(wins: np.ndarray, *, ridge: float = 0.01) -> np.ndarray:
 
 def _preferences(judgement: Judgement) -> np.ndarray:
     if judgement.scores is not None:
-        scores = np.array(judgement.scores, dtype=np.float64)
-        return scores[:, None] - scores[None, :]
+        return _difference(np.array(judgement.scores, dtype=np.float64))
     if judgement.logits is None:
         raise ValueError("this judge gives probabilities, and logits or scores are needed")
-    return pairwise_scores(np.array(judgement.logits, dtype=np.float64))
+    with np.errstate(over="ignore"):
+        return np.clip(pairwise_scores(np.array(judgement.logits, dtype=np.float64)), -_LARGEST, _LARGEST)
+
+
+# Sums of a few numbers up to the first, and squares of numbers up to the second, are finite.
+_LARGEST, _SQUARES = 1e300, 1e150
+
+
+def _difference(scores: np.ndarray) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        return np.clip(scores[:, None] - scores[None, :], -_LARGEST, _LARGEST)
+
+
+def _scaled(table: np.ndarray, scale: float) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        return table * scale
 
 
 def _row_means(table: np.ndarray) -> np.ndarray:

@@ -270,12 +270,14 @@ class Judgement:
         logits: of row against column with the row's response first, (K, K), 0 on the diagonal; order may matter.
         probs: that row beats column, (K, K), one half on the diagonal.
         problems: how often what went wrong, by name, such as nan, timeout, unparsed, contradiction, truncated.
+        scale: factor on scores and logits before they become win probabilities; their order is the same.
     """
 
     scores: tuple[float, ...] | None = None
     logits: tuple[tuple[float, ...], ...] | None = None
     probs: tuple[tuple[float, ...], ...] | None = None
     problems: Mapping[str, int] = field(default_factory=dict)
+    scale: float = 1.0
 
 
 @dataclass(frozen=True)

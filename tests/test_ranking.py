@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 
 from prefopt import registry
-from prefopt.ranking import best_and_worst, order_scores, win_probabilities
+from prefopt.ranking import (
+    best_and_worst,
+    length_controlled,
+    order_scores,
+    reward_scale,
+    safe_mean,
+    win_probabilities,
+)
 from prefopt.types import Completion, Judgement, Prompt, ScoredGroup
 
 NAN = math.nan
@@ -68,3 +75,46 @@ def test_sppo_pair_has_the_mean_win_probability_with_the_tie_against_itself():
         "rejected_win_prob": pytest.approx((0.5 + sigmoid(-1) + sigmoid(-2)) / 3),
         "pair_win_prob": pytest.approx(sigmoid(2)),
     }
+
+
+# Scales and extremes --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["pairwise_sigmoid", "blender_score"])
+def test_scale_multiplies_what_goes_into_the_sigmoid_and_leaves_the_order(mode):
+    scores = (0.1, 0.3, 0.2)
+    scaled = Judgement(scores=scores, scale=10.0)
+    assert win_probabilities(scaled, mode) == pytest.approx(
+        win_probabilities(Judgement(scores=tuple(10 * s for s in scores)), mode), abs=1e-12
+    )
+    assert order_scores(scaled, mode).tolist() == order_scores(Judgement(scores=scores), mode).tolist()
+    probs = ((0.5, 0.9), (0.1, 0.5))
+    assert win_probabilities(Judgement(probs=probs, scale=10.0)) == pytest.approx(np.array(probs))
+
+
+def test_reward_scale_std_is_one_over_the_pooled_spread_within_prompts():
+    """Deviations 1, -1 and 2, 0, -2 with 1 and 2 degrees of freedom: variance (2 + 8) / 3, wherever the prompts lie."""
+    judgements = [Judgement(scores=(101.0, 99.0)), Judgement(scores=(2.0, NAN, 0.0, -2.0)), Judgement(scores=(7.0,))]
+    assert reward_scale("std", judgements) == pytest.approx(1 / math.sqrt(10 / 3))
+    assert reward_scale(2.5, judgements) == 2.5
+    assert reward_scale("std", [Judgement(scores=(3.0, 3.0))]) == 1.0
+    assert reward_scale("std", []) == 1.0
+    logits = Judgement(logits=((0.0, 2.0), (-2.0, 0.0)))  # means 1 and -1
+    assert reward_scale("std", [logits]) == pytest.approx(1 / math.sqrt(2))
+    with pytest.raises(ValueError, match="gives probabilities has no scores"):
+        reward_scale("std", [Judgement(probs=((0.5, 0.5), (0.5, 0.5)))])
+
+
+@pytest.mark.parametrize("mode", ["pairwise_sigmoid", "blender_score"])
+def test_scores_whose_sums_no_float_holds_are_ranked_as_others_are(mode):
+    judgement = Judgement(scores=(1.5e308, -1.5e308, 1.7e308, 0.0))
+    assert best_and_worst(order_scores(judgement, mode)) == (2, 1)
+    probs = win_probabilities(judgement, mode)
+    assert (probs[0, 1], probs[1, 0], probs[0, 0], probs[2, 0]) == (1.0, 0.0, 0.5, 1.0)
+    far = tuple(tuple(0.0 if i == j else 1.7e308 * (1 if i < j else -1) for j in range(4)) for i in range(4))
+    assert best_and_worst(order_scores(Judgement(logits=far), mode)) == (0, 3)
+    assert reward_scale("std", [Judgement(scores=(1.5e308, -1.5e308))]) == pytest.approx(1 / (1.5e308 * math.sqrt(2)))
+    controlled = length_controlled(np.array([1e308, -1e308, 1e308]), np.array([1, 1, 1]), rho=0.5)
+    assert controlled == pytest.approx([1 / math.sqrt(2), -math.sqrt(2), 1 / math.sqrt(2)])
+    assert safe_mean([1e308, 1.5e308, 1.7e308]) == pytest.approx(1.4e308)
+    assert safe_mean([1.0, 2.0]) == 1.5

@@ -30,7 +30,9 @@ class Interval:
         return self.low > value or self.high < value
 
     def __str__(self) -> str:
-        mean, low, high = (f"{value:.3f}" for value in (self.mean, self.low, self.high))
+        mean, low, high = (
+            f"{value:.3f}" if not abs(value) >= 1e9 else f"{value:.4g}" for value in (self.mean, self.low, self.high)
+        )
         return f"{mean} [{low}, {high}]".replace("-0.000", "0.000")
 
 
@@ -52,6 +54,10 @@ def bootstrap(values: np.ndarray | Sequence[float], *, level: float = 0.95, seed
         raise ValueError("a bootstrap of values that are not finite; leave them out and count them")
     if table.size == 0:
         return Interval(float("nan"), float("nan"), float("nan"), 0)
+    largest = float(np.abs(table).max())
+    if largest > 1e300:  # sums of it are finite no more
+        found = bootstrap(table / largest, level=level, seed=seed)
+        return Interval(found.mean * largest, found.low * largest, found.high * largest, found.count)
     rng = np.random.default_rng(seed)
     chunk = max(1, _CHUNK // table.size)
     means = np.concatenate([_resampled(table, min(chunk, DRAWS - done), rng) for done in range(0, DRAWS, chunk)])

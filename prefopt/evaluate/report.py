@@ -16,6 +16,7 @@ from prefopt.errors import RoundError
 from prefopt.evaluate.intervals import Interval, bootstrap
 from prefopt.evaluate.texts import ORDERS, TextFigures, describe_texts
 from prefopt.evaluate.win_rate import Groups, Scores, WinRate, judge_scores, judged_win_rate
+from prefopt.ranking import safe_mean
 from prefopt.redaction import escaped, hidden, markdown_cell
 from prefopt.storage import finite
 from prefopt.types import Prompt
@@ -33,7 +34,8 @@ class RoundFigures:
     Args:
         round: which one.
         prompts: held-out prompts.
-        vs_start, vs_previous: win rate against the first policy and against the one before this round; None in round 0.
+        vs_start, vs_previous: mean win probability and win rate against the first policy and against the one before
+            this round; None in round 0.
         vs_other: win rate against another run's policy after the same round; None where there is none to compare with.
         score: mean over prompts of the judge's score; None from a judge that only compares.
         texts: lengths, diversity, how completions ended.
@@ -66,6 +68,7 @@ class RoundFigures:
                 out |= _spread(f"win_rate/{name}", rate.rate)
                 counts = ("wins", "ties", "losses", "left_out")
                 out |= {f"win_rate/{name}_{count}": getattr(rate, count) for count in counts}
+                out |= {} if rate.won is None else _spread(f"won/{name}", rate.won)
         if self.score is not None:
             out |= _spread("score", self.score)
         out |= {name: getattr(self.texts, name) for name in ("tokens", "characters", "cut", "empty", "duplicates")}
@@ -90,7 +93,10 @@ class RoundFigures:
             return Interval(_number(v["mean"]), _number(v["low"]), _number(v["high"]), v["count"])
 
         def rate(v: Mapping[str, Any] | None) -> WinRate | None:
-            return None if v is None else WinRate(**{**v, "rate": interval(v["rate"])})
+            if v is None:
+                return None
+            won = v.get("won")  # older records have none
+            return WinRate(**{**v, "rate": interval(v["rate"]), "won": None if won is None else interval(won)})
 
         texts = values["texts"]
         distinct = {name: tuple(map(_number, texts[name])) for name in ("distinct", "distinct_in_group")}
@@ -195,7 +201,7 @@ def _cut(values: np.ndarray, sizes: Sequence[int]) -> list[np.ndarray]:
 
 def _over_prompts(groups: Sequence[np.ndarray]) -> Interval:
     """The mean over prompts of each prompt's mean; what is NaN is left out."""
-    means = [float(known.mean()) for group in groups if (known := group[~np.isnan(group)]).size]
+    means = [safe_mean(known) for group in groups if (known := group[~np.isnan(group)]).size]
     return bootstrap(means)
 
 
@@ -235,21 +241,22 @@ def _replace(path: Path, write: Callable[[Path], Any]) -> None:
 def rounds_table(figures: Sequence[RoundFigures]) -> str:
     """Two tables in Markdown, a row per round: who is preferred, and what the completions are like."""
     compared = any(f.vs_other is not None for f in figures)
-    judged = [["round", "win rate vs start [95%]", "won/tied/lost", "win rate vs previous [95%]"]]
-    judged[0] += (["win rate vs other run [95%]"] if compared else []) + ["score [95%]"]
+    named = ["start", "previous", *(["other run"] if compared else [])]
+    judged = [["round", *(f"mean win probability vs {name} [95%]" for name in named)]]
+    judged[0] += [*(f"win rate vs {name} [95%]" for name in named), "won/tied/lost vs start", "score [95%]"]
     texts = [["round", "tokens", "characters", *(f"distinct-{n}" for n in ORDERS), "cut", "empty", "repeated"]]
     references = list(dict.fromkeys(name for f in figures for name in f.kl))
     judged[0] += [f"KL {name.replace('_', ' ')} [95%]" for name in references] + ["entropy"]
     more = list(dict.fromkeys(name for f in figures for name in f.more))
     texts[0] += more
     for f in figures:
-        rates = [f.vs_start, f.vs_previous]
+        rates = [f.vs_start, f.vs_previous, *([f.vs_other] if compared else [])]
         cells = ["-" if rate is None else str(rate.rate) for rate in rates]
+        cells += ["-" if rate is None or rate.won is None else str(rate.won) for rate in rates]
         counts = "-" if f.vs_start is None else f"{f.vs_start.wins}/{f.vs_start.ties}/{f.vs_start.losses}"
         kls = [str(f.kl[name]) if name in f.kl else "-" for name in references]
         score = "-" if f.score is None else str(f.score)
-        cells += ["-" if f.vs_other is None else str(f.vs_other.rate)] if compared else []
-        judged.append([str(f.round), cells[0], counts, *cells[1:], score, *kls, _cell(f.entropy, ".3f")])
+        judged.append([str(f.round), *cells, counts, score, *kls, _cell(f.entropy, ".3f")])
         t = f.texts
         shares = [_cell(value, ".1%") for value in (t.cut, t.empty, t.duplicates)]
         lengths = [_cell(t.tokens, ".1f"), _cell(t.characters, ".1f")]
@@ -257,6 +264,7 @@ def rounds_table(figures: Sequence[RoundFigures]) -> str:
         texts.append([str(f.round), *lengths, *(_cell(d, ".3f") for d in t.distinct), *shares, *others])
     prompts = sorted({f.prompts for f in figures})
     head = f"{' or '.join(map(str, prompts))} held-out prompts; intervals by bootstrap over prompts; KL in nats."
+    head += "\nMean win probability: of the judge's P(wins); win rate: prompts won, ties count a half."
     notes = [
         f"Round {f.round}, judging: {', '.join(f'{markdown_cell(key)} {n}' for key, n in sorted(f.problems.items()))}."
         for f in figures
@@ -275,6 +283,9 @@ def _cell(value: float | None, spec: str) -> str:
 def _markdown(rows: Sequence[Sequence[str]]) -> str:
     lines = [f"| {' | '.join(map(markdown_cell, row))} |" for row in rows]
     return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
+
+
+_DRAWN = 1e100  # larger figures are in the table only: axes cannot be laid out for them
 
 
 def rounds_plot(path: Path | str, figures: Sequence[RoundFigures]) -> None:
@@ -297,16 +308,16 @@ def rounds_plot(path: Path | str, figures: Sequence[RoundFigures]) -> None:
             if value is not None:
                 band = (value.mean, value.low, value.high) if isinstance(value, Interval) else (value,) * 3
                 points.append((f.round, *band))
-        return [point for point in points if math.isfinite(point[1])]
+        return [point for point in points if all(abs(value) < _DRAWN for value in point[1:])]  # nor NaN
 
     def rates(values: Iterable[WinRate | None]) -> list[Point]:
         return line(None if value is None else value.rate for value in values)
 
     references = list(dict.fromkeys(name for f in figures for name in f.kl))
     panels: list[tuple[str, dict[str, list[Point]]]] = [
-        ("win rate vs start", {"": rates(f.vs_start for f in figures)}),
-        ("win rate vs previous round", {"": rates(f.vs_previous for f in figures)}),
-        ("win rate vs other run", {"": rates(f.vs_other for f in figures)}),
+        ("P(wins) vs start", {"": rates(f.vs_start for f in figures)}),
+        ("P(wins) vs previous round", {"": rates(f.vs_previous for f in figures)}),
+        ("P(wins) vs other run", {"": rates(f.vs_other for f in figures)}),
         ("judge's score", {"": line(f.score for f in figures)}),
         ("tokens per completion", {"": line(f.texts.tokens for f in figures)}),
         ("distinct-n", {f"n = {n}": line(f.texts.distinct[i] for f in figures) for i, n in enumerate(ORDERS)}),
@@ -330,7 +341,7 @@ def rounds_plot(path: Path | str, figures: Sequence[RoundFigures]) -> None:
     drawing = Figure(figsize=(3.1 * columns, 2.5 * rows), dpi=150, layout="constrained")
     FigureCanvasAgg(drawing)
     last = max(f.round for f in figures)
-    both_rates = [point for title, lines in panels if title.startswith("win rate") for point in lines[""]]
+    both_rates = [point for title, lines in panels if title.startswith("P(wins)") for point in lines[""]]
     reach = 1.1 * max([0.02, *(abs(edge - 0.5) for point in both_rates for edge in point[1:])])
     for number, (title, lines) in enumerate(panels):
         axes = drawing.add_subplot(rows, columns, number + 1)
@@ -342,7 +353,7 @@ def rounds_plot(path: Path | str, figures: Sequence[RoundFigures]) -> None:
                 axes.vlines(x, low, high, color=colour, alpha=0.45, linewidth=1.1, zorder=2)
                 axes.plot(x, mean, "o-", color=colour, linewidth=1.4, markersize=4, zorder=3)
                 ends[label] = (colour, mean[-1])
-        if title.startswith("win rate"):  # one scale, so that the two compare
+        if title.startswith("P(wins)"):  # one scale, so that the two compare
             axes.axhline(0.5, color=GREY, linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
             axes.set_ylim(max(0.5 - reach, -0.03), min(0.5 + reach, 1.03))
         if title.startswith(("KL", "tokens", "distinct", "share", "characters")):

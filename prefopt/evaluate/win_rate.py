@@ -25,11 +25,12 @@ class WinRate:
     """How often policy a is preferred to policy b.
 
     Args:
-        rate: mean over prompts of P(a beats b), in [0, 1], with its interval over prompts.
+        rate: the mean win probability: mean over prompts of P(a beats b), in [0, 1], with its interval over prompts.
         wins, ties, losses: prompts whose mean is above, exactly at, and below one half.
         left_out: prompts of which no comparison is known.
         unknown: comparisons that are NaN, also of prompts that have others.
         problems: what the judge says went wrong, by name.
+        won: the win rate: share of prompts won, ties counted a half, with its interval over prompts.
     """
 
     rate: Interval
@@ -39,6 +40,7 @@ class WinRate:
     left_out: int = 0
     unknown: int = 0
     problems: Mapping[str, int] = field(default_factory=dict)
+    won: Interval | None = None
 
 
 def win_rate(
@@ -75,6 +77,7 @@ def win_rate(
         left_out=table.size - known.size,
         unknown=unknown,
         problems=dict(problems or {}),
+        won=bootstrap((known > 0.5) + 0.5 * (known == 0.5), seed=seed),
     )
 
 
@@ -85,14 +88,16 @@ class Scores:
     Args:
         values: of each completion, one list per prompt; NaN where the judge failed or the method left nothing to judge.
         problems: what went wrong, by name, and why completions held nothing to judge.
+        scale: of the judgements, see `Judgement`.
     """
 
     values: tuple[tuple[float, ...], ...]
     problems: Mapping[str, int]
+    scale: float = 1.0
 
     def of(self, where: Sequence[int]) -> Scores:
         """Those of some prompts."""
-        return Scores(tuple(self.values[i] for i in where), self.problems)
+        return Scores(tuple(self.values[i] for i in where), self.problems, self.scale)
 
 
 def judge_scores(judge: Judge, prompts: Sequence[Prompt], groups: Groups, method: Method) -> Scores | None:
@@ -117,7 +122,8 @@ def judge_scores(judge: Judge, prompts: Sequence[Prompt], groups: Groups, method
         problems.update(judgement.problems)
     scores = iter([judgement.scores[0] for judgement in judgements if judgement.scores is not None])
     values = tuple(tuple(float("nan") if isinstance(view, str) else next(scores) for view in group) for group in views)
-    return Scores(values, {name: count for name, count in problems.items() if count})
+    scale = judgements[0].scale if judgements else 1.0
+    return Scores(values, {name: count for name, count in problems.items() if count}, scale)
 
 
 def judged_win_rate(
@@ -157,7 +163,10 @@ def judged_win_rate(
     if scores is None:
         judgements = judge.judge(list(questions.values()))
     else:
-        judgements = [Judgement(scores=(scores[0].values[i][j], scores[1].values[i][j])) for i, j in questions]
+        judgements = [
+            Judgement(scores=(scores[0].values[i][j], scores[1].values[i][j]), scale=scores[0].scale)
+            for i, j in questions
+        ]
     problems: Counter[str] = Counter()
     for place, judgement in zip(questions, judgements, strict=True):
         settled[place] = float(win_probabilities(judgement)[0, 1])

@@ -198,8 +198,9 @@ def _judgement(value: Any) -> Judgement | None:
             logits=_table(value["logits"]),
             probs=_table(value["probs"]),
             problems=value["problems"],
+            scale=float(value.get("scale", 1.0)),
         )
-    except (TypeError, KeyError, ValueError):
+    except (TypeError, KeyError, ValueError, AttributeError):
         return None
 
 

@@ -15,6 +15,7 @@ from prefopt.data.comparison import plain_text
 from prefopt.evaluate.intervals import Interval, bootstrap
 from prefopt.figures import readable
 from prefopt.inference.test_time_po import Cost, Sample, Step, Trace
+from prefopt.ranking import safe_mean
 from prefopt.redaction import printable
 
 
@@ -70,7 +71,7 @@ def by_depth(traces: Sequence[Trace]) -> list[DepthFigures]:
             parsed += sum(sample.text is not None for sample in step.samples)
             scores = [s for s in map(trace.score, step.samples) if s is not None]
             if scores:
-                newest.append(float(np.mean(scores)))
+                newest.append(safe_mean(scores))
             so_far = Trace(trace.prompt, trace.steps[: depth + 1], trace.scores)
             top = so_far.best
             if top is not None and top.text is not None:

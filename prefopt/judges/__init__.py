@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from prefopt.data.rows import Messages
     from prefopt.generation.base import Engine
     from prefopt.judges.base import Judge
+    from prefopt.types import Judgement, Question
 
 _CLASSIFIERS = ("reward_model", "pairwise")
 _SERVER, _POLICY = "llm with judge.url", "llm with judge.path policy"
@@ -25,6 +27,7 @@ _READ_BY = {
     "path": (*_CLASSIFIERS, "function", *_LLM),
     "mode": _LLM,
     "scale": _LLM,
+    "reward_scale": (*_CLASSIFIERS, "function", "length", *_LLM),
     "template": _LLM,
     "batch": _CLASSIFIERS,
     "max_length": _CLASSIFIERS,
@@ -58,6 +61,14 @@ def check(settings: JudgeConfig) -> None:
                 f"judge.{name}: found {given!r}, which judge '{reader}' does not read; it belongs to "
                 f"{', '.join(readers)}"
             )
+    scale = settings.reward_scale
+    if scale != "std" and not 0 < scale < float("inf"):
+        raise ConfigError(f"judge.reward_scale: found {scale!r}, expected a finite number above 0, or std")
+    if kind == "llm" and settings.mode == "pairwise" and scale != 1:
+        raise ConfigError(
+            f"judge.reward_scale: found {scale!r}, but mode 'pairwise' gives verdicts, which are probabilities; "
+            "leave it out (or --judge.mode score)"
+        )
     if kind in _CLASSIFIERS:
         from prefopt.engine.runtime import check_path
 
@@ -128,6 +139,37 @@ def make(
     Raises: ConfigError, DataError or TrainError when it cannot be opened; RoundError when a server does not answer.
     """
     check(settings)
+    judge = _opened(settings, device, policy, world, cache)
+    # the spread of a round is known once the round is judged
+    return judge if settings.reward_scale in (1, "std") else Scaled(judge, float(settings.reward_scale))
+
+
+class Scaled:
+    """A judge whose judgements name the factor on their scores. Args: judge: gives them. scale: the factor."""
+
+    def __init__(self, judge: Judge, scale: float) -> None:
+        self._judge, self._scale = judge, scale
+
+    def judge(self, questions: Sequence[Question]) -> list[Judgement]:
+        """See `Judge`."""
+        return [dataclasses.replace(one, scale=self._scale) for one in self._judge.judge(questions)]
+
+    def describe(self) -> dict[str, Any]:
+        """See `Judge`."""
+        return self._judge.describe()
+
+    def close(self) -> None:
+        """See `Judge`."""
+        self._judge.close()
+
+
+def _opened(
+    settings: JudgeConfig,
+    device: torch.device,
+    policy: Callable[[], tuple[Engine, Encoder]] | None,
+    world: Judge | None,
+    cache: Path | None,
+) -> Judge:
     if settings.kind == "length":
         from prefopt.judges.length import LengthJudge
 

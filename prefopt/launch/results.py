@@ -123,10 +123,24 @@ def _over_seeds(rows: Sequence[Mapping[str, Any]], keys: Sequence[str], shown: S
         for name in shown:
             found = [row[name] for row in group if isinstance(row.get(name), (int, float))]
             known = len(found) > 1 and all(map(math.isfinite, found))
-            spread = f" ± {readable(statistics.stdev(found), 2)}" if known else ""
-            cells.append(f"{_cell(statistics.fmean(found))}{spread}" if found else "")
+            spread = f" ± {readable(_spread(found), 2)}" if known else ""
+            cells.append(f"{_cell(_mean(found))}{spread}" if found else "")
         table.append([*values, str(len(group)), *cells])
     return _markdown(table)
+
+
+def _mean(values: Sequence[float]) -> float:
+    try:
+        return statistics.fmean(values)
+    except OverflowError:  # a sum that no float holds
+        return sum(value / len(values) for value in values)
+
+
+def _spread(values: Sequence[float]) -> float:
+    try:
+        return statistics.stdev(values)
+    except OverflowError:
+        return math.inf
 
 
 def _cells(row: Mapping[str, Any], keys: Sequence[str], shown: Sequence[str]) -> list[str]:

@@ -328,8 +328,14 @@ class Rounds:
     def _judge_inputs(self) -> dict[str, Any]:
         """What decides the judgements."""
         free = [key.partition(".")[2] for key in FREE_TO_CHANGE if key.startswith("judge.")]
+        free.append("reward_scale")  # of what is made of them
         settings = {k: v for k, v in dataclasses.asdict(self.config.judge).items() if k not in free}
         return {"judge": settings, "judge_hash": self.judge_hash}
+
+    def _scale_inputs(self) -> dict[str, Any]:
+        """What decides the win probabilities made of judgements, where it is not what it always was."""
+        scale = self.config.judge.reward_scale
+        return {} if scale == 1 else {"reward_scale": scale}
 
     def _pair(self, number: int) -> bool:
         generated, prompts = self._generate_stage(number), self._slices[number - 1]
@@ -347,7 +353,7 @@ class Rounds:
             "scores": None if judged is None else judged.hash(),
             "method": config.to_dict()["method"],
             "rounds": {"pairs": config.rounds.pairs, "max_similarity": config.rounds.max_similarity},
-        }
+        } | self._scale_inputs()
         path, manifest = folder / "pairs.json", store.read_manifest(folder / "pairs.json")
         files = [folder / "pairs.jsonl", folder / "candidates.jsonl", folder / "prompts.jsonl"]
         if manifest is not None and manifest["inputs"] == json.loads(json.dumps(inputs)):
@@ -370,6 +376,8 @@ class Rounds:
                 f"{folder}: none of {counts['prompts']:,} prompts gave a pair{_reasons(counts)}; "
                 f"the candidates and what the judge said are in {generated.folder}"
             )
+        for note in paired.notes:
+            self.say(note)
         for name, value in paired.figures.items():
             self.say(f"  {name.replace('_', ' ')} {readable(value)}")
         for file, rows in zip(files, (paired.pairs, paired.table, map(_prompt_row, prompts)), strict=True):
@@ -487,7 +495,7 @@ class Rounds:
     def _write_figures(self, number: int) -> None:
         path = self.folder(number) / "evaluate.json"
         inputs: dict[str, Any] = {name: self._held_out_stage(k).hash() for name, k in self._compared(number).items()}
-        inputs |= json.loads(json.dumps(self._judge_inputs()))
+        inputs |= json.loads(json.dumps(self._judge_inputs() | self._scale_inputs()))
         if self._other_answers(number) is not None:
             assert self.other is not None
             inputs["other"] = storage.sha256(self.other.held_out(number) / "held_out.json")

@@ -9,7 +9,7 @@ import difflib
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from prefopt.config import RunConfig
@@ -163,13 +163,14 @@ class Paired:
     """What a round's candidates have become.
 
     Args: pairs: rows to train on. table: a row per candidate. counts: kept and dropped, by reason. figures: what the
-        method has to say of them.
+        method has to say of them. notes: what else there is to say, a line each.
     """
 
     pairs: list[Row]
     table: list[Row]
     counts: dict[str, Any]
     figures: dict[str, float]
+    notes: tuple[str, ...] = ()
 
 
 def pair_rows(
@@ -186,6 +187,8 @@ def pair_rows(
 
     Args: judged: None where no judge was asked. about: columns that are the same for every candidate of the table.
     """
+    from prefopt.ranking import reward_scale
+
     pairs: list[Row] = []
     table: list[Row] = []
     dropped: Counter[str] = Counter()
@@ -201,6 +204,13 @@ def pair_rows(
         unseen.update(seen.why)
         problems.update(judgement.problems)
         groups.append(ScoredGroup(prompt, completions, judgement, indices, seen.unparsed))
+    try:
+        scale = reward_scale(config.judge.reward_scale, [group.judgement for group in groups])
+    except ValueError as error:
+        raise RoundError(
+            f"judge.reward_scale: found {config.judge.reward_scale!r}, but {error}; leave it out"
+        ) from None
+    groups = [replace(group, judgement=replace(group.judgement, scale=scale)) for group in groups]
     method = config.method.tuned(groups)
     trained: list[list[ChosenPair]] = []
     for group, row in zip(groups, generated, strict=True):
@@ -219,7 +229,37 @@ def pair_rows(
         "not_judged": dict(unseen.most_common()),
         "judge_problems": dict(problems.most_common()),
     }
-    return Paired(pairs, table, counts, dict(method.round_figures(groups, trained)))
+    figures = dict(method.round_figures(groups, trained))
+    figures |= {} if config.judge.reward_scale == 1 else {"reward_scale": scale}
+    note = _narrow(groups, method) if config.method.needs.columns else None
+    return Paired(pairs, table, counts, figures, () if note is None else (note,))
+
+
+_NARROW = 0.02  # standard deviation of win probabilities below which targets made of them are noise
+
+
+def _narrow(groups: Sequence[ScoredGroup], method: Method) -> str | None:
+    """A warning where a judge's scores lie so close together that all its win probabilities are about one half."""
+    import numpy as np
+
+    from prefopt.ranking import win_probabilities
+
+    found = [np.array([])]
+    for group in groups:
+        if len(group.judged) > 1 and group.judgement.probs is None:
+            table = win_probabilities(group.judgement, method.ranks_by)
+            found.append(table[~np.eye(len(table), dtype=bool)])
+    probs = np.concatenate(found)
+    probs = probs[np.isfinite(probs)]
+    spread = float(probs.std()) if probs.size else 0.0
+    if not 0 < spread < _NARROW:
+        return None
+    low, high = np.percentile(probs, [5, 95])
+    return (
+        f"warning: win probabilities lie close to one half (90% of them from {low:.3f} to {high:.3f}, standard "
+        f"deviation {spread:.3f}), so there is little to learn from; --judge.reward_scale std (or a number) spreads "
+        "the judge's scores"
+    )
 
 
 DATA = -1  # the index of the data's own completion, which is no candidate

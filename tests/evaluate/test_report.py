@@ -10,6 +10,7 @@ from prefopt.evaluate.report import RoundFigures, evaluate_round, rounds_table, 
 from prefopt.evaluate.samples import SampleFigures
 from prefopt.method import Method
 from prefopt.methods.thought_po import ThoughtPO
+from prefopt.types import Judgement
 from tests.evaluate.helpers import Asked, first_is_favoured, groups, prompts, word_count
 
 FIRST = groups("a", "a b", "a b c")
@@ -109,9 +110,9 @@ def test_report_when_written_then_a_table_and_a_picture_lie_there_and_nothing_el
     assert lines[0] == "sppo on a file"
     rows = [line.split(" | ") for line in lines if line.startswith("| 2 ")]
     assert rows[0][1] == str(figures[2].vs_start.rate)
-    assert rows[0][2] == "1/1/1"
+    assert rows[0][5] == "1/1/1"
     assert rows[1][-1] == "17 |"
-    assert {line.count("|") for line in lines if line.startswith("| ")} == {9, 11}
+    assert {line.count("|") for line in lines if line.startswith("| ")} == {11}
 
 
 def test_report_when_it_is_written_again_then_it_is_the_same(tmp_path):
@@ -149,3 +150,11 @@ def test_report_when_a_judge_names_odd_problems_then_they_steer_nothing(tmp_path
     assert text.startswith("judge ***\\x1b\n")
     assert r"a\|b\\n\\x1b[2J 1" in text
     assert r"x\|y\\u202e" in text
+
+
+def test_report_when_scores_are_beyond_sums_then_it_is_written_and_short(tmp_path):
+    figures = rounds(Asked(lambda asked: Judgement(scores=tuple(1e308 + 1e307 * len(r.text) for r in asked.responses))))
+    write_report(tmp_path, figures)
+    line = (tmp_path / "rounds.md").read_text().splitlines()[5]
+    assert "1.3e+308 [1.1e+308, 1.5e+308]" in line
+    assert len(line) < 300

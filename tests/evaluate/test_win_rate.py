@@ -3,7 +3,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from prefopt.evaluate.win_rate import judge_scores, judged_win_rate, win_rate
+from prefopt.evaluate.win_rate import Scores, judge_scores, judged_win_rate, win_rate
 from prefopt.method import Method
 from prefopt.types import Judgement, Response
 from tests.evaluate.helpers import Asked, first_is_favoured, groups, prompts, word_count
@@ -111,3 +111,18 @@ def test_scores_when_given_then_they_decide_and_no_judge_is_asked():
 
 def test_scores_when_a_judge_only_compares_then_there_are_none():
     assert judge_scores(Asked(first_is_favoured), prompts(1), groups("a"), Method()) is None
+
+
+def test_win_rate_and_mean_win_probability_are_two_figures():
+    found = win_rate([[0.51], [0.52], [0.5], [0.1]])
+    assert found.rate.mean == pytest.approx((0.51 + 0.52 + 0.5 + 0.1) / 4)
+    assert found.won.mean == pytest.approx(2.5 / 4)
+    assert 0 <= found.won.low < found.won.mean < found.won.high <= 1
+
+
+def test_scale_of_a_judge_reaches_the_probability_and_not_the_win_rate():
+    scores = [Scores(values, {}, 100.0) for values in (((0.02,), (0.01,)), ((0.01,), (0.03,)))]
+    a, b = groups("a", "b"), groups("c", "d")
+    found = judged_win_rate(Asked(word_count), prompts(2), a, b, Method(), tuple(scores))
+    assert found.rate.mean == pytest.approx((1 / (1 + math.exp(-1)) + 1 / (1 + math.exp(2))) / 2)
+    assert found.won.mean == 0.5
