@@ -9,6 +9,7 @@ read the next time. No file of a user is gone afterwards.
 from __future__ import annotations
 
 import errno
+import itertools
 import random
 import shutil
 from collections.abc import Callable, Iterator
@@ -136,11 +137,16 @@ def works(server: ForkServer, base: dict[str, object], root: Path) -> Iterator[C
     )
 
 
-def damages(server: ForkServer, base: dict[str, object], root: Path, count: int, seed: int) -> dict[str, int]:
-    """Damage `count` files, each kind of file before any is damaged twice. Returns: counts, and of what was wrong."""
+def damages(
+    server: ForkServer, base: dict[str, object], root: Path, count: int, seed: int, kinds_of_work: int | None = None
+) -> dict[str, int]:
+    """Damage `count` files, each kind of file before any is damaged twice. Returns: counts, and of what was wrong.
+
+    Args: kinds_of_work: so many of them, from the first; None: all.
+    """
     draw = random.Random(f"damages {seed}")
     counts = dict.fromkeys(("damages", "same", "refused", *WRONG), 0)
-    made = [make() for make in works(server, base, root)]
+    made = [make() for make in itertools.islice(works(server, base, root), kinds_of_work)]
     kinds = [(work, pattern) for work in made for pattern in work.files]
     draw.shuffle(kinds)
     expected = {work.name: undisturbed(work, root) for work in made}
