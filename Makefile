@@ -32,7 +32,7 @@ test-engines: $(READY) $(VLLM_PYTHON)
 test-slurm: $(READY)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slurm tests/slurm $(ARGS)
 
-# seeded random SIGKILLs over training, a reference's pass, rounds and sweeps; some ten minutes
+# seeded random SIGKILLs over training, a reference's pass, rounds and sweeps, then damaged files; some fifteen minutes
 chaos: $(READY)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m tests.chaos $(ARGS)
 
