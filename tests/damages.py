@@ -12,6 +12,7 @@ import errno
 import itertools
 import random
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -157,6 +158,7 @@ def damages(
         counts["damages"] += 1
         for word in found:
             counts[word] += 1
+        print(f"{work.name}: {pattern}: {how}: {' '.join(found)}; so far {counts}", file=sys.stderr, flush=True)
     return counts
 
 
