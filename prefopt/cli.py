@@ -765,6 +765,10 @@ def _report_testbed(
     lines = _lines(output, "eval") if task.world is not None and runtime.is_main else []
     if task.world is None or not lines:
         return
+    from prefopt.engine.best import Selection
+
+    chosen = None if config.eval.select is None else Selection.of(config.eval.select).best(lines)
+    end = next((line for line in lines if line["step"] == chosen), lines[-1])  # of the model that is exported
     from prefopt.testbed.bandit import Bandit
     from prefopt.testbed.report import Run, frontier_plot, summary_table
 
@@ -772,15 +776,17 @@ def _report_testbed(
         won = [pair.columns["pair_win_prob"] for pair in task.eval_pairs]
         best = sum(1.0 if p > 0.5 else 0.5 * (p == 0.5) for p in won) / len(won)
         say(
-            f"held-out accuracy {lines[-1]['rewards/accuracies']:.3f} at the end; "
+            f"held-out accuracy {end['rewards/accuracies']:.3f} at the end; "
             f"of the true reward on the same pairs {best:.3f}"
         )
         return
     beta = _beta(config)
     start = lines[0] if lines[0]["step"] == 0 else None
-    table = summary_table(task.world, start, lines[-1], beta)
+    table = summary_table(task.world, start, end, beta)
     say("\n" + table)
     if isinstance(task.world, Bandit):
+        if config.method.other_optimum():
+            say(f"\n{config.method.other_optimum()}")
         frontier_plot(output / "frontier.png", task.world, [Run(_described(config), beta, lines)])
         say(f"\nreward-KL frontier: {output / 'frontier.png'}")
     if trackers is not None:

@@ -259,6 +259,9 @@ class RoundsConfig:
     to them the judge scores best. 0: the last one."""
     compare: str | None = None
     """Folder of another run with the same held-out prompts, whose policies are compared with, round by round."""
+    candidates: str | None = None
+    """Folder of another run of rounds, whose candidates and scores are taken over where policy, prompts, sampling and
+    judge agree, so that only what comes after is done again."""
     launcher: str = ""
     """What scripts/rounds.py starts each train stage with, e.g. "accelerate launch --num_processes 8". None: python."""
 
@@ -499,7 +502,15 @@ FREE_TO_CHANGE = (
     *("dry_run", "output", "track", "kernel", "eval.batch", "model.gradient_checkpointing", "reference.cache_dir"),
     *("model.offload_activations", "train.compile", "train.check_memory", "train.join_seconds"),
     *("train.show_batch", "train.keep_last", "train.file_mb", "train.save_every", "train.micro_batch", "train.threads"),
-    *("train.layout", "rounds.launcher", "rounds.compare", "generate.python", "generate.url", "generate.api_key_env"),
+    *(
+        "train.layout",
+        "rounds.launcher",
+        "rounds.compare",
+        "rounds.candidates",
+        "generate.python",
+        "generate.url",
+        "generate.api_key_env",
+    ),
     *("generate.concurrency", "generate.retries", "generate.timeout", "judge.url", "judge.api_key_env"),
     *("judge.concurrency", "judge.retries", "judge.timeout"),
 )
@@ -555,7 +566,7 @@ def parse(argv: Sequence[str]) -> RunConfig:
         model=_normal(config.model, "path"),
         reference=_normal(config.reference, "path"),
         data=_normal(_normal_sources(config.data), "chat_template"),
-        rounds=_normal(config.rounds, "compare"),
+        rounds=_normal(config.rounds, "compare", "candidates"),
     )
     if not config.output:
         config = dataclasses.replace(config, output=f"runs/{_default_folder(config)}")

@@ -56,6 +56,13 @@ class Method:
             return ()
         return ("rewards/accuracies", "rewards_tdpo/accuracies", "accuracy/logit")
 
+    def other_optimum(self) -> str:
+        """Why endless pairs do not lead this loss to pi*, the optimum of reward and KL; "" where they do.
+
+        One line, which the testbed, where pi* is known, prints below its table.
+        """
+        return ""
+
     # How it works in rounds -------------------------------------------------------------------------------------------
 
     @property

@@ -153,6 +153,12 @@ class DPO(Method):
         # without the reference in the loss, its logit compares the policy's own log-probabilities from the start
         return tuple(name for name in tied if name != "accuracy/logit") if self.reference_free else tied
 
+    def other_optimum(self) -> str:
+        if self.variant == "sigmoid" and not self.reference_free:
+            return ""
+        free = " without the reference" if self.reference_free else ""
+        return f"pi* is where DPO's sigmoid loss leads; {self.variant}{free} has another optimum."
+
     def describe(self) -> str:
         smoothing = f", label_smoothing {self.label_smoothing:g}" if self.label_smoothing else ""
         free = ", reference_free" if self.reference_free else ""

@@ -118,6 +118,11 @@ class SPPO(Method):
         # no accuracy/logit: the two sides are separate regressions, and there is no logit that compares them
         return LossOutput(terms=(pair_term(losses),), metrics=reward_metrics(stats, self.beta))
 
+    def other_optimum(self) -> str:
+        return (
+            "SPPO's log-ratios go to (win probability - 1/2) / beta, not to reward / beta, so it does not end at pi*."
+        )
+
     def loss_at_reference(self) -> float | None:
         target = 0.5 / self.beta if self.target_clamp is None else min(0.5 / self.beta, self.target_clamp)
         return 2 * target**2 if self.variant == "hard" else None

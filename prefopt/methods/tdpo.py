@@ -120,6 +120,12 @@ class TDPO(Method):
     def loss_at_reference(self) -> float | None:
         return math.log(2)
 
+    def other_optimum(self) -> str:
+        return (
+            f"{self.variant.upper()} stops short of pi*, the star of the plot, however long it trains: the KL terms in "
+            "its logit hold the policy nearer to the reference than beta alone does."
+        )
+
     def describe(self) -> str:
         alpha = f", alpha {self._alpha:g}" if self.variant == "tdpo2" else ""
         return f"{self.variant}{alpha}, beta {self.beta:g}"

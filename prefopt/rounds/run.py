@@ -466,7 +466,25 @@ class Rounds:
 
     def _begin(self, stage: Stage) -> bool:
         """Whether a stage is done already; all processes hear the same."""
-        return bool(self.workers.first_alone(stage.begin))
+        return bool(self.workers.first_alone(lambda: stage.begin() or self._taken_over(stage)))
+
+    def _taken_over(self, stage: Stage) -> bool:
+        """Whether the run that rounds.candidates names had this stage, made from the same; it is then copied.
+
+        Raises: RoundError where not even the first round's candidates are there.
+        """
+        if self.config.rounds.candidates is None:
+            return False
+        folder = Path(self.config.rounds.candidates) / stage.folder.name
+        try:
+            samples = stage.take_over(folder)
+        except RoundError as error:
+            if stage.folder == self.folder(1) and stage.name == "candidates":
+                raise RoundError(f"rounds.candidates: {error}; expected the settings of that run") from None
+            self.say(f"{stage.folder.name}: {stage.name} are made anew: {error}")
+            return False
+        self.say(f"{stage.folder.name}: {stage.name} of {samples:,} prompts are taken over from {folder}")
+        return True
 
     # Evaluation -------------------------------------------------------------------------------------------------------
 

@@ -69,7 +69,9 @@ def set_up(
             f"generate.engine: '{config.generate.engine}' is not for {workers.count} processes of one training run to "
             "share; use scripts/rounds.py with the same flags"
         )
-    other = None if config.rounds.compare is None else _other_run(config.rounds.compare)
+    other = None if config.rounds.compare is None else _other_run(config.rounds.compare, "rounds.compare")
+    if config.rounds.candidates is not None:
+        _other_run(config.rounds.candidates, "rounds.candidates")
     asked = _from_testbed(config, cache) if config.on_testbed else _from_files(config, day)
     config = asked.config
     judges.check_prompts(config.judge, (prompt.prompt for prompt in (*asked.prompts, *(asked.held_out or ()))))
@@ -97,14 +99,14 @@ def set_up(
     return rounds, asked.report
 
 
-def _other_run(folder: str) -> OtherRun:
-    """The run in a folder. Raises: ConfigError when it holds none."""
+def _other_run(folder: str, key: str) -> OtherRun:
+    """The run in a folder. Args: key: the setting that names it. Raises: ConfigError when it holds none."""
     path = Path(folder) / "run_card.json"
     try:
         settings = from_dict(json.loads(path.read_text())["config"])
     except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
-        raise ConfigError(f"rounds.compare: '{path}': {reason}, expected the folder of a run of rounds") from None
+        raise ConfigError(f"{key}: '{path}': {reason}, expected the folder of a run of rounds") from None
     return OtherRun(Path(folder), settings.method)
 
 

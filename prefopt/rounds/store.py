@@ -140,6 +140,26 @@ class Stage:
         manifest = {"stage": self.name, "finished": True, "inputs": dict(self.inputs), "shards": shards}
         write_manifest(self.manifest_path, manifest | {"counts": dict(counts), "about": before.get("about", {})})
 
+    def take_over(self, folder: Path) -> int:
+        """Copy this stage from another run's round, where that was made from the same.
+
+        Returns: how many prompts it holds.
+        Raises: RoundError when it is not there, not finished, damaged, or made from something else, which is named.
+        """
+        manifest = read_manifest(folder / f"{self.name}.json")
+        if manifest is None or not finished(folder, self.name):
+            raise RoundError(f"{folder} holds no finished {self.name}")
+        now, then = json.loads(json.dumps(dict(self.inputs))), manifest["inputs"]
+        other = [key for key in sorted(now.keys() | then.keys()) if now.get(key) != then.get(key)]
+        if other:
+            raise RoundError(f"{folder / self.name} was made from another {' and '.join(other)}")
+        rows = iter([row for name in sorted(manifest["shards"]) for row in read_rows(folder / self.name / name)])
+        self.note(manifest["about"])
+        for number, keys in enumerate(self.keys):  # shards of their own size
+            self.write(number, [row for _, row in zip(keys, rows, strict=False)])
+        self.finish(manifest["counts"])
+        return sum(map(len, self.keys))
+
     def hash(self) -> str:
         """A hash of everything the finished stage holds."""
         manifest = read_manifest(self.manifest_path)
