@@ -499,7 +499,8 @@ class Trainer:
             for name, rows in whole.tables.items():
                 MetricsFile(self.output / f"{name}.jsonl").replace(step, rows)
                 if self.trackers is not None:
-                    self.trackers.table(name, rows, step)
+                    texts = [{k: v for k, v in row.items() if not k.endswith("_ids")} for row in rows]
+                    self.trackers.table(name, texts, step)
             if whole.shown:
                 _say_beside_the_bar(f"\nstep {step}: {whole.shown}")
         return figures

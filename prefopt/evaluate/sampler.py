@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from prefopt.config import RunConfig
+from prefopt.data.structure import added_bos
 from prefopt.engine.forward import PolicyWithReference
 from prefopt.engine.metrics import Evaluation
 from prefopt.errors import ConfigError
@@ -24,6 +25,7 @@ from prefopt.types import Completion, EncodedPair, Prompt, Response
 
 TABLE = "samples"
 _PRINTED = 3  # samples that are printed
+_HALF = "\ufffd"  # what is left of a character that a limit on tokens has cut in two
 _WIDTH = 100  # characters of each of their lines
 
 
@@ -90,10 +92,13 @@ class Sampler:
             sides = {"reference": self._of_reference[i], **sides}
         thoughts: dict[str, Any] = {}
         for side, completion in sides.items():
-            row[side], thoughts[f"{side}_thought"] = self._seen(completion.text)
+            text = completion.text if completion.finish_reason == "stop" else completion.text.rstrip(_HALF)
+            row[side], thoughts[f"{side}_thought"] = self._seen(text)
         row |= thoughts if self.config.method.thinks else {}
         row |= {"tokens": len(said.token_ids), "ended": said.finish_reason == "stop"}
-        return row | ({} if kl is None else {"kl": float(kl[i])})
+        row |= {} if kl is None else {"kl": float(kl[i])}
+        row["prompt_ids"] = list(self.prompts[i].ids)
+        return row | {f"{side}_ids": list(completion.token_ids) for side, completion in sides.items()}
 
     def _seen(self, text: str) -> tuple[str, str]:
         """The response as rounds show it, and the thought before it; where there is no response, why, and all of it."""
@@ -120,14 +125,16 @@ def sampler(
     Raises: ConfigError when nothing is held out.
     """
     prompts: dict[Any, Prompt] = {}
+    bos = added_bos(tokenizer)  # one that the chat template writes, such as a turn's first token, is shown
     for pair in pairs:
         if len(prompts) == config.eval.generate:
             break
         ids = tuple(pair.prompt_ids)
         key = pair.prompt_key or ids
         if key not in prompts:
-            read = ids[1:] if ids[:1] == (tokenizer.bos_token_id,) else ids
-            prompts[key] = Prompt(tokenizer.decode(list(read)), ids, pair.prompt_key, pair.where)
+            read = ids[1:] if bos is not None and ids[:1] == (bos,) else ids
+            text = tokenizer.decode(list(read), clean_up_tokenization_spaces=False)
+            prompts[key] = Prompt(text.lstrip(_HALF), ids, pair.prompt_key, pair.where)
     if not prompts:
         raise ConfigError(
             f"eval.generate: found {config.eval.generate}, but no pair is held out to ask; name data.eval, or a larger "

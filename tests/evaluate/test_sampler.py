@@ -80,13 +80,16 @@ def test_samples_are_those_of_policy_and_reference_asked_alone(kind):
     engine = TransformersEngine(policy.lm, TOKENIZER)
     sampling, seeds = Sampling(n=1, max_tokens=8), [seeds_of(3, "samples", i, 1, 1)[0] for i in range(3)]
     said = [one for (one,) in engine.generate(ids, sampling, seeds)]
-    assert [row["policy"] for row in found.tables["samples"]] == [one.text for one in said]
+    assert [row["policy"] for row in found.tables["samples"]] == [one.text.rstrip("\ufffd") for one in said]
+    assert [tuple(row["policy_ids"]) for row in found.tables["samples"]] == [one.token_ids for one in said]
+    assert [tuple(row["prompt_ids"]) for row in found.tables["samples"]] == ids
     if plain is None:
         assert "reference" not in found.tables["samples"][0]
         assert "samples/kl" not in found.figures
         return
     theirs = TransformersEngine(plain, TOKENIZER).generate(ids, sampling, seeds)
-    assert [row["reference"] for row in found.tables["samples"]] == [one.text for (one,) in theirs]
+    assert [row["reference"] for row in found.tables["samples"]] == [one.text.rstrip("\ufffd") for (one,) in theirs]
+    assert [tuple(row["reference_ids"]) for row in found.tables["samples"]] == [one.token_ids for (one,) in theirs]
     scored = score_samples(policy.lm, policy.frozen or policy.reference, list(zip(ask.prompts, said, strict=True)))
     assert found.figures["samples/kl"] == pytest.approx(scored.kl.mean(), rel=1e-5)
     assert found.figures["samples/kl"] > 0.1

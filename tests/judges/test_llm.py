@@ -9,6 +9,7 @@ import torch
 
 from prefopt import judges
 from prefopt.config import JudgeConfig
+from prefopt.data.encoder import Encoder
 from prefopt.errors import ConfigError, RoundError
 from prefopt.judges import llm
 from prefopt.marks import filled
@@ -302,7 +303,9 @@ def test_policy_when_it_judges_itself_then_it_is_asked_through_its_own_template(
 def test_policy_when_a_question_leaves_no_room_for_an_answer_then_it_is_counted_and_the_others_are_asked():
     tokenizer = byte_bpe_tokenizer(["any text"], vocab_size=300, chat_template=CHATML)
     engine = Echo(tokenizer, "yy")
-    judge = llm.LLMJudge(JudgeConfig(kind="llm"), llm.Policy(engine, tokenizer, JudgeConfig(max_tokens=7)))
+    judge = llm.LLMJudge(
+        JudgeConfig(kind="llm"), llm.Policy(engine, Encoder(tokenizer, 2**31), JudgeConfig(max_tokens=7))
+    )
     asked = question("x", "yy", "z" * 10)
     judge.judge([asked])
     lengths = sorted(len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text, _, _ in engine.asked)
@@ -322,7 +325,9 @@ def test_policy_when_a_question_leaves_no_room_for_an_answer_then_it_is_counted_
 def test_policy_when_its_template_refuses_a_question_then_it_is_counted():
     refuses = "{% if 'qqq' in messages[0]['content'] %}{{ raise_exception('no qqq') }}{% endif %}" + CHATML
     tokenizer = byte_bpe_tokenizer(["any text"], vocab_size=300, chat_template=refuses)
-    judge = llm.LLMJudge(JudgeConfig(kind="llm"), llm.Policy(Echo(tokenizer, "yy"), tokenizer, JudgeConfig()))
+    judge = llm.LLMJudge(
+        JudgeConfig(kind="llm"), llm.Policy(Echo(tokenizer, "yy"), Encoder(tokenizer, 2**31), JudgeConfig())
+    )
     (found,) = judge.judge([question("x", "yy", "qqq")])
     assert found.problems == {"unreadable": 4}
     assert (found.probs[0][1], found.probs[1][0]) == (0.0, 1.0)
