@@ -86,9 +86,18 @@ def export(folder: Path, write: Write, processes: Processes = ONE, checkpoints: 
 
 
 def copy(folder: Path, into: Path, without: tuple[str, ...] = ()) -> None:
-    """Copy the files of an exported model, but for its manifest and those that are named."""
-    for name in storage.entries_of(folder) or {}:
+    """Copy the files of an exported model, but for its manifest and those that are named.
+
+    Raises: Damaged when one of them is not as it was exported: a copy that is sealed anew would hide it.
+    """
+    entries = storage.entries_of(folder)
+    if entries is None:
+        raise storage.Damaged(f"{folder}: {storage.MANIFEST} is missing or damaged; put it back from a copy")
+    for name, entry in entries.items():
         if name not in without:
+            wrong = storage.difference(folder / name, *entry)
+            if wrong is not None:
+                raise storage.Damaged(f"{folder}: {wrong}; put it back from a copy")
             (into / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(folder / name, into / name)
 

@@ -11,7 +11,7 @@ from prefopt.config import OptimConfig
 from prefopt.engine import checkpoint
 from prefopt.engine.optimizers import make_optimizer
 from prefopt.errors import TrainError
-from prefopt.storage import Unreadable
+from prefopt.storage import Damaged, Unreadable
 
 
 @pytest.fixture
@@ -154,6 +154,18 @@ def test_drop_when_a_user_has_put_files_into_a_checkpoint_then_these_stay(root):
     save(root, 3, keep_last=1)
     assert names(root) == ["step_00000001", "step_00000003"]
     assert checkpoint.damage(elsewhere) is None
+
+
+@pytest.mark.parametrize("spoil", [flipped, truncated, cut_manifest])
+def test_copy_of_a_damaged_model_is_refused_since_its_own_manifest_would_hide_it(spoil, root, tmp_path):
+    folder, into = root / "model", tmp_path / "copy"
+    checkpoint.export(folder, lambda place: save_file({"w": torch.ones(5)}, place / "model.safetensors"))
+    into.mkdir()
+    checkpoint.copy(folder, into)
+    assert [path.name for path in into.iterdir()] == ["model.safetensors"]
+    spoil(folder)
+    with pytest.raises(Damaged, match=f"{folder}: m.* (hash|bytes|damaged)"):
+        checkpoint.copy(folder, into)
 
 
 def test_export_when_its_place_holds_what_is_not_ours_then_that_is_moved_and_named(root):
