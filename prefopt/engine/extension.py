@@ -24,15 +24,16 @@ def check(output: Path, old: RunConfig, changed: Mapping[str, tuple[Any, Any]]) 
     Args: old: its settings. changed: the settings of its length that differ, as (before, now).
     Raises: ConfigError or TrainError where it is not finished, would get shorter, or lacks its last checkpoint.
     """
-    for key, (before, now) in changed.items():
-        if before is None or now is None or now < before:
-            raise ConfigError(
-                f"{key}: found {now}, but {output} holds a run of {before}; a run's length can only be raised, in the "
-                "setting that it was given by (choose another --output)"
-            )
     card = storage.read_sealed(output / "run_card.json", unsealed=True) or {}
     under_way = card.get("extended") and _seal(output / "model") == card["extended"][-1]["model"]
-    if _seal(output / "model") is None or under_way:
+    finished = _seal(output / "model") is not None and not under_way
+    if any(before is None or now is None or now < before for before, now in changed.values()):
+        only = " (the length of a finished run can only be raised, in the setting that it was given by)"
+        raise ConfigError(
+            f"--output {output}: holds a run with other settings ({_words(changed)}); "
+            f"choose another --output, or the settings of that run to continue it{only if finished else ''}"
+        )
+    if not finished:
         raise ConfigError(
             f"--output {output}: holds a run with other settings ({_words(changed)}) that is not finished; finish it "
             "as it was begun, then raise its length"

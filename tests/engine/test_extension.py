@@ -58,7 +58,7 @@ def test_run_when_killed_while_it_is_extended_then_ends_as_the_extended_one(trai
 
     # what cannot be extended is one line, and nothing is lost
     kept = (run / "run_card.json").read_bytes()
-    assert "a run's length can only be raised" in train("run", status=2, **SHORT, **select)
+    assert "the length of a finished run can only be raised" in train("run", status=2, **SHORT, **select)
     other = LONG | {"train__max_steps": 9, "optim__lr": 0.5}
     assert "holds a run with other settings (optim.lr: 0.01 -> 0.5; train" in train("run", 2, **other, **select)
     shutil.rmtree(run / "checkpoints")
