@@ -203,19 +203,25 @@ def _folder(name: str, path: Path, split: str, max_row_bytes: int) -> Files | Ta
         if not files:
             there = ", ".join(known) or "no splits"
             near = [other for other in known if split.lower() in re.split(r"[^a-z]+", other.lower())]
-            which = f"; name one: {path}:{near[-1]}" if near else did_you_mean(split, known)
+            which = f"; name one: {path}:{_likeliest(near)}" if near else did_you_mean(split, known)
             raise DataError(f"{name}: no split '{split}' in this folder; it has {there}{which}")
     elif len(set(splits.values())) > 1:
         no_split = sum(not s for s in splits.values())
         beside = f" and {no_split:,} file{'s' * (no_split > 1)} of none" if no_split else ""
         raise DataError(
-            f"{name}: the folder holds several splits ({', '.join(known)}){beside}; name one: {path}:{known[-1]}"
+            f"{name}: the folder holds several splits ({', '.join(known)}){beside}; "
+            f"name one: {path}:{_likeliest(known)}"
         )
     else:
         files = found
     _refuse_shards_that_are_not_all(name, files)
     _refuse_several_configurations(name, path, files)
     return Files(str(path), [container(file, str(file)) for file in files], max_row_bytes)
+
+
+def _likeliest(splits: Sequence[str]) -> str:
+    """The split that a run on preferences most likely wants."""
+    return max(splits, key=lambda split: ("train" in split.lower(), "pref" in split.lower(), split))
 
 
 def _data_files(path: Path, name: str) -> list[Path]:

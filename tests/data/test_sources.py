@@ -44,11 +44,14 @@ def refused(name):
 
 def test_folder_when_it_holds_shards_of_six_splits_then_a_split_is_a_whole_name(folder):
     names = [
-        f"data/{a}_{b}-{i:05d}-of-00002.jsonl" for a in ("train", "test") for b in ("gen", "prefs") for i in (0, 1)
+        f"data/{a}_{b}-{i:05d}-of-00002.jsonl"
+        for a in ("train", "test")
+        for b in ("gen", "prefs", "sft")
+        for i in (0, 1)
     ]
     folder(*names)
     assert asked("d:train_prefs") == ["data/train_prefs-00000-of-00002.jsonl", "data/train_prefs-00001-of-00002.jsonl"]
-    listed = "test_gen, test_prefs, train_gen, train_prefs"
+    listed = "test_gen, test_prefs, test_sft, train_gen, train_prefs, train_sft"
     assert refused("d") == f"d: the folder holds several splits ({listed}); name one: d:train_prefs"
     assert refused("d:train") == f"d:train: no split 'train' in this folder; it has {listed}; name one: d:train_prefs"
 
