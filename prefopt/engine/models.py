@@ -63,6 +63,14 @@ def refuse(key: str, path: str, error: Exception, what: str = "a model") -> Trai
 
 def load_config(path: str, settings: ModelConfig, key: str = "model.path") -> PretrainedConfig:
     """The model's config, whose sizes are those of a model. Raises: TrainError naming `key`."""
+    config = _config(path, settings, key)
+    if _pads_beyond(config):
+        config.get_text_config().pad_token_id = None
+    return config
+
+
+def _config(path: str, settings: ModelConfig, key: str) -> PretrainedConfig:
+    """The same as the file has it."""
     from transformers import AutoConfig
 
     _check_object(Path(path) / "config.json", key)
@@ -74,6 +82,13 @@ def load_config(path: str, settings: ModelConfig, key: str = "model.path") -> Pr
         raise refuse(key, path, error) from error
     sizes.check_sizes(config, path, key)
     return config
+
+
+def _pads_beyond(config: Any) -> bool:
+    """Whether a config pads with a token that the embedding has no row for; what pads is masked, so none will do."""
+    text = config.get_text_config()
+    pad, rows = getattr(text, "pad_token_id", None), getattr(text, "vocab_size", None)
+    return isinstance(pad, int) and isinstance(rows, int) and pad >= rows
 
 
 def _check_object(file: Path, key: str) -> None:
@@ -232,7 +247,9 @@ def _load(
         kind: its class. classifier, new_score: see `weight_files.check_loaded`. more: for `from_pretrained`.
         hollow: whether names and shapes are to be checked alone; the model is then on the meta device.
     """
-    config = load_config(path, settings, key)
+    config = _config(path, settings, key)
+    if _pads_beyond(config) and config.get_text_config() is config:
+        more |= {"pad_token_id": None}
     weight_files.check_files(path, key)
     more |= {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
     more |= {"dtype": getattr(torch, settings.dtype), "output_loading_info": True, "ignore_mismatched_sizes": True}
