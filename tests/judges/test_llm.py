@@ -276,7 +276,7 @@ def test_policy_when_it_judges_itself_then_it_is_asked_through_its_own_template(
     tokenizer = byte_bpe_tokenizer(["any text"], vocab_size=300, chat_template=template)
     engine = Echo(tokenizer, "yy")
     settings = JudgeConfig(kind="llm", path="policy", max_tokens=7, temperature=0.3)
-    judge = judges.make(settings, device=torch.device("cpu"), policy=lambda: (engine, tokenizer))
+    judge = judges.make(settings, device=torch.device("cpu"), policy=lambda: (engine, Encoder(tokenizer, 2**31)))
     (found,) = judge.judge(ASKED[1:])
     assert found.probs == ((0.5, 0.0), (1.0, 0.5))
     texts, samplings, seeds = zip(*engine.asked, strict=True)
