@@ -924,7 +924,9 @@ def load_yaml(path: Path, flag: str, expected: str) -> dict[str, Any]:
         text = read_text(path)
     except OSError as error:
         near = difflib.get_close_matches(
-            path.name, [p.name for p in path.parent.glob("*")] if path.parent.is_dir() else [], 1
+            path.name,
+            [p.name for p in path.parent.glob("*") if p != path] if path.parent.is_dir() else [],
+            1,
         )
         hint = f"; did you mean '{path.parent / near[0]}'?" if near else ""
         raise ConfigError(f"{flag}{path}: {error.strerror}{hint}") from error
