@@ -14,8 +14,8 @@ def test_ten_random_kills_leave_nothing_behind(tmp_path):
 
 
 def test_damaged_files_of_a_killed_run_are_made_up_for_or_refused_and_nothing_of_a_user_is_gone(server, tmp_path):
-    counts = damages.damages(server, chaos._base(tmp_path), tmp_path, count=4, seed=0, kinds_of_work=1)
-    assert counts["damages"] == counts["same"] + counts["refused"] == 4
+    counts = damages.damages(server, chaos._base(tmp_path), tmp_path, count=2, seed=0, kinds_of_work=1)
+    assert counts["damages"] == counts["same"] + counts["refused"] == 2
     assert [counts[key] for key in damages.WRONG] == [0, 0, 0, 0]
 
 

@@ -69,12 +69,12 @@ class Kept:
         if found.get("of") != path.stem:
             print(f"warning: {path}: was edited or damaged; it is asked for again", file=sys.stderr, flush=True)
             return None
-        return found["kept"]
+        return found
 
-    def write(self, path: Path, value: Any) -> None:
+    def write(self, path: Path, value: Mapping[str, Any]) -> None:
         """Write it, whole or not at all. Raises: RoundError when there is no room."""
         with writing(path):  # after a power cut an empty file is asked for again
-            write_sealed(path, {"of": path.stem, "kept": value}, flush=False)
+            write_sealed(path, {**value, "of": path.stem}, flush=False)
 
     def sweep(self) -> None:
         """Remove what killed processes have left half-written."""

@@ -46,7 +46,7 @@ def answered(tmp_path):
 
 def edited(path, other):
     content = json.loads(path.read_text())
-    content["kept"]["completions"][0]["text"] = "what I would rather have read"
+    content["completions"][0]["text"] = "what I would rather have read"
     path.write_text(json.dumps(content))
 
 
@@ -63,7 +63,8 @@ def cut(path, other):
 
 
 def of_an_older_version(path, other):
-    path.write_text(json.dumps(json.loads(path.read_text())["kept"]))
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({key: content[key] for key in ("seed", "completions")}))
 
 
 @pytest.mark.parametrize("spoil", [edited, of_another, zeroed, cut, of_an_older_version])
