@@ -6,6 +6,7 @@ The only file that knows peft, which is imported when an adapter is met and not 
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import enum
 import functools
@@ -213,6 +214,9 @@ def check(config: RunConfig, start: Weights, architecture: PretrainedConfig) -> 
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     kind_of_model: Any = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
+    if scores:
+        architecture = copy.deepcopy(architecture)
+        architecture.num_labels = 1
     try:
         with models.quiet(), torch.device("meta"):
             hollow = kind_of_model.from_config(architecture, trust_remote_code=config.model.trust_remote_code)
