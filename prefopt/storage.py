@@ -416,6 +416,9 @@ class Lock:
         except BlockingIOError:
             _close(held)
             return False
+        except OSError as error:
+            _close(held)
+            raise PrefoptError(f"{self.path}: cannot be opened: {error.strerror}; choose another --output") from error
         except BaseException:
             _close(held)
             raise
@@ -477,8 +480,11 @@ def _open_lock(path: Path) -> int:
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o644)
     except OSError as error:
-        found = "is a symbolic link, which is not written through" if error.errno == errno.ELOOP else error.strerror
-        raise PrefoptError(f"{path}: cannot be a lock: {found}; remove it, or choose another place") from error
+        if error.errno != errno.ELOOP:
+            raise PrefoptError(f"{path}: cannot be opened: {error.strerror}; choose another --output") from error
+        raise PrefoptError(
+            f"{path}: cannot be a lock: is a symbolic link, which is not written through; remove it"
+        ) from error
     about = os.fstat(descriptor)
     content = os.pread(descriptor, 200, 0).decode("utf-8", "replace") if stat.S_ISREG(about.st_mode) else "no file"
     if content.strip() and not _OWNER.fullmatch(content.strip()):
