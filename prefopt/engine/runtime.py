@@ -144,7 +144,12 @@ class OutputLock:
     def acquire(self) -> None:
         """Raises: TrainError naming the process that holds the folder."""
         for lock in self._locks:
-            if not _taken(lock):
+            try:
+                taken = _taken(lock)
+            except PrefoptError as error:
+                self.release()
+                raise TrainError(str(error)) from error
+            if not taken:
                 self.release()
                 owner = owner_of(lock.path)
                 name = "unknown" if owner is None else f"process {owner[0]} on {owner[1]}"
