@@ -543,8 +543,8 @@ def parse(argv: Sequence[str]) -> RunConfig:
         _check_keys(layer, name, method_class, where)
         merged = _merge(merged, _with_sources(layer, where))
     if _at(merged, "model.path") is None and _at(merged, "data.train") is None:
-        named = merged
-        merged = _merge(_own_defaults(method_class), _testbed_defaults(method_class, named))
+        given = merged
+        merged = _merge(_own_defaults(method_class), _testbed_defaults(method_class, given))
         for where, layer in layers:
             merged = _merge(merged, _with_sources(layer, where))
     sources = {key: where for where, layer in layers for key in _leaves(layer)}
@@ -891,7 +891,7 @@ def _read_as_yaml(text: str) -> Any:
         elif isinstance(event, yaml.AliasEvent):
             if any(anchor == event.anchor for anchor, _ in opened):
                 raise refuse(f"alias '*{event.anchor}' stands inside what it names", event.start_mark)
-            count += sizes.get(event.anchor, 1)
+            count += sizes.get(str(event.anchor), 1)
         elif isinstance(event, yaml.ScalarEvent):
             count += 1
             if event.anchor is not None:

@@ -114,7 +114,9 @@ def _tool_calls(value: object, name: str) -> list[Any] | None:
 
 def _call(call: dict[str, Any]) -> dict[str, Any]:
     """A call whose `arguments` are decoded where they are an object as text, as OpenAI's servers write them."""
-    out = {key: _call(value) if key == "function" and isinstance(value, dict) else value for key, value in call.items()}
+    out: dict[str, Any] = {
+        key: _call(value) if key == "function" and isinstance(value, dict) else value for key, value in call.items()
+    }
     if isinstance(out.get("arguments"), str):
         try:
             found = json.loads(out["arguments"])

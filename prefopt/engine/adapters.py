@@ -510,7 +510,7 @@ def _stats_tokens() -> type:
     """A class of heads tied to an embedding of which peft trains some rows, that answer requests as a StatsLinear."""
     from peft.utils import TrainableTokensWrapper
 
-    class StatsTokens(TrainableTokensWrapper):  # type: ignore[misc]
+    class StatsTokens(TrainableTokensWrapper):
         def forward(self, x: torch.Tensor, request: HeadRequest | None = None) -> Any:
             return super().forward(x) if request is None else answer(request, x, self.weight, self.bias)
 

@@ -69,7 +69,7 @@ class Engine:
     def __init__(self, runtime: Runtime, config: RunConfig) -> None:
         self.runtime, self.config = runtime, config
         self.accelerator = runtime.accelerator
-        self._sums: dict[nn.Parameter, torch.Tensor] = {}  # of the step's gradients in 16 bits, in float32
+        self._sums: dict[torch.Tensor, torch.Tensor] = {}  # of the step's gradients in 16 bits, in float32
         self._adds = False  # whether gradients go there
 
     def prepare(self, policy: Policy, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, Any]:

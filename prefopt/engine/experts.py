@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -139,7 +139,7 @@ class _Autocast:
     """Experts whose matrices are rounded under autocast, which knows no product of stacked ones."""
 
     def forward(self, *args: Any, **inputs: Any) -> Any:
-        own: Mapping[str, Any] = self._parameters  # type: ignore[has-type]
+        own: dict[str, Any] = self._parameters  # type: ignore[has-type]
         kind = next(p.device.type for p in own.values() if p is not None)
         wide = any(p is not None and p.dtype == torch.float32 for p in own.values())
         if not (wide and torch.is_autocast_enabled(kind)):

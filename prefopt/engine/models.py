@@ -170,7 +170,7 @@ def load_scorer(path: str, settings: ModelConfig, key: str = "model.path") -> Pr
     config = load_config(path, settings, key)
     check_scorer(config, path, key)
     attention = attention_of(config, settings.attention, AutoModelForSequenceClassification)
-    more = {"attn_implementation": attention, "num_labels": 1}
+    more: dict[str, Any] = {"attn_implementation": attention, "num_labels": 1}
     new = not is_classifier(config)
     model = _load(AutoModelForSequenceClassification, path, settings, key, classifier=True, new_score=new, **more)
     check_head(model, key)
@@ -291,7 +291,7 @@ def _forget_padding(model: nn.Module) -> None:
     """
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding) and "position" not in name.rpartition(".")[2]:
-            module.padding_idx = None  # type: ignore[assignment]
+            module.padding_idx = None
 
 
 @contextlib.contextmanager

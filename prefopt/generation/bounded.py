@@ -41,7 +41,8 @@ def client(url: str, timeout: float, secret: str | None) -> Any:
     import openai
 
     library = importlib.import_module(openai.DefaultHttpxClient.__mro__[1].__module__.partition(".")[0])
-    return openai.DefaultHttpxClient(transport=_Bounded(library, url, timeout, secret))
+    transport: Any = _Bounded(library, url, timeout, secret)
+    return openai.DefaultHttpxClient(transport=transport)
 
 
 class _Bounded:

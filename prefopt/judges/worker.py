@@ -9,10 +9,12 @@ import os
 import pickle
 import signal
 import sys
+from collections.abc import Callable
 from multiprocessing.connection import Connection
+from typing import Any
 
 
-def _number(value):
+def _number(value: Any) -> float:
     """A result as a float; an integer that none can hold is infinite."""
     try:
         return float(value)
@@ -20,7 +22,7 @@ def _number(value):
         return float("inf")
 
 
-def _answer(function, arguments, keywords, many):
+def _answer(function: Callable[..., Any], arguments: Any, keywords: Any, many: bool) -> tuple[str, Any]:
     try:
         value = function(*arguments, **keywords)
     except BaseException as error:
@@ -39,7 +41,7 @@ def _answer(function, arguments, keywords, many):
         return "odd", repr(bad)[:1000]
 
 
-def _is_number(value):
+def _is_number(value: Any) -> bool:
     try:
         _number(value)
         return True
@@ -47,7 +49,7 @@ def _is_number(value):
         return False
 
 
-def main():
+def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that asks decides
     connection = Connection(int(sys.argv[1]))
     path, name = pickle.loads(connection.recv_bytes())

@@ -75,7 +75,8 @@ def lengths_of(pairs: Sequence[EncodedPair], both: bool) -> Lengths:
         )
         sums += [prompt.sum(), chosen.sum() + rejected.sum(), chosen_scored.sum() + rejected_scored.sum(), end - begin]
         longest = max(longest, int((prompt + np.maximum(chosen, rejected)).max()))
-    prompt_mean, completions, scored, sequences = *(sums[:3] / sums[3]), 2 if both else 1
+    prompt_mean, completions, scored = (float(total) for total in sums[:3] / sums[3])
+    sequences = 2 if both else 1
     return Lengths(prompt_mean * sequences + completions, scored, prompt_mean, completions / sequences, longest)
 
 

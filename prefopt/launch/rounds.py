@@ -98,7 +98,7 @@ def submit(config: RunConfig, flags: Sequence[str], how: OnSlurm, say: Callable[
         if not config.dry_run:
             (output / "logs").mkdir(parents=True, exist_ok=True)
         program = ["--stage", name, "--round", str(number), *_without_dry_run(flags)]
-        before = slurm.sbatch([*words, str(script), *program], config.dry_run, say) or f"JOB{new}"
+        before = slurm.sbatch([*words, str(script), *program], bool(config.dry_run), say) or f"JOB{new}"
     if new == 0:
         say(f"{output}: nothing to submit; the stages are done, or in the queue")
     return 0
