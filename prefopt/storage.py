@@ -69,12 +69,13 @@ def read_bytes(path: Path) -> bytes | None:
 
 
 def read_text(path: Path) -> str:
-    """The text of a regular file: a pipe that nobody writes to would be waited for, and a device has no end.
+    """The text of a regular file, without its byte order mark: a pipe that nobody writes to would be waited for, and a
+    device has no end.
 
     Raises: OSError, also for what is no regular file and for a name that can be none; UnicodeDecodeError.
     """
     check_regular(path)
-    return path.read_text(encoding="utf-8")
+    return path.read_text(encoding="utf-8-sig")
 
 
 def check_regular(path: Path) -> None:

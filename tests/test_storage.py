@@ -211,3 +211,8 @@ def test_folder_when_any_of_its_files_changes_then_it_is_damaged(tmp_path):
     (tmp_path / "sub/b").unlink()
     (tmp_path / "sub/b").mkdir()
     assert storage.damage(tmp_path) == "b is no file"
+
+
+def test_text_when_it_begins_with_a_byte_order_mark_then_that_is_no_part_of_it(tmp_path):
+    (tmp_path / "judge.txt").write_bytes("\ufeff{prompt}".encode())
+    assert storage.read_text(tmp_path / "judge.txt") == "{prompt}"

@@ -133,7 +133,7 @@ def read_template(path: str, setting: str, error: type[PrefoptError]) -> str:
         file = Path(path)
         if file.exists() and not file.is_file():
             raise error(f"{setting}: '{path}': is not a file, expected a Jinja template")
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as problem:
         raise error(
             f"{setting}: '{path}': byte {problem.start + 1} is not UTF-8, expected the text of a Jinja template"

@@ -20,8 +20,11 @@ _MATTER = {
     "history": _TURNS,
     "context": "put it into the prompt",
     "weight": "pairs are weighed alike",
+    "functions": "a chat template takes 'tools'",
+    "template_args": "a chat template takes 'chat_template_kwargs'",
     **dict.fromkeys(_MEDIA, "only text is trained on"),
 }
+_SCORED = ("weight", "train", "loss")  # keys of a message that say elsewhere whether its turn is scored
 _TEMPLATE = ("tools", "documents", "chat_template_kwargs")
 _MESSAGES = re.compile(r"""\s*\[\s*\{\s*['"](role|content|from|value)['"]\s*:""")
 
@@ -41,6 +44,10 @@ class Unread:
             if key in record and key not in used and _holds_something(record[key]):
                 self._counts[f"'{key}' is not read in {{rows}} ({hint})"] += 1
         sides = [side for side in (row.chosen, row.rejected) if side is not None]
+        turns = [turn for side in sides if not isinstance(side, str) for turn in side if turn["role"] == "assistant"]
+        for key in _SCORED:
+            if any(_is_false(turn.get(key)) for turn in turns):
+                self._counts[f"'{key}' of a turn is not read in {{rows}} (all answers of a completion are scored)"] += 1
         if isinstance(row.prompt, str):
             for key in _TEMPLATE:
                 if key not in used and _holds_something(record.get(key)):

@@ -67,6 +67,10 @@ class Reader:
 
     def typed(self, text: str, where: str = "--prompt") -> Prompt | Refused:
         """A prompt that was typed."""
+        try:
+            text.encode()
+        except UnicodeEncodeError:  # bytes of the terminal that are no UTF-8
+            return Refused(where, None, f"{where}: is not text, expected UTF-8")
         chat = self.has_template if self.as_chat is None else self.as_chat
         return self.prompt([{"role": "user", "content": text}] if chat else text, where)
 
@@ -142,7 +146,7 @@ def split(found: Iterable[Prompt | Refused], limit: int | None = None) -> tuple[
 def _lines(path: str) -> list[str]:
     file = Path(path)
     try:
-        return storage.read_text(file).splitlines()
+        return storage.read_text(file).split("\n")  # no other separator that Unicode knows ends a line
     except UnicodeDecodeError:
         raise DataError(f"{path}: is not text, expected one prompt per line in UTF-8") from None
     except OSError as error:

@@ -168,6 +168,11 @@ def test_a_file_that_is_no_template_is_refused_in_one_line(tmp_path, content, co
     assert str(error.value) == f"data.chat_template: '{path}': {complaint}"
 
 
+def test_a_template_is_read_without_its_byte_order_mark(tmp_path):
+    (tmp_path / "t.jinja").write_bytes("\ufeff{{ messages }}".encode())
+    assert read_template(str(tmp_path / "t.jinja"), "data.chat_template", TrainError) == "{{ messages }}"
+
+
 def test_a_folder_and_a_name_with_nul_are_refused_and_so_is_what_is_not_jinja_or_draws(tmp_path):
     with pytest.raises(TrainError, match="is not a file, expected a Jinja template"):
         read_template(str(tmp_path), "data.chat_template", TrainError)

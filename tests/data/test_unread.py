@@ -29,6 +29,16 @@ def notes(path, *, chat=False, **settings):
         ({**PAIR, "chat_template_kwargs": {"a": 1}}, "'chat_template_kwargs' is not read in 2 rows of text"),
         ({**PAIR, "instruction": "Add."}, "'instruction' is not read in 2 rows"),
         (
+            {**CHAT, "functions": [{"name": "look"}]},
+            "'functions' is not read in 2 rows (a chat template takes 'tools')",
+        ),
+        ({**CHAT, "template_args": {"a": 1}}, "'template_args' is not read in 2 rows"),
+        (
+            {**CHAT, "chosen": [USER, {"role": "assistant", "content": "Blue", "weight": 0}]},
+            "'weight' of a turn is not read in 2 rows (all answers of a completion are scored)",
+        ),
+        ({**CHAT, "chosen": [USER, {"role": "assistant", "content": "Blue", "weight": 1}]}, None),
+        (
             {**PAIR, "chosen": "Q: a", "rejected": "Q: b"},
             "2 rows with the prompt repeated at the beginning of",
         ),

@@ -17,6 +17,7 @@ from prefopt.engine import export
 from prefopt.generation.base import Sampling
 from prefopt.infer_config import InferConfig
 from prefopt.inference import policy
+from prefopt.inference.asked import Reader, Refused
 from prefopt.inference.test_time_po import seed_of
 from prefopt.thoughts import ThoughtFormat
 from tests.helpers import tiny_llama
@@ -343,6 +344,17 @@ def test_a_chat_model_is_asked_in_turns_and_its_pairs_are_turns(infer, tokenizer
         assert chat_tokenizer.decode(server.requests[-1][1]["prompt"]) == "<s>say 1"
         infer(asking(server, model=folder, prompts="p.jsonl", output="turns.jsonl", as_chat="true"))
         assert chat_tokenizer.decode(server.requests[-1][1]["prompt"]) == asked
+
+
+def test_a_prompt_of_a_text_file_is_a_line_without_its_byte_order_mark(tokenizer, tmp_path):
+    (tmp_path / "p.txt").write_bytes("\ufeffsay 1\r\n\r\nsay\u20282\x0b\x85!\n".encode())
+    found = Reader(tokenizer, ThoughtFormat(None)).file(str(tmp_path / "p.txt"))
+    assert [prompt.prompt for prompt in found] == ["say 1", "say\u20282\x0b\x85!"]
+
+
+def test_a_typed_prompt_of_bytes_that_are_no_utf8_is_refused_in_one_line(tokenizer):
+    refused = Reader(tokenizer, ThoughtFormat(None)).typed(b"say \xff".decode(errors="surrogateescape"))
+    assert refused == Refused("--prompt", None, "--prompt: is not text, expected UTF-8")
 
 
 def test_rows_that_cannot_be_asked_are_refused_one_by_one(infer, place, tmp_path):
