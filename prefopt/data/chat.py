@@ -80,7 +80,7 @@ def render(
         messages, first = [*prompt[:-1], {**completion[0], "content": content}, *completion[1:]], first - 1
     whole = text(messages)
     spans: list[tuple[int, int]] = []
-    notes: list[str] = []
+    notes = ["the chat template writes an answer more than once"] * structure.closing.repeats
     terminated = False
     for i in range(first, len(messages)):
         if messages[i]["role"] != "assistant":

@@ -225,6 +225,8 @@ class Encoder:
         whole = [self._ends(ids, side) for ids, side in zip(completions, sides, strict=True)]
         key = hashlib.sha256(sides[0].prompt.encode()).hexdigest()[:16]
         notes = tuple(dict.fromkeys(note for side in sides for note in side.notes))
+        if self.structure.unknown is not None and any(self.structure.unknown in ids for ids in (prompt, *completions)):
+            notes = (*notes, "the tokenizer has no token for some of the text, and reads its unknown token there")
         return self._cut(row, key, prompt, completions, masks, whole, notes)
 
     def _sampled(self, row: PairRow, ids: tuple[list[int], ...]) -> CutPair:

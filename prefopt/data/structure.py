@@ -26,11 +26,13 @@ class Closing:
         end: the token behind an assistant's turn, "" where it writes none.
         inside: tokens that it writes into the part of an assistant's turn that is an answer, before its end.
         written: all special tokens that it writes.
+        repeats: whether it writes an answer more than once.
     """
 
     end: str = ""
     inside: frozenset[str] = frozenset()
     written: frozenset[str] = frozenset()
+    repeats: bool = False
 
 
 class Structure:
@@ -47,6 +49,8 @@ class Structure:
         self.tokenizer = tokenizer
         self.bos, self.eos, self.pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
         self.added_bos = added_bos(tokenizer)
+        # Where BOS or EOS is the unknown token too, nobody can tell which of the two was meant.
+        self.unknown = None if tokenizer.unk_token_id in (self.bos, self.eos) else tokenizer.unk_token_id
         added = [str(token) for token in tokenizer.added_tokens_decoder.values()]
         special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
         unknown = {tokenizer.unk_token} - {tokenizer.bos_token, tokenizer.eos_token}
@@ -196,7 +200,8 @@ class Structure:
         own = behind[: behind.find(end)] if end else behind
         mine = content[len(before) :] + at + own if content.startswith(before) else ""
         inside = [token for token in self._added.findall(mine) if token in self.special]
-        return Closing(end, frozenset(inside) - {end}, frozenset(written) & (self.special | {end}))
+        ours = frozenset(written) & (self.special | {end})
+        return Closing(end, frozenset(inside) - {end}, ours, repeats=at in content)
 
 
 def _common(one: str, other: str) -> str:

@@ -154,3 +154,24 @@ def test_a_template_that_drops_what_is_to_be_scored_makes_a_bad_row_that_names_i
     history = [USER, {"role": "assistant", "content": "<think>a</think>b"}, MORE]
     (cut,) = Encoder(tokenizer, 99).rows([PairRow(history, [ONE], None, {}, "f:1")])
     assert cut.notes == ("the chat template leaves out the content of a prompt turn",)
+
+
+def test_a_template_that_writes_an_answer_twice_is_named_in_each_row():
+    tokenizer = byte_bpe_tokenizer(
+        ["hello"], 300, chat_template=CHATML.replace("{{ m['content'] }}", "{{ m['content'] * 2 }}")
+    )
+    (cut,) = Encoder(tokenizer, 99).rows([PairRow([USER], [ONE], None, {}, "f:1")])
+    assert cut.notes == ("the chat template writes an answer more than once",)
+
+
+@pytest.mark.parametrize(("text", "told"), [("hello", False), ("hello snow", True)])
+def test_a_text_that_the_tokenizer_has_no_token_for_is_named(text, told):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({"[UNK]": 0, "</s>": 1, "hello": 2}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]", eos_token="</s>", pad_token="[UNK]")
+    (cut,) = Encoder(tokenizer, 99).rows([PairRow("hello", f" {text}", None, {}, "f:1")])
+    assert bool(cut.notes) == told
+    assert not told or cut.notes[0].startswith("the tokenizer has no token for some of the text")
