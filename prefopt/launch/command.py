@@ -78,6 +78,8 @@ def sweep(argv: Sequence[str]) -> int:
         raise ConfigError(f"sweep: found {shlex.join(places) or 'no file'}, expected one sweep file{near}")
     options = _options(argv[len(places) + (action != "start") :], action)
     file = sweep_file.read(Path(places[0]))
+    if action in ("start", "results"):
+        _refuse_another_folder(file)
     if action == "start":
         return _start(file, options)
     runs = _known(file)
@@ -119,6 +121,19 @@ def _known(file: SweepFile) -> list[Run]:
     """The runs of a sweep that was started, or those of its file."""
     path = file.output / MANIFEST
     return manifest.read(path) if path.exists() else expand.runs_of(file)
+
+
+def _refuse_another_folder(file: SweepFile) -> None:
+    """Refuse a folder with a manifest or tables that no sweep has written. Raises: TrainError; ConfigError."""
+    path = file.output / MANIFEST
+    if path.exists():
+        manifest.read(path)
+    elif not (file.output / results.LOCK).exists():
+        for table in results.TABLES:
+            if (file.output / table).exists():
+                raise ConfigError(
+                    f"{file.path}: output: {file.output / table} is there, and no sweep wrote it; choose another output"
+                )
 
 
 # Starting -------------------------------------------------------------------------------------------------------------

@@ -69,7 +69,7 @@ def read(path: Path) -> list[Run]:
         ]
         return [Run(**{**line, "argv": tuple(line["argv"]), "after": tuple(line["after"])}) for line in lines]
     except (ValueError, TypeError, KeyError) as error:
-        raise TrainError(f"{path}: not a manifest: {error}; delete it and start the sweep again") from error
+        raise TrainError(f"{path}: not a manifest: {error}; move it away and start the sweep again") from error
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,8 @@ from prefopt.launch.manifest import Ledger, Run
 from prefopt.redaction import hidden, markdown_cell, printable
 from prefopt.storage import Lock, write_whole
 
+TABLES = ("results.csv", "results.md")
+LOCK = ".results.lock"  # beside them wherever they were written here
 # Of all figures, those that results.md shows where there are any; results.csv has every one.
 _SHOWN = (
     *("exact/reward", "exact/kl_policy_ref", "exact/kl_star_ratio", "exact/win_rate"),
@@ -75,7 +77,7 @@ def write_results(folder: Path, runs: Sequence[Run]) -> tuple[Path, int]:
     Returns: the path of results.md, and how many runs it shows.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    lock = Lock(folder / ".results.lock")
+    lock = Lock(folder / LOCK)
     lock.wait()
     try:
         return _write_results(folder, runs)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from prefopt.engine.runtime import OutputLock
-from prefopt.errors import ConfigError
+from prefopt.errors import ConfigError, PrefoptError
 from prefopt.launch import expand, sweep_file
 from prefopt.launch.command import sweep
 from prefopt.launch.local import Slot, slots_of
@@ -64,6 +64,24 @@ def test_sweep_when_all_runs_finish_then_each_was_started_once_and_another_time_
     # more runs in the file: those alone are started
     assert start(SWEEP.replace("2]", "2, 3]"))[0] == 0
     assert len(started()) == 4
+
+
+@pytest.mark.parametrize("name", ["manifest.jsonl", "results.csv", "results.md"])
+def test_sweep_when_its_folder_holds_a_file_of_another_then_that_is_left_alone(name, start):
+    folder = Path("runs/sweeps/sweep")
+    folder.mkdir(parents=True)
+    (folder / name).write_text('{"mine": 1}\n')
+    for begin in (lambda: start(SWEEP), lambda: sweep(["results", "sweep.yaml"])):
+        with pytest.raises(PrefoptError, match=name):
+            begin()
+    assert [path.name for path in folder.iterdir()] == [name]
+    assert (folder / name).read_text() == '{"mine": 1}\n'
+
+
+def test_sweep_when_its_table_was_asked_for_before_then_it_starts_all_the_same(write, start):
+    write(SWEEP)
+    assert sweep(["results", "sweep.yaml"]) == 0
+    assert start(SWEEP)[0] == 0
 
 
 def test_run_when_it_fails_then_the_others_finish_and_it_is_started_again_on_request_only(write, start):
