@@ -12,6 +12,7 @@ from prefopt.errors import TrainError
 from prefopt.storage import Unreadable
 
 LEFT = ["metrics.jsonl", "checkpoints", "best", "model", "adapter", "round_00", "round_01"]
+LEFT += ["eval_pairs.jsonl", "samples.jsonl", "rounds.md", "frontier.png"]
 
 
 @pytest.fixture
