@@ -65,7 +65,8 @@ def render(
     if isinstance(prompt, str):
         assert isinstance(completion, str)
         ended = structure is not None and bool(structure.ends_with_terminator(completion))
-        return Rendered(prompt + completion, ((len(prompt), len(prompt) + len(completion)),), terminated=ended)
+        span = (len(prompt), len(prompt) + len(completion))
+        return Rendered(prompt + completion, (span,), ended, notes=structure.text_notes(prompt) if structure else ())
     assert isinstance(completion, list)
     rendering = rendering or Rendering()
     structure = structure or Structure(tokenizer, rendering)

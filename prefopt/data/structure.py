@@ -49,6 +49,8 @@ class Structure:
         self.tokenizer = tokenizer
         self.bos, self.eos, self.pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
         self.added_bos = added_bos(tokenizer)
+        more = [token for token in _added_before(tokenizer) if token != self.bos]
+        self._before = [str(token) for token in tokenizer.convert_ids_to_tokens(more)]
         # Where BOS or EOS is the unknown token too, nobody can tell which of the two was meant.
         self.unknown = None if tokenizer.unk_token_id in (self.bos, self.eos) else tokenizer.unk_token_id
         added = [str(token) for token in tokenizer.added_tokens_decoder.values()]
@@ -84,6 +86,14 @@ class Structure:
         """The EOS or end-of-turn token with which a text ends, or ""."""
         ends = {self.tokenizer.eos_token, self.closing.end} - {None, ""}
         return next((str(end) for end in ends if text.endswith(str(end))), "")
+
+    def text_notes(self, prompt: str) -> tuple[str, ...]:
+        """What is to be said of a text prompt: tokens beside BOS that the tokenizer would put before it."""
+        if all(token in prompt for token in self._before):
+            return ()
+        return (
+            f"the tokenizer begins a text with '{''.join(self._before)}', left out here (write it into the prompt)",
+        )
 
     def next_special(self, text: str, begin: int) -> str:
         """The special token that stands at a place of a text, with white space before it if any, or ""."""
@@ -226,6 +236,13 @@ def added_bos(tokenizer: Any) -> int | None:
     """The BOS id, if this tokenizer puts one before a text by itself; None otherwise."""
     bos = tokenizer.bos_token_id
     return bos if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else None
+
+
+def _added_before(tokenizer: Any) -> list[int]:
+    """The ids that this tokenizer puts before a text by itself."""
+    whole, bare = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
+    begin = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)
+    return list(whole[:begin])
 
 
 def terminators(tokenizer: Any, rendering: Rendering | None = None) -> frozenset[int]:

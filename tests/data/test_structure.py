@@ -175,3 +175,16 @@ def test_a_text_that_the_tokenizer_has_no_token_for_is_named(text, told):
     (cut,) = Encoder(tokenizer, 99).rows([PairRow("hello", f" {text}", None, {}, "f:1")])
     assert bool(cut.notes) == told
     assert not told or cut.notes[0].startswith("the tokenizer has no token for some of the text")
+
+
+def test_tokens_beside_bos_that_a_tokenizer_begins_a_text_with_are_named_where_the_prompt_has_them_not():
+    from tokenizers import processors
+
+    tokenizer = byte_bpe_tokenizer(["hello"], 300, bos=False)
+    ids = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<s>", "<|im_start|>")]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing("<s> <|im_start|> $A", None, ids)
+    cuts = Encoder(tokenizer, 99).rows(
+        [PairRow(f"{begin}hello", " you", None, {}, "f:1") for begin in ("", "<s><|im_start|>")]
+    )
+    said = ("the tokenizer begins a text with '<s><|im_start|>', left out here (write it into the prompt)",)
+    assert [cut.notes for cut in cuts] == [said, ()]
