@@ -48,8 +48,9 @@ def test_card_when_any_bit_of_it_is_flipped_then_refused_or_the_same(output, con
         data = bytearray(whole)
         data[bit // 8] ^= 1 << bit % 8
         (output / cli.CARD).write_bytes(data)
-        if _json(data) == json.loads(whole):
-            continue  # white space
+        found = _json(data)
+        if found == json.loads(whole) or (found is not None and "sha256" not in found):
+            continue  # white space; or the name of the hash, without which a card is as those before it had one
         with pytest.raises(TrainError, match=re.escape(str(output / cli.CARD))) as caught:
             cli._refuse_another_run(config, output)
         assert "\n" not in str(caught.value)
