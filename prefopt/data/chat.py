@@ -11,7 +11,7 @@ from typing import Any
 from prefopt.data.bad_rows import DROP, RowProblem
 from prefopt.data.rows import Messages
 from prefopt.data.structure import Structure
-from prefopt.data.templates import Rendering
+from prefopt.data.templates import Rendering, unread_args
 
 REASONING = ("reasoning_content", "reasoning", "thinking")
 
@@ -82,6 +82,7 @@ def render(
     whole = text(messages)
     spans: list[tuple[int, int]] = []
     notes = ["the chat template writes an answer more than once"] * structure.closing.repeats
+    notes += [f"the chat template does not read '{name}', which the row holds" for name in unread_args(tokenizer, args)]
     terminated = False
     for i in range(first, len(messages)):
         if messages[i]["role"] != "assistant":

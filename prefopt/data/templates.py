@@ -21,7 +21,7 @@ from typing import Any
 from prefopt.config import RESERVED_ARGS, TemplateSettings
 from prefopt.data.bad_rows import RowProblem
 from prefopt.data.rows import Messages
-from prefopt.errors import DataError, PrefoptError
+from prefopt.errors import DataError, PrefoptError, did_you_mean
 
 SECONDS = 10.0
 NO_TEMPLATE = (
@@ -55,9 +55,13 @@ class Rendering:
 
     def lines(self, tokenizer: Any) -> list[str]:
         """What a run says of it once."""
-        if self.date is None or not reads_clock(tokenizer):
-            return []
-        return [f"the chat template asks for today's date: it is told {self.date} in all of this run"]
+        lines = []
+        if self.date is not None and reads_clock(tokenizer):
+            lines += [f"the chat template asks for today's date: it is told {self.date} in all of this run"]
+        for name in unread_args(tokenizer, self.args):
+            near = did_you_mean(name, words_of(tokenizer))
+            lines += [f"warning: data.template_args.{name}: the chat template does not read it{near}"]
+        return lines
 
     def key(self, tokenizer: Any) -> list[Any]:
         """What of it decides a rendering by this tokenizer's template; for keys of caches."""
@@ -175,6 +179,23 @@ def reads_clock(tokenizer: Any) -> bool:
     sources = getattr(tokenizer, "chat_template", None) or {}
     every = sources.values() if isinstance(sources, dict) else [sources]
     return any(_CLOCK.search(_COMMENT.sub("", source)) for source in every)
+
+
+def unread_args(tokenizer: Any, args: Mapping[str, Any] | None) -> list[str]:
+    """Names of arguments that stand nowhere in the tokenizer's chat template."""
+    words = words_of(tokenizer) if args else frozenset()
+    return [name for name in args or {} if words and name not in words]
+
+
+def words_of(tokenizer: Any) -> frozenset[str]:
+    """Every name that stands in the tokenizer's chat template, or in one of several."""
+    sources = getattr(tokenizer, "chat_template", None) or {}
+    return _words("\n".join(sources.values()) if isinstance(sources, dict) else sources)
+
+
+@lru_cache(maxsize=16)
+def _words(source: str) -> frozenset[str]:
+    return frozenset(re.findall(r"\w+", _COMMENT.sub("", source)))
 
 
 @lru_cache(maxsize=16)

@@ -65,6 +65,12 @@ class Unread:
                 self._counts[f"{what} again (leave it out of one of them)"] += 1
             if any("\r\n" in text for text in texts):
                 self._counts["{rows} with line ends of two characters (CRLF), which become tokens"] += 1
+        elif opening := _opening(row.prompt):
+            if sides and all(str(side[0].get("content") or "").lstrip().startswith(opening) for side in sides):
+                what = (
+                    "{rows} with the beginning of the answer repeated in the completions, where it is trained on again"
+                )
+                self._counts[f"{what} (leave it out of one of them)"] += 1
         elif isinstance(prompt, str) and prompt.strip() and not _asks(row.prompt, prompt):
             what = "in {rows} the conversation does not ask what 'prompt' holds, which is not read"
             self._counts[f"{what} (leave 'prompt' out, or the turns before the answer)"] += 1
@@ -86,6 +92,12 @@ class Unread:
 
 def _rows(number: int) -> str:
     return f"{number:,} row{'s' * (number != 1)}"
+
+
+def _opening(turns: list[dict[str, Any]]) -> str:
+    """The beginning of the answer with which a prompt ends, or ""."""
+    last = turns[-1] if turns and turns[-1]["role"] == "assistant" else {}
+    return str(last.get("content") or "").strip()
 
 
 def _holds_something(value: object) -> bool:

@@ -247,3 +247,19 @@ def test_what_pads_has_a_row_in_the_model(tokenizer):
         1,
         f"the pad token '<|pad|>' ({rows}) has no row in the model; EOS '</s>' pads instead",
     )
+
+
+def test_an_argument_that_the_template_does_not_read_is_named():
+    tokenizer = chat("{{ messages[0].content if enable_thinking else '' }}{# style #}")
+    rendering = Rendering({"enable_thinking": True, "enable_thinkng": False, "style": 1})
+    unread = "the chat template does not read it"
+    assert rendering.lines(tokenizer) == [
+        f"warning: data.template_args.enable_thinkng: {unread}; did you mean 'enable_thinking'?",
+        f"warning: data.template_args.style: {unread}",
+    ]
+    tools = {"tools": [{"name": "look"}], "enable_thinking": False}
+    row = PairRow([USER], [{"role": "assistant", "content": "x"}], None, {}, "f:1", template_args=tools)
+    (cut,) = Encoder(
+        byte_bpe_tokenizer(["hello"], 300, chat_template="{% if enable_thinking %}{% endif %}" + CHATML), 99
+    ).rows([row])
+    assert cut.notes == ("the chat template does not read 'tools', which the row holds",)

@@ -49,6 +49,14 @@ def notes(path, *, chat=False, **settings):
         ({**PAIR, "prompt": "a\r\nb"}, "2 rows with line ends of two characters (CRLF), which become tokens"),
         ({**CHAT, "prompt": "SUMMARISE"}, "in 2 rows the conversation does not ask what 'prompt' holds"),
         ({**CHAT, "prompt": "Name  a colour."}, None),
+        (
+            {
+                "prompt": [USER, {"role": "assistant", "content": "It is"}],
+                "chosen": [{"role": "assistant", "content": "It is blue"}],
+                "rejected": [{"role": "assistant", "content": "It is 5"}],
+            },
+            "2 rows with the beginning of the answer repeated in the completions",
+        ),
         ({**CHAT, "tools": [{"name": "look"}], "system": None, "images": []}, None),
         ({**PAIR, "label": False, "score": 1.0, "id": "x"}, None),
         ({**PAIR, "prompt": HH}, None),
