@@ -1176,6 +1176,8 @@ def coerce(value: Any, hint: Any, where: str) -> Any:
         if isinstance(value, (str, int, float)):
             if "\0" in str(value):
                 raise refuse("text without a NUL character")
+            if not str(value).isascii() and any("\ud800" <= letter <= "\udfff" for letter in str(value)):
+                raise refuse("text in UTF-8, which the run's files can hold")
             return str(value)
         raise refuse("text")
     raise ConfigError(

@@ -26,7 +26,7 @@ from typing import Any
 from prefopt.generation.base import Sampling
 
 FAULTS = ("429", "500", "503", "401", "cut", "half", "slow", "garbage", "page", "fewer", "no_logprobs", "no_token_ids")
-FAULTS += ("no_index", "filtered")
+FAULTS += ("no_index", "filtered", "beyond")
 
 
 class _Quiet(ThreadingHTTPServer):
@@ -220,6 +220,8 @@ class OpenAIServer:
                     choice["index"] = None if fault == "no_index" else index
                     if fault == "no_token_ids":
                         del choice["token_ids"]
+                    if fault == "beyond":
+                        choice["token_ids"] = [99999999]
                     if fault == "no_logprobs":
                         choice["logprobs"] = None
                     if fault == "filtered":

@@ -542,6 +542,7 @@ MERGED = "m0: &m0 {x0: 1, y0: 1}\n" + "".join(
         ("data: {max_length: 99999999999999999999}", r"found 9+, expected a whole number below 2\^63$"),
         ("optim: {lr: " + "9" * 400 + "}", r"found 9+, expected a number that a float holds$"),
         ('output: "a\\0b"', r"found 'a\\x00b', expected text without a NUL character$"),
+        ('output: "a\\udce9"', r"expected text in UTF-8, which the run's files can hold$"),
         ("seed: \0", r"special characters are not allowed|unacceptable character"),
         ("\t- x", r"not readable as YAML"),
         ("x" * 4_000_001, r"found 4,000,001 characters, expected at most 4,000,000"),

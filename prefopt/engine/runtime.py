@@ -7,6 +7,7 @@ import ctypes
 import logging
 import os
 import random
+import re
 import signal
 import sys
 import threading
@@ -39,7 +40,7 @@ SAVE_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 def rank() -> int:
     """This process's number among all, known before any library is loaded."""
-    return int(os.environ.get("RANK", "0"))
+    return _whole("RANK", 0)
 
 
 def say(text: str) -> None:
@@ -353,7 +354,35 @@ class Runtime:
 
 def promised_processes() -> int:
     """How many processes the launcher says there are."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return _whole("WORLD_SIZE", 1)
+
+
+def _whole(name: str, other: int) -> int:
+    found = os.environ.get(name, "")
+    return int(found) if re.fullmatch("[0-9]{1,9}", found) else other
+
+
+def check_launcher() -> None:
+    """Whether the variables that launchers set are whole. Raises: TrainError naming the variable."""
+    without = "(without a launcher such as torchrun leave them all out)"
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT"):
+        found = os.environ.get(name)
+        if found is not None and not re.fullmatch("[0-9]{1,9}", found):
+            raise TrainError(f"{name}: found '{found}' in the environment, expected a whole number {without}")
+    processes = promised_processes()
+    lacking = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if processes > 1 and lacking:
+        raise TrainError(
+            f"WORLD_SIZE: found {processes} in the environment without {' and '.join(lacking)}, expected all that a "
+            f"launcher sets {without}"
+        )
+    if rank() >= max(processes, 1):
+        raise TrainError(f"RANK: found {rank()} of WORLD_SIZE {processes}, expected less {without}")
+    if _wanted_engine() == "zero" and "RANK" not in os.environ:
+        raise TrainError(
+            "launcher: ACCELERATE_USE_DEEPSPEED is in the environment, but no launcher has started this process; start "
+            "it with accelerate launch --config_file configs/accelerate/zero2.yaml, or unset the variable"
+        )
 
 
 def start(

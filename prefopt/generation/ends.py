@@ -45,6 +45,13 @@ def positions_of(weights: Weights, model: ModelConfig) -> int | None:
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
+def rows_of(weights: Weights, model: ModelConfig) -> int:
+    """Token ids that a model which is not in this process has."""
+    from prefopt.engine.models import load_config, vocabulary
+
+    return vocabulary(load_config(weights.base, weights.base_settings(model)))
+
+
 class Ends:
     """Ends of completions.
 

@@ -12,7 +12,7 @@ from prefopt.engine.adapters import Weights
 from prefopt.engine.runtime import versions
 from prefopt.errors import RoundError
 from prefopt.generation.base import Done, Sampling, limits
-from prefopt.generation.ends import Ends, positions_of, terminators_of
+from prefopt.generation.ends import Ends, positions_of, rows_of, terminators_of
 from prefopt.generation.server import Server, read
 from prefopt.types import Completion
 
@@ -35,8 +35,10 @@ class _Choice:
         ids, logps = getattr(choice, "token_ids", None), getattr(choice.logprobs, "token_logprobs", None)
         if ids is not None and not all(0 <= read(token, "a token id", int) < 2**31 for token in ids):
             raise ValueError("a token id is out of all range")
+        text = read(choice.text, "a completion's text", str)
+        text.encode()  # half of a surrogate pair is no character, and no file could hold it
         return cls(
-            text=read(choice.text, "a completion's text", str),
+            text=text,
             finish_reason=read(choice.finish_reason, "finish_reason", str, None),
             token_ids=None if ids is None else [*ids],
             logps=None if logps is None else [read(logp, "a log-probability", float, int, None) for logp in logps],
@@ -60,6 +62,7 @@ class OpenAIEngine:
         assert settings.url is not None, "`check` has been called"
         self.tokenizer = tokenizer
         self._terminators = terminators_of(weights, model, tokenizer)
+        self._rows = rows_of(weights, model)
         self._server = Server(
             settings.url,
             group="generate",
@@ -186,6 +189,12 @@ class OpenAIEngine:
                 "expected 'stop' or 'length'"
             )
         ids, stopped = choice.token_ids, choice.finish_reason == "stop"
+        beyond = next((token for token in ids or () if token >= self._rows), None)
+        if beyond is not None:
+            raise RoundError(
+                f"generate.url: {self._server.url} gave token {beyond}, and the policy has {self._rows:,}; "
+                "expected tokens of the policy (serve that model)"
+            )
         if ids is None and self._gives_ids:
             raise RoundError(
                 f"generate.url: {self._server.url} gave a completion without token ids, expected them with each, as it "

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import math
 import random
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,6 +19,7 @@ from prefopt.errors import ConfigError
 from prefopt.launch.manifest import Run
 from prefopt.launch.sweep_file import Settings, SweepFile
 
+_MOST_RUNS = 100_000  # each has its settings read before anything starts
 _YAML_VALUES = ("optim.args.", "generate.args.")  # read as YAML, also from a flag
 
 
@@ -29,6 +31,9 @@ def runs_of(file: SweepFile) -> list[Run]:
 
     Raises: ConfigError that names the run and what is wrong with it.
     """
+    count = math.prod(map(len, file.grid.values())) * len(file.entries) * file.draws
+    if count > _MOST_RUNS:
+        raise ConfigError(f"{file.path}: {count:,} combinations and draws, expected at most {_MOST_RUNS:,}")
     points = list(_points(file))
     runs: dict[str, Run] = {}
     dropped = {key for key in file.where if not any(key in point for point in points)}

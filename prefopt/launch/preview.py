@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -151,9 +153,10 @@ def _schedule(config: RunConfig, train: Batches, steps: int | None) -> str:
     if steps is None:
         return shape + ", over the share of the budget that is spent"
     of_epochs = None if train.steps_per_epoch is None else train.steps
-    rates = [learning_rate(config, of_epochs, step) for step in range(steps)]
-    peak = max(range(steps), key=lambda step: (rates[step], -step)) + 1
-    return f"{shape} from step {peak:,}, {readable(rates[0])} at step 1, {readable(rates[-1])} at step {steps:,}"
+    rate = functools.partial(learning_rate, config, of_epochs)
+    # it only rises up to the peak, and only falls after it
+    peak = bisect.bisect_left(range(steps - 1), True, key=lambda step: rate(step + 1) <= rate(step)) + 1
+    return f"{shape} from step {peak:,}, {readable(rate(0))} at step 1, {readable(rate(steps - 1))} at step {steps:,}"
 
 
 def _evaluations(config: RunConfig, held_out: int, steps: int | None) -> str:

@@ -166,6 +166,7 @@ def test_a_server_that_asks_to_wait_is_waited_for(policy, server, engine):
             r"gave an answer of another form \(its content type is text/html\), expected the JSON of OpenAI",
         ),
         ("filtered", r"ended a completion with 'content_filter', expected 'stop' or 'length'"),
+        ("beyond", r"gave token 99999999, and the policy has [\d,]+; expected tokens of the policy"),
         ("401", r"generate.api_key_env: http.* refuses the key \(401: told to fail\).*OPENAI_API_KEY"),
     ],
 )

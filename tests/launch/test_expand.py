@@ -272,6 +272,10 @@ BASE = "fixed: {method: dpo}\n"
             "fixed: {method: dpo}\nlist: [{optim.lr: 1e-3}, {optim.lr: fast}]",
             "run 2 of 2 (optim.lr=fast): optim.lr: found 'fast', expected a number",
         ),
+        (
+            "fixed: {method: dpo}\nrandom: {draws: 1000000000, seed: {choice: [1]}}",
+            "1,000,000,000 combinations",
+        ),
         ("grid: {method: [dpo, tdpu]}", "run 2 of 2 (method=tdpu): unknown method 'tdpu'; did you mean 'tdpo'?"),
         (
             "fixed: {method: dpo, generate.stop: ['a b', c]}",

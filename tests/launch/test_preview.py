@@ -61,6 +61,11 @@ def test_plan_when_the_data_is_read_then_counts_steps_rates_and_tokens_by_hand(t
     assert found["time"].startswith("no plan for a CPU; under 1 ms a step")
 
 
+def test_plan_when_a_run_is_longer_than_anybody_waits_then_it_is_there_at_once(task):
+    found = lines_of(["dpo", "--train.global_batch", "4", "--train.train_epochs", "1e15"], task)
+    assert " from step 300,000,000,000,000, " in found["schedule"]  # a tenth of 3e15
+
+
 def test_plan_when_only_the_chosen_side_is_read_then_counts_that(task):
     found = lines_of(["sft", "--eval.at_start", "false", "--train.max_steps", "100"], task)
     assert found["tokens"].startswith("7 input and 2 completion tokens a pair")
