@@ -77,6 +77,7 @@ def _answer(command: str, argv: Sequence[str], help_text: Callable[[], str], run
 
 def _train(config: RunConfig, only: Stage | None = None) -> int:
     about(config.to_dict(), Path(config.output))
+    rt.check_launcher()
     stop = rt.Stop()
     stop.install(rt.promised_processes())
     _check_paths(config)
@@ -530,6 +531,8 @@ def _file_task(config: RunConfig, day: date) -> _Task:
         other = models.load_config(reference.base, reference.base_settings(config.model), key="reference.path")
         models.check_same_vocabulary(architecture, other, reference.path)
     tokenizer = models.load_tokenizer(*adapters.tokenizer_path(start, config.model), config.data.chat_template)
+    if isinstance(reference, adapters.Weights) and reference != start:
+        models.check_same_tokens(tokenizer, *adapters.tokenizer_path(reference, config.model))
     tokenizer.pad_token_id, note = pad_token(tokenizer, models.vocabulary(architecture))
     rendering = Rendering.of(config.data, tokenizer, day)
     needs = config.method.needs

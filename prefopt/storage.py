@@ -23,7 +23,7 @@ import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from prefopt.errors import PrefoptError
 
@@ -61,9 +61,18 @@ def reading(path: Path) -> Iterator[None]:
         ) from error
 
 
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[BinaryIO]:
+    """A regular file, open for reading. Raises: as `reading`, also for a pipe, which would be waited for."""
+    with reading(path):
+        check_regular(path)
+        with path.open("rb") as file:
+            yield file
+
+
 def read_bytes(path: Path) -> bytes | None:
     """A file's bytes; None where it is missing. Raises: Unreadable."""
-    with contextlib.suppress(FileNotFoundError), reading(path), path.open("rb") as file:
+    with contextlib.suppress(FileNotFoundError), opened(path) as file:
         return file.read()
     return None
 
@@ -184,7 +193,7 @@ def listing(folder: Path) -> list[Path]:
 
 def sha256(path: Path) -> str:
     """SHA-256 of a file's bytes. Raises: Unreadable; FileNotFoundError."""
-    with reading(path), path.open("rb") as file:
+    with opened(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

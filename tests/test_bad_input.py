@@ -185,6 +185,17 @@ def test_reference_when_its_vocabulary_is_another_then_both_sizes_are_named(erro
     )
 
 
+def test_reference_when_its_tokenizer_has_other_ids_then_a_token_is_named(error, task, variant):
+    path = variant("swapped", model=tiny_llama(len(task.tokenizer), hidden=16, layers=1))
+    file = path / "tokenizer.json"
+    text = json.loads(file.read_text())
+    ids = text["model"]["vocab"]
+    first, last = sorted(ids, key=ids.get)[-2:]
+    ids[first], ids[last] = ids[last], ids[first]
+    file.write_text(json.dumps(text))
+    assert error(reference__path=path).startswith(f"reference.path: the tokenizer of '{path}' has ")
+
+
 @pytest.mark.parametrize("key", ["model.path", "reference.path"])
 def test_model_when_neither_a_folder_nor_reachable_then_says_both(error, key):
     found = error(**{key: "nobody/nothing"})
@@ -223,8 +234,7 @@ def test_model_when_its_weights_are_cut_short_then_says_so(error, variant):
     path = variant("cut")
     weights = path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    begins = f"model.path: '{path}' is a folder without a model that can be loaded: "
-    assert error(model__path=path).startswith(begins)
+    assert error(model__path=path).startswith(f"model.path: '{weights}' is damaged or cut short (")
 
 
 def test_model_when_it_has_no_tokenizer_then_says_so(error, variant):

@@ -216,3 +216,10 @@ def test_folder_when_any_of_its_files_changes_then_it_is_damaged(tmp_path):
 def test_text_when_it_begins_with_a_byte_order_mark_then_that_is_no_part_of_it(tmp_path):
     (tmp_path / "judge.txt").write_bytes("\ufeff{prompt}".encode())
     assert storage.read_text(tmp_path / "judge.txt") == "{prompt}"
+
+
+def test_file_when_it_is_a_pipe_then_it_is_out_of_reach_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "state.json")
+    for read in (storage.read_bytes, storage.read_json, storage.sha256):
+        with pytest.raises(Unreadable, match=r"state.json: cannot be read just now: is a named pipe"):
+            read(tmp_path / "state.json")

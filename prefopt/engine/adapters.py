@@ -10,6 +10,7 @@ import copy
 import dataclasses
 import enum
 import functools
+import math
 import re
 import textwrap
 import warnings
@@ -97,12 +98,16 @@ def find(path: str, settings: ModelConfig, key: str = "model.path") -> Weights:
     kind = str(getattr(adapter.peft_type, "value", adapter.peft_type))
     start = getattr(adapter, "init_lora_weights", True)
     base = adapter.base_model_name_or_path
-    rank = getattr(adapter, "r", None)
+    rank, alpha = getattr(adapter, "r", None), getattr(adapter, "lora_alpha", None)
     for wrong, text in (
         (kind != "LORA", f"is a {kind} adapter, expected a LoRA adapter"),
         (
             not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= _MOST_RANK,
             f"has rank {rank!r}, expected a number from 1 to {_MOST_RANK:,}",
+        ),
+        (
+            not isinstance(alpha, int | float) or not 0 < alpha < math.inf,
+            f"has lora_alpha {alpha!r}, expected a number above 0: it is multiplied by that, and 0 trains nothing",
         ),
         (
             getattr(adapter, "bias", "none") != "none",
@@ -217,11 +222,7 @@ def check(config: RunConfig, start: Weights, architecture: PretrainedConfig) -> 
     if scores:
         architecture = copy.deepcopy(architecture)
         architecture.num_labels = 1
-    try:
-        with models.quiet(), torch.device("meta"):
-            hollow = kind_of_model.from_config(architecture, trust_remote_code=config.model.trust_remote_code)
-    except ValueError as error:
-        raise models.refuse("model.path", start.base, error) from error
+    hollow: Any = models.hollow_of(kind_of_model, architecture, start.base, config.model)
     if scores:
         models.check_head(hollow)
     if start.adapter is not None:
@@ -573,6 +574,8 @@ def _fill(lm: Any, adapter: str, path: str, model: ModelConfig, key: str) -> Non
     wrong = [f"{name} is missing" for name in missing] + [f"{name} is unknown" for name in result.unexpected_keys]
     bad = next((name for name, weight in found.items() if not bool(weight.isfinite().all())), None)
     wrong += [f"{bad} is not finite"] if bad is not None else []
+    whole = next((name for name, weight in found.items() if not weight.is_floating_point()), None)
+    wrong += [f"{whole} holds whole numbers, expected floating-point weights"] if whole is not None else []
     if wrong:
         more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
         raise TrainError(f"{key}: the adapter '{path}' does not fit {type(base_of(lm)).__name__}: {wrong[0]}{more}")

@@ -251,6 +251,8 @@ def _load(
     if _pads_beyond(config) and config.get_text_config() is config:
         more |= {"pad_token_id": None}
     weight_files.check_files(path, key)
+    if getattr(config, "quantization_config", None) is None:
+        weight_files.check_kinds(path, key)
     more |= {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
     more |= {"dtype": getattr(torch, settings.dtype), "output_loading_info": True, "ignore_mismatched_sizes": True}
     check = functools.partial(weight_files.check_loaded, path=path, key=key, classifier=classifier, new_score=new_score)
@@ -436,10 +438,17 @@ def parameters(path: str, settings: ModelConfig) -> int:
     """How many weights the causal language model at `path` has, from its config alone."""
     from transformers import AutoModelForCausalLM
 
-    config = load_config(path, settings)
-    with quiet(), torch.device("meta"):
-        hollow = AutoModelForCausalLM.from_config(config, trust_remote_code=settings.trust_remote_code)
+    hollow = hollow_of(AutoModelForCausalLM, load_config(path, settings), path, settings)
     return sum(p.numel() for p in hollow.parameters())
+
+
+def hollow_of(kind: Any, config: PretrainedConfig, path: str, settings: ModelConfig) -> PreTrainedModel:
+    """A model of this kind without weights, as the config at `path` has it. Raises: TrainError if there is none."""
+    try:
+        with quiet(), torch.device("meta"):
+            return kind.from_config(config, trust_remote_code=settings.trust_remote_code)
+    except Exception as error:
+        raise refuse("model.path", path, error) from error
 
 
 def note_dtype(folder: Path, dtype: str) -> None:
@@ -466,6 +475,28 @@ def check_same_vocabulary(policy: PretrainedConfig, reference: PretrainedConfig,
         raise TrainError(
             f"reference.path: '{path}' has a vocabulary of {other} tokens, the policy {mine}; "
             "KL and log-ratios need the same one (name a reference of the policy's family)"
+        )
+
+
+def check_same_tokens(policy: PreTrainedTokenizerBase, path: str, settings: ModelConfig) -> None:
+    """Hold the policy's tokenizer to that in a reference's folder, which may have none: it reads the policy's ids.
+
+    Raises: TrainError where a token that both know has another id in the reference, which then reads other text.
+    """
+    from transformers import AutoTokenizer
+
+    if not any((Path(path) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+        return
+    try:
+        reference = AutoTokenizer.from_pretrained(path, trust_remote_code=settings.trust_remote_code)
+    except Exception as error:
+        raise refuse("reference.path", path, error, "a tokenizer") from error
+    mine, other = policy.get_vocab(), reference.get_vocab()
+    moved = next((token for token in sorted(mine.keys() & other.keys()) if mine[token] != other[token]), None)
+    if moved is not None:
+        raise TrainError(
+            f"reference.path: the tokenizer of '{path}' has {moved!r} as token {other[moved]}, the policy's as token "
+            f"{mine[moved]}; KL and log-ratios need the same ids (name a reference of the policy's family)"
         )
 
 

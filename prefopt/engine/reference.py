@@ -434,7 +434,7 @@ class Kept:
         names = sorted(name for name in sizes if name != _INDEX)
         try:
             for name in (*names, _INDEX):  # where a library reads it, the system's error would look like damage
-                with storage.reading(folder / name), (folder / name).open("rb") as file:
+                with storage.opened(folder / name) as file:
                     file.read(1)
             self._shards = [safe_open(folder / name, framework="pt").__enter__() for name in names]
             index = safe_open(folder / _INDEX, framework="pt").__enter__()

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from prefopt import storage
 from prefopt.errors import TrainError
 
 _PEFT = "base_model.model."
@@ -31,6 +33,7 @@ _COMPUTED = re.compile(
 _VALUE_HEAD = re.compile(r"^v_head\.")
 _LM_HEAD = re.compile(r"^(lm_head|embed_out|output_projection|cls\.predictions)\.")
 _SCORE = "score."
+_WHOLE = ("BOOL", "I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64")  # whole numbers, as safetensors names them
 
 
 # The files, from their headers alone --------------------------------------------------------------------------------
@@ -44,12 +47,15 @@ def check_files(path: str, key: str) -> None:
     Raises: TrainError naming `key`.
     """
     folder = Path(path)
+    for file in sorted(folder.glob("*.*")) if folder.is_dir() else []:
+        if file.exists():  # a pipe among them would be waited for
+            _check_regular(file, key)
     adapter = folder / "adapter_model.safetensors"
-    if adapter.is_file():
+    if os.path.lexists(adapter):
         _check_names((name.removeprefix(_PEFT) for name in names_in(adapter, key)), path, key)
     for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
         file, index = folder / f"{stem}.{suffix}", folder / f"{stem}.{suffix}.index.json"
-        if file.is_file():
+        if os.path.lexists(file):
             names = names_in(file, key)
             _check_names(names, path, key)
             _check_experts(names, path, key)
@@ -99,7 +105,33 @@ def _check_shards(mapped: Mapping[str, str], folder: Path, index: str, key: str)
 
 def names_in(file: Path, key: str) -> list[str]:
     """Names of the weights in a file of safetensors; none of a file of another kind. Raises: as `shapes_in`."""
+    _check_regular(file, key)
     return [*shapes_in(file, key)] if file.suffix == ".safetensors" else []
+
+
+def _check_regular(file: Path, key: str) -> None:
+    try:
+        storage.check_regular(file)
+    except OSError as error:
+        raise TrainError(f"{key}: '{file}' cannot be read: {error.strerror or error}") from None
+
+
+def check_kinds(path: str, key: str) -> None:
+    """Whether the weights in a folder are fractions: whole ones are a quantised model's, whose scales are elsewhere.
+
+    Raises: TrainError naming `key` and the first such weight.
+    """
+    from safetensors import safe_open
+
+    for file in sorted(Path(path).glob("*.safetensors")):
+        with safe_open(file, framework="pt") as header:
+            for name in header.keys():  # noqa: SIM118
+                kind = header.get_slice(name).get_dtype()
+                if name.endswith("weight") and kind in _WHOLE:
+                    raise TrainError(
+                        f"{key}: '{file}' holds {name} as whole numbers ({kind}), expected floating-point weights "
+                        "(name the model that this one was quantised from)"
+                    )
 
 
 def shapes_in(file: Path, key: str) -> dict[str, tuple[int, ...]]:

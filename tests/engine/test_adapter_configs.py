@@ -103,6 +103,22 @@ def test_adapter_when_its_config_is_no_object_then_one_line(text, places, tmp_pa
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("alpha", [0, -2, "4", float("inf")])
+def test_adapter_when_its_alpha_trains_nothing_then_one_line(alpha, places, tmp_path):
+    folder = write(places / "untied_tokens", tmp_path / "adapter", lora_alpha=alpha)
+    with pytest.raises(TrainError, match=f"adapter '.*' has lora_alpha {alpha!r}, expected a number above 0"):
+        adapters.find(str(folder), ModelConfig())
+
+
+def test_adapter_when_its_weights_are_whole_numbers_then_it_is_refused(places, tmp_path):
+    folder = write(places / "untied_tokens", tmp_path / "adapter")
+    file = folder / "adapter_model.safetensors"
+    save_file({name: weight.to(torch.int8) for name, weight in load_file(file).items()}, file, {"format": "pt"})
+    config = settings(folder)
+    with pytest.raises(TrainError, match=r"does not fit .* holds whole numbers, expected floating-point weights"):
+        adapters.load_policy(config, adapters.find(str(folder), config.model), None)
+
+
 def test_adapter_when_a_shape_in_its_file_is_anothers_then_it_is_named_before_weights_are_loaded(places, tmp_path):
     folder = shutil.copytree(places / "untied_tokens", tmp_path / "adapter")
     held = load_file(folder / "adapter_model.safetensors")

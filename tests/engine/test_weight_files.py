@@ -1,6 +1,7 @@
 """Models whose files are not whole, not theirs, or not to be read: refused by name, whatever loads them."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -203,6 +204,30 @@ def test_find_when_a_file_is_cut_short_then_it_is_named(keep, base, tmp_path):
     file.write_bytes(file.read_bytes()[:keep])
     with pytest.raises(TrainError, match=r"^model.path: .*model.safetensors' is damaged or cut short"):
         adapters.find(str(tmp_path / "cut"), ModelConfig())
+
+
+def test_load_when_weights_are_whole_numbers_then_they_are_refused_by_name(base, changed):
+    path = changed(base, lambda weights: weights.update({Q: (100 * weights[Q]).to(torch.int8)}))
+    with pytest.raises(TrainError, match=rf"model.path: '.*' holds {Q} as whole numbers \(I8\)"):
+        models.load_model(path, ModelConfig())
+
+
+@pytest.mark.parametrize(
+    ("name", "make", "says"),
+    [
+        ("model.safetensors", os.mkfifo, "is a named pipe, expected a regular file"),
+        ("tokenizer.json", os.mkfifo, "is a named pipe, expected a regular file"),
+        ("model.safetensors", lambda file: file.symlink_to("/nowhere/weights"), "No such file or directory"),
+    ],
+)
+def test_find_when_a_file_is_a_pipe_or_a_link_to_nothing_then_it_is_named_and_not_waited_for(
+    name, make, says, base, tmp_path
+):
+    folder = shutil.copytree(base, tmp_path / "model")
+    (folder / name).unlink(missing_ok=True)
+    make(folder / name)
+    with pytest.raises(TrainError, match=f"^model.path: '.*{name}' cannot be read: {says}$"):
+        adapters.find(str(folder), ModelConfig())
 
 
 def test_names_when_a_file_cannot_be_read_then_the_reason_is_the_systems(base, monkeypatch):
