@@ -31,7 +31,7 @@ from prefopt.errors import DataError
 from prefopt.storage import Damaged, Lock, Unreadable
 from prefopt.types import Column, EncodedPair, PairRow
 
-FORMAT_VERSION = 5  # raise it whenever the same file and settings would give other ids, masks or counts
+FORMAT_VERSION = 6  # raise it whenever the same file and settings would give other ids, masks, counts or notes
 _ROWS, _REPORT = "rows.arrow", "report.json"  # of a folder of the cache
 _NAME = "\0"  # in a kept note, the place of the data's base, which may be another one when it is read
 _WRITTEN = 4096  # rows in one piece of the cache file
