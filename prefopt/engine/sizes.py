@@ -41,7 +41,12 @@ def check_counts(config: Mapping[str, Any], file: str, key: str) -> None:
 
 
 def check_sizes(config: Any, path: str, key: str) -> None:
-    """Raises: TrainError for the config of a model that nobody could hold."""
+    """Raises: TrainError for the config of a model that nobody could hold, or whose attention sees nothing."""
+    window = getattr(config.get_text_config(), "sliding_window", None)
+    if isinstance(window, int) and window < 0:  # no token would see another, and nothing else would tell
+        raise TrainError(
+            f"{key}: the config of '{path}' has sliding_window {window}, expected a number above 0, or null"
+        )
     found = weights_of(config)
     if found > _MOST:
         raise TrainError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -85,9 +84,8 @@ def _terms(line: Mapping[str, Any]) -> list[str]:
 
 def _rows_of_pairs(output: Path, step: int) -> list[dict[str, Any]]:
     """The figures of each held-out pair, where those of this step are kept."""
-    path = output / "eval_pairs.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    return rows if rows and rows[0]["step"] == step else []
+    rows = read_lines(output / "eval_pairs.jsonl")
+    return rows if rows and rows[0].get("step") == step else []
 
 
 def _interval(name: str, end: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Interval | None:

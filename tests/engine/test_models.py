@@ -5,7 +5,7 @@ import os
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, MistralConfig
 
 from prefopt.config import ModelConfig
 from prefopt.engine import models, sizes
@@ -146,3 +146,9 @@ def test_config_when_it_is_a_pipe_then_nobody_waits_for_it(tmp_path):
 def test_weights_of_when_a_model_is_known_then_they_are_its_own_within_a_quarter():
     lm = tiny_llama(300, hidden=64, layers=4)
     assert sizes.weights_of(lm.config) == pytest.approx(sum(p.numel() for p in lm.parameters()), rel=0.25)
+
+
+def test_config_when_its_window_is_negative_then_it_is_refused_before_weights_are_loaded(tmp_path):
+    MistralConfig(sliding_window=-1).save_pretrained(tmp_path)
+    with pytest.raises(TrainError, match="has sliding_window -1, expected a number above 0, or null"):
+        models.load_config(str(tmp_path), ModelConfig())

@@ -11,6 +11,7 @@ from prefopt.config import parse
 from prefopt.data.split import sample
 from prefopt.evaluate.held_out import final_figures, too_few
 from prefopt.evaluate.intervals import deciding_count, mean_interval, wilson
+from prefopt.storage import Damaged
 from prefopt.types import EncodedPair
 
 REAL = ["--model.path", "m", "--data.train", "d.jsonl"]
@@ -117,6 +118,10 @@ def test_final_figures_when_eval_select_chose_then_are_of_that_step_and_else_not
     title, _, row = final_figures(parse(["--method", "sft", *REAL, "--eval.select", "loss"]), tmp_path)
     assert "step 2, the one that eval.select loss chose" in title
     assert row.split() == ["loss", "0.3", "1"], "the pairs' figures are of another step: no interval"
+    with (tmp_path / "eval_pairs.jsonl").open("a") as file:
+        file.write('{"cut\n{}\n')
+    with pytest.raises(Damaged, match=r"eval_pairs.jsonl:4: is not as it was written"):
+        final_figures(parse(["--method", "sft", *REAL]), tmp_path)
     write(tmp_path, steps, {}, [])
     assert final_figures(parse(["--method", "sft", *REAL]), tmp_path)[-1].split() == ["loss", "1"]
     assert final_figures(parse(["--method", "sft", *REAL]), tmp_path / "none") == []
