@@ -563,6 +563,8 @@ def _file_task(config: RunConfig, day: date) -> _Task:
     files = [encode(name) for name in named]
     train = joined(files)
     pairs: Sequence[EncodedPair] = train.pairs
+    if (thought := config.method.card().get("thought")) is not None:
+        report += _thoughtless(pairs, tokenizer, thought["response_marker"])
     if config.data.eval is not None:
         more = [encode(name) for name in settings.sources(config.data.eval)]
         held_out = joined(more)
@@ -865,6 +867,17 @@ def _refuse_models_of_others(output: Path) -> None:
                 f"{output / name}: was not written by a run, or lost its {storage.MANIFEST}; a run exports to this "
                 "place: move it away, or choose another --output"
             )
+
+
+def _thoughtless(pairs: Sequence[EncodedPair], tokenizer: Any, marker: str, most: int = 64) -> list[str]:
+    """A warning where a policy that is to think would be trained on pairs without thoughts."""
+    first = [pairs[i] for i in range(min(most, len(pairs)))]
+    if any(marker in tokenizer.decode(pair.chosen_ids) for pair in first):
+        return []
+    return [
+        f"warning: none of the first {len(first)} chosen completions holds the response marker '{marker}': they are "
+        "trained on as they stand, without a thought (--rounds.count, or the pairs.jsonl of a round)"
+    ]
 
 
 def _read_card(output: Path) -> dict[str, Any] | None:

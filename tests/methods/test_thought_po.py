@@ -5,10 +5,13 @@ import math
 import pytest
 import torch
 
+from prefopt.cli import _thoughtless
+from prefopt.data.encoder import Encoder
 from prefopt.errors import ConfigError
 from prefopt.losses import dpo
 from prefopt.methods.thought_po import RHOS, ThoughtPO
-from prefopt.types import Completion, Judgement, Prompt, Response, ScoredGroup
+from prefopt.types import Completion, Judgement, PairRow, Prompt, Response, ScoredGroup
+from tests.helpers import byte_bpe_tokenizer
 from tests.methods.make_stats import batch, f64, means, pair_stats
 
 
@@ -165,3 +168,12 @@ def test_settings_that_cannot_work_are_refused(settings, line):
     with pytest.raises(ConfigError) as caught:
         ThoughtPO(**settings)
     assert line in str(caught.value)
+
+
+@pytest.mark.parametrize(("chosen", "told"), [("Blue", True), ("a colour <R> Blue", False)])
+def test_pairs_without_thoughts_are_warned_of(chosen, told):
+    tokenizer = byte_bpe_tokenizer(["hello"], 300)
+    (cut,) = Encoder(tokenizer, 99).rows([PairRow("Q:", f" {chosen}", None, {}, "f:1")])
+    assert [line[:42] for line in _thoughtless([cut.pair], tokenizer, "<R>")] == [
+        "warning: none of the first 1 chosen comple"
+    ] * told
