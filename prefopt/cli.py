@@ -885,8 +885,10 @@ def _read_card(output: Path) -> dict[str, Any] | None:
 
     Raises: TrainError for what a run has left without its card, or with a card that is not as it was written.
     """
-    names = ("metrics.jsonl", "checkpoints", "best", "model", "adapter", "round_00", "round_01")
-    names += ("eval_pairs.jsonl", "samples.jsonl", "rounds.jsonl", "rounds.md", "rounds.png", "frontier.png")
+    names = [
+        *("metrics.jsonl", "checkpoints", "best", "model", "adapter", "round_00", "round_01"),
+        *("eval_pairs.jsonl", "samples.jsonl", "rounds.jsonl", "rounds.md", "rounds.png", "frontier.png"),
+    ]
     left = next((name for name in names if storage.is_there(output / name)), None)
     path = output / CARD
     try:

@@ -22,8 +22,9 @@ import stat
 import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from prefopt.errors import PrefoptError
 
@@ -62,7 +63,7 @@ def reading(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def opened(path: Path) -> Iterator[BinaryIO]:
+def opened(path: Path) -> Iterator[BufferedReader]:
     """A regular file, open for reading. Raises: as `reading`, also for a pipe, which would be waited for."""
     with reading(path):
         check_regular(path)

@@ -247,4 +247,6 @@ def _added_before(tokenizer: Any) -> list[int]:
 
 def terminators(tokenizer: Any, rendering: Rendering | None = None) -> frozenset[int]:
     """What ends a completion in training: EOS, and the token with which the chat template ends an assistant's turn."""
+    if not getattr(tokenizer, "chat_template", None):  # then nothing else than EOS can
+        return frozenset({tokenizer.eos_token_id} - {None})
     return Structure(tokenizer, rendering).terminators

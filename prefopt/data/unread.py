@@ -66,7 +66,8 @@ class Unread:
             if any("\r\n" in text for text in texts):
                 self._counts["{rows} with line ends of two characters (CRLF), which become tokens"] += 1
         elif opening := _opening(row.prompt):
-            if sides and all(str(side[0].get("content") or "").lstrip().startswith(opening) for side in sides):
+            answers = [side[0].get("content") for side in sides if not isinstance(side, str)]
+            if answers and all(str(answer or "").lstrip().startswith(opening) for answer in answers):
                 what = (
                     "{rows} with the beginning of the answer repeated in the completions, where it is trained on again"
                 )
