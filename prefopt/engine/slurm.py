@@ -18,10 +18,23 @@ def join_step(environment: MutableMapping[str, str] = os.environ) -> bool:
     Only inside a step of several tasks where no other launcher has set RANK: a plain command in an allocation is one
     process, whatever the allocation holds. What is set already, such as MASTER_ADDR, stays.
 
-    Returns: whether it was done. Raises: TrainError where Slurm does not tell the address of the first node.
+    Returns: whether it was done. Raises: TrainError where Slurm does not tell the address of the first node, or
+    variables are missing that srun sets.
     """
+    if "RANK" in environment or "SLURM_PROCID" not in environment:
+        return False
+    try:
+        return _join_step(environment)
+    except (KeyError, ValueError, IndexError, AttributeError) as error:
+        found = f"{error} is not set" if isinstance(error, KeyError) else f"SLURM_ variables that do not agree: {error}"
+        raise TrainError(
+            f"srun: {found}, expected all that srun sets; start the ranks by srun, or unset SLURM_PROCID to run alone"
+        ) from None
+
+
+def _join_step(environment: MutableMapping[str, str]) -> bool:
     tasks = int(environment.get("SLURM_STEP_NUM_TASKS", "1"))
-    if tasks == 1 or "RANK" in environment or "SLURM_PROCID" not in environment:
+    if tasks == 1:
         return False
     local, here = int(environment["SLURM_LOCALID"]), _tasks_on_node(environment)
     gpus = [gpu for gpu in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]

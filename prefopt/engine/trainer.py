@@ -755,6 +755,12 @@ class Trainer:
         """The folder of the best model. Raises: TrainError where it is not as it was written."""
         folder = self._best / checkpoint.name_of(step)
         wrong = checkpoint.damage(folder)
+        exported = self.output / "model"
+        if wrong is not None and not storage.is_there(folder) and storage.is_there(exported):
+            raise TrainError(
+                f"{exported}: is damaged ({checkpoint.damage(exported)}), and this finished run has no other copy of "
+                "the model that eval.select chose; put it back from a copy, or choose another --output and train again"
+            )
         if wrong is not None:
             raise TrainError(
                 f"{folder}: the model that eval.select chose is damaged or missing: {wrong}; put it back from a copy, "

@@ -53,6 +53,10 @@ def test_model_of_the_best_evaluation_is_exported(metric, better, direction, tra
     last, _ = train("last", **flags)
     assert evaluations(last, metric) == found, "choosing changes nothing of the training"
     assert equal(weights(last), load_file(run / "checkpoints/step_00000024/model.safetensors"))
+    if metric == "loss":  # no copy of the best is left in a finished run
+        (run / "model/model.safetensors").write_bytes(b"cut")
+        _, ended = train("best", status=2, eval__select=metric, **flags)
+        assert f"error: {run / 'model'}: is damaged (model.safetensors has 3 bytes" in ended.err
 
 
 @pytest.mark.parametrize("count", [2, 5])
