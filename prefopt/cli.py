@@ -530,6 +530,8 @@ def _file_task(config: RunConfig, day: date) -> _Task:
     if isinstance(reference, adapters.Weights) and reference != start:
         other = models.load_config(reference.base, reference.base_settings(config.model), key="reference.path")
         models.check_same_vocabulary(architecture, other, reference.path)
+        if reference.adapter is None:
+            models.check_model(reference.base, reference.base_settings(config.model), "reference.path")
     tokenizer = models.load_tokenizer(*adapters.tokenizer_path(start, config.model), config.data.chat_template)
     if isinstance(reference, adapters.Weights) and reference != start:
         models.check_same_tokens(tokenizer, *adapters.tokenizer_path(reference, config.model))

@@ -6,6 +6,7 @@ import math
 import shutil
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from tests.helpers import byte_bpe_tokenizer, tiny_llama
 
@@ -235,6 +236,15 @@ def test_model_when_its_weights_are_cut_short_then_says_so(error, variant):
     weights = path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     assert error(model__path=path).startswith(f"model.path: '{weights}' is damaged or cut short (")
+
+
+def test_reference_when_it_lacks_a_weight_then_is_refused_before_the_policy_is_loaded(error, variant):
+    path, name = variant("lacks"), "model.layers.0.self_attn.q_proj.weight"
+    weights = load_file(path / "model.safetensors")
+    del weights[name]
+    save_file(weights, path / "model.safetensors", {"format": "pt"})
+    found = error(reference__path=path, fault={"at": "prefopt.engine.adapters:load_policy", "do": "SIGKILL"})
+    assert found.startswith(f"reference.path: '{path}' has no weights for {name}")
 
 
 def test_model_when_it_has_no_tokenizer_then_says_so(error, variant):

@@ -190,6 +190,14 @@ def load_classifier(path: str, settings: ModelConfig, key: str, kind: Any = None
     return _load(kind or AutoModelForSequenceClassification, path, settings, key, classifier=True)
 
 
+def check_classifier(path: str, settings: ModelConfig, key: str, kind: Any = None) -> None:
+    """The same by names and shapes alone, as `check_model`, before what the classifier is to be asked is made."""
+    from transformers import AutoModelForSequenceClassification
+
+    if getattr(load_config(path, settings, key), "quantization_config", None) is None:
+        _load(kind or AutoModelForSequenceClassification, path, settings, key, classifier=True, hollow=True)
+
+
 def attention_of(config: PretrainedConfig, asked: str, auto: Any) -> str:
     """The attention to make a model with: eager where the one asked for is SDPA and the model's code has none.
 

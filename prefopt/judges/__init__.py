@@ -99,6 +99,25 @@ def check_prompts(settings: JudgeConfig, prompts: Iterable[str | Messages]) -> N
         check_conversations(settings.path, settings.trust_remote_code)
 
 
+def check_weights(settings: JudgeConfig) -> None:
+    """Refuse a judge whose weights are not whole, by their names and shapes, before completions are sampled for it.
+
+    Raises: TrainError naming the weight.
+    """
+    if settings.kind in _CLASSIFIERS:
+        from prefopt.judges.reward_model import check_weights
+
+        assert settings.path is not None
+        check_weights(settings.path, settings.trust_remote_code, *([_pairrm] if settings.kind == "pairwise" else []))
+
+
+def _pairrm(config: Any) -> Any:
+    """The class of a model that compares, where transformers has none."""
+    from prefopt.judges import pairrm
+
+    return pairrm.PairRM if pairrm.is_pairrm(config) else None
+
+
 def identity(settings: JudgeConfig) -> str:
     """A hash of what the settings name by a path: weights, a function's source, a template. Cheap enough for each run.
 
@@ -206,9 +225,7 @@ def _classifier(settings: JudgeConfig, device: torch.device) -> Judge:
     from prefopt.judges import pairrm
     from prefopt.judges.pairwise import PairwiseJudge, encode_both
 
-    classifier = Classifier(
-        settings.path, **opening, kind=lambda config: pairrm.PairRM if pairrm.is_pairrm(config) else None
-    )
+    classifier = Classifier(settings.path, **opening, kind=_pairrm)
     if pairrm.is_pairrm(classifier.config):
         encode = pairrm.encode(classifier.tokenizer, classifier.config, classifier.max_length)
     else:

@@ -155,6 +155,20 @@ def _reserved(lm: nn.Module) -> int:
     return max((table.padding_idx + 1 for table in tables if table.padding_idx is not None), default=0)
 
 
+def check_weights(path: str, trust_remote_code: bool, kind: Callable[[Any], Any] = lambda config: None) -> None:
+    """Refuse a classifier whose files are not those of one, before anything is sampled; adapters and a model's own code
+    are left to `Classifier`.
+
+    Args: as `Classifier`. Raises: TrainError.
+    """
+    settings = ModelConfig(trust_remote_code=trust_remote_code)
+    weights = adapters.find(path, settings, KEY)
+    if weights.adapter is None and not trust_remote_code:
+        config = models.load_config(path, settings, KEY)
+        models.check_scorer(config, path, KEY)
+        models.check_classifier(path, settings, KEY, kind(config))
+
+
 def check_conversations(path: str, trust_remote_code: bool) -> None:
     """Whether the classifier at `path` can read conversations, from its small files. Raises: DataError, TrainError."""
     settings = ModelConfig(trust_remote_code=trust_remote_code)

@@ -75,6 +75,7 @@ def set_up(
     asked = _from_testbed(config, cache) if config.on_testbed else _from_files(config, day)
     config = asked.config
     judges.check_prompts(config.judge, (prompt.prompt for prompt in (*asked.prompts, *(asked.held_out or ()))))
+    judges.check_weights(config.judge)
     start_hash = workers.first_alone(lambda: _weights_hash(asked.start, config))
     # once, for all stages: what a sum rounds to depends on the threads, which must not depend on what is left to do
     set_threads(config.train.threads, models.parameters(asked.start.base, asked.start.base_settings(config.model)))

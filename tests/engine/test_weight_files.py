@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from prefopt.config import ModelConfig, parse
+from prefopt import judges
+from prefopt.config import JudgeConfig, ModelConfig, parse
 from prefopt.engine import adapters, models, parts, weight_files
 from prefopt.errors import TrainError
 from tests.dist.ranks import run_ranks
@@ -21,6 +22,7 @@ LOADERS = {
     "scorer": models.load_scorer,
     "sampler elsewhere": models.check_model,
     "judge": lambda path, settings, key="judge.path": models.load_classifier(path, settings, key),
+    "judge of a later stage": lambda path, settings: judges.check_weights(JudgeConfig(kind="reward_model", path=path)),
 }
 
 
@@ -79,7 +81,7 @@ def rename(prefix):
 def test_load_when_weights_are_missing_unknown_or_of_another_shape_then_the_line_names_one(
     who, change, says, base, trained, changed
 ):
-    path = changed(trained if who == "judge" else base, change)
+    path = changed(trained if who.startswith("judge") else base, change)
     with pytest.raises(TrainError, match=says.replace("(", r"\(")) as error:
         LOADERS[who](path, ModelConfig())
     assert "\n" not in str(error.value)
