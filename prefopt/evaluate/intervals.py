@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from prefopt.figures import readable
+
 DRAWS = 10_000
 Z = 1.959964  # of a 95% interval of a normal distribution
 _CHUNK = 2_000_000  # numbers looked up at a time
@@ -30,9 +32,8 @@ class Interval:
         return self.low > value or self.high < value
 
     def __str__(self) -> str:
-        mean, low, high = (
-            f"{value:.3f}" if not abs(value) >= 1e9 else f"{value:.4g}" for value in (self.mean, self.low, self.high)
-        )
+        values = (self.mean, self.low, self.high)
+        mean, low, high = (readable(value) if abs(value) >= 1e9 else f"{value:.3f}" for value in values)
         return f"{mean} [{low}, {high}]".replace("-0.000", "0.000")
 
 

@@ -46,7 +46,9 @@ def straight(server, command, tmp_path_factory):
 def test_table_has_a_row_per_evaluation_and_prompt_and_the_reference_always_says_the_same(straight):
     rows = table(straight)
     assert [row["step"] for row in rows] == [step for step in STEPS for _ in range(3)]
-    assert list(rows[0]) == ["step", "prompt", "reference", "policy", "tokens", "ended", "kl"]
+    ids = ["prompt_ids", "reference_ids", "policy_ids"]
+    assert list(rows[0]) == ["step", "prompt", "reference", "policy", "tokens", "ended", "kl", *ids]
+    assert all(len(row["policy_ids"]) == row["tokens"] for row in rows)
     first, last = rows[:3], rows[-3:]
     assert len({row["prompt"] for row in first}) == 3
     assert all(row["prompt"].startswith("Human: name colour") for row in first), "BOS is no text to read"
@@ -136,7 +138,7 @@ def test_method_without_reference_has_no_column_of_it(server, command, tmp_path)
     ended = server.train(command(NO_REFERENCE, tmp_path / "run", train__max_steps=4, **settings))
     assert ended.status == 0, ended.err
     rows = table(tmp_path / "run")
-    assert list(rows[0]) == ["step", "prompt", "policy", "tokens", "ended"]
+    assert list(rows[0]) == ["step", "prompt", "policy", "tokens", "ended", "prompt_ids", "policy_ids"]
     line = evaluations(tmp_path / "run")[-1]
     assert line["samples/entropy"] > 0
     assert "samples/kl" not in line

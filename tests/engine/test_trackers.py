@@ -18,6 +18,7 @@ from prefopt.config import parse
 from prefopt.engine.metrics import read_lines
 from prefopt.engine.runtime import Runtime
 from prefopt.engine.tracking import Trackers
+from prefopt.redaction import printable
 
 ROOT = Path(__file__).resolve().parents[2]
 KEY, LOGIN, TOKEN = "sk-of-the-server-4711", "anna:open-sesame", "hf_of_the_hub_0815"
@@ -93,6 +94,11 @@ def test_tensorboard_when_named_then_it_has_samples_and_run_card_as_texts(run, b
     assert json.loads((run / "run_card.json").read_text())["data"]["train"] in texts["run_card/text_summary"][0]
 
 
+def shown(value):
+    """A value of the table: text that steers a terminal is escaped on its way out."""
+    return printable(value, lines=True, joiners=True) if isinstance(value, str) else value
+
+
 def test_wandb_when_named_then_it_writes_offline_into_the_output_folder(run):
     (offline,) = (run / "wandb").glob("offline-run-*")
     assert list(offline.glob("*.wandb"))
@@ -101,7 +107,7 @@ def test_wandb_when_named_then_it_writes_offline_into_the_output_folder(run):
     assert found["columns"] == ["prompt", "reference", "policy", "tokens", "ended", "kl"]
     rows = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
     assert [dict(zip(found["columns"], row, strict=True)) for row in found["data"]] == [
-        {name: value for name, value in row.items() if name != "step"} for row in rows if row["step"] == 4
+        {name: shown(row[name]) for name in found["columns"]} for row in rows if row["step"] == 4
     ]
 
 
@@ -115,7 +121,9 @@ def test_trackio_when_named_then_its_database_has_every_number_and_the_samples(r
     assert plain == numbers(run)
     table = found["samples", 4]["_value"]
     assert [row["policy"] for row in table] == [
-        row["policy"] for row in map(json.loads, (run / "samples.jsonl").read_text().splitlines()) if row["step"] == 4
+        shown(row["policy"])
+        for row in map(json.loads, (run / "samples.jsonl").read_text().splitlines())
+        if row["step"] == 4
     ]
     assert "fingerprint" in found["run_card", 0]["_value"] or "sha256" in found["run_card", 0]["_value"]
 

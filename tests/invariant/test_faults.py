@@ -64,15 +64,15 @@ def test_step_0_when_the_collator_has_a_fault_then_the_run_stops_and_names_the_r
 
 @pytest.fixture
 def faulty_encoder(monkeypatch):
-    """The encoder lets a BOS stand that the text or the template has written before its own."""
-    honest = Encoder._pair
+    """The encoder lets a BOS stand that the text or the template has written before its own, and does not see it."""
+    honest = Encoder._checked
 
     def doubled(self, *args):
         cut = honest(self, *args)
         return replace(cut, pair=replace(cut.pair, prompt_ids=[self.bos, *cut.pair.prompt_ids]))
 
     def turn_on():
-        monkeypatch.setattr(Encoder, "_pair", doubled)
+        monkeypatch.setattr(Encoder, "_checked", doubled)
 
     return turn_on
 
@@ -104,5 +104,5 @@ def test_step_0_when_the_encoder_doubles_bos_then_the_run_stops_and_names_the_ro
     ready = bench(runtime, (lm, lm), tokenizer)
     ready.check_first_batch(encoded(tokenizer))
     faulty_encoder()
-    with pytest.raises(TrainError, match=re.escape("step 0: rows:1: chosen: BOS (0) stands twice at the start")):
+    with pytest.raises(TrainError, match=re.escape("step 0: rows:1: prompt: BOS (0) stands twice at the start")):
         ready.check_first_batch(encoded(tokenizer))

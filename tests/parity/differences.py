@@ -10,6 +10,10 @@ from tests.parity.trajectory import row
 SAME = "the same ids and masks"
 
 
+class Begun(dict):
+    """A row whose prompt ends with the beginning of the answer."""
+
+
 def ours(rows, tokenizer, folder, max_length=512):
     """Per row: {side: (ids, which are scored)}, or the `BadRow` that says why it was refused."""
     file = folder / "rows.jsonl"
@@ -26,6 +30,8 @@ def ours(rows, tokenizer, folder, max_length=512):
                 "chosen": row(pair.prompt_ids + pair.chosen_ids, head + pair.chosen_mask),
                 "rejected": row(pair.prompt_ids + pair.rejected_ids, head + pair.rejected_mask),
             }
+            if not isinstance(item.prompt, str) and item.prompt[-1]["role"] == "assistant":
+                cut = Begun(cut)
         out.append(cut)
     return out
 
@@ -46,6 +52,8 @@ def table(counts):
 def row_kinds(mine, other, tokenizer):
     if isinstance(mine, BadRow):
         return {f"refused: {mine.reason}"}
+    if isinstance(mine, Begun) and mine != other:
+        return {"answer begun in the prompt"}
     found = {kind for side in mine for kind in _side_kinds(mine[side], other[side], tokenizer)}
     return found or {SAME}
 
