@@ -78,7 +78,7 @@ def test_over_http_there_are_exactly_as_many_samples_and_scores_as_there_should_
         assert trace["score"] == 23
 
 
-def test_killed_at_ten_random_moments_it_goes_on_and_asks_nothing_again_that_was_answered(
+def test_killed_at_random_moments_it_goes_on_and_asks_nothing_again_that_was_answered(
     server, flags, scripted, straight, tmp_path
 ):
     chance, output, grew = random.Random(0), tmp_path / "run", 0
@@ -87,10 +87,12 @@ def test_killed_at_ten_random_moments_it_goes_on_and_asks_nothing_again_that_was
         (tmp_path / "whole/my_judge.py").write_text(JUDGE)
         whole = server.train(flags(here), command="infer", cwd=tmp_path / "whole")  # as slow as this machine is now
         assert whole.status == 0, whole.err
-        for _ in range(10):
+        for kills in range(30):  # on a machine that is busy with other work many come before the first answer
+            if kills >= 10 and grew >= 3:
+                break
             before = kept_seeds(output)
             here.requests.clear()
-            moment = chance.uniform(0.25, 0.6) * whole.seconds
+            moment = chance.uniform(0.25, 0.6 if kills < 10 else 0.9) * whole.seconds
             ended = server.train(flags(here), kill_after=moment, command="infer", cwd=tmp_path)
             assert ended.status in (-signal.SIGKILL, 0), ended.err
             assert not before & {*here.seeds}, "what was answered has been asked again"
