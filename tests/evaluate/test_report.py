@@ -156,5 +156,5 @@ def test_report_when_scores_are_beyond_sums_then_it_is_written_and_short(tmp_pat
     figures = rounds(Asked(lambda asked: Judgement(scores=tuple(1e308 + 1e307 * len(r.text) for r in asked.responses))))
     write_report(tmp_path, figures)
     line = (tmp_path / "rounds.md").read_text().splitlines()[5]
-    assert "1.3e+308 [1.1e+308, 1.5e+308]" in line
+    assert "1.3e308 [1.1e308, 1.5e308]" in line
     assert len(line) < 300
