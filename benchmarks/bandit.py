@@ -115,10 +115,12 @@ def plot(path: Path, ends: dict[str, dict[float, list[dict[str, Any]]]]) -> None
     """All end points under the optimal curve."""
     from prefopt.testbed import build_world
     from prefopt.testbed.cache import cache_root
-    from prefopt.testbed.report import Run, frontier_plot
+    from prefopt.testbed.world_report import PlotLine, frontier_plot
 
     world = build_world("bandit", cache_dir=cache_root())
-    runs = [Run(name, beta, [end]) for name, by_beta in ends.items() for beta, all_ in by_beta.items() for end in all_]
+    runs = [
+        PlotLine(name, beta, [end]) for name, by_beta in ends.items() for beta, all_ in by_beta.items() for end in all_
+    ]
     frontier_plot(path, world, runs)
 
 

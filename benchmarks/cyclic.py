@@ -81,7 +81,7 @@ def main() -> None:
     (args.output / "result.json").write_text(json.dumps(result, indent=1))
     table = render(result)
     (args.output / "result.md").write_text(table)
-    from prefopt.testbed.report import Curves, self_play_plot
+    from prefopt.testbed.world_report import Curves, self_play_plot
 
     curves = [Curves(label, some) for label, some in runs.items()]
     self_play_plot(args.output / "self_play.png", curves, exact, follows="SPPO")
@@ -102,7 +102,7 @@ def figures(output: Path, seed: int, rounds: int) -> tuple[SelfPlay, SelfPlay]:
 
 def render(result: dict[str, Any]) -> str:
     """The study's table in Markdown: means over seeds and their 95% intervals."""
-    from prefopt.testbed.report import mean_and_interval
+    from prefopt.testbed.world_report import mean_and_interval
 
     def cell(values: Sequence[float], spec: str = ".3f") -> str:
         mean, half = mean_and_interval(np.array(values))

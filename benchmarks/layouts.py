@@ -5,7 +5,7 @@
 
 The first table has a forward and backward pass of backbone and head (no reference) in each layout, collation included:
 how many times faster than padded rows, in the median of the turns, and the one that `auto` takes. The second has what
-`prefopt.engine.layouts.SPEEDS` holds, fitted to these times, the head's share among the unknowns.
+`prefopt.training.layout_choice.SPEEDS` holds, fitted to these times, the head's share among the unknowns.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from measure import ratio, seconds, synchronize, write
 from prefopt.config import KernelConfig
 from prefopt.data.collate import collate
 from prefopt.data.layouts import LAYOUTS, PADDED
-from prefopt.engine.forward import PolicyWithReference, to_device, token_stats_of
-from prefopt.engine.layouts import SPEEDS, Layouts, Work, shape_of, work
+from prefopt.training.forward import PolicyWithReference, to_device, token_stats_of
+from prefopt.training.layout_choice import SPEEDS, Layouts, Work, shape_of, work
 from prefopt.types import EncodedPair
 
 GRID = {
@@ -55,7 +55,7 @@ def main() -> None:
     rows = bench.grid(args.pairs)
     note = f"{args.pairs} pairs per pass unless said otherwise; x: times as fast as padded rows, {args.repeats} turns."
     write("layouts", args.device, rows, [note], **folder)
-    note = "Fitted to the passes of the other table, in the units of `prefopt.engine.layouts.Work` per second."
+    note = "Fitted to the passes of the other table, in the units of `prefopt.training.layout_choice.Work` per second."
     write("layouts-constants", args.device, bench.constants(), [note], **folder)
 
 

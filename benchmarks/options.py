@@ -21,10 +21,10 @@ from measure import peak_bytes, ratio, seconds, write
 from prefopt import registry
 from prefopt.config import LoraConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from prefopt.data.loader import FileBatches
-from prefopt.engine import adapters
-from prefopt.engine import runtime as rt
-from prefopt.engine.forward import PolicyWithReference
-from prefopt.engine.trainer import Trainer
+from prefopt.training import adapters
+from prefopt.training import runtime as rt
+from prefopt.training.forward import PolicyWithReference
+from prefopt.training.trainer import Trainer
 from prefopt.types import EncodedPair
 
 LORA = {"lora": {"r": 16}}

@@ -5,7 +5,7 @@
 
 A case is a Llama of some shape, with random weights, whose trainer makes two steps over pairs of one length; the peak
 is that of both steps, from torch's own record of what its CPU allocator gave out and took back. Cases of the `fit` are
-those by which the constants of `prefopt.launch.plan` were set, and the forms of some terms; `prediction`: the others.
+those by which the constants of `prefopt.planner.plan` were set, and the forms of some terms; `prediction`: the others.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Case(NamedTuple):
 
     @property
     def world(self) -> int:
-        return 1 if self.engine == "one process" else 2
+        return 1 if self.engine == "single process" else 2
 
     def config(self, folder: str) -> Any:
         """The settings of this run."""
@@ -75,14 +75,14 @@ def trainer_of(runtime: Any, case: Case, folder: str) -> Any:
     from step import fixed
 
     from prefopt.data.loader import FileBatches
-    from prefopt.engine import adapters
-    from prefopt.engine.forward import PolicyWithReference
-    from prefopt.engine.trainer import Trainer
+    from prefopt.training import adapters
+    from prefopt.training.forward import PolicyWithReference
+    from prefopt.training.trainer import Trainer
 
     config = case.config(folder)
-    if runtime.engine.startswith("zero"):
+    if runtime.backend.startswith("zero"):
         hidden, zero = case.shape[0], runtime.deepspeed_settings["zero_optimization"]
-        zero["reduce_bucket_size"] = hidden**2 if runtime.engine == "zero3" else BUCKET
+        zero["reduce_bucket_size"] = hidden**2 if runtime.backend == "zero3" else BUCKET
         # as accelerate fills in the `auto` of configs/deepspeed/zero3.json
         zero |= {"stage3_prefetch_bucket_size": int(0.9 * hidden**2)}
         zero |= {"stage3_param_persistence_threshold": 10 * hidden}
@@ -148,11 +148,11 @@ def run(case: Case) -> dict[str, int]:
 
     with tempfile.TemporaryDirectory() as folder:
         save(case, Path(folder))
-        if case.engine != "one process":
+        if case.engine != "single process":
             return run_ranks(measured, case, folder, world=2, engine=case.engine)[0]
         import torch
 
-        from prefopt.engine import runtime as rt
+        from prefopt.training import runtime as rt
 
         torch.set_num_threads(1)
         runtime = rt.start(
@@ -180,20 +180,20 @@ SHAPES: dict[str, tuple[int, int, int, int, int, bool]] = {
 }
 TWO = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
 CASES = [
-    *(Case(SHAPES[shape], engine, fitted=True) for shape in ("9M", "14M") for engine in ("one process", *TWO)),
+    *(Case(SHAPES[shape], engine, fitted=True) for shape in ("9M", "14M") for engine in ("single process", *TWO)),
     # what these showed of tied heads and of FSDP2's gradients went into the plan
-    *(Case(SHAPES["21M tied"], engine, "tdpo", fitted=engine in TWO[3:]) for engine in ("one process", *TWO)),
+    *(Case(SHAPES["21M tied"], engine, "tdpo", fitted=engine in TWO[3:]) for engine in ("single process", *TWO)),
     *(Case(SHAPES["14M"], engine, accumulation=2, fitted=engine == "fsdp2") for engine in TWO),
     # and these, of what is alive when a backward pass ends
-    *(Case(SHAPES["14M"], engine, checkpointing=True, micro=4, fitted=True) for engine in ("one process", *TWO)),
-    *(Case(SHAPES["9M"], engine, lora=8) for engine in ("one process", "ddp", "zero2", "zero3", "fsdp2")),
-    *(Case(SHAPES["1M"], engine, prompt=192) for engine in ("one process", *TWO)),
+    *(Case(SHAPES["14M"], engine, checkpointing=True, micro=4, fitted=True) for engine in ("single process", *TWO)),
+    *(Case(SHAPES["9M"], engine, lora=8) for engine in ("single process", "ddp", "zero2", "zero3", "fsdp2")),
+    *(Case(SHAPES["1M"], engine, prompt=192) for engine in ("single process", *TWO)),
     # and of the copy of gradients in ZeRO's step
-    *(Case(SHAPES["60M"], engine, micro=1, fitted=engine in TWO[1:3]) for engine in ("one process", *TWO)),
+    *(Case(SHAPES["60M"], engine, micro=1, fitted=engine in TWO[1:3]) for engine in ("single process", *TWO)),
     # measured when nothing was changed any more
     *(
         Case(SHAPES["36M"], engine, "tdpo", micro=1, accumulation=2, prompt=96, response=160)
-        for engine in ("one process", *TWO)
+        for engine in ("single process", *TWO)
     ),
 ]
 
@@ -237,7 +237,7 @@ def main() -> None:
 def compared(case: Case, peak: int) -> dict[str, Any]:
     """A row of the table."""
     from prefopt.kernels.token_stats import TILES
-    from prefopt.launch import plan
+    from prefopt.planner import plan
 
     with tempfile.TemporaryDirectory() as folder:
         llama(case.shape).save_pretrained(folder)

@@ -23,12 +23,12 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 import plan  # noqa: E402
 
 CASES = [
-    *(plan.Case(plan.SHAPES[name], "one process", micro=4) for name in ("9M", "21M tied", "36M", "60M")),
-    *(plan.Case(plan.SHAPES[name], "one process", "tdpo", micro=4) for name in ("9M", "36M")),
-    plan.Case(plan.SHAPES["36M"], "one process", micro=4, checkpointing=True),
-    plan.Case(plan.SHAPES["36M"], "one process", micro=4, lora=8),
-    plan.Case(plan.SHAPES["36M"], "one process", micro=2, accumulation=3),
-    plan.Case(plan.SHAPES["14M"], "one process", micro=2, prompt=256, response=256),
+    *(plan.Case(plan.SHAPES[name], "single process", micro=4) for name in ("9M", "21M tied", "36M", "60M")),
+    *(plan.Case(plan.SHAPES[name], "single process", "tdpo", micro=4) for name in ("9M", "36M")),
+    plan.Case(plan.SHAPES["36M"], "single process", micro=4, checkpointing=True),
+    plan.Case(plan.SHAPES["36M"], "single process", micro=4, lora=8),
+    plan.Case(plan.SHAPES["36M"], "single process", micro=2, accumulation=3),
+    plan.Case(plan.SHAPES["14M"], "single process", micro=2, prompt=256, response=256),
 ]
 STEPS = 7
 
@@ -48,10 +48,10 @@ def measured(case: plan.Case) -> dict[str, Any]:
     """A row of the table."""
     import torch
 
-    from prefopt.engine import runtime as rt
-    from prefopt.launch import plan as memory
-    from prefopt.launch import report
     from prefopt.plan_config import PlanConfig
+    from prefopt.planner import plan as memory
+    from prefopt.planner import plan_report
+    from prefopt.training import runtime as rt
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
@@ -74,7 +74,7 @@ def measured(case: plan.Case) -> dict[str, Any]:
         runtime.accelerator.free_memory()
     speeds = sorted((statistics.median(low), statistics.median(high)))
     own = PlanConfig(gpus=1, tflops=tuple(speeds), prompt_tokens=case.prompt, response_tokens=case.response)
-    fast, slow = report.seconds(own, config, model, "one process")
+    fast, slow = plan_report.seconds(own, config, model, "single process")
     took = statistics.median(seconds)
     return {
         "weights": f"{model.weights / 1e6:.1f}M",

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import measure
 
-from prefopt.engine.metrics import read_lines
+from prefopt.training.metrics import read_lines
 from tests.fork_server import ENGINES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,12 +31,12 @@ def main() -> None:
     parser.add_argument("--pairs", default=256, type=int, help="of a process and step")
     parser.add_argument("--steps", default=30, type=int)
     args = parser.parse_args()
-    runs = [("one process", 1, {}), *((engine, 2, variables) for engine, variables in ENGINES.items())]
+    runs = [("single process", 1, {}), *((engine, 2, variables) for engine, variables in ENGINES.items())]
     found: dict[str, list[float]] = {name: [] for name, _, _ in runs}
     for _ in range(2):
         for name, processes, variables in runs:
             found[name] += _seconds(processes, variables, args.pairs, args.steps)
-    alone = statistics.median(found["one process"])
+    alone = statistics.median(found["single process"])
     rows = []
     for name, processes, _ in runs:
         step = statistics.median(found[name])

@@ -121,7 +121,7 @@ def compare(folder: Path, policy: Path, args: argparse.Namespace) -> dict[str, A
     from transformers import AutoTokenizer
 
     from prefopt import judges
-    from prefopt.data.prompts import hold_out, read_prompts
+    from prefopt.data.round_prompts import hold_out, read_prompts
     from prefopt.method import Method
     from prefopt.rounds.stages import completions_of
     from prefopt.rounds.store import read_rows

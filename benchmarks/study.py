@@ -19,7 +19,7 @@ def train_all(runs: Mapping[str, Sequence[str]], folder: Path, jobs: int) -> Non
     import torch
 
     import prefopt.cli
-    import prefopt.engine.trainer  # noqa: F401 - imported before the fork, so that each run starts at once
+    import prefopt.training.trainer  # noqa: F401 - imported before the fork, so that each run starts at once
 
     torch.set_num_threads(1)
     folder.mkdir(parents=True, exist_ok=True)
@@ -58,7 +58,7 @@ def machine() -> str:
     """One line on what the figures were measured with, for the head of a results file."""
     import platform
 
-    from prefopt.engine.runtime import versions
+    from prefopt.training.runtime import versions
 
     cores = len(os.sched_getaffinity(0))
     names = ", ".join(f"{name} {version}" for name, version in versions().items())

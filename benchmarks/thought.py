@@ -98,14 +98,14 @@ def figures(run: Path, arm: str) -> dict[str, list[float]]:
 
 def over_seeds(runs: Sequence[Mapping[str, Sequence[float]]], name: str, at: int) -> tuple[float, float]:
     """Mean of a figure after a round and half the width of its 95% interval (Student's t), over seeds."""
-    from prefopt.testbed.report import mean_and_interval
+    from prefopt.testbed.world_report import mean_and_interval
 
     return mean_and_interval(np.array([run[name][at] for run in runs]))
 
 
 def difference(one: Sequence[Any], other: Sequence[Any], at: int = -1) -> tuple[float, float]:
     """Of two arms' accuracy, seed by seed."""
-    from prefopt.testbed.report import mean_and_interval
+    from prefopt.testbed.world_report import mean_and_interval
 
     return mean_and_interval(np.array([a["accuracy"][at] - b["accuracy"][at] for a, b in zip(one, other, strict=True)]))
 
@@ -120,7 +120,7 @@ def verdict(hidden: tuple[float, float], after: str) -> str:
 
 def render(result: Mapping[str, Any]) -> str:
     """The tables of the study in Markdown."""
-    from prefopt.testbed.report import mean_and_interval
+    from prefopt.testbed.world_report import mean_and_interval
 
     def cell(pair: tuple[float, float], spec: str = ".3f") -> str:
         return f"{pair[0]:{spec}} ± {pair[1]:{spec}}"
@@ -192,7 +192,7 @@ def plot(path: Path, result: Mapping[str, Any]) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    from prefopt.testbed.report import COLOURS, INK
+    from prefopt.testbed.world_report import COLOURS, INK
 
     arms = result["arms"]
     thinking = {arm: runs for arm, runs in arms.items() if arm != "direct"}

@@ -36,8 +36,8 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     command = COMMANDS.get(argv[0])
     if command is None:
-        from prefopt.engine.runtime import fail
         from prefopt.errors import ConfigError, did_you_mean
+        from prefopt.training.runtime import fail
 
         near = did_you_mean(argv[0], COMMANDS) or ";"
         return fail(ConfigError(f"unknown command '{argv[0]}'{near} known: {', '.join(COMMANDS)}"))

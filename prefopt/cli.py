@@ -23,25 +23,25 @@ from typing import TYPE_CHECKING, Any
 from prefopt import config as settings
 from prefopt import storage
 from prefopt.config import RunConfig
-from prefopt.engine import runtime as rt
-from prefopt.engine.runtime import say
-from prefopt.engine.slurm import join_step
 from prefopt.errors import ConfigError, TrainError, did_you_mean
 from prefopt.exits import about, answered
 from prefopt.redaction import hidden, printable
 from prefopt.storage import write_sealed, write_whole
 from prefopt.testbed.cache import cache_root
+from prefopt.training import runtime as rt
+from prefopt.training.runtime import say
+from prefopt.training.slurm_environment import join_step
 
 if TYPE_CHECKING:
     from prefopt.data.loader import Batches
     from prefopt.data_config import LookConfig
-    from prefopt.engine.adapters import Frozen, Weights
-    from prefopt.engine.forward import ReferenceHead
-    from prefopt.engine.metrics import Evaluator
-    from prefopt.engine.reference import ReferenceValues, Source
-    from prefopt.engine.tracking import Trackers
-    from prefopt.rounds.run import Rounds
+    from prefopt.rounds.rounds import Rounds
     from prefopt.testbed.words import WordWorld
+    from prefopt.training.adapters import Frozen, Weights
+    from prefopt.training.forward import ReferenceHead
+    from prefopt.training.metrics import Evaluator
+    from prefopt.training.reference import ReferenceValues, Source
+    from prefopt.training.tracking import Trackers
     from prefopt.types import EncodedPair
 
 CARD = "run_card.json"
@@ -75,7 +75,7 @@ def _answer(command: str, argv: Sequence[str], help_text: Callable[[], str], run
     return answered(command, argv, helped)
 
 
-def _train(config: RunConfig, only: Stage | None = None) -> int:
+def _train(config: RunConfig, only: StageSlice | None = None) -> int:
     about(config.to_dict(), Path(config.output))
     rt.check_launcher()
     stop = rt.Stop()
@@ -106,8 +106,8 @@ def _train(config: RunConfig, only: Stage | None = None) -> int:
         lock.release()
 
 
-def _prepared(config: RunConfig, output: Path, stop: rt.Stop, only: Stage | None) -> int:
-    from prefopt.engine import compiling, layouts, optimizers, preflight
+def _prepared(config: RunConfig, output: Path, stop: rt.Stop, only: StageSlice | None) -> int:
+    from prefopt.training import compiling, layout_choice, optimizers, preflight
 
     runtime = rt.start(
         stop,
@@ -122,7 +122,7 @@ def _prepared(config: RunConfig, output: Path, stop: rt.Stop, only: Stage | None
     try:
         say(_first_line(config, runtime))
         optimizers.check_optimizer(config.optim, runtime.device)
-        layouts.check_settings(config, runtime.device)
+        layout_choice.check_settings(config, runtime.device)
         if not config.dry_run:
             preflight.check(config, runtime, output)
         if config.train.compile:
@@ -143,8 +143,8 @@ def _prepared(config: RunConfig, output: Path, stop: rt.Stop, only: Stage | None
 
 def _run_once(config: RunConfig, runtime: rt.Runtime, output: Path, evaluators: Sequence[Evaluator] = ()) -> int:
     """One training, from its data to its model."""
-    from prefopt.engine import checkpoint
-    from prefopt.engine.tracking import Trackers
+    from prefopt.training import checkpoint
+    from prefopt.training.tracking import Trackers
 
     if config.train.check_memory and not config.on_testbed:
         _check_memory(config, runtime)
@@ -154,11 +154,11 @@ def _run_once(config: RunConfig, runtime: rt.Runtime, output: Path, evaluators: 
     for line in task.report:
         say(printable(line))
     if config.dry_run:
-        from prefopt.engine import preflight
-        from prefopt.launch import preview
+        from prefopt.planner import dry_run
+        from prefopt.training import preflight
 
         total = preflight.gpu_memory(runtime.device)
-        lines = preview.of_run(config, runtime, task.train, len(task.eval_pairs), task.start.path, total)
+        lines = dry_run.of_run(config, runtime, task.train, len(task.eval_pairs), task.start.path, total)
         _say_dry(config, lines)
         return 0
     resume_from = checkpoint.latest(output / "checkpoints", say, runtime)
@@ -190,8 +190,8 @@ def _run_once(config: RunConfig, runtime: rt.Runtime, output: Path, evaluators: 
 
 def _extend(config: RunConfig, task: _Task, output: Path) -> str | None:
     """Make a finished run one that goes on, where its length was raised. Returns: a line on its schedule, or None."""
-    from prefopt.engine import extension
-    from prefopt.engine.trainer import learning_rate, total_steps
+    from prefopt.training import extension
+    from prefopt.training.trainer import learning_rate, total_steps
 
     steps = None if task.train.steps_per_epoch is None else task.train.steps
 
@@ -203,10 +203,10 @@ def _extend(config: RunConfig, task: _Task, output: Path) -> str | None:
 
 def _say_dry(config: RunConfig, plan: Sequence[str]) -> None:
     """What `--dry_run` prints behind the report of the data. Args: plan: lines of what the run will do and need."""
-    from prefopt.launch import preview
+    from prefopt.planner import dry_run
 
     whole = [] if config.dry_run != "config" else ["", "resolved config:", settings.yaml_of(hidden(config.to_dict()))]
-    changed = [printable(line) for line in preview.differences(config)]
+    changed = [printable(line) for line in dry_run.differences(config)]
     say("\n".join(["", *changed, *plan, *whole]))
     if not whole:
         say("(--dry_run config prints every setting as YAML)")
@@ -228,14 +228,14 @@ def _hold_out_at_most(config: RunConfig, task: _Task) -> None:
 
 def _check_memory(config: RunConfig, runtime: rt.Runtime) -> None:
     """Say it where the run may not fit on its GPUs. Raises: TrainError where it cannot."""
-    from prefopt.engine import preflight
+    from prefopt.training import preflight
 
     total = preflight.gpu_memory(runtime.device)
     if total is None:
         return
-    from prefopt.launch import fit
+    from prefopt.planner import fit
 
-    engine = fit.engine_of(runtime)
+    engine = fit.backend_of(runtime)
     if engine is not None:
         warning = runtime.on_main(lambda: fit.check(config, engine, runtime.world, total))
         if warning is not None:
@@ -245,11 +245,11 @@ def _check_memory(config: RunConfig, runtime: rt.Runtime) -> None:
 # Rounds ---------------------------------------------------------------------------------------------------------------
 
 
-def _run_rounds(config: RunConfig, runtime: rt.Runtime, output: Path, only: Stage | None = None) -> int:
+def _run_rounds(config: RunConfig, runtime: rt.Runtime, output: Path, only: StageSlice | None = None) -> int:
     """All rounds in the processes of this run, or one stage of one of them."""
-    from prefopt.engine.tracking import Trackers
     from prefopt.rounds.setup import set_up
-    from prefopt.rounds.work import Workers
+    from prefopt.rounds.shards import Workers
+    from prefopt.training.tracking import Trackers
 
     part = only.part if only is not None else None
     workers = Workers(*part) if part is not None else Workers(runtime.rank, runtime.world, runtime)
@@ -286,11 +286,11 @@ def _run_rounds(config: RunConfig, runtime: rt.Runtime, output: Path, only: Stag
     for line in report if only is None else ():
         say(printable(line))
     if config.dry_run:
-        from prefopt.engine import preflight
-        from prefopt.launch import preview
+        from prefopt.planner import dry_run
+        from prefopt.training import preflight
 
         total, each = preflight.gpu_memory(runtime.device), rounds.prompts_of_rounds()
-        _say_dry(config, preview.of_rounds(config, runtime, each, rounds.start.path, total))
+        _say_dry(config, dry_run.of_rounds(config, runtime, each, rounds.start.path, total))
         return 0
     card = _rounds_card(config, runtime, rounds, report)
     runtime.on_main(lambda: _keep_card(card, output, write=part is None or workers.first))
@@ -308,7 +308,7 @@ def _run_rounds(config: RunConfig, runtime: rt.Runtime, output: Path, only: Stag
 
 
 @dataclasses.dataclass(frozen=True)
-class Stage:
+class StageSlice:
     """One stage of one round, as `rounds --stage` names it. `part`: (which, of how many) processes share its shards."""
 
     name: str
@@ -327,7 +327,7 @@ def rounds(argv: Sequence[str]) -> int:
         return ROUNDS_USAGE + "\n" + settings.help_text([*argv, *([] if named else ["--rounds.count", "1"])])
 
     def conducted() -> int:
-        from prefopt.launch import rounds as on_slurm
+        from prefopt.sweeps import rounds_jobs as on_slurm
 
         join_step()
         flags, how = on_slurm.options_of(argv)
@@ -358,7 +358,7 @@ started by --rounds.launcher. With --stage: that one; --part 0/4 to 3/4 share it
 _STAGES = ("generate", "judge", "pair", "train", "evaluate")
 
 
-def _stage_of(argv: Sequence[str]) -> tuple[list[str], Stage | None]:
+def _stage_of(argv: Sequence[str]) -> tuple[list[str], StageSlice | None]:
     """(all other flags, the stage that these name)."""
     flags, own = [], {}
     words = [part for word in argv for part in (word.split("=", 1) if word.startswith("--") else [word])]
@@ -379,13 +379,13 @@ def _stage_of(argv: Sequence[str]) -> tuple[list[str], Stage | None]:
     if number is None or not number.isdigit() or (int(number) == 0 and name != "evaluate"):
         raise ConfigError(f"--round: found {number!r}, expected the number of a round, from 1 (evaluate: from 0)")
     if part is None:
-        return flags, Stage(name, int(number))
+        return flags, StageSlice(name, int(number))
     which, _, of = part.partition("/")
     if not (which.isdigit() and of.isdigit() and int(which) < int(of)):
         raise ConfigError(f"--part: found {part!r}, expected such as 0/4, 1/4, 2/4, 3/4")
     if name not in ("generate", "judge"):
         raise ConfigError(f"--part: the {name} stage is one process's work, or one launch's; leave it out")
-    return flags, Stage(name, int(number), (int(which), int(of)))
+    return flags, StageSlice(name, int(number), (int(which), int(of)))
 
 
 def _conduct(config: RunConfig, flags: Sequence[str]) -> int:
@@ -455,10 +455,10 @@ class _Task:
 def _testbed_task(config: RunConfig) -> _Task:
     from prefopt.data.comparison import BothOrders
     from prefopt.data.loader import Converted, FileBatches
-    from prefopt.engine import adapters, models
-    from prefopt.engine.reference import Source
     from prefopt.testbed import build_world
     from prefopt.testbed.words import WordWorld
+    from prefopt.training import adapters, models
+    from prefopt.training.reference import Source
 
     test = config.testbed
     world = build_world(test.world, seed=test.seed, cache_dir=cache_root())
@@ -518,14 +518,14 @@ def _file_task(config: RunConfig, day: date) -> _Task:
     from prefopt.data.mixture import mixture_of
     from prefopt.data.split import shared_prompts, split_by_prompt
     from prefopt.data.templates import Rendering
-    from prefopt.engine import adapters, layouts, models
-    from prefopt.engine.reference import Source
+    from prefopt.training import adapters, layout_choice, models
+    from prefopt.training.reference import Source
 
     assert config.model.path is not None
     start = adapters.find(config.model.path, config.model)
     architecture = models.load_config(start.base, start.base_settings(config.model))
     adapters.check(config, start, architecture)
-    layouts.check_architecture(config, architecture)
+    layout_choice.check_architecture(config, architecture)
     reference = adapters.reference(config, start)
     if isinstance(reference, adapters.Weights) and reference != start:
         other = models.load_config(reference.base, reference.base_settings(config.model), key="reference.path")
@@ -625,9 +625,9 @@ def _fit(
     trackers: Trackers | None = None,
     hashes: Mapping[str, str] | None = None,
 ) -> int:
-    from prefopt.engine import adapters, models, preflight
-    from prefopt.engine.forward import PolicyWithReference, Scorer
-    from prefopt.engine.trainer import Trainer
+    from prefopt.training import adapters, models, preflight
+    from prefopt.training.forward import PolicyWithReference, Scorer
+    from prefopt.training.trainer import Trainer
 
     if config.lora.r is None and task.start.adapter is None:
         base = task.start
@@ -683,7 +683,7 @@ def _fit(
     if config.eval.generate and isinstance(policy, PolicyWithReference):
         from prefopt.evaluate.sampler import sampler
 
-        agree = runtime.from_main if runtime.engine in rt.SHARDING else None
+        agree = runtime.from_main if runtime.backend in rt.SHARDING else None
         precision = runtime.accelerator.autocast
         evaluators.append(sampler(config, policy, task.tokenizer, task.eval_pairs, precision, agree))
     trainer = Trainer(
@@ -712,9 +712,9 @@ def _kept_reference(
     """
     import torch
 
-    from prefopt.engine import adapters, models
-    from prefopt.engine.forward import ReferenceHead
-    from prefopt.engine.reference import Oracle, obtain
+    from prefopt.training import adapters, models
+    from prefopt.training.forward import ReferenceHead
+    from prefopt.training.reference import Oracle, obtain
 
     what = task.reference
     assert what is not None
@@ -759,7 +759,7 @@ def _report_figures(
 
 def _lines(output: Path, split: str) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl of one split."""
-    from prefopt.engine.metrics import read_lines
+    from prefopt.training.metrics import read_lines
 
     path = output / "metrics.jsonl"
     return [line for line in read_lines(path) if line["split"] == split] if path.exists() else []
@@ -772,12 +772,12 @@ def _report_testbed(
     lines = _lines(output, "eval") if task.world is not None and runtime.is_main else []
     if task.world is None or not lines:
         return
-    from prefopt.engine.best import Selection
+    from prefopt.training.best_checkpoint import Selection
 
     chosen = None if config.eval.select is None else Selection.of(config.eval.select).best(lines)
     end = next((line for line in lines if line["step"] == chosen), lines[-1])  # of the model that is exported
     from prefopt.testbed.bandit import Bandit
-    from prefopt.testbed.report import Run, frontier_plot, summary_table
+    from prefopt.testbed.world_report import PlotLine, frontier_plot, summary_table
 
     if config.method.needs.output == "scores":
         won = [pair.columns["pair_win_prob"] for pair in task.eval_pairs]
@@ -794,7 +794,7 @@ def _report_testbed(
     if isinstance(task.world, Bandit):
         if config.method.other_optimum():
             say(f"\n{config.method.other_optimum()}")
-        frontier_plot(output / "frontier.png", task.world, [Run(_described(config), beta, lines)])
+        frontier_plot(output / "frontier.png", task.world, [PlotLine(_described(config), beta, lines)])
         say(f"\nreward-KL frontier: {output / 'frontier.png'}")
     if trackers is not None:
         trackers.page("testbed/end", f"```\n{table}\n```", lines[-1]["step"])
@@ -839,7 +839,7 @@ def _refuse_another_run(config: RunConfig, output: Path, but: Sequence[str] = ()
     changed = [line for line in changed if line.partition(":")[0] not in but]
     keys = [line.partition(":")[0] for line in changed]
     if keys and not but and config.rounds.count == 0 and set(keys) <= set(settings.LENGTHS):
-        from prefopt.engine import extension
+        from prefopt.training import extension
 
         lengths = extension.changes(card["config"], config.to_dict())
         extension.check(output, settings.from_dict(card["config"]), lengths)
@@ -915,7 +915,7 @@ def _read_card(output: Path) -> dict[str, Any] | None:
 
 def _run_card(config: RunConfig, runtime: rt.Runtime, task: _Task) -> dict[str, Any]:
     """What a reader needs to trust and repeat the run."""
-    from prefopt.engine import adapters, models
+    from prefopt.training import adapters, models
 
     @functools.cache  # the reference is the policy's start unless another is named
     def digest(path: str, revision: str | None) -> str:
@@ -985,7 +985,7 @@ def _circumstances(runtime: rt.Runtime) -> dict[str, Any]:
     return {
         "versions": rt.versions(),
         "git_commit": _git_commit(),
-        "engine": runtime.described_engine,
+        "engine": runtime.described_backend,
         "device": str(runtime.device),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
@@ -1034,7 +1034,7 @@ def _git_commit() -> str | None:
 
 def _first_line(config: RunConfig, runtime: rt.Runtime) -> str:
     return (
-        f"prefopt: {runtime.world} process(es), engine {runtime.described_engine}, device {runtime.device.type}, "
+        f"prefopt: world size {runtime.world}, backend {runtime.described_backend}, device {runtime.device.type}, "
         f"method {_described(config)}, seed {config.seed}"
     )
 
@@ -1055,7 +1055,7 @@ def infer(argv: Sequence[str]) -> int:
     def inferred() -> int:
         config = parse_infer(argv)
         about(dataclasses.asdict(config), Path(config.output) if config.output else None)
-        from prefopt.inference.run import run
+        from prefopt.inference.infer import run
 
         return run(config)
 
@@ -1093,9 +1093,9 @@ def _look(config: LookConfig) -> int:
     from prefopt.data.comparison import encoder_for
     from prefopt.data.encode import encode_file, joined
     from prefopt.data.encoder import pad_token
-    from prefopt.data.look import page, shown, spread, terminal
+    from prefopt.data.preview import page, shown, spread, terminal
     from prefopt.data.templates import Rendering
-    from prefopt.engine import adapters, models
+    from prefopt.training import adapters, models
 
     vocab_rows = None
     if config.model.path is not None:
@@ -1150,7 +1150,7 @@ def _look(config: LookConfig) -> int:
 
 def sweep(argv: Sequence[str]) -> int:
     """The `sweep` command. Status 0: all runs are done; 1: some failed; 2: a user's mistake; 75: run the same again."""
-    from prefopt.launch import command
+    from prefopt.sweeps import command
 
     return answered("sweep", argv, lambda: command.sweep(argv))
 
@@ -1163,7 +1163,7 @@ def plan(argv: Sequence[str]) -> int:
         own, config = parse_plan(argv)
         about(config.to_dict())
         rt.check_path("model.path", str(config.model.path))
-        from prefopt.launch.report import report
+        from prefopt.planner.plan_report import report
 
         with contextlib.suppress(BrokenPipeError):
             print(printable(report(own, config), lines=True))

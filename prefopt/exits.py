@@ -15,9 +15,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from prefopt.engine import runtime as rt
 from prefopt.errors import PrefoptError, TrainError
 from prefopt.redaction import HIDDEN, guarded_output, hidden, names_a_secret, printable
+from prefopt.training import runtime as rt
 
 DEBUG = "PREFOPT_DEBUG"  # set to 1: tracebacks are printed too
 _FAILED = 1

@@ -90,7 +90,7 @@ def plan_help() -> str:
     head = [
         "usage: plan.py --method NAME --model.path DIR [--gpus N] [--gpu_memory GB] [--GROUP.SETTING VALUE ...]",
         "",
-        "What a run will hold on each GPU and how long a step will take, under each engine, from the settings that",
+        "What a run will hold on each GPU and how long a step will take, under each backend, from the settings that",
         "train.py takes (train.py --help lists them) and the model's config alone: no weights, no data, no GPU.",
         "",
     ]

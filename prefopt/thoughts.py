@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from prefopt import marks, storage
+from prefopt import placeholders, storage
 from prefopt.errors import ConfigError, did_you_mean
 
 Messages = list[dict[str, Any]]
@@ -107,12 +107,14 @@ class ThoughtFormat:
         }
 
     def _filled(self, prompt: str) -> str:
-        return marks.filled(self.asking(), prompt=prompt)
+        return placeholders.filled(self.asking(), prompt=prompt)
 
     def asking(self) -> str:
         """The thought prompt with its markers in it; `{prompt}`, where it has that, is left to be filled."""
         assert self.template is not None
-        return marks.filled(self.template, thought_marker=self.thought_marker, response_marker=self.response_marker)
+        return placeholders.filled(
+            self.template, thought_marker=self.thought_marker, response_marker=self.response_marker
+        )
 
 
 def names() -> list[str]:
@@ -154,9 +156,9 @@ def read_format(
             raise ConfigError(f"{key}: {path}:{number}: found '{entry}', expected 'response_marker: TEXT' or '---'")
         own[word.strip()] = value.strip()
     template = (template if line else text).strip("\n")
-    what = marks.problem(template, (), _MARKS)
+    what = placeholders.problem(template, (), _MARKS)
     if what is not None:
-        raise ConfigError(f"{key}: {path}: {what}, expected {marks.listed(_MARKS)}")
+        raise ConfigError(f"{key}: {path}: {what}, expected {placeholders.listed(_MARKS)}")
     response = own.get("response_marker", "") if response_marker is None else response_marker
     thought = own.get("thought_marker", "") if thought_marker is None else thought_marker
     if not response.strip():

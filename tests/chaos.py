@@ -24,7 +24,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from prefopt.engine import checkpoint
+from prefopt.training import checkpoint
 from tests import damages
 from tests.fork_server import ROOT, ForkServer
 from tests.helpers import byte_bpe_tokenizer, tiny_llama

@@ -29,7 +29,7 @@ def runtime():
     import torch
     from accelerate import Accelerator
 
-    from prefopt.engine.runtime import Runtime
+    from prefopt.training.runtime import Runtime
 
     torch.set_num_threads(1)
     return Runtime(Accelerator(cpu=True))

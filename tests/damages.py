@@ -22,7 +22,7 @@ from tests.fork_server import Ended, ForkServer
 KINDS = ("bit", "end", "page", "unreadable")
 WRONG = ("differing", "traceback", "deleted", "unread_later")
 THEIRS = ("notes.txt", "checkpoints/step_00000004_mine/notes.txt", "model/notes.txt", "best/notes.txt")
-_STEP = "prefopt.engine.trainer:Trainer._step"
+_STEP = "prefopt.training.trainer:Trainer._step"
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def works(server: ForkServer, base: dict[str, object], root: Path) -> Iterator[C
         ("model/model.safetensors", "model/manifest.json", "model/config.json"),
     )
     cached = {"method": "dpo", **base, "train.max_steps": 6, "reference.cache": "logps"}
-    for name, at in (("passing", {"at": "prefopt.engine.reference:_finish"}), ("passed", {"at": _STEP, "count": 4})):
+    for name, at in (("passing", {"at": "prefopt.training.reference:_finish"}), ("passed", {"at": _STEP, "count": 4})):
         of = ("reference/*/pairs_*.safetensors",) + (
             ("reference/*/cache.json", "reference/*/index.safetensors", "reference/tokens/*.json")
             if name == "passed"

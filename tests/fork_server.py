@@ -24,7 +24,7 @@ from tests.faults import refuse
 
 ROOT = Path(__file__).resolve().parent.parent
 # What accelerate's launcher sets for each of configs/accelerate/*.yaml.
-ENGINES: dict[str, dict[str, str]] = {
+BACKENDS: dict[str, dict[str, str]] = {
     "ddp": {},
     **{
         f"zero{stage}": {
@@ -41,7 +41,7 @@ ENGINES: dict[str, dict[str, str]] = {
         "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
     },
 }
-# What it sets for a file of DeepSpeed's settings, which make an engine of ENGINES offload.
+# What it sets for a file of DeepSpeed's settings, which make a backend of BACKENDS offload.
 OFFLOADED: dict[str, dict[str, str]] = {
     name: {
         "ACCELERATE_USE_DEEPSPEED": "true",
@@ -87,13 +87,13 @@ class ForkServer:
         cwd: Path | None = None,
         command: str = "train",
         ranks: int = 1,
-        engine: str = "ddp",
+        backend: str = "ddp",
         environment: dict[str, str] | None = None,
         unreadable: tuple[str, int] | None = None,
     ) -> Ended:
         """Run `prefopt train ARGV` in a fork of the server and wait for its end.
 
-        Args: engine: what joins several ranks, one of `ENGINES` or `OFFLOADED`; environment: more for all of them.
+        Args: backend: what joins several ranks, one of `BACKENDS` or `OFFLOADED`; environment: more for all of them.
             ranks: processes joined by gloo; a fault happens on the one that its `rank` names, else the first; when
             one dies the others are killed, as a launcher does. What is written is the first one's.
             unreadable: the end of a path that cannot be read, and the number of the error; see `faults.refuse`.
@@ -103,7 +103,7 @@ class ForkServer:
             "argv": argv,
             "command": command,
             "ranks": ranks,
-            "engine": engine,
+            "backend": backend,
             "environment": environment or {},
             "port": _free_port() if ranks > 1 else None,
             "fault": fault,
@@ -131,16 +131,6 @@ def _serve() -> None:
     import peft  # noqa: F401
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM  # noqa: F401
-
-    import prefopt.cli
-    import prefopt.data.encode
-    import prefopt.data.split
-    import prefopt.engine.trainer
-    import prefopt.inference.policy
-    import prefopt.inference.run
-    import prefopt.inference.test_time_po
-    import prefopt.rounds.setup
-    import prefopt.testbed  # noqa: F401
 
     torch.set_num_threads(1)
     for line in sys.stdin:
@@ -187,7 +177,7 @@ def _child(request: dict[str, Any], rank: int) -> None:
             names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": request["ranks"], "MASTER_PORT": request["port"]}
             names |= {"LOCAL_WORLD_SIZE": request["ranks"], "MASTER_ADDR": "127.0.0.1"}
             os.environ.update({name: str(value) for name, value in names.items()})
-            os.environ.update((ENGINES | OFFLOADED)[request["engine"]] | request["environment"])
+            os.environ.update((BACKENDS | OFFLOADED)[request["backend"]] | request["environment"])
         if rank:
             request |= {"out": request["out"] + str(rank), "err": request["err"] + str(rank)}
         for path, target in ((os.devnull, 0), (request["out"], 1), (request["err"], 2)):

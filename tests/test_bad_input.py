@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.helpers import byte_bpe_tokenizer, tiny_llama
 
-TRAINER = "prefopt.engine.trainer:Trainer."
+TRAINER = "prefopt.training.trainer:Trainer."
 
 
 @pytest.fixture
@@ -243,7 +243,7 @@ def test_reference_when_it_lacks_a_weight_then_is_refused_before_the_policy_is_l
     weights = load_file(path / "model.safetensors")
     del weights[name]
     save_file(weights, path / "model.safetensors", {"format": "pt"})
-    found = error(reference__path=path, fault={"at": "prefopt.engine.adapters:load_policy", "do": "SIGKILL"})
+    found = error(reference__path=path, fault={"at": "prefopt.training.adapters:load_policy", "do": "SIGKILL"})
     assert found.startswith(f"reference.path: '{path}' has no weights for {name}")
 
 
@@ -433,7 +433,7 @@ def test_output_when_the_order_of_the_pairs_changed_since_then_refused(error, se
 
 
 def test_output_when_another_process_writes_there_then_its_owner_is_named(error, tmp_path):
-    from prefopt.engine.runtime import OutputLock
+    from prefopt.training.runtime import OutputLock
 
     (tmp_path / "run").mkdir()
     lock = OutputLock(tmp_path / "run")
@@ -478,7 +478,7 @@ def test_disk_when_a_file_may_not_grow_then_the_checkpoint_before_survives_and_a
     assert server.train(command("dpo", tmp_path / "run")).status == 0
 
 
-@pytest.mark.parametrize("place", ["prefopt.engine.metrics:MetricsFile.write", "prefopt.cli:write_sealed"])
+@pytest.mark.parametrize("place", ["prefopt.training.metrics:MetricsFile.write", "prefopt.cli:write_sealed"])
 def test_disk_when_full_outside_a_checkpoint_then_one_line_and_a_rerun_ends(error, place, server, command, tmp_path):
     found = error(fault={"at": place, "do": "ENOSPC"})
     cache = server.folder / "cache"

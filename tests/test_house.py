@@ -12,16 +12,16 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "prefopt"
 # Floors, bottom up. A module may import from lower floors, and from its own only along the order given in ROOMS.
 FLOORS = [
-    ["__init__", "types", "redaction", "errors", "figures", "storage", "marks"],
+    ["__init__", "types", "redaction", "errors", "figures", "storage", "placeholders"],
     ["kernels"],
     ["thoughts", "method", "methods", "ranking", "registry", "losses"],
     ["config", "other_names", "infer_config", "data_config", "plan_config"],
     ["data"],
-    ["engine"],
+    ["training"],
     ["testbed", "generation", "judges"],
     ["evaluate"],
     ["rounds", "inference"],
-    ["launch"],
+    ["planner", "sweeps"],
     ["exits", "cli", "__main__"],
 ]
 FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}

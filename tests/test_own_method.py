@@ -15,8 +15,8 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from prefopt import registry
-from prefopt.engine.metrics import read_lines
-from prefopt.engine.runtime import Runtime
+from prefopt.training.metrics import read_lines
+from prefopt.training.runtime import Runtime
 from tests.invariant.oracle import oracle_step
 from tests.invariant.steps import Bench, difference, random_pairs, two_models
 

@@ -22,8 +22,8 @@ import numpy as np
 from prefopt import storage
 from prefopt.data.bad_rows import BadRow, BadRows, OnBadRow, first_bad_row
 from prefopt.data.encoder import TOO_LONG, Encoder, Overlong, pad_token
-from prefopt.data.pairs import BLOCK, Concatenated, View
-from prefopt.data.report import EXAMPLES, DataReport
+from prefopt.data.encoding_report import EXAMPLES, DataReport
+from prefopt.data.pairs import BLOCK, Concatenated, PairView
 from prefopt.data.rows import MAX_ROW_BYTES, Dialogues, RowReader
 from prefopt.data.structure import added_bos
 from prefopt.data.templates import Rendering
@@ -37,7 +37,7 @@ _NAME = "\0"  # in a kept note, the place of the data's base, which may be anoth
 _WRITTEN = 4096  # rows in one piece of the cache file
 
 
-class MappedPairs(View):
+class MappedPairs(PairView):
     """The encoded pairs of a cache folder, memory-mapped: any number of them costs no memory, one costs microseconds.
 
     Args:

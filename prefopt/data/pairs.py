@@ -86,7 +86,7 @@ def fed_tokens(pairs: Sequence[EncodedPair]) -> np.ndarray:
     return _over_blocks(pairs, of)
 
 
-class View(Sequence[EncodedPair]):
+class PairView(Sequence[EncodedPair]):
     """What the sequences of this module have in common. A slice of one is a list."""
 
     def _at(self, i: int) -> EncodedPair:
@@ -104,7 +104,7 @@ class View(Sequence[EncodedPair]):
         return self._at(i % len(self))
 
 
-class Subset(View):
+class Subset(PairView):
     """Some of the pairs of a sequence, in its order.
 
     Args: rows: (n,) their numbers, ascending.
@@ -132,7 +132,7 @@ class Subset(View):
         return np.concatenate(parts[1:] or parts)
 
 
-class Concatenated(View):
+class Concatenated(PairView):
     """Several sequences of pairs, one after the other. `bounds` are the numbers at which each begins, and the end."""
 
     def __init__(self, parts: Sequence[Sequence[EncodedPair]]) -> None:
@@ -156,7 +156,7 @@ class Concatenated(View):
         return np.concatenate(found[1:] or found)
 
 
-class ConvertedPairs(View):
+class ConvertedPairs(PairView):
     """Pairs that are each turned into another one when they are read."""
 
     def __init__(self, pairs: Sequence[EncodedPair], convert: Callable[[EncodedPair], EncodedPair]) -> None:

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from prefopt.config import RunConfig
-from prefopt.engine.best import Selection
-from prefopt.engine.metrics import read_lines
 from prefopt.evaluate.intervals import Interval, deciding_count, mean_interval, wilson
 from prefopt.figures import NOTHING, aligned, readable
+from prefopt.training.best_checkpoint import Selection
+from prefopt.training.metrics import read_lines
 
 FEW = 32  # held-out pairs below which a warning is printed
 EFFECT = 0.6  # the accuracy that a held-out set of the size that the warning names tells from one half

@@ -13,14 +13,14 @@ import numpy as np
 
 from prefopt.config import RunConfig
 from prefopt.data.structure import added_bos
-from prefopt.engine.forward import PolicyWithReference
-from prefopt.engine.metrics import Evaluation
 from prefopt.errors import ConfigError
 from prefopt.evaluate.samples import score_within
 from prefopt.evaluate.texts import ORDERS, describe_texts
 from prefopt.generation.base import Sampling, seeds_of
 from prefopt.generation.transformers_engine import TransformersEngine
 from prefopt.thoughts import Answer, ThoughtFormat
+from prefopt.training.forward import PolicyWithReference
+from prefopt.training.metrics import Evaluation
 from prefopt.types import Completion, EncodedPair, Prompt, Response
 
 TABLE = "samples"

@@ -10,14 +10,14 @@ import numpy as np
 
 from prefopt.config import KernelConfig
 from prefopt.data.collate import collate
-from prefopt.engine.forward import PolicyWithReference, pair_stats, to_device
-from prefopt.engine.models import evaluating
+from prefopt.training.forward import PolicyWithReference, pair_stats, to_device
+from prefopt.training.models import evaluating
 from prefopt.types import Completion, EncodedPair, Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from prefopt.engine.adapters import Frozen
+    from prefopt.training.adapters import Frozen
 
 _WANT = ("ref_logp", "reverse_kl", "entropy")
 

@@ -66,15 +66,15 @@ def make(
         from prefopt.generation.transformers_engine import TransformersEngine
 
         return TransformersEngine(load(), tokenizer, batch=settings.batch, continuous=settings.continuous)
-    from prefopt.engine import adapters
+    from prefopt.training import adapters
 
     weights = adapters.find(path, model)
     if settings.engine == "openai":
         from prefopt.generation.openai_engine import OpenAIEngine
 
         return OpenAIEngine(settings, weights, model, tokenizer)
-    from prefopt.engine import models
     from prefopt.generation.vllm_engine import VllmEngine
+    from prefopt.training import models
 
     models.check_model(weights.base, weights.base_settings(model), "generate")
     return VllmEngine(settings, weights, model, tokenizer)

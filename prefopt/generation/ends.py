@@ -10,7 +10,7 @@ from prefopt.data import structure
 from prefopt.types import Completion
 
 if TYPE_CHECKING:
-    from prefopt.engine.adapters import Weights
+    from prefopt.training.adapters import Weights
 
 
 def terminators(generation_config: Any, tokenizer: Any) -> frozenset[int]:
@@ -27,7 +27,7 @@ def terminators_of(weights: Weights, model: ModelConfig, tokenizer: Any) -> froz
     """The same of a model that is not in this process, from its small files."""
     from transformers import GenerationConfig
 
-    from prefopt.engine.models import load_config
+    from prefopt.training.models import load_config
 
     settings = weights.base_settings(model)
     try:
@@ -39,7 +39,7 @@ def terminators_of(weights: Weights, model: ModelConfig, tokenizer: Any) -> froz
 
 def positions_of(weights: Weights, model: ModelConfig) -> int | None:
     """Positions of a model that is not in this process; None where its config names no end."""
-    from prefopt.engine.models import load_config
+    from prefopt.training.models import load_config
 
     config = load_config(weights.base, weights.base_settings(model))
     return getattr(config.get_text_config(), "max_position_embeddings", None)
@@ -47,7 +47,7 @@ def positions_of(weights: Weights, model: ModelConfig) -> int | None:
 
 def rows_of(weights: Weights, model: ModelConfig) -> int:
     """Token ids that a model which is not in this process has."""
-    from prefopt.engine.models import load_config, vocabulary
+    from prefopt.training.models import load_config, vocabulary
 
     return vocabulary(load_config(weights.base, weights.base_settings(model)))
 

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prefopt.config import GenerateConfig, ModelConfig
-from prefopt.engine.adapters import Weights
-from prefopt.engine.runtime import versions
 from prefopt.errors import RoundError
 from prefopt.generation.base import Done, Sampling, limits
 from prefopt.generation.ends import Ends, positions_of, rows_of, terminators_of
 from prefopt.generation.server import Server, read
+from prefopt.training.adapters import Weights
+from prefopt.training.runtime import versions
 from prefopt.types import Completion
 
 if TYPE_CHECKING:

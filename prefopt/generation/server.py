@@ -58,7 +58,7 @@ class TimedOut(RoundError):
     """A request whose last attempt took too long, where others may not."""
 
 
-class Unreadable(RoundError):
+class UnreadableAnswer(RoundError):
     """A request whose last answer could not be read, where others may be."""
 
 
@@ -115,7 +115,7 @@ class Server:
         """What a request gives. It must read of the answer what it needs, so that one of another form fails here.
 
         Raises: RoundError when the server refuses it, or has failed on every attempt; TimedOut if the last was late,
-            Unreadable if its answer was of another form; TooLong where it says so of the prompt.
+            UnreadableAnswer if its answer was of another form; TooLong where it says so of the prompt.
         """
         import openai
 
@@ -150,10 +150,10 @@ class Server:
                         "address of the server itself"
                     ) from None
                 if isinstance(cause, bounded.Unusable):
-                    failure = Unreadable
+                    failure = UnreadableAnswer
             # JSON of something else, with fields of other types, or nested without end
             except (openai.APIResponseValidationError, *_OTHER_FORM) as error:
-                found, failure = f"an answer that cannot be read: {_reason(error)}", Unreadable
+                found, failure = f"an answer that cannot be read: {_reason(error)}", UnreadableAnswer
             if self._given_up.is_set():
                 break
             if attempt < self._retries:

@@ -17,13 +17,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from prefopt.engine import adapters
-from prefopt.engine.models import evaluating
-from prefopt.engine.runtime import versions
 from prefopt.errors import RoundError
 from prefopt.generation.base import Done, Sampling, limits
 from prefopt.generation.ends import Ends, terminators
 from prefopt.generation.sampling import choose, uniforms
+from prefopt.training import adapters
+from prefopt.training.models import evaluating
+from prefopt.training.runtime import versions
 from prefopt.types import Completion
 
 

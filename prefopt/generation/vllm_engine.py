@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from prefopt.config import GenerateConfig, ModelConfig
-from prefopt.engine import adapters
-from prefopt.engine.adapters import Weights
 from prefopt.errors import ConfigError, RoundError
 from prefopt.generation import vllm_worker
 from prefopt.generation.base import Done, Sampling, limits
 from prefopt.generation.ends import Ends, positions_of, terminators_of
+from prefopt.training import adapters
+from prefopt.training.adapters import Weights
 from prefopt.types import Completion
 
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # of adapters, for which vLLM has kernels

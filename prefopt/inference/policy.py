@@ -12,19 +12,19 @@ import torch
 
 from prefopt import generation, storage
 from prefopt.data.encoder import pad_token
-from prefopt.engine import adapters, models
 from prefopt.errors import ConfigError, TrainError
 from prefopt.generation.base import Engine
 from prefopt.generation.ends import terminators_of
 from prefopt.infer_config import InferConfig
 from prefopt.thoughts import ThoughtFormat
+from prefopt.training import adapters, models
 
 _SETTINGS = "generation_config.json"
 _THOUGHT = ("template", "thought_marker", "response_marker", "on_repeated_marker")
 
 
 @dataclass(frozen=True)
-class Policy:
+class UnloadedPolicy:
     """A policy whose weights are not loaded yet.
 
     Args:
@@ -61,7 +61,7 @@ def device_here() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def find(path: str, config: InferConfig) -> Policy:
+def find(path: str, config: InferConfig) -> UnloadedPolicy:
     """What `path` holds, read from its small files alone.
 
     Raises: TrainError for what is no language model; ConfigError for a thought format that cannot be read.
@@ -75,7 +75,7 @@ def find(path: str, config: InferConfig) -> Policy:
     )
     settings = _settings(weights.path, config) or (_settings(weights.base, config) if weights.adapter else {})
     places = [weights.path] if weights.adapter is None else [weights.base, weights.path]
-    return Policy(
+    return UnloadedPolicy(
         weights=weights,
         tokenizer=tokenizer,
         thought=_thought(settings, weights.path),

@@ -22,7 +22,7 @@ from prefopt.data.encoder import Encoder
 from prefopt.data.rows import RowProblem
 from prefopt.data.templates import Rendering
 from prefopt.generation.base import Engine, Sampling
-from prefopt.inference.prompts import Templates, read_templates, short_value
+from prefopt.inference.prompt_templates import Templates, read_templates, short_value
 from prefopt.judges.base import Judge
 from prefopt.ranking import mean_win_probabilities
 from prefopt.thoughts import NO_MARKER, Answer, ThoughtFormat

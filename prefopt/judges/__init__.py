@@ -70,7 +70,7 @@ def check(settings: JudgeConfig) -> None:
             "leave it out (or --judge.mode score)"
         )
     if kind in _CLASSIFIERS:
-        from prefopt.engine.runtime import check_path
+        from prefopt.training.runtime import check_path
 
         if settings.path is None:
             raise ConfigError("judge.path: found none, expected the folder or hub id of a classifier with one logit")
@@ -131,7 +131,7 @@ def identity(settings: JudgeConfig) -> str:
 
         parts.append(source_of(settings.path))
     elif settings.kind in _CLASSIFIERS and settings.path is not None and Path(settings.path).is_dir():
-        from prefopt.engine.models import fingerprint
+        from prefopt.training.models import fingerprint
 
         parts.append(fingerprint(settings.path, None))
     if settings.template is not None:

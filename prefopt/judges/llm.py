@@ -18,14 +18,14 @@ from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from prefopt import marks, storage
+from prefopt import placeholders, storage
 from prefopt.config import JudgeConfig
 from prefopt.data.comparison import plain_text
 from prefopt.data.encoder import Encoder
 from prefopt.data.rows import RowProblem
 from prefopt.errors import ConfigError, RoundError
 from prefopt.generation.base import Sampling
-from prefopt.generation.server import Server, TimedOut, TooLong, Unreadable, check_server, read
+from prefopt.generation.server import Server, TimedOut, TooLong, UnreadableAnswer, check_server, read
 from prefopt.storage import Damaged, read_sealed, write_sealed
 from prefopt.testbed.cache import cache_root
 from prefopt.types import Judgement, Question
@@ -70,9 +70,11 @@ def read_template(settings: JudgeConfig) -> str:
         reason = error.strerror if isinstance(error, OSError) else "is not text"
         raise ConfigError(f"judge.template: '{path}': {reason}") from error
     allowed = _ALLOWED[settings.mode]
-    what = marks.problem(text, _REQUIRED[settings.mode], allowed)
+    what = placeholders.problem(text, _REQUIRED[settings.mode], allowed)
     if what is not None:
-        raise ConfigError(f"judge.template: '{path}' {what}, expected {marks.listed(allowed)} in mode {settings.mode}")
+        raise ConfigError(
+            f"judge.template: '{path}' {what}, expected {placeholders.listed(allowed)} in mode {settings.mode}"
+        )
     return text
 
 
@@ -144,7 +146,7 @@ class LLMJudge:
     def _scores(self, questions: Sequence[Question]) -> list[Judgement]:
         low, high = (f"{number:g}" for number in self.scale)
         texts = [
-            marks.filled(self.template, prompt=plain_text(q.prompt), response=response.text, low=low, high=high)
+            placeholders.filled(self.template, prompt=plain_text(q.prompt), response=response.text, low=low, high=high)
             for q in questions
             for response in q.responses
         ]
@@ -164,7 +166,7 @@ class LLMJudge:
 
     def _verdicts(self, questions: Sequence[Question]) -> list[Judgement]:
         def text(question: Question, first: int, second: int) -> str:
-            return marks.filled(
+            return placeholders.filled(
                 self.template,
                 prompt=plain_text(question.prompt),
                 response_a=question.responses[first].text,
@@ -234,7 +236,7 @@ class Chat:
             raise
         self.sampling = {"temperature": settings.temperature, "max_tokens": settings.max_tokens, "seed": 0}
         self.cache = cache
-        self._unreadable: Unreadable | None = None  # the last one
+        self._unreadable: UnreadableAnswer | None = None  # the last one
 
     def _only_model(self) -> str:
         served = [*self.server.models()]
@@ -277,7 +279,7 @@ class Chat:
             )
         except TimedOut:
             return Lost.TIMEOUT
-        except Unreadable as error:
+        except UnreadableAnswer as error:
             self._unreadable = error
             return Lost.UNREADABLE
         except TooLong:
@@ -300,7 +302,7 @@ class Chat:
 
 
 def _kept(file: Path) -> str | None:
-    """An answer that was given before. Raises: Unreadable."""
+    """An answer that was given before. Raises: UnreadableAnswer."""
     try:
         kept = read_sealed(file)
     except Damaged:
@@ -311,7 +313,7 @@ def _kept(file: Path) -> str | None:
     return None if kept is None else str(kept["answer"])
 
 
-class Policy:
+class PolicyJudge:
     """A policy that is asked through its own chat template, or in plain text where it has none.
 
     A question that leaves it less than `max_tokens` positions is too long, one that its template refuses unreadable.
@@ -362,4 +364,4 @@ def make(
     if settings.path != POLICY:
         return LLMJudge(settings, Chat(settings, cache or cache_root() / "judge"))
     assert policy is not None, "a policy that judges itself must be given"
-    return LLMJudge(settings, Policy(*policy(), settings))
+    return LLMJudge(settings, PolicyJudge(*policy(), settings))

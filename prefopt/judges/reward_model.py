@@ -14,9 +14,9 @@ from prefopt.config import ModelConfig
 from prefopt.data.comparison import plain_text
 from prefopt.data.encoder import CutPair, Encoder, pad_token
 from prefopt.data.rows import BadRow, Messages
-from prefopt.engine import adapters, models
-from prefopt.engine.runtime import versions
 from prefopt.errors import DataError, RoundError, TrainError
+from prefopt.training import adapters, models
+from prefopt.training.runtime import versions
 from prefopt.types import Judgement, PairRow, Question
 
 KEY = "judge.path"

@@ -31,7 +31,7 @@ def pairwise_judge(chosen_first: torch.Tensor, rejected_first: torch.Tensor) -> 
 
 
 @dataclass(frozen=True)
-class PairwiseJudge(Method):
+class PairwiseJudgeMethod(Method):
     """Pairwise judge: a classifier with one logit that reads the prompt and both completions, in both orders."""
 
     @property

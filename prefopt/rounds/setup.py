@@ -14,15 +14,15 @@ import torch
 from prefopt import generation, judges
 from prefopt.config import RunConfig, from_dict, sources
 from prefopt.data.encoder import pad_token
-from prefopt.data.prompts import Prompts, read_prompts
+from prefopt.data.round_prompts import Prompts, read_prompts
 from prefopt.data.templates import Rendering
-from prefopt.engine import adapters, layouts, models
-from prefopt.engine.metrics import Evaluator
-from prefopt.engine.runtime import Stop, set_threads
 from prefopt.errors import ConfigError, TrainError
 from prefopt.judges.base import Judge
-from prefopt.rounds.run import OtherRun, Rounds
-from prefopt.rounds.work import Workers
+from prefopt.rounds.rounds import OtherRun, Rounds
+from prefopt.rounds.shards import Workers
+from prefopt.training import adapters, layout_choice, models
+from prefopt.training.metrics import Evaluator
+from prefopt.training.runtime import Stop, set_threads
 from prefopt.types import Prompt
 
 
@@ -133,7 +133,7 @@ def _from_files(config: RunConfig, day: date) -> _Asked:
     start = adapters.find(config.model.path, config.model)
     architecture = models.load_config(start.base, start.base_settings(config.model))
     adapters.check(config, start, architecture)
-    layouts.check_architecture(config, architecture)
+    layout_choice.check_architecture(config, architecture)
     limit = getattr(architecture.get_text_config(), "max_position_embeddings", None)
     if limit is not None and config.data.max_length > limit:
         raise TrainError(

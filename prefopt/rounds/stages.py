@@ -76,7 +76,7 @@ class Seen:
 
 
 @dataclass(frozen=True)
-class View:
+class JudgedView:
     """What of completions can be judged, and trained on.
 
     Args: method: says what a judge may see. structure: what every row of tokens must be; a candidate that is not so
@@ -104,7 +104,7 @@ class View:
         return Seen(tuple(i for i, _ in seen), tuple(r for _, r in seen), tuple(unparsed), why)
 
 
-def judge_rows(judge: Judge, view: View, prompts: Sequence[Prompt], rows: Sequence[Row]) -> list[Row]:
+def judge_rows(judge: Judge, view: JudgedView, prompts: Sequence[Prompt], rows: Sequence[Row]) -> list[Row]:
     """A row per prompt: which candidates were judged, and what the judge said."""
     judged, questions = [], []
     for prompt, row in zip(prompts, rows, strict=True):
@@ -179,7 +179,7 @@ def pair_rows(
     generated: Sequence[Row],
     judged: Sequence[Row] | None,
     *,
-    view: View,
+    view: JudgedView,
     tokenizer_hash: str,
     about: Mapping[str, Any],
 ) -> Paired:

@@ -18,10 +18,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from prefopt import thoughts
-from prefopt.engine.models import evaluating
 from prefopt.errors import ConfigError, RoundError
 from prefopt.testbed.world import World, WorldSettings
 from prefopt.thoughts import Answer
+from prefopt.training.models import evaluating
 from prefopt.types import Judgement, Question
 
 DIGITS = tuple("0123456789")

@@ -23,10 +23,10 @@ from transformers import LlamaForCausalLM
 
 from prefopt.config import ModelConfig
 from prefopt.data.loader import Shares
-from prefopt.engine import models
 from prefopt.errors import DataError, RoundError
 from prefopt.testbed import truth
 from prefopt.testbed.world import World, WorldSettings, no_progress_bars
+from prefopt.training import models
 from prefopt.types import EncodedPair, Judgement, Question
 
 

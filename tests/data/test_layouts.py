@@ -6,8 +6,8 @@ import torch
 
 from prefopt.data.collate import collate
 from prefopt.data.encoder import Encoder
+from prefopt.data.encoding_report import show_batch
 from prefopt.data.layouts import LAYOUTS, block_and_branch, cells_of, rows_of
-from prefopt.data.report import show_batch
 from prefopt.types import EncodedPair, PairRow
 from tests.invariant.steps import random_pairs
 

@@ -6,9 +6,9 @@ import pickle
 import socket
 import traceback
 
-from tests.fork_server import ENGINES
+from tests.fork_server import BACKENDS
 
-_PRELOAD = ["torch", "transformers", "accelerate", "tqdm", "prefopt.cli", "prefopt.engine.trainer"]
+_PRELOAD = ["torch", "transformers", "accelerate", "tqdm", "prefopt.cli", "prefopt.training.trainer"]
 
 
 def free_port():
@@ -17,10 +17,10 @@ def free_port():
         return server.getsockname()[1]
 
 
-def run_ranks(work, *args, world=2, timeout=300, mixed_precision="no", engine="ddp"):
+def run_ranks(work, *args, world=2, timeout=300, mixed_precision="no", backend="ddp"):
     """What `work(runtime, *args)` returns on each rank, in order of rank; `work` is a function of a test module.
 
-    Args: engine: one of `ENGINES`.
+    Args: backend: one of `BACKENDS`.
     Raises: AssertionError with the rank's traceback when one fails, does not answer, or did not join the others.
     """
     context = multiprocessing.get_context("forkserver")
@@ -29,7 +29,7 @@ def run_ranks(work, *args, world=2, timeout=300, mixed_precision="no", engine="d
     for rank in range(world):
         mine, theirs = context.Pipe(duplex=False)
         process = context.Process(
-            target=_rank, args=(theirs, rank, world, port, mixed_precision, engine, work, args), daemon=True
+            target=_rank, args=(theirs, rank, world, port, mixed_precision, backend, work, args), daemon=True
         )
         process.start()
         theirs.close()
@@ -50,7 +50,7 @@ def _answer(rank, pipe, timeout):
     return value
 
 
-def _rank(pipe, rank, world, port, mixed_precision, engine, work, args):
+def _rank(pipe, rank, world, port, mixed_precision, backend, work, args):
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -60,20 +60,20 @@ def _rank(pipe, rank, world, port, mixed_precision, engine, work, args):
         "MASTER_PORT": str(port),
         "CUDA_VISIBLE_DEVICES": "",
         "OMP_NUM_THREADS": "1",
-        **ENGINES[engine],
+        **BACKENDS[backend],
     }
     try:
         import torch
         import torch.distributed as dist
 
-        from prefopt.engine import runtime as rt
+        from prefopt.training import runtime as rt
 
         torch.set_num_threads(1)
         runtime = rt.start(
             rt.Stop(), seed=0, mixed_precision=mixed_precision, deterministic=False, trackers=(), output="", join_seconds=60
         )
         # the failure to join is silent: each rank would train alone
-        assert (runtime.world, runtime.rank, runtime.engine) == (world, rank, engine), runtime
+        assert (runtime.world, runtime.rank, runtime.backend) == (world, rank, backend), runtime
         assert dist.get_backend() == "gloo"
         value = work(runtime, *args)
         runtime.wait()

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from prefopt.config import TrainConfig
-from prefopt.engine.engines import make_engine
-from prefopt.engine.forward import PolicyWithReference
-from prefopt.engine.optimizers import make_optimizer
+from prefopt.training.backends import make_backend
+from prefopt.training.forward import PolicyWithReference
+from prefopt.training.optimizers import make_optimizer
 from tests.dist.ranks import run_ranks
 from tests.dist.test_wrapped_head import CASES, LONG, SHORT, _step, _through, load, places  # noqa: F401 - a fixture
-from tests.fork_server import ENGINES
+from tests.fork_server import BACKENDS
 
 MANY = 32
 
@@ -31,27 +31,27 @@ def _gradient(runtime, places, many, dtype, mixed, own):  # noqa: F811
         lm, reference = lm.bfloat16(), reference.bfloat16()
     before = {name: w.detach().clone() for name, w in lm.state_dict(keep_vars=True).items()}
     policy = PolicyWithReference(lm, reference, config.kernel)
-    engine = make_engine(runtime, config)
-    wrapped, _ = engine.prepare(policy, make_optimizer(config.optim, lm, fused=False))
-    if runtime.engine == "zero3":
-        before = {name: engine.gathered(w).clone() for name, w in lm.state_dict(keep_vars=True).items()}
-    engine.set_lr(1.0)
+    backend = make_backend(runtime, config)
+    wrapped, _ = backend.prepare(policy, make_optimizer(config.optim, lm, fused=False))
+    if runtime.backend == "zero3":
+        before = {name: backend.gathered(w).clone() for name, w in lm.state_dict(keep_vars=True).items()}
+    backend.set_lr(1.0)
     wrapped.train()
     found = {}
-    take = engine.step
+    take = backend.step
 
     def kept():
         """A step; of weights in 16 bits the gradient is read before it, since their change would be rounded."""
         for name, w in lm.named_parameters():
-            if not runtime.engine.startswith("zero"):
+            if not runtime.backend.startswith("zero"):
                 gradient = w.grad
                 found[name] = (gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient).clone()
         return take()
 
-    engine.step = kept
+    backend.step = kept
     with runtime.accelerator.autocast():
-        _step(runtime, engine, lambda batch: _through(wrapped, policy, batch), [[SHORT[:1]] * many, [LONG[:1]] * many])
-    return found or {n: before[n] - engine.gathered(w) for n, w in lm.state_dict(keep_vars=True).items()}
+        _step(runtime, backend, lambda batch: _through(wrapped, policy, batch), [[SHORT[:1]] * many, [LONG[:1]] * many])
+    return found or {n: before[n] - backend.gathered(w) for n, w in lm.state_dict(keep_vars=True).items()}
 
 
 def _once_and_often(runtime, places, dtype, mixed, own):  # noqa: F811
@@ -59,22 +59,22 @@ def _once_and_often(runtime, places, dtype, mixed, own):  # noqa: F811
 
 
 @pytest.mark.parametrize(
-    ("engine", "dtype", "mixed", "own"),
+    ("backend", "dtype", "mixed", "own"),
     [
         *(
             pytest.param(
-                engine, "float32", "bf16", None, marks=() if engine in ("zero1", "zero3") else pytest.mark.slow
+                backend, "float32", "bf16", None, marks=() if backend in ("zero1", "zero3") else pytest.mark.slow
             )
-            for engine in ENGINES
+            for backend in BACKENDS
         ),
         ("ddp", "bfloat16", "no", None),
         ("fsdp2", "bfloat16", "no", None),
         ("zero2", "float32", "bf16", "bf16"),
     ],
 )
-def test_gradient_of_many_micro_batches_is_that_of_one_pass(engine, dtype, mixed, own, places):  # noqa: F811
-    for once, often in run_ranks(_once_and_often, places, dtype, mixed, own, engine=engine, mixed_precision=mixed):
+def test_gradient_of_many_micro_batches_is_that_of_one_pass(backend, dtype, mixed, own, places):  # noqa: F811
+    for once, often in run_ranks(_once_and_often, places, dtype, mixed, own, backend=backend, mixed_precision=mixed):
         whole = torch.cat([g.flatten() for g in once.values()]).float()
         gap = torch.cat([(often[n] - g).flatten() for n, g in once.items()]).float()
         assert whole.norm() > 0.1
-        assert gap.norm() / whole.norm() <= 2e-4, engine
+        assert gap.norm() / whole.norm() <= 2e-4, backend

@@ -4,10 +4,10 @@ import pytest
 from safetensors.torch import load_file
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from prefopt.engine.metrics import read_lines
-from tests.dist.test_engines import alone, update_gap, weights  # noqa: F401 - a fixture
+from prefopt.training.metrics import read_lines
+from tests.dist.test_backends import alone, update_gap, weights  # noqa: F401 - a fixture
 from tests.dist.test_towers import SGD
-from tests.engine.test_experts import SIZES
+from tests.training.test_experts import SIZES
 
 
 @pytest.fixture(scope="module")
@@ -19,11 +19,11 @@ def mixtral(task, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("engine", [pytest.param("ddp", marks=pytest.mark.slow), "zero3", pytest.param("fsdp2", marks=pytest.mark.slow)])
-def test_router_loss_of_two_processes_is_that_of_one(engine, server, command, alone, mixtral, tmp_path):  # noqa: F811
+@pytest.mark.parametrize("backend", [pytest.param("ddp", marks=pytest.mark.slow), "zero3", pytest.param("fsdp2", marks=pytest.mark.slow)])
+def test_router_loss_of_two_processes_is_that_of_one(backend, server, command, alone, mixtral, tmp_path):  # noqa: F811
     settings = {**SGD, "model__path": mixtral, "model__router_aux_weight": 0.5}
     straight = alone("dpo", **settings)
-    ended = server.train(command("dpo", tmp_path / "run", **settings), ranks=2, engine=engine)
+    ended = server.train(command("dpo", tmp_path / "run", **settings), ranks=2, backend=backend)
     assert ended.status == 0, ended.err
     lines = [read_lines(output / "metrics.jsonl") for output in (tmp_path / "run", straight)]
     for mine, other in zip(*lines, strict=True):

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from prefopt.engine.metrics import read_lines
+from prefopt.training.metrics import read_lines
 from tests.dist.ranks import free_port
-from tests.fork_server import ENGINES, ROOT
+from tests.fork_server import BACKENDS, ROOT
 
 pytestmark = pytest.mark.slow
 
@@ -21,13 +21,13 @@ def children(pid):
     return [int(child) for path in threads for child in path.read_text().split()]
 
 
-def torchrun(argv, cache, *flags, engine="ddp"):
+def torchrun(argv, cache, *flags, backend="ddp"):
     """Two processes of the train command, started."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", *flags]
     env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PREFOPT_CACHE": str(cache)}
     return subprocess.Popen(
         [*launch, str(ROOT / "scripts/train.py"), *argv],
-        env=env | ENGINES[engine],
+        env=env | BACKENDS[backend],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -44,11 +44,11 @@ def wait_for_a_checkpoint(process, output):
     return ranks
 
 
-@pytest.mark.parametrize("engine", ["ddp", "zero3"])
-def test_run_when_one_process_is_killed_then_the_others_end_within_a_minute_and_it_can_go_on(engine, command, tmp_path):
+@pytest.mark.parametrize("backend", ["ddp", "zero3"])
+def test_run_when_one_process_is_killed_then_the_others_end_within_a_minute_and_it_can_go_on(backend, command, tmp_path):
     output = tmp_path / "run"
     argv = command("dpo", output, train__max_steps=3000, train__save_every=20, eval__every=3000)
-    process = torchrun(argv, tmp_path / "cache", "--master_port", str(free_port()), engine=engine)
+    process = torchrun(argv, tmp_path / "cache", "--master_port", str(free_port()), backend=backend)
     try:
         ranks = wait_for_a_checkpoint(process, output)
         os.kill(ranks[-1], signal.SIGKILL)

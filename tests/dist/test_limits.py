@@ -51,10 +51,10 @@ CASES = {
     "asked", [pytest.param(asked, marks=() if "fsdp" in asked else pytest.mark.slow) for asked in CASES]
 )
 def test_what_needs_a_gpu_stops_with_the_error_that_the_page_quotes(asked, server, command, tmp_path):
-    engine, environment, error = CASES[asked]
+    backend, environment, error = CASES[asked]
     row = next(line for line in PAGE.splitlines() if line.startswith("|") and asked in line)
     assert error in row
-    ended = server.train(command("dpo", tmp_path / "run"), ranks=2, engine=engine, environment=environment(tmp_path))
+    ended = server.train(command("dpo", tmp_path / "run"), ranks=2, backend=backend, environment=environment(tmp_path))
     assert ended.status > 0
     said = ended.err + (server.folder / "err.txt1").read_text()  # the others are killed when the first one fails
     assert error in said

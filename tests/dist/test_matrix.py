@@ -1,15 +1,15 @@
-"""Methods x (all weights, LoRA) x (live, kept, disabled adapter) under each engine, against one process.
+"""Methods x (all weights, LoRA) x (live, kept, disabled adapter) under each backend, against one process.
 
-One case of each engine runs with the others; the whole matrix in `make test-all`.
+One case of each backend runs with the others; the whole matrix in `make test-all`.
 """
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from prefopt.engine.metrics import read_lines
-from tests.dist.test_engines import alone, update_gap  # noqa: F401 - a fixture
-from tests.fork_server import ENGINES
+from prefopt.training.metrics import read_lines
+from tests.dist.test_backends import alone, update_gap  # noqa: F401 - a fixture
+from tests.fork_server import BACKENDS
 
 SGD = {"train__max_steps": 3, "train__save_every": 3, "eval__every": 3, "optim__name": "sgd", "optim__lr": 0.1}
 SGD |= {"optim__schedule": "constant", "optim__warmup_steps": 0}
@@ -32,8 +32,8 @@ WAYS = {
 }
 FAST = [("zero3", "tdpo, lora"), ("fsdp2", "tdpo, kept")]
 CASES = [
-    pytest.param(engine, way, marks=() if (engine, way) in FAST else pytest.mark.slow)
-    for engine in ENGINES
+    pytest.param(backend, way, marks=() if (backend, way) in FAST else pytest.mark.slow)
+    for backend in BACKENDS
     for way in WAYS
 ]
 
@@ -48,18 +48,18 @@ def start_of(output, found, task):
     return {name: base.get(name, base.get(name.removeprefix("base_model.model."), torch.zeros_like(w))) for name, w in found.items()}
 
 
-@pytest.mark.parametrize(("engine", "way"), CASES)
+@pytest.mark.parametrize(("backend", "way"), CASES)
 def test_run_of_two_processes_is_the_run_of_one_whatever_is_trained(
-    engine, way, server, command, task, alone, tmp_path  # noqa: F811
+    backend, way, server, command, task, alone, tmp_path  # noqa: F811
 ):
     settings = {**SGD, **WAYS[way]}
     method = way.partition(",")[0]
     straight = alone(method, **settings)
     if "kept" in way:
         settings["reference__cache_dir"] = tmp_path / "kept"
-    ended = server.train(command(method, tmp_path / "run", **settings), ranks=2, engine=engine)
+    ended = server.train(command(method, tmp_path / "run", **settings), ranks=2, backend=backend)
     assert ended.status == 0, ended.err
-    assert f"2 process(es), engine {engine}, device cpu" in ended.out
+    assert f"world size 2, backend {backend}, device cpu" in ended.out
     lines = [read_lines(output / "metrics.jsonl") for output in (tmp_path / "run", straight)]
     for mine, other in zip(*lines, strict=True):
         assert mine["loss"] == pytest.approx(other["loss"], rel=1e-5), mine["step"]
@@ -71,23 +71,23 @@ def test_run_of_two_processes_is_the_run_of_one_whatever_is_trained(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("optimizer", ["adamw", "rmsprop"])
-def test_loss_curve_of_20_steps_is_that_of_one_process(optimizer, engine, server, command, alone, tmp_path):  # noqa: F811
+def test_loss_curve_of_20_steps_is_that_of_one_process(optimizer, backend, server, command, alone, tmp_path):  # noqa: F811
     settings = {"train__max_steps": 20, "eval__every": 20, "optim__name": optimizer, "optim__lr": 1e-3}
     straight = alone("tdpo", **settings)
-    ended = server.train(command("tdpo", tmp_path / "run", **settings), ranks=2, engine=engine)
+    ended = server.train(command("tdpo", tmp_path / "run", **settings), ranks=2, backend=backend)
     assert ended.status == 0, ended.err
     for mine, other in zip(*(read_lines(o / "metrics.jsonl") for o in (tmp_path / "run", straight)), strict=True):
         assert mine["loss"] == pytest.approx(other["loss"], rel=1e-3), mine["step"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ENGINES)
-def test_run_in_bf16_is_near_the_run_of_one_process(engine, server, command, task, alone, tmp_path):  # noqa: F811
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_run_in_bf16_is_near_the_run_of_one_process(backend, server, command, task, alone, tmp_path):  # noqa: F811
     settings = {**SGD, "train__mixed_precision": "bf16"}
     straight = alone("tdpo", **settings)
-    ended = server.train(command("tdpo", tmp_path / "run", **settings), ranks=2, engine=engine)
+    ended = server.train(command("tdpo", tmp_path / "run", **settings), ranks=2, backend=backend)
     assert ended.status == 0, ended.err
     start = load_file(task.model / "model.safetensors")
     assert update_gap(trained(straight), trained(tmp_path / "run"), start) <= 5e-2
@@ -99,17 +99,17 @@ def test_run_in_bf16_is_near_the_run_of_one_process(engine, server, command, tas
     [{}, LORA, {"reference__sync_every": 2, "train__file_mb": 0.02}, {"train__mixed_precision": "bf16"}],
     ids=["full", "lora", "moving", "bf16"],
 )
-@pytest.mark.parametrize("engine", ENGINES)
-def test_run_when_killed_and_continued_under_the_same_engine_ends_bit_identical(
-    engine, lora, server, command, tmp_path
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_run_when_killed_and_continued_under_the_same_backend_ends_bit_identical(
+    backend, lora, server, command, tmp_path
 ):
     settings = {"train__max_steps": 8, **lora}
-    stop = {"at": "prefopt.engine.trainer:Trainer._step", "count": 6, "do": "SIGKILL"}
+    stop = {"at": "prefopt.training.trainer:Trainer._step", "count": 6, "do": "SIGKILL"}
     for name in ("straight", "killed"):
         argv = command("tdpo", tmp_path / name, **settings)
         if name == "killed":
-            assert server.train(argv, stop, ranks=2, engine=engine).status == -9
-        ended = server.train(argv, ranks=2, engine=engine)
+            assert server.train(argv, stop, ranks=2, backend=backend).status == -9
+        ended = server.train(argv, ranks=2, backend=backend)
         assert ended.status == 0, ended.err
     files = [path.relative_to(tmp_path / "straight") for path in (tmp_path / "straight/model").glob("*.safetensors")]
     assert files
@@ -119,15 +119,15 @@ def test_run_when_killed_and_continued_under_the_same_engine_ends_bit_identical(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("first", "then"), [("zero3", None), ("fsdp2", "zero2"), ("zero1", "fsdp2"), ("ddp", "zero3")])
-def test_run_when_continued_with_other_processes_or_another_engine_goes_on_as_it_was(
+def test_run_when_continued_with_other_processes_or_another_backend_goes_on_as_it_was(
     first, then, server, command, task, alone, tmp_path  # noqa: F811
 ):
     settings = {"train__max_steps": 8, "optim__args.eps": 1e-6}
     straight = alone("tdpo", **settings)
     argv = command("tdpo", tmp_path / "run", **settings)
-    stop = {"at": "prefopt.engine.trainer:Trainer._step", "count": 6, "do": "SIGKILL"}
-    assert server.train(argv, stop, ranks=2, engine=first).status == -9
-    ended = server.train(argv) if then is None else server.train(argv, ranks=2, engine=then)
+    stop = {"at": "prefopt.training.trainer:Trainer._step", "count": 6, "do": "SIGKILL"}
+    assert server.train(argv, stop, ranks=2, backend=first).status == -9
+    ended = server.train(argv) if then is None else server.train(argv, ranks=2, backend=then)
     assert ended.status == 0, ended.err
     for mine, other in zip(*(read_lines(o / "metrics.jsonl") for o in (tmp_path / "run", straight)), strict=True):
         assert (mine["step"], mine.get("pairs"), mine.get("tokens")) == (other["step"], other.get("pairs"), other.get("tokens"))
@@ -135,11 +135,11 @@ def test_run_when_continued_with_other_processes_or_another_engine_goes_on_as_it
     assert update_gap(trained(straight), trained(tmp_path / "run"), load_file(task.model / "model.safetensors")) <= 1e-2
 
 
-@pytest.mark.parametrize("engine", ["zero3", pytest.param("fsdp2", marks=pytest.mark.slow)])
-def test_merged_model_is_that_of_one_process(engine, server, command, task, alone, tmp_path):  # noqa: F811
+@pytest.mark.parametrize("backend", ["zero3", pytest.param("fsdp2", marks=pytest.mark.slow)])
+def test_merged_model_is_that_of_one_process(backend, server, command, task, alone, tmp_path):  # noqa: F811
     settings = {**SGD, **LORA, "lora__merge": True, "model__export_dtype": "float64"}
     straight = alone("dpo", **settings)
-    ended = server.train(command("dpo", tmp_path / "run", **settings), ranks=2, engine=engine)
+    ended = server.train(command("dpo", tmp_path / "run", **settings), ranks=2, backend=backend)
     assert ended.status == 0, ended.err
     expected, found = trained(straight), trained(tmp_path / "run")
     assert expected.keys() == found.keys()
@@ -149,20 +149,20 @@ def test_merged_model_is_that_of_one_process(engine, server, command, task, alon
 
 
 @pytest.mark.parametrize(
-    ("engine", "settings", "line"),
+    ("backend", "settings", "line"),
     [
         ("zero2", {"train__mixed_precision": "fp16"}, "train.mixed_precision: found fp16, which is not supported under zero2, expected bf16 or no"),
-        ("fsdp2", {"model__offload_activations": True}, "model.offload_activations: found true, which is not supported under fsdp2, expected false, or another engine (configs/accelerate/ddp.yaml)"),
+        ("fsdp2", {"model__offload_activations": True}, "model.offload_activations: found true, which is not supported under fsdp2, expected false, or another backend (configs/accelerate/ddp.yaml)"),
     ],
 )
-def test_what_an_engine_cannot_do_is_refused_in_one_line(engine, settings, line, server, command, tmp_path):
-    ended = server.train(command("dpo", tmp_path / "run", **settings), ranks=2, engine=engine)
+def test_what_an_backend_cannot_do_is_refused_in_one_line(backend, settings, line, server, command, tmp_path):
+    ended = server.train(command("dpo", tmp_path / "run", **settings), ranks=2, backend=backend)
     assert ended.status == 2
     assert ended.err.splitlines()[-1] == f"error: {line}"
 
 
 @pytest.mark.parametrize(
-    ("engine", "lora"),
+    ("backend", "lora"),
     [
         ("zero3", LORA),
         pytest.param("zero3", {}, marks=pytest.mark.slow),
@@ -171,10 +171,10 @@ def test_what_an_engine_cannot_do_is_refused_in_one_line(engine, settings, line,
         pytest.param("zero2", {}, marks=pytest.mark.slow),
     ],
 )
-def test_samples_of_two_processes_are_those_of_one(engine, lora, server, command, alone, tmp_path):  # noqa: F811
+def test_samples_of_two_processes_are_those_of_one(backend, lora, server, command, alone, tmp_path):  # noqa: F811
     settings = {**SGD, **lora, "eval__generate": 5, "generate__max_tokens": 12, "generate__batch": 3}
     straight = alone("tdpo", **settings)
-    ended = server.train(command("tdpo", tmp_path / "run", **settings), ranks=2, engine=engine)
+    ended = server.train(command("tdpo", tmp_path / "run", **settings), ranks=2, backend=backend)
     assert ended.status == 0, ended.err
     tables = [read_lines(output / "samples.jsonl") for output in (tmp_path / "run", straight)]
     assert len(tables[1]) == 10  # at the start and at the end

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from prefopt.engine.metrics import read_lines
-from tests.dist.test_engines import update_gap, weights
+from prefopt.training.metrics import read_lines
+from tests.dist.test_backends import update_gap, weights
 from tests.fork_server import ROOT
 from tests.helpers import tiny_llama
 
 SHORT = {"train__max_steps": 6, "train__save_every": 3, "eval__every": 3, "optim__args.eps": 1e-6}
-KILLED = {"at": "prefopt.engine.trainer:Trainer._step", "count": 5, "do": "SIGKILL"}
+KILLED = {"at": "prefopt.training.trainer:Trainer._step", "count": 5, "do": "SIGKILL"}
 KEPT = {"reference__cache": "hidden", "reference__cache_dtype": "float32"}
 
 
@@ -22,18 +22,18 @@ KEPT = {"reference__cache": "hidden", "reference__cache_dtype": "float32"}
 def compared(server, command, tmp_path):
     """Trains in one process, and offloading in two, straight and killed; the three must agree. Gives what was said."""
 
-    def run(model, said, *, engine, environment=None, **settings):
+    def run(model, said, *, backend, environment=None, **settings):
         settings = {**SHORT, "model__path": model, **settings}
-        offloading = {"ranks": 2, "engine": engine, "environment": environment}
+        offloading = {"ranks": 2, "backend": backend, "environment": environment}
         for name, how, fault in (("alone", {}, None), ("straight", offloading, None), ("killed", offloading, KILLED)):
             argv = command("tdpo", tmp_path / name, **settings)
             if fault is not None:
                 assert server.train(argv, fault, **how).status == -9
             ended = server.train(argv, **how)
             assert ended.status == 0, ended.err
-        assert f"2 process(es), engine {said}, device cpu" in ended.out
+        assert f"world size 2, backend {said}, device cpu" in ended.out
         assert "continuing from" in ended.out
-        assert json.loads((tmp_path / "killed/run_card.json").read_text())["engine"] == said
+        assert json.loads((tmp_path / "killed/run_card.json").read_text())["backend"] == said
         lines = [read_lines(tmp_path / name / "metrics.jsonl") for name in ("alone", "killed")]
         for one, other in zip(*lines, strict=True):
             assert (one["step"], one["split"]) == (other["step"], other["split"])
@@ -46,7 +46,7 @@ def compared(server, command, tmp_path):
 
 
 def test_run_that_offloads_to_the_hosts_memory_is_the_run_of_one_process(compared, task):
-    compared(task.model, "zero3 (optimizer on cpu, weights on cpu)", engine="zero3_offload")
+    compared(task.model, "zero3 (optimizer on cpu, weights on cpu)", backend="zero3_offload")
 
 
 # NVMe -----------------------------------------------------------------------------------------------------------------
@@ -94,7 +94,7 @@ def swapped(folder):
 @pytest.mark.slow  # async_io is compiled by the first run, in minutes
 def test_run_that_offloads_its_optimizer_to_nvme_is_the_run_of_one_process(compared, large, nvme, tmp_path):
     said = "zero3 (optimizer on nvme, weights on cpu)"
-    compared(large, said, engine="zero3_nvme", environment=nvme, optim__lr=3e-5)
+    compared(large, said, backend="zero3_nvme", environment=nvme, optim__lr=3e-5)
     assert {"exp_avg", "exp_avg_sq"} <= swapped(tmp_path)
 
 
@@ -102,14 +102,14 @@ def test_run_that_offloads_its_optimizer_to_nvme_is_the_run_of_one_process(compa
 def test_run_that_offloads_its_weights_to_nvme_too_is_the_run_of_one_process(compared, large, nvme, tmp_path):
     said = "zero3 (optimizer on nvme, weights on nvme)"
     environment = nvme | weights_on_nvme(tmp_path)
-    compared(large, said, engine="zero3_nvme", environment=environment, optim__lr=3e-5, **KEPT)
+    compared(large, said, backend="zero3_nvme", environment=environment, optim__lr=3e-5, **KEPT)
     assert any(name.endswith("_param.tensor.swp") for name in swapped(tmp_path))
 
 
 @pytest.mark.slow
 def test_weights_of_two_models_on_nvme_are_refused_in_one_line(server, command, nvme, tmp_path):
     environment = nvme | weights_on_nvme(tmp_path)
-    ended = server.train(command("tdpo", tmp_path / "run"), ranks=2, engine="zero3_nvme", environment=environment)
+    ended = server.train(command("tdpo", tmp_path / "run"), ranks=2, backend="zero3_nvme", environment=environment)
     assert ended.status == 2
     assert ended.err.splitlines()[-1] == (
         "error: launcher: found weights on nvme, where DeepSpeed has room for one model, and a reference that is a "
@@ -120,7 +120,7 @@ def test_weights_of_two_models_on_nvme_are_refused_in_one_line(server, command, 
 @pytest.mark.parametrize("path", [None, "missing"])
 def test_folder_on_nvme_that_is_not_there_is_refused_in_one_line(path, server, command, tmp_path):
     environment = {} if path is None else {"ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_NVME_PATH": str(tmp_path / path)}
-    ended = server.train(command("dpo", tmp_path / "run"), ranks=2, engine="zero3_nvme", environment=environment)
+    ended = server.train(command("dpo", tmp_path / "run"), ranks=2, backend="zero3_nvme", environment=environment)
     assert ended.status == 2
     said = ended.err.splitlines()[-1]
     assert said.startswith("error: launcher: process 0 on ")
@@ -130,7 +130,7 @@ def test_folder_on_nvme_that_is_not_there_is_refused_in_one_line(path, server, c
 
 def test_machine_where_async_io_cannot_be_built_is_refused_in_one_line(server, command, tmp_path):
     environment = on_nvme(tmp_path / "nvme") | {"LDFLAGS": "-fuse-ld=none"}  # nothing can be linked, nor libaio
-    ended = server.train(command("dpo", tmp_path / "run"), ranks=2, engine="zero3_nvme", environment=environment)
+    ended = server.train(command("dpo", tmp_path / "run"), ranks=2, backend="zero3_nvme", environment=environment)
     assert ended.status == 2
     said = ended.err.splitlines()[-1]
     assert "cannot build DeepSpeed's async_io, which NVMe offload needs; install libaio (apt-get install" in said

@@ -64,13 +64,13 @@ def test_page_has_five_commands():
 
 
 @pytest.mark.parametrize(
-    ("name", "engine"),
+    ("name", "backend"),
     [pytest.param("ddp", "ddp", marks=pytest.mark.slow), ("zero3", "zero3"), ("nodes", "ddp")],
 )
-def test_command_of_the_page_trains_what_one_process_trains(name, engine, run):
+def test_command_of_the_page_trains_what_one_process_trains(name, backend, run):
     expected, _ = run("alone")
     found, said = run(name)
-    assert f"2 process(es), engine {engine}, device cpu" in said
+    assert f"world size 2, backend {backend}, device cpu" in said
     assert found.keys() == expected.keys()
     for weight, value in expected.items():
         assert torch.allclose(found[weight], value, atol=1e-6), weight

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from prefopt.engine import preflight
+from prefopt.training import preflight
 from prefopt.errors import TrainError
 from tests.dist.ranks import free_port, run_ranks
 from tests.fork_server import ROOT

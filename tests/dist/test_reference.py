@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from prefopt.config import parse
-from prefopt.engine import adapters, models
-from prefopt.engine.reference import Oracle, Source, obtain
+from prefopt.training import adapters, models
+from prefopt.training.reference import Oracle, Source, obtain
 from prefopt.types import EncodedPair
 from tests.dist.ranks import run_ranks
 from tests.helpers import tiny_llama
@@ -28,7 +28,7 @@ def pairs():
 
 def most_at_once(runtime, path, cache, kind, shard):
     """(the kept values, how many entries were whole at most, of how many)."""
-    from prefopt.engine import reference
+    from prefopt.training import reference
 
     reference._SHARD_PAIRS = shard
     settings = ["--model.path", str(path), "--data.train", "x", "--eval.batch", "2", "--reference.cache", kind]
@@ -57,8 +57,8 @@ def test_pass_under_zero3_gives_the_same_values_and_holds_one_layer_at_a_time(ki
     torch.manual_seed(0)
     tiny_llama(300, hidden=32, layers=6).save_pretrained(tmp_path / "model")
     results = {
-        engine: run_ranks(most_at_once, tmp_path / "model", tmp_path / engine, kind, 4, engine=engine)
-        for engine in ("ddp", "zero3")
+        backend: run_ranks(most_at_once, tmp_path / "model", tmp_path / backend, kind, 4, backend=backend)
+        for backend in ("ddp", "zero3")
     }
     for rank in range(2):
         plain, whole, entries = results["ddp"][rank]

@@ -4,9 +4,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from prefopt.engine.metrics import read_lines
-from tests.dist.test_engines import alone, update_gap  # noqa: F401 - a fixture
-from tests.engine.test_towers import TOWERS, tiny_gemma3
+from prefopt.training.metrics import read_lines
+from tests.dist.test_backends import alone, update_gap  # noqa: F401 - a fixture
+from tests.training.test_towers import TOWERS, tiny_gemma3
 
 SGD = {"train__max_steps": 3, "train__save_every": 3, "eval__every": 3, "optim__name": "sgd", "optim__lr": 0.1}
 
@@ -25,9 +25,9 @@ def loaded(folder):
     return model.state_dict()
 
 
-@pytest.mark.parametrize("engine", ["ddp", "zero3", "fsdp2"])
+@pytest.mark.parametrize("backend", ["ddp", "zero3", "fsdp2"])
 def test_wrapper_is_trained_as_by_one_process_and_its_towers_are_exported_as_they_came(
-    engine,
+    backend,
     server,
     command,
     alone,
@@ -36,7 +36,7 @@ def test_wrapper_is_trained_as_by_one_process_and_its_towers_are_exported_as_the
 ):
     settings = {**SGD, "model__path": wrapper}
     straight = alone("dpo", **settings)
-    ended = server.train(command("dpo", tmp_path / "run", **settings), ranks=2, engine=engine)
+    ended = server.train(command("dpo", tmp_path / "run", **settings), ranks=2, backend=backend)
     assert ended.status == 0, ended.err
     assert ended.out.count("which text does not reach") == 1
     for mine, other in zip(*(read_lines(o / "metrics.jsonl") for o in (tmp_path / "run", straight)), strict=True):

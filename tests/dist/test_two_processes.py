@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from prefopt.engine.metrics import WALL_CLOCK_KEYS, read_lines
+from prefopt.training.metrics import WALL_CLOCK_KEYS, read_lines
 from tests.dist.ranks import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -61,7 +61,7 @@ def comparable(output):
 
 def test_script_when_run_alone_then_one_process_says_so_and_finishes(alone):
     output, first, said = alone
-    assert first.startswith("prefopt: 1 process(es), engine one process, device cpu, method tdpo (tdpo2, alpha 0.5")
+    assert first.startswith("prefopt: world size 1, backend single process, device cpu, method tdpo (tdpo2, alpha 0.5")
     assert f"finished: model in {output}/model" in said
     assert [(line["split"], line["step"]) for line in comparable(output)] == [
         ("eval", 0),
@@ -84,7 +84,7 @@ def test_package_when_run_as_a_module_then_it_is_the_same_command(alone, train):
 @pytest.mark.parametrize("launcher", TWO)
 def test_launcher_when_asked_for_two_processes_then_they_join_and_train_what_one_trains(launcher, alone, train):
     output, first, said = train(TWO[launcher](str(free_port())))
-    assert first.startswith("prefopt: 2 process(es), engine ddp, device cpu, method tdpo")
+    assert first.startswith("prefopt: world size 2, backend ddp, device cpu, method tdpo")
     assert said.count("prefopt: ") == 1, "only the first process speaks"
     expected, found = comparable(alone[0]), comparable(output)
     assert [(line["split"], line["step"]) for line in found] == [(line["split"], line["step"]) for line in expected]

@@ -1,4 +1,4 @@
-"""The policy inside each engine's wrapper: what two ranks train is what the plain formula says, and beside it is not.
+"""The policy inside each backend's wrapper: what two ranks train is what the plain formula says, and beside it is not.
 
 Weights are compared after plain gradient descent. Two ranks hold completions of very different lengths, so that a
 gradient that was averaged in the wrong way, or not at all, is far off.
@@ -13,9 +13,9 @@ import torch
 
 from prefopt.config import ModelConfig, OptimConfig, ReferenceConfig, RunConfig, TrainConfig
 from prefopt.data.collate import collate
-from prefopt.engine import adapters
-from prefopt.engine.engines import make_engine
-from prefopt.engine.forward import (
+from prefopt.training import adapters
+from prefopt.training.backends import make_backend
+from prefopt.training.forward import (
     ALL_STATISTICS,
     PolicyWithReference,
     pair_stats,
@@ -23,12 +23,12 @@ from prefopt.engine.forward import (
     sum_by_sequence,
     token_stats_of,
 )
-from prefopt.engine.optimizers import make_optimizer
+from prefopt.training.optimizers import make_optimizer
 from prefopt.kernels.token_stats import token_stats
 from prefopt.types import EncodedPair
 from tests.dist.ranks import run_ranks
-from tests.engine.test_lora import write_adapter
-from tests.fork_server import ENGINES
+from tests.training.test_lora import write_adapter
+from tests.fork_server import BACKENDS
 from tests.invariant.oracle import oracle_stats
 from tests.invariant.steps import BOS, FIRST, VOCAB, two_models
 from tests.invariant.two_terms import TwoTerms
@@ -71,7 +71,7 @@ class Case:
     """How a policy is made and trained.
 
     Args: model, reference: folders of `places`. shares: see above. evaluate: between the steps.
-        left_out: a key of DeepSpeed's settings that an engine writes and that is then taken out again.
+        left_out: a key of DeepSpeed's settings that a backend writes and that is then taken out again.
     """
 
     model: str = "base"
@@ -149,19 +149,19 @@ def _trained(runtime, case, places, calls):
     config = case.config(places)
     lm, reference = load(case, places, runtime)
     policy = PolicyWithReference(lm, reference, config.kernel)
-    engine = make_engine(runtime, config)
+    backend = make_backend(runtime, config)
     if case.left_out is not None:
         del runtime.deepspeed_settings[case.left_out]
-    wrapped, _ = engine.prepare(policy, make_optimizer(config.optim, lm, fused=False))
-    engine.set_lr(case.lr)
+    wrapped, _ = backend.prepare(policy, make_optimizer(config.optim, lm, fused=False))
+    backend.set_lr(case.lr)
     for _ in range(case.steps):
         if case.evaluate:
             wrapped.eval()
             with torch.no_grad():
                 CALLS[calls](wrapped, policy, collate(SHORT, pad_id=2, columns=("trust",)))
         wrapped.train()
-        _step(runtime, engine, lambda batch: CALLS[calls](wrapped, policy, batch), case.shares)
-    return {name: engine.gathered(w).clone() for name, w in lm.state_dict(keep_vars=True).items()}
+        _step(runtime, backend, lambda batch: CALLS[calls](wrapped, policy, batch), case.shares)
+    return {name: backend.gathered(w).clone() for name, w in lm.state_dict(keep_vars=True).items()}
 
 
 def _through(wrapped, policy, batch):
@@ -184,8 +184,8 @@ def _head_beside(wrapped, policy, batch):
 CALLS = {"through": _through, "policy beside": _policy_beside, "head beside": _head_beside}
 
 
-def _step(runtime, engine, stats_of, shares):
-    """One step of the loop: terms are divided by their counts over all ranks, and engines average over ranks."""
+def _step(runtime, backend, stats_of, shares):
+    """One step of the loop: terms are divided by their counts over all ranks, and backends average over ranks."""
     pairs = [pair for share in shares for micro in share for pair in micro]
     counts = {
         "preference": len(pairs),
@@ -196,18 +196,18 @@ def _step(runtime, engine, stats_of, shares):
     for number, micro in enumerate(mine):
         last = number == len(mine) - 1
         batch = collate(micro, pad_id=2, columns=("trust",))
-        with engine.micro_batch(last):
+        with backend.micro_batch(last):
             terms = METHOD.loss(stats_of(batch), batch).terms
             loss = sum(term.weight * term.value.sum() / counts[term.name] for term in terms)
-            engine.backward(loss * runtime.world, last)
-    engine.step()
-    engine.forget_gradients()
+            backend.backward(loss * runtime.world, last)
+    backend.step()
+    backend.forget_gradients()
 
 
 def _all(runtime, places):
     """{what: weights} of this rank for CASES, then for the same step with other calls, or the error that came."""
     answers = {name: _trained(runtime, case, places, "through") for name, case in CASES.items()}
-    if runtime.engine.startswith("zero"):
+    if runtime.backend.startswith("zero"):
         answers["clipping left out"] = _trained(runtime, UNCLIPPED, places, "through")
     for calls in ("policy beside", "head beside"):
         try:
@@ -240,13 +240,13 @@ def expected(places, runtime):
 
 @pytest.fixture(scope="module")
 def trained(places):
-    """What `_all` gives on each rank under an engine, forked once."""
+    """What `_all` gives on each rank under a backend, forked once."""
     done = {}
 
-    def of(engine):
-        if engine not in done:
-            done[engine] = run_ranks(_all, places, engine=engine)
-        return done[engine]
+    def of(backend):
+        if backend not in done:
+            done[backend] = run_ranks(_all, places, backend=backend)
+        return done[backend]
 
     return of
 
@@ -263,26 +263,26 @@ def gaps(expected, ranks, what):
     return [largest(expected, weights) for weights in found]
 
 
-each_engine = pytest.mark.parametrize(
-    "engine", [pytest.param(engine, marks=pytest.mark.slow if engine == "zero1" else ()) for engine in ENGINES]
+each_backend = pytest.mark.parametrize(
+    "backend", [pytest.param(backend, marks=pytest.mark.slow if backend == "zero1" else ()) for backend in BACKENDS]
 )
 
 
-@each_engine
+@each_backend
 @pytest.mark.parametrize("name", CASES)
-def test_policy_that_two_ranks_train_is_the_one_of_the_plain_formula(name, engine, trained, expected):
+def test_policy_that_two_ranks_train_is_the_one_of_the_plain_formula(name, backend, trained, expected):
     before, after = expected[name]
     lr = CASES[name].lr
     assert largest(before, after) > 0.5 * lr, "nothing to be wrong about"
-    assert max(gaps(after, trained(engine), name)) <= 1e-5 * lr
+    assert max(gaps(after, trained(backend), name)) <= 1e-5 * lr
 
 
-@each_engine
+@each_backend
 def test_policy_called_beside_its_wrapper_is_wrong_under_ddp_and_right_where_hooks_sit_on_its_parts(
-    engine, trained, expected
+    backend, trained, expected
 ):
-    found = gaps(expected["all weights"][1], trained(engine), "policy beside")
-    if engine == "ddp":  # which averages gradients only after a forward of its own, and says nothing
+    found = gaps(expected["all weights"][1], trained(backend), "policy beside")
+    if backend == "ddp":  # which averages gradients only after a forward of its own, and says nothing
         assert min(found) > 0.5
     else:  # hooks on parameters and modules, the head's among them
         assert max(found) <= 1e-5
@@ -294,30 +294,30 @@ NO_WEIGHT_THERE = {
 }
 
 
-@each_engine
+@each_backend
 def test_head_computed_beside_its_module_is_wrong_under_ddp_and_stops_where_weights_are_sharded(
-    engine, trained, expected
+    backend, trained, expected
 ):
-    ranks = trained(engine)
-    if engine in NO_WEIGHT_THERE:
+    ranks = trained(backend)
+    if backend in NO_WEIGHT_THERE:
         for answers in ranks:
-            assert NO_WEIGHT_THERE[engine] in answers["head beside"]
+            assert NO_WEIGHT_THERE[backend] in answers["head beside"]
         return
     found = gaps(expected["all weights"][1], ranks, "head beside")
-    if engine == "ddp":
+    if backend == "ddp":
         assert min(found) > 0.5
     else:  # ZeRO-1 and 2: weights are whole, and the hooks that reduce gradients sit on them
         assert max(found) <= 1e-5
 
 
-@pytest.mark.parametrize("engine", [pytest.param("zero1", marks=pytest.mark.slow), "zero2", "zero3"])
-def test_clipping_that_is_off_is_off_where_a_setting_left_out_would_mean_1(engine, trained, expected):
+@pytest.mark.parametrize("backend", [pytest.param("zero1", marks=pytest.mark.slow), "zero2", "zero3"])
+def test_clipping_that_is_off_is_off_where_a_setting_left_out_would_mean_1(backend, trained, expected):
     before, after = expected["all weights"]
 
     def norm(weights):
         return sum(float((weights[name] - before[name]).double().norm() ** 2) for name in before) ** 0.5
 
-    found = trained(engine)[0]
+    found = trained(backend)[0]
     assert norm(after) > 10
     assert norm(found["all weights"]) == pytest.approx(norm(after), rel=1e-4)
     assert norm(found["clipping left out"]) == pytest.approx(1.0, rel=1e-3)
@@ -327,11 +327,11 @@ def _types(runtime, places):
     config = replace(CASES["all weights"].config(places), train=TrainConfig(mixed_precision="bf16"))
     lm, reference = load(CASES["all weights"], places, runtime)
     policy = PolicyWithReference(lm, reference, config.kernel)
-    model, _ = make_engine(runtime, config).prepare(policy, make_optimizer(config.optim, lm, fused=False))
+    model, _ = make_backend(runtime, config).prepare(policy, make_optimizer(config.optim, lm, fused=False))
     stats = token_stats_of(model, collate(SHORT, pad_id=2), ALL_STATISTICS)
     return {name: value.dtype for name, value in vars(stats).items()}
 
 
 def test_statistics_in_bf16_come_out_of_fsdp2_in_float32(places):
-    for types in run_ranks(_types, places, engine="fsdp2", mixed_precision="bf16"):
+    for types in run_ranks(_types, places, backend="fsdp2", mixed_precision="bf16"):
         assert types == dict.fromkeys(["logp", *ALL_STATISTICS], torch.float32)

@@ -11,14 +11,14 @@ import torch
 
 from prefopt import registry
 from prefopt.config import EvalConfig, GenerateConfig, KernelConfig, RunConfig
-from prefopt.engine.adapters import Frozen
-from prefopt.engine.forward import PolicyWithReference
 from prefopt.errors import ConfigError
 from prefopt.evaluate.sampler import sampler
 from prefopt.evaluate.samples import score_samples
 from prefopt.generation.base import Sampling, seeds_of
 from prefopt.generation.transformers_engine import TransformersEngine
 from prefopt.kernels.head import make_head_aware
+from prefopt.training.adapters import Frozen
+from prefopt.training.forward import PolicyWithReference
 from prefopt.types import EncodedPair
 from tests.helpers import byte_bpe_tokenizer, tiny_llama
 

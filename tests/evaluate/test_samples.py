@@ -5,9 +5,9 @@ import peft
 import pytest
 import torch
 
-from prefopt.engine.adapters import Frozen
 from prefopt.evaluate.samples import score_samples
 from prefopt.kernels.head import make_head_aware
+from prefopt.training.adapters import Frozen
 from prefopt.types import Completion, Prompt
 from tests.helpers import tiny_llama
 

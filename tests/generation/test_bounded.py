@@ -10,7 +10,7 @@ import pytest
 
 from prefopt.errors import RoundError
 from prefopt.generation import bounded
-from prefopt.generation.server import Server, TimedOut, Unreadable, read
+from prefopt.generation.server import Server, TimedOut, UnreadableAnswer, read
 from tests.generation.raw_server import RawServer, chat, http
 
 KEY = "the-key-of-this-lab"
@@ -66,7 +66,7 @@ def test_an_answer_that_drips_counts_as_late_wherever_it_begins_to(after):
 def test_an_answer_that_is_too_large_is_a_failed_attempt_and_never_unpacked_whole(body, headers):
     with (
         RawServer(http(body, *headers)) as server,
-        pytest.raises(Unreadable, match=r"after 2 attempts \(an answer of more than 100,000 bytes"),
+        pytest.raises(UnreadableAnswer, match=r"after 2 attempts \(an answer of more than 100,000 bytes"),
     ):
         ask(server)
 
@@ -117,7 +117,7 @@ DEEP = "[" * 5000 + "]" * 5000
     ids=lambda value: repr(value)[:30],
 )
 def test_an_answer_of_another_form_is_a_failed_attempt(body, headers):
-    with RawServer(http(body, *headers)) as server, pytest.raises(Unreadable) as caught:
+    with RawServer(http(body, *headers)) as server, pytest.raises(UnreadableAnswer) as caught:
         ask(server)
     assert str(caught.value).startswith(f"judge.url: {server.url} does not answer after 2 attempts (")
     assert KEY not in str(caught.value)

@@ -15,11 +15,11 @@ import pytest
 
 from prefopt import generation
 from prefopt.config import GenerateConfig, ModelConfig
-from prefopt.engine import models
 from prefopt.errors import ConfigError, RoundError
 from prefopt.generation.base import Sampling
 from prefopt.generation.server import Server
 from prefopt.generation.transformers_engine import TransformersEngine
+from prefopt.training import models
 from tests.openai_server import OpenAIServer
 
 

@@ -8,14 +8,14 @@ import torch
 from transformers import DynamicCache, GenerationConfig
 
 from prefopt.config import KernelConfig
-from prefopt.engine.forward import PolicyWithReference
-from prefopt.engine.models import recompute_activations
 from prefopt.errors import RoundError
 from prefopt.generation.base import Sampling
 from prefopt.generation.transformers_engine import TransformersEngine
-from tests.engine.architectures import ARCHITECTURES, tiny_model
+from prefopt.training.forward import PolicyWithReference
+from prefopt.training.models import recompute_activations
 from tests.generation.test_sampling import assert_frequencies
 from tests.helpers import tiny_llama
+from tests.training.architectures import ARCHITECTURES, tiny_model
 
 
 @pytest.fixture(autouse=True)

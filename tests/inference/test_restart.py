@@ -176,7 +176,7 @@ def test_an_answer_on_disk_that_is_damaged_is_asked_for_again(server, flags, scr
 
 def test_stopped_by_a_signal_it_says_so_and_leaves_with_75(server, flags, scripted, tmp_path):
     with scripted() as here:
-        fault = {"at": "prefopt.inference.kept:Kept.write", "count": 5, "do": "SIGTERM"}
+        fault = {"at": "prefopt.inference.answer_cache:AnswerCache.write", "count": 5, "do": "SIGTERM"}
         ended = server.train(flags(here, generate__concurrency=1), fault, command="infer", cwd=tmp_path)
     assert ended.status == 75, ended.err
     assert "SIGTERM: all that is finished is saved, leaving with exit status 75" in ended.out

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from prefopt.generation.base import Sampling
-from prefopt.inference.prompts import NO_TAGS
+from prefopt.inference.prompt_templates import NO_TAGS
 from prefopt.inference.test_time_po import NO_RESPONSE, TestTimeSettings, optimize, optimize_all, seed_of
 from prefopt.thoughts import NO_MARKER, ThoughtFormat
 from prefopt.types import Judgement

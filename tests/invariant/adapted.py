@@ -3,7 +3,7 @@
 import torch
 
 from prefopt.config import LoraConfig, RunConfig
-from prefopt.engine import adapters
+from prefopt.training import adapters
 
 
 def adapted_policy(method, model, **lora):

@@ -6,8 +6,8 @@ and what behind it then differs by 1e-7 between layouts, in float64 too, and hid
 
 from torch import nn
 
-from tests.engine.architectures import ARCHITECTURES, tiny_model
 from tests.invariant.steps import two_models
+from tests.training.architectures import ARCHITECTURES, tiny_model
 
 
 class _Norm(nn.Module):

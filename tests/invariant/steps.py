@@ -9,9 +9,9 @@ from types import SimpleNamespace
 import torch
 
 from prefopt.config import EvalConfig, KernelConfig, ModelConfig, OptimConfig, ReferenceConfig, RunConfig, TrainConfig
-from prefopt.engine.forward import PolicyWithReference, Scorer
-from prefopt.engine.metrics import MetricsFile, read_lines
-from prefopt.engine.trainer import Trainer
+from prefopt.training.forward import PolicyWithReference, Scorer
+from prefopt.training.metrics import MetricsFile, read_lines
+from prefopt.training.trainer import Trainer
 from prefopt.types import EncodedPair
 from tests.helpers import tiny_llama
 from tests.invariant.oracle import scorer_of
@@ -125,7 +125,7 @@ class Bench:
         )
         self.trainer.prepare()
         self.gradients = {}
-        if not runtime.engine.startswith("zero"):  # whose gradients are no parameters' own
+        if not runtime.backend.startswith("zero"):  # whose gradients are no parameters' own
             self.trainer.optimizer.optimizer.register_step_pre_hook(self._keep)
         # what accelerate keeps of every model it has wrapped would live as long as the tests
         runtime.accelerator._models.clear(), runtime.accelerator._optimizers.clear()

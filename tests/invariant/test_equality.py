@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from prefopt.data.collate import collate
-from prefopt.engine import trainer as trainer_module
+from prefopt.training import trainer as trainer_module
 from tests.dist.ranks import run_ranks
 from tests.invariant.methods import methods
 from tests.invariant.oracle import oracle_step
@@ -109,7 +109,7 @@ def ranks():
 
 
 def _two_processes(runtime):
-    answers = {"processes": (runtime.world, str(runtime.accelerator.distributed_type.value), runtime.engine)}
+    answers = {"processes": (runtime.world, str(runtime.accelerator.distributed_type.value), runtime.backend)}
     for dtype in DTYPES:
         untied, tied = two_models(dtype), two_models(dtype, tied=True)
         for name, method in METHODS.items():

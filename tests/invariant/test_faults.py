@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from prefopt.data.encoder import Encoder
-from prefopt.engine import trainer as trainer_module
 from prefopt.errors import TrainError
+from prefopt.training import trainer as trainer_module
 from prefopt.types import EncodedPair, PairRow
 from tests.helpers import byte_bpe_tokenizer, tiny_llama
 from tests.invariant.faults import COLLATOR_FAULTS

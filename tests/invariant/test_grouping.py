@@ -5,11 +5,11 @@ import pytest
 from prefopt.data import loader
 from prefopt.data.loader import FileBatches
 from prefopt.data.mixture import Mixture
-from prefopt.engine.trainer import _placeholder
-from tests.engine.architectures import tiny_model
+from prefopt.training.trainer import _placeholder
 from tests.invariant.methods import methods
 from tests.invariant.oracle import oracle_step
 from tests.invariant.steps import Bench, gradient_gaps, random_pairs
+from tests.training.architectures import tiny_model
 
 METHODS = {name: method for name, method in methods().items() if not method.needs.coupled}
 each_method = pytest.mark.parametrize("name", METHODS)

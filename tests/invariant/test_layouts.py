@@ -10,9 +10,9 @@ import torch
 from prefopt.config import ModelConfig
 from prefopt.data.collate import collate
 from prefopt.data.layouts import LAYOUTS, shares_prompts
-from prefopt.engine import attention, layouts
-from prefopt.engine import trainer as trainer_module
 from prefopt.errors import TrainError
+from prefopt.training import attention, layout_choice
+from prefopt.training import trainer as trainer_module
 from tests.dist.ranks import run_ranks
 from tests.helpers import byte_bpe_tokenizer
 from tests.invariant.adapted import adapted_policy
@@ -124,7 +124,7 @@ def test_step_when_bfloat16_autocast_then_layouts_agree_to_its_precision(runtime
 
 @each_method
 def test_step_when_the_policy_has_an_adapter_then_layouts_agree(name, runtime, adapted):
-    # that the padded step is right: tests/engine/test_lora.py
+    # that the padded step is right: tests/training/test_lora.py
     method = METHODS[name]
     (_, padded), *others = steps_of(
         Bench(runtime, method, adapted[method.needs.output]),
@@ -171,7 +171,9 @@ def test_step_when_two_processes_and_any_layout_then_loss_and_gradients_are_the_
 
 def test_step_when_auto_mixes_layouts_then_the_oracles_and_the_same_bits_again(runtime, monkeypatch):
     # the model is so small that sharing never pays; were calls cheaper, it would for some
-    monkeypatch.setitem(layouts.SPEEDS, "cpu", layouts.Work(linear=1e9, causal=1e9, masked=1e9, mask=1e9, calls=3e4))
+    monkeypatch.setitem(
+        layout_choice.SPEEDS, "cpu", layout_choice.Work(linear=1e9, causal=1e9, masked=1e9, mask=1e9, calls=3e4)
+    )
     models, method = models_of("llama", torch.float64), TOKEN_LEVEL
     rows = random_pairs(method.needs.columns, pairs=12)
     # two pairs with long prompts, which sharing is for

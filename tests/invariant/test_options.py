@@ -7,8 +7,8 @@ import torch
 
 from prefopt.config import ModelConfig
 from prefopt.data.layouts import LAYOUTS, shares_prompts
-from prefopt.engine import offload, quantized
 from prefopt.errors import TrainError
+from prefopt.training import offload, quantized
 from tests.dist.ranks import run_ranks
 from tests.helpers import byte_bpe_tokenizer
 from tests.invariant.adapted import adapted_policy
@@ -92,7 +92,7 @@ def test_step_when_activations_are_recomputed_or_offloaded_then_the_oracles_in_a
 def test_step_when_an_adapter_trains_and_activations_are_recomputed_or_offloaded_then_the_same_step(
     name, option, runtime, adapted
 ):
-    # that the step without these is right: tests/engine/test_lora.py
+    # that the step without these is right: tests/training/test_lora.py
     method, rows = METHODS[name], random_pairs(METHODS[name].needs.columns, 5)
     models = adapted(method)
     expected = Bench(runtime, method, models).step(rows, 3)

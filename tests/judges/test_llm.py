@@ -12,7 +12,7 @@ from prefopt.config import JudgeConfig
 from prefopt.data.encoder import Encoder
 from prefopt.errors import ConfigError, RoundError
 from prefopt.judges import llm
-from prefopt.marks import filled
+from prefopt.placeholders import filled
 from prefopt.ranking import win_probabilities
 from prefopt.types import Completion
 from tests.helpers import CHATML, byte_bpe_tokenizer
@@ -304,7 +304,7 @@ def test_policy_when_a_question_leaves_no_room_for_an_answer_then_it_is_counted_
     tokenizer = byte_bpe_tokenizer(["any text"], vocab_size=300, chat_template=CHATML)
     engine = Echo(tokenizer, "yy")
     judge = llm.LLMJudge(
-        JudgeConfig(kind="llm"), llm.Policy(engine, Encoder(tokenizer, 2**31), JudgeConfig(max_tokens=7))
+        JudgeConfig(kind="llm"), llm.PolicyJudge(engine, Encoder(tokenizer, 2**31), JudgeConfig(max_tokens=7))
     )
     asked = question("x", "yy", "z" * 10)
     judge.judge([asked])
@@ -326,7 +326,7 @@ def test_policy_when_its_template_refuses_a_question_then_it_is_counted():
     refuses = "{% if 'qqq' in messages[0]['content'] %}{{ raise_exception('no qqq') }}{% endif %}" + CHATML
     tokenizer = byte_bpe_tokenizer(["any text"], vocab_size=300, chat_template=refuses)
     judge = llm.LLMJudge(
-        JudgeConfig(kind="llm"), llm.Policy(Echo(tokenizer, "yy"), Encoder(tokenizer, 2**31), JudgeConfig())
+        JudgeConfig(kind="llm"), llm.PolicyJudge(Echo(tokenizer, "yy"), Encoder(tokenizer, 2**31), JudgeConfig())
     )
     (found,) = judge.judge([question("x", "yy", "qqq")])
     assert found.problems == {"unreadable": 4}

@@ -17,11 +17,11 @@ from transformers import (
 from prefopt import judges
 from prefopt.config import JudgeConfig, LoraConfig, ModelConfig, RunConfig
 from prefopt.data.encoder import Encoder
-from prefopt.engine import adapters
-from prefopt.engine.models import set_padding
 from prefopt.errors import ConfigError, DataError, RoundError, TrainError
 from prefopt.judges.reward_model import dtype_on
 from prefopt.methods.reward_model import RewardModel
+from prefopt.training import adapters
+from prefopt.training.models import set_padding
 from prefopt.types import PairRow
 from tests.helpers import byte_bpe_tokenizer, tiny_llama
 from tests.invariant.oracle import oracle_score, scorer_of

@@ -7,9 +7,9 @@ import torch
 
 from prefopt import judges, registry
 from prefopt.config import JudgeConfig, parse
-from prefopt.engine.metrics import read_lines
 from prefopt.errors import ConfigError
 from prefopt.judges.reward_model import RewardModelJudge
+from prefopt.training.metrics import read_lines
 from tests.judges.conftest import question
 
 KINDS = {"completions": "reward_model", "both_orders": "pairwise"}

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from prefopt import registry
-from prefopt.engine.forward import statistics_to_evaluate
-from prefopt.engine.metrics import shared_metrics
-from prefopt.engine.trainer import _terms
+from prefopt.training.forward import statistics_to_evaluate
+from prefopt.training.metrics import shared_metrics
+from prefopt.training.trainer import _terms
 from prefopt.types import PairStats
 from tests.invariant.methods import methods
 from tests.methods.make_stats import batch, f64

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from prefopt.losses import pairwise_judge
-from prefopt.methods.pairwise_judge import PairwiseJudge
+from prefopt.methods.pairwise_judge import PairwiseJudgeMethod
 from tests.methods.make_stats import batch, f64, means
 from tests.methods.test_reward_model import softplus, stats
 
@@ -26,7 +26,7 @@ def test_pairwise_judge_is_the_mean_of_both_orders():
 
 
 def test_pairwise_judge_metrics_tell_preference_from_place():
-    out = PairwiseJudge().loss(stats(FIRST, SECOND), batch(4))
+    out = PairwiseJudgeMethod().loss(stats(FIRST, SECOND), batch(4))
     (term,) = out.terms
     assert term.count.tolist() == [1] * 4
     assert means(out) == pytest.approx(
@@ -42,6 +42,6 @@ def test_pairwise_judge_metrics_tell_preference_from_place():
 
 
 def test_pairwise_judge_reads_both_orders_and_no_reference():
-    needs = PairwiseJudge().needs
+    needs = PairwiseJudgeMethod().needs
     assert (needs.output, needs.reference, needs.sequences) == ("scores", "none", "both_orders")
-    assert PairwiseJudge().loss_at_reference() is None
+    assert PairwiseJudgeMethod().loss_at_reference() is None

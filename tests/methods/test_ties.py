@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from prefopt.config import parse
-from prefopt.engine.trainer import _postfix
 from prefopt.method import ahead
+from prefopt.training.trainer import _postfix
 from tests.invariant.methods import methods
 from tests.methods.make_stats import batch, f64, means, pair_stats
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from prefopt import registry
-from prefopt.engine import trainer as trainer_module
 from prefopt.methods import dpo as dpo_module
 from prefopt.methods import sppo as sppo_module
+from prefopt.training import trainer as trainer_module
 from tests.helpers import byte_bpe_tokenizer
 from tests.invariant.faults import mask_shifted, states_shifted
 from tests.invariant.steps import random_pairs, two_models

@@ -6,11 +6,11 @@ import signal
 
 import pytest
 
-from prefopt.engine.metrics import WALL_CLOCK_KEYS, read_lines
-from prefopt.engine.runtime import EXIT_UNFINISHED
+from prefopt.training.metrics import WALL_CLOCK_KEYS, read_lines
+from prefopt.training.runtime import EXIT_UNFINISHED
 
 ROUNDS = "prefopt.rounds."
-ENGINE = "prefopt.engine."
+ENGINE = "prefopt.training."
 # Where a process may die: (stage, function, before or after, the last of its calls that surely comes, on which ranks).
 PLACES = [
     ("generate", ROUNDS + "stages:generate_rows", "before", 2, (0, 1)),

@@ -33,7 +33,7 @@ def paired():
             {"judged": [0, 1, 2], "problems": {}, "scores": None if probs else row, "logits": None, "probs": probs}
             for row in scores
         ]
-        view = stages.View(config.method, Structure(tokenizer))
+        view = stages.JudgedView(config.method, Structure(tokenizer))
         return stages.pair_rows(config, prompts, generated, said, view=view, tokenizer_hash="t", about={})
 
     return paired

@@ -2,7 +2,7 @@ from prefopt.data.structure import Structure
 from prefopt.judges.base import Judge
 from prefopt.judges.length import LengthJudge
 from prefopt.methods.sppo import SPPO
-from prefopt.rounds.stages import MISPLACED, View, judge_rows
+from prefopt.rounds.stages import MISPLACED, JudgedView, judge_rows
 from prefopt.types import Completion, Prompt
 from tests.helpers import family_tokenizer
 
@@ -12,7 +12,7 @@ def test_candidates_that_could_not_be_trained_on_are_counted_and_no_judge_is_ask
     start, end = (tokenizer.convert_tokens_to_ids(token) for token in ("<|im_start|>", "<|im_end|>"))
     word = tokenizer("fruit", add_special_tokens=False)["input_ids"]
     sampled = [[*word, end], [*word, start, *word, end], [*word, end, *word, end], [*word, end, end], word]
-    view = View(SPPO(), Structure(tokenizer))
+    view = JudgedView(SPPO(), Structure(tokenizer))
     seen = view.of([Completion(tuple(ids), "fruit", "stop") for ids in sampled])
     assert seen.judged == (0, 4)
     assert seen.why == {MISPLACED: 3}

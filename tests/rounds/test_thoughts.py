@@ -206,10 +206,10 @@ def test_kept_policy_is_that_of_its_step(straight, run, tmp_path):
 @pytest.mark.parametrize(
     ("at", "count"),
     [
-        ("prefopt.engine.trainer:Trainer._keep_if_best", 3),
-        ("prefopt.engine.checkpoint:_write_folder", 2),
-        ("prefopt.engine.checkpoint:save_optimizer", 1),
-        ("prefopt.engine.checkpoint:copy", 1),
+        ("prefopt.training.trainer:Trainer._keep_if_best", 3),
+        ("prefopt.training.checkpoint:_write_folder", 2),
+        ("prefopt.training.checkpoint:save_optimizer", 1),
+        ("prefopt.training.checkpoint:copy", 1),
         ("prefopt.rounds.stages:generate_rows", 3),
     ],
 )

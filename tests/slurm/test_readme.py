@@ -37,7 +37,7 @@ def test_deepspeed_of_the_page_shards_over_two_nodes(place):
     setting, command = blocks()[1].strip().splitlines()
     place.shell(f"{setting}; {command} {SMALL}")
     logs = [path.read_text() for path in place.folder.glob("slurm-*.out")]
-    assert any("prefopt: 2 process(es), engine zero2" in log for log in logs)
+    assert any("prefopt: world size 2, backend zero2" in log for log in logs)
     assert (place.folder / "runs" / "zero2" / "model" / "model.safetensors").exists()
 
 

@@ -33,7 +33,7 @@ def one_node(place):
 
 def test_train_on_two_nodes_when_started_by_srun_alone_then_its_tasks_are_ranks(place, two_nodes):
     out = (place.folder / f"{two_nodes}.out").read_text()
-    assert "prefopt: 2 process(es), engine ddp" in out
+    assert "prefopt: world size 2, backend ddp" in out
     card = json.loads((place.folder / two_nodes / "run_card.json").read_text())
     assert card["batch"]["processes"] == 2
     assert len((place.folder / two_nodes / "model" / "model.safetensors").read_bytes()) > 1000

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from prefopt.errors import TrainError
-from prefopt.testbed.report import Curves, mean_and_interval, self_play_plot
 from prefopt.testbed.self_play import exact_path, self_play
+from prefopt.testbed.world_report import Curves, mean_and_interval, self_play_plot
 
 GAME = torch.tensor([[[0.5, 0.0, 1.0], [1.0, 0.5, 0.0], [0.0, 1.0, 0.5]]], dtype=torch.float64)  # rock, paper, scissors
 

@@ -1,0 +1,521 @@
+"""The `infer` command: prompts in, answers out, and everything between them in files that a kill cannot spoil."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prefopt import generation, judges, storage
+from prefopt import infer_config as settings
+from prefopt.errors import ConfigError
+from prefopt.infer_config import InferConfig
+from prefopt.inference import trace_report
+from prefopt.inference.prompt_reader import check_file
+from prefopt.inference.prompt_templates import read_templates
+from prefopt.redaction import hidden, printable
+from prefopt.testbed.cache import cache_root
+from prefopt.thoughts import Answer
+from prefopt.training import runtime as rt
+from prefopt.training.runtime import say
+
+if TYPE_CHECKING:
+    from prefopt.data.encoder import Encoder
+    from prefopt.generation.base import Engine, Sampling
+    from prefopt.inference.answer_cache import AnswerCache
+    from prefopt.inference.answers import Answered
+    from prefopt.inference.policy import UnloadedPolicy
+    from prefopt.inference.prompt_reader import Reader, Refused
+    from prefopt.inference.test_time_po import Tell, TestTimeSettings, Trace
+    from prefopt.judges.base import Judge
+    from prefopt.types import Prompt
+
+CARD = "infer.json"
+_FILES = ("traces.jsonl", "traces.html", "pairs.jsonl", "answers.jsonl")  # beside the summary of a judged run
+
+
+def run(config: InferConfig) -> int:
+    """Answer the prompts of these settings. Returns the exit status.
+
+    Raises: PrefoptError, of one line.
+    """
+    generation.check(config.generate)
+    if config.judged:
+        judges.check(config.judge)
+    templates = read_templates(config.templates)
+    if config.model.path is not None:
+        rt.check_path("model", config.model.path)
+    if config.prompts is not None:
+        check_file(config.prompts)
+    stop = rt.Stop()
+    if not config.typed:
+        stop.install(1)
+    with ExitStack() as stack:
+        place = None
+        if config.output:
+            place = Place.of(config.output)
+            place.refuse_what_is_not_ours()
+            rt.prepare_output(place.folder)
+            lock = rt.OutputLock(place.folder)
+            lock.acquire()
+            stack.callback(lock.release)
+        return _Run(config, templates, place, stop, stack).run()
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a run writes. Args: folder: of what it keeps. answers: the file with the answers."""
+
+    folder: Path
+    answers: Path
+
+    @classmethod
+    def of(cls, output: str) -> Place:
+        """A folder, or a JSONL file, beside which what is kept has a folder of its own."""
+        path = Path(output)
+        if path.suffix == ".jsonl":
+            return cls(path.with_name(path.name + ".kept"), path)
+        return cls(path, path / "answers.jsonl")
+
+    def refuse_what_is_not_ours(self) -> None:
+        """Raises: ConfigError for an output that something else has written."""
+        ours = storage.is_there(self.folder / CARD)
+        others = ("run_card.json", "metrics.jsonl")
+        other = next((name for name in others if storage.is_there(self.folder / name)), None)
+        if other is not None:
+            raise ConfigError(f"--output {self.folder}: holds a training run ({other}); choose another --output")
+        names = (self.answers.name, "summary.json", "traces.jsonl", "traces.html", "pairs.jsonl")
+        taken = next((path for name in names if storage.is_there(path := self.answers.with_name(name))), None)
+        if taken is not None and not ours and (taken == self.answers or self.answers.parent == self.folder):
+            raise ConfigError(f"--output {taken}: exists, and is not this command's; choose another --output")
+
+    def day(self) -> date | None:
+        """The day that the run here began, as its chat template was told; None for a new one."""
+        try:
+            kept = json.loads((self.folder / CARD).read_text(encoding="utf-8"))["template_date"]
+            return None if kept is None else date.fromisoformat(kept)
+        except (OSError, ValueError, KeyError, TypeError):  # a card that cannot be read is refused when it is held to
+            return None
+
+    def hold(self, card: Mapping[str, Any]) -> None:
+        """Write the card of a new run, or hold a continued one to its card.
+
+        Raises: ConfigError naming the first differences.
+        """
+        from prefopt.inference.answer_cache import writing
+
+        path = self.folder / CARD
+        now = hidden(json.loads(json.dumps(card, default=str)))
+        try:
+            before = storage.read_sealed(path, unsealed=True)
+            if before is None:
+                with writing(path):
+                    storage.write_sealed(path, now)
+                return
+            changed = settings.differences(hidden(before["config"]), now["config"])
+            changed += [
+                f"{key}: {before[key]!r} -> {now[key]!r}"
+                for key in ("model", "prompts", "judge", "templates")
+                if before[key] != now[key]
+            ]
+        except storage.Damaged as error:
+            raise ConfigError(f"{error}; choose another --output, or put it back from a copy") from None
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ConfigError(f"{path}: is not the card of such a run: {error!r}; choose another --output") from None
+        if changed:
+            more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+            raise ConfigError(
+                f"--output {self.folder}: holds answers made with other settings ({'; '.join(changed[:3])}{more}); "
+                "choose another --output, or the settings of that run to continue it"
+            )
+
+
+class _Run:
+    """One run of the command, put together from its settings."""
+
+    def __init__(
+        self, config: InferConfig, templates: Any, place: Place | None, stop: rt.Stop, stack: ExitStack
+    ) -> None:
+        self.config, self.templates, self.place, self.stop, self.stack = config, templates, place, stop, stack
+
+    def run(self) -> int:
+        from prefopt.data.templates import Rendering
+        from prefopt.inference import policy
+        from prefopt.inference.prompt_reader import split
+
+        config = self.config
+        self.world = self._world()
+        path = str(config.model.path or self.world.base_model_path)
+        self.policy: UnloadedPolicy = policy.find(path, config)
+        if self.policy.note:
+            say(self.policy.note)
+        if self.policy.thought.template is not None:
+            say(
+                f"{path} thinks before it answers; its thoughts are {'shown' if config.thought == 'show' else 'hidden'}"
+            )
+        self.rendering = Rendering.of(config, self.policy.tokenizer, None if self.place is None else self.place.day())
+        for line in self.rendering.lines(self.policy.tokenizer):
+            say(line)
+        if config.typed:
+            return self._typed(self._reader(None))
+        refused: Sequence[Refused] = ()
+        if self.world is not None:
+            prompts = self.world.prompts(config.limit or 64, config.seed)
+        else:
+            reader = self._reader(self._positions())
+            found = iter([reader.typed(str(config.prompt))]) if config.prompts is None else reader.file(config.prompts)
+            prompts, refused = split(found, config.limit)
+        for one in refused:
+            _warn(f"warning: {one.message}")
+        judges.check_prompts(config.judge, (prompt.prompt for prompt in prompts))
+        if self.place is not None:
+            self.place.hold(self._card(prompts, refused))
+        self.stop.enter_files()
+        if config.judged:
+            return self._judged(prompts, refused)
+        return self._answered(prompts, refused)
+
+    # One answer to each -----------------------------------------------------------------------------------------------
+
+    def _answered(self, prompts: Sequence[Prompt], refused: Sequence[Refused]) -> int:
+        from prefopt.inference.answer_cache import write_text
+
+        config, shows = self.config, self.config.thought == "show"
+        with _progress(len(prompts), "prompt", shown=self.place is not None) as tell:
+            answered = self._answer_all(self._engine(), prompts, tell)
+        if self.place is None:
+            for number, one in enumerate(answered):
+                if number:
+                    print()
+                _print(one, shows, name=len(answered) > 1)
+        else:
+            rows = [one.to_dict(thoughts=shows) for one in answered] + [_refused(one) for one in refused]
+            write_text(self.place.answers, trace_report.jsonl(rows))
+        gave_up = [one for one in answered if one.answer is None]
+        for one in gave_up:
+            _warn(f"warning: {one.prompt.where}: gave up: {one.gave_up}")
+        if self.place is not None:
+            again = sum(one.tries > 1 and one.answer is not None for one in answered)
+            say(
+                f"{self.place.answers}: {len(answered) - len(gave_up):,} answers, {again:,} of them sampled again, "
+                f"{len(gave_up):,} given up, {len(refused):,} prompts refused"
+            )
+        return 1 if config.prompt is not None and gave_up else 0
+
+    def _answer_all(self, engine: Engine, prompts: Sequence[Prompt], tell: Tell) -> list[Answered]:
+        from prefopt.inference.answers import answer_all
+
+        return answer_all(
+            prompts,
+            engine,
+            thought=self.policy.thought,
+            sampling=self._sampling(),
+            retries=self.config.retries,
+            seed=self.config.seed,
+            tell=tell,
+        )
+
+    def _typed(self, reader: Reader) -> int:
+        """Prompts from the terminal, one per line, until it ends."""
+        engine = self._engine()
+        reader.context = engine.context
+        judge = self._judge(engine) if self.config.judged else None
+        try:
+            self._answer_typed(reader, engine, judge)
+        except KeyboardInterrupt:
+            print()
+        return 0
+
+    def _answer_typed(self, reader: Reader, engine: Engine, judge: Judge | None) -> None:
+        from prefopt.types import Prompt
+
+        for line in _typed_lines():
+            prompt = reader.typed(line, "prompt")
+            if not isinstance(prompt, Prompt):
+                _warn(f"refused: {prompt.message}")
+                continue
+            if judge is None:
+                (one,) = self._answer_all(engine, [prompt], lambda phase, samples: None)
+                _print(one, self.config.thought == "show")
+            else:
+                (trace,) = self._optimize_all(engine, judge, [prompt], lambda phase, samples: None)
+                _print_best(trace, self.config.thought == "show")
+
+    # Samples that a judge scores --------------------------------------------------------------------------------------
+
+    def _judged(self, prompts: Sequence[Prompt], refused: Sequence[Refused]) -> int:
+        config, place = self.config, self.place
+        assert place is not None
+        assert config.n is not None
+        assert config.depth is not None
+        summary = self._finished()
+        if summary is None:
+            engine = self._engine()
+            judge = self._judge(engine)
+            samples = len(prompts) * (config.n + config.depth * (2 + config.n))
+            with _progress(samples, "sample") as tell:
+                traces = self._optimize_all(engine, judge, prompts, tell)
+            summary = self._write(traces, refused, engine, judge)
+            if config.prompt is not None:
+                _print_best(traces[0], config.thought == "show")
+                print()
+        say(trace_report.table(summary["depths"], summary["prompts"]))
+        for line in trace_report.remarks(summary["depths"], summary["prompts"]):
+            say(line)
+        dropped = "".join(f", {number:,} {reason}" for reason, number in summary["no_pair"].items())
+        say(
+            f"\n{place.folder}: traces.html, traces.jsonl, answers.jsonl, summary.json; "
+            f"pairs.jsonl: {summary['pairs']:,} pairs to train on{dropped}"
+        )
+        return 0
+
+    def _finished(self) -> dict[str, Any] | None:
+        """The summary of a run that is done, and was shown as this one is to be."""
+        assert self.place is not None
+        try:
+            summary = storage.read_sealed(self.place.folder / "summary.json")
+        except storage.Damaged:  # all is made again of the answers and scores that are kept
+            return None
+        files = {} if summary is None else summary.get("files", {})
+        whole = all(storage.is_there(self.place.folder / name) for name in files)
+        return summary if summary is not None and whole and summary.get("thought") == self.config.thought else None
+
+    def _optimize_all(self, engine: Engine, judge: Judge, prompts: Sequence[Prompt], tell: Tell) -> list[Trace]:
+        from prefopt.inference.test_time_po import TestTimeSettings, optimize_all
+
+        config = self.config
+        how: TestTimeSettings = TestTimeSettings.of(
+            config.strategy,
+            n=config.n,
+            depth=config.depth,
+            sampling=self._sampling(),
+            critique_tokens=config.critique_tokens,
+            quoted_tokens=config.quoted_tokens,
+            seed=config.seed,
+            thought=self.policy.thought,
+            templates=self.templates,
+            rendering=self.rendering,
+        )
+        return optimize_all(prompts, engine, judge, self.policy.tokenizer, how, tell=tell)
+
+    def _write(
+        self, traces: Sequence[Trace], refused: Sequence[Refused], engine: Engine, judge: Judge
+    ) -> dict[str, Any]:
+        """All files; the summary last, since it says that the others are there."""
+        from prefopt.inference.answer_cache import write_text, writing
+
+        config, place = self.config, self.place
+        assert place is not None
+        shows = config.thought == "show"
+        depths = [row.to_dict(self.policy.parameters) for row in trace_report.by_depth(traces)]
+        pairs, none = trace_report.pairs(traces)
+        problems: dict[str, int] = {}
+        for trace in traces:
+            for step in trace.steps:
+                for name, number in step.problems.items():
+                    problems[name] = problems.get(name, 0) + number
+        summary = {
+            "strategy": config.strategy,
+            "n": config.n,
+            "depth": config.depth,
+            "prompts": len(traces),
+            "refused": len(refused),
+            "depths": depths,
+            "pairs": len(pairs),
+            "no_pair": none,
+            "problems": problems,
+            "parameters": self.policy.parameters,
+            "thought": config.thought,
+            "engine": engine.describe(),
+            "judge": judge.describe(),
+        }
+        title = f"{config.strategy}, n {config.n}, depth {config.depth}: {len(traces)} prompts"
+        answers = [_best_row(trace, shows) for trace in traces] + [_refused(one) for one in refused]
+        write_text(place.folder / "traces.jsonl", trace_report.jsonl(trace.to_dict(thoughts=shows) for trace in traces))
+        write_text(place.folder / "traces.html", trace_report.page(traces, depths, title, thoughts=shows))
+        write_text(place.folder / "pairs.jsonl", trace_report.jsonl(pairs))
+        write_text(place.answers, trace_report.jsonl(answers))
+        with writing(place.folder / "summary.json"):
+            storage.write_sealed(place.folder / "summary.json", summary | {"files": [*_FILES]})
+        return summary
+
+    # What a run is made of --------------------------------------------------------------------------------------------
+
+    def _world(self) -> Any:
+        if not self.config.on_testbed:
+            return None
+        from prefopt.testbed import build_world
+
+        test = self.config.testbed
+        if self.config.model.path is None:
+            say(
+                f"no model is named (--model DIR): the base policy of the testbed's world '{test.world}' answers the "
+                "world's prompts"
+            )
+        return build_world(test.world, seed=test.seed, cache_dir=cache_root())
+
+    def _reader(self, context: int | None) -> Reader:
+        from prefopt.inference.prompt_reader import Reader
+
+        policy = self.policy
+        return Reader(policy.tokenizer, policy.thought, context, self.config.as_chat, self.rendering)
+
+    def _encoder(self) -> Encoder:
+        from prefopt.data.encoder import Encoder
+
+        return Encoder(self.policy.tokenizer, 2**31, rendering=self.rendering)
+
+    def _positions(self) -> int | None:
+        from prefopt.generation.ends import positions_of
+
+        return positions_of(self.policy.weights, self.config.model)
+
+    def _sampling(self) -> Sampling:
+        from prefopt.generation.base import Sampling
+
+        return Sampling.of(self.config.generate, stop=self.policy.stop, logprobs=False)
+
+    def _engine(self) -> Engine:
+        from prefopt.inference.answer_cache import KeptEngine
+
+        rt.set_threads(self.config.threads, self.policy.parameters or 10**9)
+        engine = self.policy.open(self.config)
+        self.stack.callback(engine.close)
+        kept = self._kept("answers")
+        if kept is None:
+            return engine
+        how = self.config.generate
+        identity = {"weights": self.policy.identity, "engine": how.engine, "dtype": self.config.model.dtype}
+        return KeptEngine(engine, kept, identity | {"served_model": how.served_model})
+
+    def _judge(self, engine: Engine) -> Judge:
+        from prefopt.inference.answer_cache import KeptJudge
+        from prefopt.inference.policy import device_here
+
+        judge = judges.make(
+            self.config.judge,
+            device=device_here(),
+            policy=lambda: (engine, self._encoder()),
+            world=None if self.world is None else self.world.judge(),
+            cache=None if self.place is None else self.place.folder / "verdicts",
+        )
+        self.stack.callback(judge.close)
+        kept = self._kept("scores")
+        return judge if kept is None else KeptJudge(judge, kept, self._judge_identity())
+
+    def _judge_identity(self) -> dict[str, Any]:
+        config = self.config
+        free = ("url", "api_key_env", "concurrency", "retries", "timeout", "batch")
+        named = {key: value for key, value in config.to_dict()["judge"].items() if key not in free}
+        if config.on_testbed:
+            named["testbed"] = config.to_dict()["testbed"]
+        return named | {"content": judges.identity(config.judge) if config.judged else None}
+
+    def _kept(self, name: str) -> AnswerCache | None:
+        from prefopt.inference.answer_cache import AnswerCache
+
+        if self.place is None:
+            return None
+        kept = AnswerCache(self.place.folder / name)
+        kept.sweep()
+        return kept
+
+    def _card(self, prompts: Sequence[Prompt], refused: Sequence[Refused]) -> dict[str, Any]:
+        asked = [[prompt.key, list(prompt.ids)] for prompt in prompts] + [one.message for one in refused]
+        return {
+            "config": self.config.to_dict(),
+            "model": self.policy.identity,
+            "template_date": None if self.rendering.date is None else self.rendering.date.isoformat(),
+            "prompts": hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16],
+            "judge": json.dumps(self._judge_identity(), sort_keys=True) if self.config.judged else None,
+            "templates": self.templates.digest() if self.config.judged else None,
+            "versions": rt.versions(),
+        }
+
+
+# What a person sees ---------------------------------------------------------------------------------------------------
+
+
+def _typed_lines() -> Iterator[str]:
+    """Lines of the terminal, or of what is piped into it, that are not empty; ends at Ctrl-D and Ctrl-C."""
+    terminal = sys.stdin.isatty()
+    while True:
+        try:
+            line = input("> " if terminal else "")
+        except (EOFError, KeyboardInterrupt):
+            if terminal:
+                print()
+            return
+        except UnicodeDecodeError:
+            _warn("refused: prompt: is not text")
+            continue
+        if line.strip():
+            yield line.strip()
+
+
+def _warn(text: str) -> None:
+    print(printable(text), file=sys.stderr, flush=True)
+
+
+def _print(one: Answered, shows: bool, name: bool = False) -> None:
+    if name:
+        print(f"[{printable(one.prompt.where)}]")
+    if one.answer is None:
+        print(f"gave up: {printable(one.gave_up)}", flush=True)
+        return
+    _show(one.answer, shows)
+
+
+def _print_best(trace: Trace, shows: bool) -> None:
+    best = trace.best
+    if best is None:
+        print("no response with a score", flush=True)
+        return
+    assert best.text is not None, "it has a score"
+    _show(Answer(best.thought, best.text), shows)
+
+
+def _show(answer: Answer, shows: bool) -> None:
+    """Print it: the text as it is, without what would steer a terminal. Files hold each character."""
+    if shows and answer.thought:
+        print(f"[thought]\n{printable(answer.thought, lines=True, joiners=True)}\n[response]")
+    print(printable(answer.response, lines=True, joiners=True), flush=True)
+
+
+def _best_row(trace: Trace, shows: bool) -> dict[str, Any]:
+    best = trace.best
+    row: dict[str, Any] = {"key": trace.prompt.key, "where": trace.prompt.where, "prompt": trace.prompt.prompt}
+    if best is None:
+        reasons = [step.skipped for step in trace.steps if step.skipped] or ["no response with a score"]
+        return row | {"response": None, "reason": reasons[0]}
+    row |= {"response": best.text, "score": trace.score(best)}
+    return row | ({"thought": best.thought} if shows else {})
+
+
+def _refused(one: Refused) -> dict[str, Any]:
+    return {"where": one.where, "prompt": one.prompt, "response": None, "reason": one.message}
+
+
+@contextmanager
+def _progress(total: int, unit: str, shown: bool = True) -> Iterator[Tell]:
+    """A bar on stderr; it is told from several threads."""
+    from tqdm import tqdm
+
+    lock = threading.Lock()
+    seconds = 0.2 if os.isatty(2) else 10
+    with tqdm(total=total, unit=unit, disable=not shown, mininterval=seconds, dynamic_ncols=True) as bar:
+
+        def tell(phase: str, samples: int) -> None:
+            with lock:
+                bar.set_description(phase, refresh=False)
+                bar.update(samples)
+
+        yield tell

@@ -1,0 +1,113 @@
+"""Rounds as jobs of Slurm, one for each stage, in a chain: each is the program that a terminal would start."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from prefopt.config import RunConfig, coerce
+from prefopt.errors import ConfigError, did_you_mean
+from prefopt.rounds.store import done
+from prefopt.sweeps import slurm
+
+STAGES = ("generate", "judge", "pair", "train", "evaluate")
+CUT = ("generate", "judge")  # the stages whose shards an array shares
+
+
+@dataclass(frozen=True)
+class OnSlurm:
+    """How rounds are submitted.
+
+    Args:
+        parts: array tasks that share a stage's shards.
+        script: the job script of one stage. None: slurm/rounds.sbatch.
+        flags: further flags of sbatch, for all stages under "", for one of them under its name.
+    """
+
+    parts: int = 1
+    script: str | None = None
+    flags: dict[str, list[str]] = field(default_factory=dict)
+
+
+def options_of(argv: Sequence[str]) -> tuple[list[str], OnSlurm | None]:
+    """(the other flags, how to submit), where these ask for Slurm: `--launcher slurm`. Raises: ConfigError."""
+    rest: list[str] = []
+    own: dict[str, str] = {}
+    words = list(argv)
+    while words:
+        flag, equals, value = words[0].partition("=")
+        if flag in ("--launcher", "--parts", "--script", "--sbatch") or flag.startswith("--sbatch."):
+            if not equals and len(words) == 1:
+                raise ConfigError(f"{flag}: found no value")
+            own[flag[2:]] = value if equals else words.pop(1)
+        else:
+            rest.append(words[0])
+        words.pop(0)
+    if not own:
+        return list(argv), None
+    if own.pop("launcher", "slurm") != "slurm":
+        raise ConfigError("--launcher: expected slurm, or none for the processes of this machine")
+    parts = coerce(own.pop("parts", "1"), int, "--parts")
+    if parts < 1:
+        raise ConfigError(f"--parts: found {parts}, expected a number >= 1")
+    given = own.pop("script", None)
+    flags = {}
+    for name, text in own.items():
+        stage = name.partition(".")[2]
+        if stage and stage not in STAGES:
+            raise ConfigError(
+                f"--{name}: expected the flags of one of {', '.join(STAGES)}{did_you_mean(stage, STAGES)}"
+            )
+        flags[stage] = slurm.words_of(f"--{name}", text)
+    return rest, OnSlurm(parts, given, flags)
+
+
+def left(config: RunConfig) -> Iterator[tuple[int, str]]:
+    """(round, stage) of all that is not done yet, in order."""
+    output, count = Path(config.output), config.rounds.count
+    for number in range(count + 1):
+        for name in STAGES if number else ("evaluate",):
+            last = (number, name) == (count, "evaluate") and not (output / "model").exists()
+            if last or not done(config, output / f"round_{number:02d}", name):
+                yield number, name
+
+
+def submit(config: RunConfig, flags: Sequence[str], how: OnSlurm, say: Callable[[str], None]) -> int:
+    """Submit a job for each stage that is not done and not in the queue, each after the one before. Returns 0."""
+    script, output = slurm.script("rounds.sbatch", how.script), Path(config.output)
+    # a folder from which nothing was ever submitted has no jobs
+    queue = {job.comment: job.array for job in slurm.jobs()} if (output / "logs").is_dir() else {}
+    before, new = None, 0
+    for number, name in left(config):
+        comment = f"{output.resolve()} round {number} {name}"
+        if comment in queue:
+            before = queue[comment]
+            continue
+        new += 1
+        words = [
+            f"--job-name=prefopt-{output.name}-{number}-{name}",
+            f"--output={output / 'logs' / f'{number}-{name}-%j.out'}",
+            f"--comment={comment}",
+        ]
+        if name in CUT:
+            words += [f"--array=0-{how.parts - 1}"]
+        if before is not None:
+            words += [f"--dependency=afterok:{before}", "--kill-on-invalid-dep=yes"]
+        words += [*how.flags.get("", ()), *how.flags.get(name, ())]
+        if not config.dry_run:
+            (output / "logs").mkdir(parents=True, exist_ok=True)
+        program = ["--stage", name, "--round", str(number), *_without_dry_run(flags)]
+        before = slurm.sbatch([*words, str(script), *program], bool(config.dry_run), say) or f"JOB{new}"
+    if new == 0:
+        say(f"{output}: nothing to submit; the stages are done, or in the queue")
+    return 0
+
+
+def _without_dry_run(flags: Sequence[str]) -> list[str]:
+    """What a job is given where this one only says what it would submit."""
+    words = list(flags)
+    for index, word in enumerate(flags):
+        if word.partition("=")[0] == "--dry_run":
+            del words[index : index + (1 if "=" in word or index + 1 == len(flags) else 2)]
+    return words

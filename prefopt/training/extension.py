@@ -1,0 +1,163 @@
+"""A finished run that is trained on: which settings may grow, what must still be there, what its card keeps of it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from prefopt import storage
+from prefopt.config import LENGTHS, RunConfig, from_dict
+from prefopt.errors import ConfigError, TrainError
+from prefopt.figures import readable
+from prefopt.redaction import hidden
+from prefopt.training import checkpoint
+from prefopt.training.best_checkpoint import SELECTED, Selection
+from prefopt.training.metrics import MetricsFile
+
+
+def check(output: Path, old: RunConfig, changed: Mapping[str, tuple[Any, Any]]) -> None:
+    """Whether a run can be extended to another length, before any model is loaded.
+
+    Args: old: its settings. changed: the settings of its length that differ, as (before, now).
+    Raises: ConfigError or TrainError where it is not finished, would get shorter, or lacks its last checkpoint.
+    """
+    card = storage.read_sealed(output / "run_card.json", unsealed=True) or {}
+    under_way = card.get("extended") and _seal(output / "model") == card["extended"][-1]["model"]
+    finished = _seal(output / "model") is not None and not under_way
+    if any(before is None or now is None or now < before for before, now in changed.values()):
+        only = " (the length of a finished run can only be raised, in the setting that it was given by)"
+        raise ConfigError(
+            f"--output {output}: holds a run with other settings ({_words(changed)}); "
+            f"choose another --output, or the settings of that run to continue it{only if finished else ''}"
+        )
+    if not finished:
+        raise ConfigError(
+            f"--output {output}: holds a run with other settings ({_words(changed)}) that is not finished; finish it "
+            "as it was begun, then raise its length"
+        )
+    lines = _lines(output)
+    if old.eval.patience is not None and old.eval.select is not None:
+        by = Selection.of(old.eval.select)
+        if by.stale(lines) >= old.eval.patience:
+            raise ConfigError(
+                f"{next(iter(changed))}: {output} holds a run that eval.patience ended, not its length; choose another "
+                "--output"
+            )
+    step = _last_step(lines)
+    folder = output / "checkpoints" / checkpoint.name_of(step)
+    wrong = checkpoint.damage(folder)
+    if wrong is not None:
+        raise TrainError(
+            f"{folder}: {'is missing' if not folder.exists() else wrong}; a run is extended from its last checkpoint, "
+            f"which alone holds the optimizer's state (for a new run from its weights: --model.path {output / 'model'})"
+        )
+
+
+def begin(
+    output: Path, card_file: Path, config: RunConfig, rate: Callable[[RunConfig, int], float | None]
+) -> str | None:
+    """Note in the card that a finished run is extended, and put its model aside. After a kill, finish doing so.
+
+    The model stays in `model_step_*`, since `model` marks a run as finished.
+
+    Args: card_file: of the run, which `check` has passed. config: its settings now. rate: the learning rate of a
+        step from 0 under some settings, None where tokens or seconds decide it.
+    Returns: a line on the schedule; None where nothing is extended.
+    """
+    card = storage.read_sealed(card_file, unsealed=True) or {}
+    new, note = config.to_dict(), None
+    changed = changes(card["config"], new)
+    if changed:
+        lines = _lines(output)
+        step, old = _last_step(lines), from_dict(card["config"])
+        note = _schedule(old, config, step, _words(changed), lines, rate)
+        record = {
+            "from_step": step,
+            "settings": {key: list(values) for key, values in changed.items()},
+            "schedule": note,
+            "model": _seal(output / "model"),
+        }
+        card |= {"config": hidden(new), "extended": [*card.get("extended", []), record]}
+        storage.write_whole(output / "config.yaml", [from_dict(card["config"]).to_yaml()])
+        storage.write_sealed(card_file, card)
+    if card.get("extended") and _seal(output / "model") == card["extended"][-1]["model"]:
+        _put_aside(output, config, int(card["extended"][-1]["from_step"]))
+    return note
+
+
+def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """The settings of a run's length that differ, as (before, now)."""
+    found = {}
+    for key in LENGTHS:
+        group, _, name = key.partition(".")
+        before, now = old[group].get(name), new[group].get(name)
+        if before != now:
+            found[key] = (before, now)
+    return found
+
+
+def notes(card_file: Path) -> list[str]:
+    """What the card has of extensions, a line each."""
+    card = storage.read_sealed(card_file, unsealed=True) or {}
+    return [record["schedule"] for record in card.get("extended", [])]
+
+
+def _schedule(
+    old: RunConfig,
+    new: RunConfig,
+    step: int,
+    words: str,
+    lines: Sequence[Mapping[str, Any]],
+    rate: Callable[[RunConfig, int], float | None],
+) -> str:
+    """What becomes of the learning rate, in a line."""
+    head = f"extended at step {step} ({words})"
+    before = next(line["lr"] for line in reversed(lines) if line["split"] == "train")
+    after = rate(new, step)
+    if after is None:
+        return f"{head}: the {new.optim.schedule} schedule is laid out over the whole new length from here on"
+    rates = f"step {step} had the learning rate {readable(before)}, step {step + 1} has {readable(after)}"
+    if all(rate(new, one) == rate(old, one) for one in range(step)):
+        return f"{head}: the {new.optim.schedule} schedule goes on as it would in a run of the new length; {rates}"
+    return (
+        f"{head}: the {new.optim.schedule} schedule is laid out over the whole new length from here on; {rates}, and a "
+        f"run of the new length from the start would have had other rates until step {step}"
+    )
+
+
+def _put_aside(output: Path, config: RunConfig, step: int) -> None:
+    exported = output / ("adapter" if config.lora.merge else "model")
+    lines = _lines(output)
+    by = None if config.eval.select is None else Selection.of(config.eval.select)
+    best = None if by is None else by.best(lines)
+    if by is not None and best is not None:  # later evaluations are held to it
+        value = next(line[by.metric] for line in lines if line["split"] == "eval" and line["step"] == best)
+
+        def write(folder: Path) -> None:
+            checkpoint.copy(exported, folder)
+            (folder / SELECTED).write_text(json.dumps({"step": best, by.metric: value}))
+
+        checkpoint.export(output / "best" / checkpoint.name_of(best), write)
+    for name in ("adapter", "model"):  # the model last: it is what tells that this is still to be done
+        if (output / name).exists():
+            os.replace(output / name, output / f"{name}_{checkpoint.name_of(step)}")
+
+
+def _seal(model: Path) -> str | None:
+    manifest = model / storage.MANIFEST
+    return storage.sha256(manifest) if storage.is_there(manifest) else None
+
+
+def _lines(output: Path) -> list[dict[str, Any]]:
+    return MetricsFile(output / "metrics.jsonl").lines()
+
+
+def _last_step(lines: Sequence[Mapping[str, Any]]) -> int:
+    return max((int(line["step"]) for line in lines if line["split"] == "train"), default=0)
+
+
+def _words(changed: Mapping[str, tuple[Any, Any]]) -> str:
+    return ", ".join(f"{key}: {before} -> {now}" for key, (before, now) in changed.items())

@@ -1,0 +1,427 @@
+"""The only place that sees hidden states: backbone -> scored positions -> head statistics -> sums per completion."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import fields, replace
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import nn
+
+from prefopt.config import KernelConfig
+from prefopt.errors import TrainError
+from prefopt.kernels.head import HeadRequest, StatsLinear, make_head_aware, make_score_precise
+from prefopt.training import adapters, experts
+from prefopt.training.attention import Kind, Rows, attention_kind
+from prefopt.training.logits import head_scaling
+from prefopt.types import Needs, PairBatch, PairStats, TokenStats
+
+if TYPE_CHECKING:
+    import numpy as np
+    from transformers import PreTrainedModel
+
+ALL_STATISTICS = ("ref_logp", "kl", "reverse_kl", "entropy")
+SCORES = ("scores",)
+
+
+class Policy(nn.Module):
+    """What accelerate wraps: a model, and the frozen reference beside it if a method needs one live.
+
+    Its forward goes from token ids to what a loss reads, so that every hook of the wrapper (gradient all-reduce,
+    gathering of sharded weights) sees the head too.
+    """
+
+    # These three names tell accelerate's FSDP2 where embedding, backbone and head are.
+    base_model_prefix = "backbone"
+
+    def __init__(self, lm: PreTrainedModel, reference: PreTrainedModel | None) -> None:
+        super().__init__()
+        for model in (lm, reference):
+            _check_backbone(model)
+        self.lm = lm
+        self.reference = reference
+        # around the passes whose activations wait for the backward pass
+        self.saving: AbstractContextManager[Any] = contextlib.nullcontext()
+        self.attention = self.reference_attention = attention_kind(adapters.base_of(lm))
+        if reference is not None:
+            reference.requires_grad_(False).eval()
+            self.reference_attention = attention_kind(reference)
+
+    @property
+    def backbone(self) -> nn.Module:
+        return _backbone(self.lm)
+
+    @property
+    def config(self) -> Any:
+        """That of the model's text part: backends size their buffers by it."""
+        return adapters.base_of(self.lm).config.get_text_config()
+
+    @property
+    def _no_split_modules(self) -> list[str]:
+        """Classes of the layers that FSDP2 shards one by one."""
+        names = getattr(adapters.base_of(self.lm), "_no_split_modules", None) or ()
+        return sorted({*names} & {type(module).__name__ for module in self.modules()})
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.lm.get_input_embeddings()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm.get_output_embeddings()
+
+    def forward(self, *, run: Callable[[], Any] | None = None, **inputs: Any) -> Any:
+        """What a loss reads of these inputs; or, given `run`, what that returns when it is called in here, where the
+        weights that a backend has sharded are gathered as modules need them."""
+        return self._outputs(**inputs) if run is None else run()
+
+    def _outputs(self, *args: Any, **inputs: Any) -> Any:
+        raise NotImplementedError
+
+    @contextlib.contextmanager
+    def as_reference(self) -> Iterator[PreTrainedModel | None]:
+        """The model that scores as the reference while this lasts, or None. For use without gradients."""
+        yield self.reference
+
+    def train(self, mode: bool = True) -> Policy:
+        super().train(mode)
+        if self.reference is not None:
+            self.reference.eval()
+        return self
+
+
+class Scorer(Policy):
+    """A classifier with one logit, which is read at the last token of each sequence.
+
+    Args: lm: its head is a linear layer named `score`; it is made precise in place. Or one with an adapter, made by
+        `adapters`.
+    """
+
+    def __init__(self, lm: PreTrainedModel) -> None:
+        super().__init__(lm, None)
+        if not adapters.has_adapter(lm):  # as in PolicyWithReference
+            make_score_precise(lm)
+
+    def _outputs(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        position_ids: torch.Tensor,
+        last_index: torch.Tensor,
+        units: np.ndarray | None = None,
+        token_weights: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, ...]:
+        """The score of each sequence, (S,), in float32 or better, and the routing where token weights are given.
+
+        Args: as in PairBatch, and as in `experts.routing`.
+        """
+        rows = Rows(input_ids, attention_mask, position_ids, units)
+        with self.saving:
+            hidden, routing = _states_and_routing(self.lm, self.attention, rows, last_index, token_weights)
+        head: Any = adapters.base_of(self.lm).score
+        return (head(hidden, precise=True).squeeze(-1), *routing)
+
+
+class ReferenceHead(nn.Module):
+    """The output head of a reference whose hidden states are kept: a frozen copy of what is needed beside them.
+
+    Args: lm: the reference, as it is while this is made.
+    """
+
+    def __init__(self, lm: PreTrainedModel) -> None:
+        super().__init__()
+        head: Any = lm.get_output_embeddings()
+        self.head = nn.Linear(head.in_features, head.out_features, bias=head.bias is not None, device="meta")
+        self.head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+        if head.bias is not None:
+            self.head.bias = nn.Parameter(head.bias.detach().clone(), requires_grad=False)
+        self.scaling = head_scaling(lm)
+
+    def get_output_embeddings(self) -> nn.Linear:
+        return self.head
+
+
+class PolicyWithReference(Policy):
+    """A language model, and maybe a reference, whose forward gives token statistics.
+
+    Args:
+        lm: a causal language model whose output head is a plain linear layer; it is made head-aware in place. Or one
+            with an adapter, made by `adapters`.
+        reference: another one, frozen here; or which weights of `lm` itself stand still; or None.
+        kernel: tile sizes and what may be kept of them.
+        reference_head: the head for hidden states of a reference that batches carry; None where that is the head of
+            the weights that stand still.
+    """
+
+    def __init__(
+        self,
+        lm: PreTrainedModel,
+        reference: PreTrainedModel | adapters.Frozen | None,
+        kernel: KernelConfig,
+        reference_head: ReferenceHead | None = None,
+    ) -> None:
+        super().__init__(lm, None if isinstance(reference, adapters.Frozen) else reference)
+        if not adapters.has_adapter(lm):  # one with an adapter was made head-aware before the adapter came
+            make_head_aware(lm)
+        self.frozen = reference if isinstance(reference, adapters.Frozen) else None
+        self.kernel = kernel
+        self.reference_head = reference_head
+        self._scaling = self._reference_scaling = head_scaling(lm)
+        if self.reference is not None:
+            self._reference_scaling = head_scaling(self.reference)
+        elif reference_head is not None:
+            self._reference_scaling = reference_head.scaling
+
+    @contextlib.contextmanager
+    def as_reference(self) -> Iterator[PreTrainedModel | None]:
+        if self.frozen is None:
+            yield self.reference
+        else:
+            with adapters.standing_still(self.lm, self.frozen):
+                yield self.lm
+
+    def _outputs(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        position_ids: torch.Tensor,
+        score_index: torch.Tensor,
+        labels: torch.Tensor,
+        want: tuple[str, ...],
+        units: np.ndarray | None = None,
+        ref_hidden: torch.Tensor | None = None,
+        token_weights: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor | None, ...]:
+        """Token statistics of the scored positions, in the order of TokenStats, each (N,) or None.
+
+        Behind them the policy's routing where token weights are given.
+
+        Args: as in PairBatch, and as in `experts.routing`; `want` names statistics beside the policy's log-probability.
+        """
+        rows = Rows(input_ids, attention_mask, position_ids, units)
+        reads = bool(set(want) & {"ref_logp", "kl", "reverse_kl"})
+        live = reads and ref_hidden is None  # before the policy, whose activations are then not held beside its own
+        ref = self._reference_request(rows, score_index) if live else {}
+        with self.saving:
+            hidden, routing = _states_and_routing(self.lm, self.attention, rows, score_index, token_weights)
+        if reads and not live:  # after it, when a backend that shards has gathered a head that is the policy's too
+            ref = self._reference_request(rows, score_index, ref_hidden)
+        scale, softcap = self._scaling
+        request = HeadRequest(
+            labels=labels,
+            want=want,
+            scale=scale,
+            softcap=softcap,
+            token_tile=self.kernel.token_tile,
+            vocab_tile=self.kernel.vocab_tile,
+            cache_mb=self.kernel.cache_mb,
+            **ref,
+        )
+        head = cast(StatsLinear, self.lm.get_output_embeddings())
+        return (*head(hidden, request=request), *routing)
+
+    def _reference_request(
+        self, rows: Rows, score_index: torch.Tensor, hidden: torch.Tensor | None = None
+    ) -> dict[str, Any]:
+        """The reference's part of a request to the head; nothing where there is no reference.
+
+        Its head is read while it is the reference: a policy that trains its head whole has two.
+
+        Args: hidden: its states, where they are known.
+        """
+        with torch.no_grad(), self.as_reference() as reference:
+            owner = reference if self.reference_head is None else self.reference_head
+            if owner is None:
+                return {}
+            head = owner.get_output_embeddings()
+            if hidden is None:
+                assert reference is not None, "the batch carries no hidden states of the reference"
+                hidden = _scored_states(reference, self.reference_attention, rows, score_index)
+            scale, softcap = self._reference_scaling
+            return {
+                "ref_hidden": hidden.to(head.weight.dtype),
+                "ref_weight": head.weight,
+                "ref_bias": head.bias,
+                "ref_scale": scale,
+                "ref_softcap": softcap,
+            }
+
+
+def _check_backbone(lm: Any) -> None:
+    """Raises: TrainError for a model whose head cannot be reached apart from what is below it."""
+    if lm is None:
+        return
+    base = adapters.base_of(lm)
+    if base.base_model is base:
+        raise TrainError(
+            f"model.path: {type(base).__name__} names '{base.base_model_prefix}' as the part below its head and has no "
+            "such part, so its hidden states cannot be had by themselves; expected a causal language model such as "
+            "Llama or Qwen"
+        )
+
+
+def _backbone(lm: PreTrainedModel) -> nn.Module:
+    """The part of a causal language model below its head."""
+    return adapters.base_of(lm).base_model
+
+
+def _scored_states(lm: PreTrainedModel, kind: Kind, rows: Rows, score_index: torch.Tensor) -> torch.Tensor:
+    """Final hidden states of the scored positions only, (N, H): no other position reaches the head."""
+    return _states_and_routing(lm, kind, rows, score_index)[0]
+
+
+def _states_and_routing(
+    lm: PreTrainedModel,
+    kind: Kind,
+    rows: Rows,
+    score_index: torch.Tensor,
+    token_weights: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+    """The same, and the members of `experts.Routing` where token weights are given."""
+    asked = {} if token_weights is None else {"output_router_logits": True}
+    outputs = _backbone(lm)(**rows.arguments(kind, lm.dtype), use_cache=False, **asked)
+    hidden = outputs.last_hidden_state.flatten(0, 1).index_select(0, score_index)
+    if token_weights is None:
+        return hidden, ()
+    logits = getattr(outputs, "router_logits", None)
+    if not logits:
+        raise TrainError(
+            f"model.router_aux_weight: {type(adapters.base_of(lm)).__name__} gives no logits of its routers, expected "
+            "some for their load-balancing loss (--model.router_aux_weight 0 leaves it out)"
+        )
+    found = experts.routing(logits, adapters.base_of(lm).config, token_weights)
+    return hidden, (found.chosen, found.probabilities, found.tokens)
+
+
+def scored_states(lm: PreTrainedModel, kind: Kind, batch: PairBatch) -> torch.Tensor:
+    """The same of a batch, without head and reference. Args: kind: how this model's attention is told of units."""
+    rows = Rows(batch.input_ids, batch.attention_mask, batch.position_ids, batch.units)
+    return _scored_states(lm, kind, rows, batch.score_index)
+
+
+def token_stats_of(model: Callable[..., Any], batch: PairBatch, want: tuple[str, ...]) -> TokenStats:
+    """Run the (wrapped) model over a batch.
+
+    Args:
+        model: a PolicyWithReference, wrapped or not.
+        batch: on the model's device.
+        want: statistics beside the policy's log-probability; see TokenStats. The reference's log-probability is taken
+            from the batch where that has it.
+    """
+    return _token_stats(model, batch, want)[0]
+
+
+def _token_stats(
+    model: Callable[..., Any], batch: PairBatch, want: tuple[str, ...], **more: Any
+) -> tuple[TokenStats, Sequence[torch.Tensor]]:
+    """(token statistics, what the model returns behind them)."""
+    kept = batch.ref_logps if "ref_logp" in want else None
+    if kept is not None:
+        want = tuple(name for name in want if name != "ref_logp")
+    returned = model(
+        input_ids=batch.input_ids,
+        attention_mask=batch.attention_mask,
+        position_ids=batch.position_ids,
+        score_index=batch.score_index,
+        labels=batch.labels,
+        want=want,
+        units=batch.units,
+        ref_hidden=batch.ref_hidden,
+        **more,
+    )
+    members = len(fields(TokenStats))
+    found = TokenStats(*returned[:members])
+    return found if kept is None else replace(found, ref_logp=kept.to(found.logp.dtype)), returned[members:]
+
+
+def scores_of(model: Callable[..., Any], batch: PairBatch) -> torch.Tensor:
+    """The score of each sequence, (S,). Args: model: a Scorer, wrapped or not; batch: on the model's device."""
+    return _scores(model, batch)[0]
+
+
+def _scores(model: Callable[..., Any], batch: PairBatch, **more: Any) -> tuple[torch.Tensor, ...]:
+    return model(
+        input_ids=batch.input_ids,
+        attention_mask=batch.attention_mask,
+        position_ids=batch.position_ids,
+        last_index=batch.last_index,
+        units=batch.units,
+        **more,
+    )
+
+
+def pair_stats(model: Callable[..., Any], batch: PairBatch, want: tuple[str, ...]) -> PairStats:
+    """What a loss reads of a batch: token statistics summed per completion, or scores, where those are wanted."""
+    return _pair_stats(model, batch, want)[0]
+
+
+def pair_stats_and_routing(
+    model: Callable[..., Any], batch: PairBatch, want: tuple[str, ...]
+) -> tuple[PairStats, experts.Routing]:
+    """The same, and what the policy's routers did in this pass."""
+    stats, routing = _pair_stats(model, batch, want, token_weights=experts.token_weights(batch))
+    return stats, experts.Routing(*routing)
+
+
+def _pair_stats(
+    model: Callable[..., Any], batch: PairBatch, want: tuple[str, ...], **more: Any
+) -> tuple[PairStats, Sequence[torch.Tensor]]:
+    if want != SCORES:
+        tokens, behind = _token_stats(model, batch, want, **more)
+        return sum_by_sequence(tokens, batch), behind
+    (scores, *behind), pairs = _scores(model, batch, **more), batch.pairs
+    stats = PairStats(
+        None,
+        None,
+        batch.chosen_lengths,
+        batch.rejected_lengths,
+        chosen_scores=scores[:pairs],
+        rejected_scores=None if batch.rejected_lengths is None else scores[pairs:],
+    )
+    return stats, behind
+
+
+def sum_by_sequence(tokens: TokenStats, batch: PairBatch) -> PairStats:
+    """Token statistics (N,) -> sums per completion (B,)."""
+    pairs, rejected = batch.pairs, batch.rejected_lengths
+    sequences = pairs if rejected is None else 2 * pairs
+
+    def sums(value: torch.Tensor | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        if value is None:
+            return None, None
+        total = value.new_zeros(sequences).index_add(0, batch.sequence_index, value)
+        return total[:pairs], None if rejected is None else total[pairs:]
+
+    names = {"logp": "logps", "ref_logp": "ref_logps", "kl": "kl", "reverse_kl": "reverse_kl", "entropy": "entropy"}
+    members: dict[str, Any] = {}
+    for token_name, name in names.items():
+        members[f"chosen_{name}"], members[f"rejected_{name}"] = sums(getattr(tokens, token_name))
+    return PairStats(**members, chosen_lengths=batch.chosen_lengths, rejected_lengths=batch.rejected_lengths)
+
+
+def statistics_for(needs: Needs) -> tuple[str, ...]:
+    """What a training step computes for a method with these needs: what its loss reads, no more."""
+    if needs.output == "scores":
+        return SCORES
+    return {"none": (), "sequence": ("ref_logp",), "token": ("ref_logp", "kl")}[needs.reference]
+
+
+def statistics_to_evaluate(needs: Needs, cache: str = "none") -> tuple[str, ...]:
+    """What an evaluation computes: all that there is to know. Args: cache: what is kept of the reference."""
+    if needs.output == "scores":
+        return SCORES
+    if needs.reference == "none":
+        return ("entropy",)
+    return ("ref_logp", "entropy") if cache == "logps" else ALL_STATISTICS
+
+
+def to_device(batch: PairBatch, device: torch.device) -> PairBatch:
+    """The batch with its tensors on `device`."""
+    moved = {
+        f.name: getattr(batch, f.name).to(device)
+        for f in fields(batch)
+        if isinstance(getattr(batch, f.name), torch.Tensor)
+    }
+    columns = {name: column.to(device) for name, column in batch.columns.items()}
+    return replace(batch, **moved, columns=columns)
