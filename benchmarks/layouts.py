@@ -25,9 +25,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from measure import ratio, seconds, synchronize, write
 
-from prefopt.config import KernelConfig
 from prefopt.data.collate import collate
 from prefopt.data.layouts import LAYOUTS, PADDED
+from prefopt.settings import KernelConfig
 from prefopt.training.forward import PolicyWithReference, to_device, token_stats_of
 from prefopt.training.layout_choice import SPEEDS, Layouts, Work, shape_of, work
 from prefopt.types import EncodedPair

@@ -42,7 +42,7 @@ class Case(NamedTuple):
 
     def config(self, folder: str) -> Any:
         """The settings of this run."""
-        from prefopt.config import parse
+        from prefopt.settings import parse
 
         words = {
             "method": self.method,

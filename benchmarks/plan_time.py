@@ -48,9 +48,9 @@ def measured(case: plan.Case) -> dict[str, Any]:
     """A row of the table."""
     import torch
 
-    from prefopt.plan_config import PlanConfig
     from prefopt.planner import plan as memory
     from prefopt.planner import plan_report
+    from prefopt.settings.plan import PlanConfig
     from prefopt.training import runtime as rt
 
     torch.set_num_threads(1)

@@ -22,9 +22,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from hh import make_base, train_sft
 from study import lines, machine, train_all
 
-from prefopt.config import JudgeConfig
 from prefopt.evaluate.intervals import Interval, bootstrap
 from prefopt.evaluate.win_rate import Scores, WinRate, judge_scores, judged_win_rate
+from prefopt.settings import JudgeConfig
 
 JUDGES = {"reward_model": "reward_model", "pairwise": "pairwise_judge"}  # kind of judge -> method that trains it
 LENGTH = 512  # tokens of prompt and completion, and positions of the models

@@ -32,8 +32,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from measure import peak_bytes, ratio, seconds, write
 
 from prefopt import registry
-from prefopt.config import LoraConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from prefopt.data.loader import FileBatches
+from prefopt.settings import LoraConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from prefopt.training import adapters
 from prefopt.training import runtime as rt
 from prefopt.training.forward import PolicyWithReference

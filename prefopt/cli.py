@@ -20,12 +20,11 @@ from datetime import date, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prefopt import config as settings
-from prefopt import storage
-from prefopt.config import RunConfig
+from prefopt import settings, storage
 from prefopt.errors import ConfigError, TrainError, did_you_mean
 from prefopt.exits import about, answered
 from prefopt.redaction import hidden, printable
+from prefopt.settings import RunConfig
 from prefopt.storage import write_sealed, write_whole
 from prefopt.testbed.cache import cache_root
 from prefopt.training import runtime as rt
@@ -34,8 +33,8 @@ from prefopt.training.slurm_environment import join_step
 
 if TYPE_CHECKING:
     from prefopt.data.loader import Batches
-    from prefopt.data_config import LookConfig
     from prefopt.rounds.rounds import Rounds
+    from prefopt.settings.data import LookConfig
     from prefopt.testbed.words import WordWorld
     from prefopt.training.adapters import Frozen, Weights
     from prefopt.training.forward import ReferenceHead
@@ -1050,7 +1049,7 @@ def _described(config: RunConfig) -> str:
 
 def infer(argv: Sequence[str]) -> int:
     """The `infer` command: answers prompts. Status 0: done; 2: a user's mistake; 75: stopped, run the same again."""
-    from prefopt.infer_config import infer_help, parse_infer
+    from prefopt.settings.infer import infer_help, parse_infer
 
     def inferred() -> int:
         config = parse_infer(argv)
@@ -1067,7 +1066,7 @@ def infer(argv: Sequence[str]) -> int:
 
 def data(argv: Sequence[str]) -> int:
     """The `data` command: what training would say of the data, and some rows with their masks. Status as `infer`."""
-    from prefopt.data_config import look_help, parse_look
+    from prefopt.settings.data import look_help, parse_look
 
     def looked() -> int:
         config = parse_look(argv)
@@ -1157,7 +1156,7 @@ def sweep(argv: Sequence[str]) -> int:
 
 def plan(argv: Sequence[str]) -> int:
     """The `plan` command: memory and time of a run under each engine. Status: 0, or 2 for a user's mistake."""
-    from prefopt.plan_config import parse_plan, plan_help
+    from prefopt.settings.plan import parse_plan, plan_help
 
     def planned() -> int:
         own, config = parse_plan(argv)

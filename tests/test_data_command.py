@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from prefopt import registry
-from prefopt.data_config import look_help, parse_look
 from prefopt.errors import ConfigError
+from prefopt.settings.data import look_help, parse_look
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -184,8 +184,8 @@ def test_settings_of_rows_are_those_of_training_under_the_same_defaults():
     """What one command accepts, the other does; only bad rows are counted here and an error there."""
     from dataclasses import asdict
 
-    from prefopt.config import DataConfig
-    from prefopt.data_config import ReadConfig
+    from prefopt.settings import DataConfig
+    from prefopt.settings.data import ReadConfig
 
     ours, theirs = asdict(ReadConfig()), asdict(DataConfig())
     assert {key for key, value in ours.items() if theirs[key] != value} == {"on_bad_row"}

@@ -12,11 +12,11 @@ from prefopt.__main__ import COMMANDS, main
 from prefopt.errors import ConfigError
 
 PARSERS = {
-    "train": "prefopt.config.parse",
-    "rounds": "prefopt.config.parse",
-    "infer": "prefopt.infer_config.parse_infer",
-    "data": "prefopt.data_config.parse_look",
-    "plan": "prefopt.plan_config.parse_plan",
+    "train": "prefopt.settings.parse",
+    "rounds": "prefopt.settings.parse",
+    "infer": "prefopt.settings.infer.parse_infer",
+    "data": "prefopt.settings.data.parse_look",
+    "plan": "prefopt.settings.plan.parse_plan",
     "sweep": "prefopt.sweeps.command.sweep",
 }
 

@@ -15,7 +15,7 @@ FLOORS = [
     ["__init__", "types", "redaction", "errors", "figures", "storage", "placeholders"],
     ["kernels"],
     ["thoughts", "method", "methods", "ranking", "registry", "losses"],
-    ["config", "other_names", "infer_config", "data_config", "plan_config"],
+    ["settings"],
     ["data"],
     ["training"],
     ["testbed", "generation", "judges"],
@@ -131,7 +131,7 @@ def test_links_between_the_pages_lead_somewhere():
 
 
 def test_every_config_parses_with_its_method():
-    from prefopt.config import parse
+    from prefopt.settings import parse
 
     folder, model = ROOT / "configs", ["--model.path", "m", "--data.train", "pairs.jsonl"]
     for path in [*folder.glob("*.yaml"), *(folder / "papers").glob("*.yaml")]:
@@ -144,7 +144,7 @@ def test_every_config_parses_with_its_method():
 
 
 def test_every_recipe_is_rounds_of_the_method_that_it_names_and_says_where_its_numbers_come_from():
-    from prefopt.config import parse
+    from prefopt.settings import parse
 
     for path in (ROOT / "configs" / "recipes").glob("*.yaml"):
         config = parse(["--config", str(path), "--model.path", "m", "--data.train", "pairs.jsonl"])

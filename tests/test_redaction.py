@@ -7,7 +7,7 @@ import urllib.parse
 
 import pytest
 
-from prefopt import config
+from prefopt import settings as config
 from prefopt.errors import PrefoptError
 from prefopt.redaction import escaped, guarded_output, hidden, markdown_cell, printable
 

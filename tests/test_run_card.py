@@ -7,8 +7,8 @@ import re
 import pytest
 
 from prefopt import cli, storage
-from prefopt.config import parse
 from prefopt.errors import TrainError
+from prefopt.settings import parse
 from prefopt.storage import Unreadable
 
 LEFT = ["metrics.jsonl", "checkpoints", "best", "model", "adapter", "round_00", "round_01"]

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from prefopt.config import RESERVED_ARGS
 from prefopt.data.bad_rows import DROP, BadRow, OnBadRow, RowProblem, check_text, first_bad_row, kind, plain, short
 from prefopt.data.containers import MAX_ROW_BYTES, TextRow, TwiceNamed
 from prefopt.data.messages import (
@@ -30,6 +29,7 @@ from prefopt.data.messages import (
 from prefopt.data.sources import open_source
 from prefopt.data.unread import Unread
 from prefopt.errors import DataError, did_you_mean
+from prefopt.settings import RESERVED_ARGS
 from prefopt.types import Column, PairRow
 
 __all__ = [

@@ -18,10 +18,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from prefopt.config import RESERVED_ARGS, TemplateSettings
 from prefopt.data.bad_rows import RowProblem
 from prefopt.data.rows import Messages
 from prefopt.errors import DataError, PrefoptError, did_you_mean
+from prefopt.settings import RESERVED_ARGS, TemplateSettings
 
 SECONDS = 10.0
 NO_TEMPLATE = (

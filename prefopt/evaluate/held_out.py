@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from prefopt.config import RunConfig
 from prefopt.evaluate.intervals import Interval, deciding_count, mean_interval, wilson
 from prefopt.figures import NOTHING, aligned, readable
+from prefopt.settings import RunConfig
 from prefopt.training.best_checkpoint import Selection
 from prefopt.training.metrics import read_lines
 

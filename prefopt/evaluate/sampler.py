@@ -11,13 +11,13 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from prefopt.config import RunConfig
 from prefopt.data.structure import added_bos
 from prefopt.errors import ConfigError
 from prefopt.evaluate.samples import score_within
 from prefopt.evaluate.texts import ORDERS, describe_texts
 from prefopt.generation.base import Sampling, seeds_of
 from prefopt.generation.transformers_engine import TransformersEngine
+from prefopt.settings import RunConfig
 from prefopt.thoughts import Answer, ThoughtFormat
 from prefopt.training.forward import PolicyWithReference
 from prefopt.training.metrics import Evaluation

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from prefopt.config import KernelConfig
 from prefopt.data.collate import collate
+from prefopt.settings import KernelConfig
 from prefopt.training.forward import PolicyWithReference, pair_stats, to_device
 from prefopt.training.models import evaluating
 from prefopt.types import Completion, EncodedPair, Prompt

@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from prefopt.config import GenerateConfig, ModelConfig
 from prefopt.errors import ConfigError
+from prefopt.settings import GenerateConfig, ModelConfig
 
 if TYPE_CHECKING:
     from torch import nn

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from prefopt.config import GenerateConfig
 from prefopt.errors import RoundError
+from prefopt.settings import GenerateConfig
 from prefopt.types import Completion
 
 

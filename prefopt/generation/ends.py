@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from prefopt.config import ModelConfig
 from prefopt.data import structure
+from prefopt.settings import ModelConfig
 from prefopt.types import Completion
 
 if TYPE_CHECKING:

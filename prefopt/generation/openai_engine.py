@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prefopt.config import GenerateConfig, ModelConfig
 from prefopt.errors import RoundError
 from prefopt.generation.base import Done, Sampling, limits
 from prefopt.generation.ends import Ends, positions_of, rows_of, terminators_of
 from prefopt.generation.server import Server, read
+from prefopt.settings import GenerateConfig, ModelConfig
 from prefopt.training.adapters import Weights
 from prefopt.training.runtime import versions
 from prefopt.types import Completion

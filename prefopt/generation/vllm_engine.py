@@ -13,11 +13,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from prefopt.config import GenerateConfig, ModelConfig
 from prefopt.errors import ConfigError, RoundError
 from prefopt.generation import vllm_worker
 from prefopt.generation.base import Done, Sampling, limits
 from prefopt.generation.ends import Ends, positions_of, terminators_of
+from prefopt.settings import GenerateConfig, ModelConfig
 from prefopt.training import adapters
 from prefopt.training.adapters import Weights
 from prefopt.types import Completion

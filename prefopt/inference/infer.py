@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prefopt import generation, judges, storage
-from prefopt import infer_config as settings
 from prefopt.errors import ConfigError
-from prefopt.infer_config import InferConfig
 from prefopt.inference import trace_report
 from prefopt.inference.prompt_reader import check_file
 from prefopt.inference.prompt_templates import read_templates
 from prefopt.redaction import hidden, printable
+from prefopt.settings import infer as settings
+from prefopt.settings.infer import InferConfig
 from prefopt.testbed.cache import cache_root
 from prefopt.thoughts import Answer
 from prefopt.training import runtime as rt

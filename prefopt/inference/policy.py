@@ -15,7 +15,7 @@ from prefopt.data.encoder import pad_token
 from prefopt.errors import ConfigError, TrainError
 from prefopt.generation.base import Engine
 from prefopt.generation.ends import terminators_of
-from prefopt.infer_config import InferConfig
+from prefopt.settings.infer import InferConfig
 from prefopt.thoughts import ThoughtFormat
 from prefopt.training import adapters, models
 

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prefopt.config import JudgeConfig
 from prefopt.errors import ConfigError
+from prefopt.settings import JudgeConfig
 
 if TYPE_CHECKING:
     import torch

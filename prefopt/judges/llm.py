@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from prefopt import placeholders, storage
-from prefopt.config import JudgeConfig
 from prefopt.data.comparison import plain_text
 from prefopt.data.encoder import Encoder
 from prefopt.data.rows import RowProblem
 from prefopt.errors import ConfigError, RoundError
 from prefopt.generation.base import Sampling
 from prefopt.generation.server import Server, TimedOut, TooLong, UnreadableAnswer, check_server, read
+from prefopt.settings import JudgeConfig
 from prefopt.storage import Damaged, read_sealed, write_sealed
 from prefopt.testbed.cache import cache_root
 from prefopt.types import Judgement, Question

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from prefopt.config import ModelConfig
 from prefopt.data.comparison import plain_text
 from prefopt.data.encoder import CutPair, Encoder, pad_token
 from prefopt.data.rows import BadRow, Messages
 from prefopt.errors import DataError, RoundError, TrainError
+from prefopt.settings import ModelConfig
 from prefopt.training import adapters, models
 from prefopt.training.runtime import versions
 from prefopt.types import Judgement, PairRow, Question

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import yaml
 
-from prefopt import config as settings
-from prefopt.config import RunConfig
+from prefopt import settings
 from prefopt.data.pairs import blocks, facts
 from prefopt.figures import readable
-from prefopt.plan_config import PlanConfig
 from prefopt.planner import fit, plan, plan_report
 from prefopt.planner.plan import GB
 from prefopt.redaction import hidden
+from prefopt.settings import RunConfig
+from prefopt.settings.plan import PlanConfig
 from prefopt.training.trainer import learning_rate, total_steps
 from prefopt.types import EncodedPair
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from prefopt.config import RunConfig
 from prefopt.errors import TrainError
-from prefopt.plan_config import PlanConfig
 from prefopt.planner import plan, plan_report
 from prefopt.planner.plan import GB
+from prefopt.settings import RunConfig
+from prefopt.settings.plan import PlanConfig
 
 if TYPE_CHECKING:
     from prefopt.training.runtime import Runtime

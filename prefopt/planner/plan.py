@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from prefopt.config import RunConfig
 from prefopt.errors import ConfigError
 from prefopt.kernels.token_stats import TILES
+from prefopt.settings import RunConfig
 from prefopt.training import adapters, layout_choice, models, towers
 from prefopt.training.forward import statistics_for
 

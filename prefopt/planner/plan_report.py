@@ -9,12 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
-from prefopt import config as settings
-from prefopt.config import RunConfig
+from prefopt import settings
 from prefopt.errors import ConfigError
-from prefopt.plan_config import PlanConfig
 from prefopt.planner import plan
 from prefopt.planner.plan import GB, Batch, Memory, Model
+from prefopt.settings import RunConfig
+from prefopt.settings.plan import PlanConfig
 from prefopt.training import adapters, backends, layout_choice
 
 ROOM = 0.9  # of a GPU that a plan may fill: allocators leave gaps, and rows differ

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 
 from prefopt import generation, judges, storage
-from prefopt.config import FREE_TO_CHANGE, GenerateConfig, JudgeConfig, RoundsConfig, RunConfig
 from prefopt.data.encode import tokenizer_content
 from prefopt.data.encoder import Encoder
 from prefopt.data.round_prompts import hold_out, slices
@@ -36,6 +35,7 @@ from prefopt.rounds.round_selection import CHOSEN_BY, Chooser
 from prefopt.rounds.shards import ShardProgress, Workers, do_shards
 from prefopt.rounds.stages import JudgedView
 from prefopt.rounds.store import Stage
+from prefopt.settings import FREE_TO_CHANGE, GenerateConfig, JudgeConfig, RoundsConfig, RunConfig
 from prefopt.training import adapters, checkpoint, model_card, models
 from prefopt.training.export import describe_answers
 from prefopt.training.metrics import Evaluation, Evaluator

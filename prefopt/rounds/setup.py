@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from prefopt import generation, judges
-from prefopt.config import RunConfig, from_dict, sources
 from prefopt.data.encoder import pad_token
 from prefopt.data.round_prompts import Prompts, read_prompts
 from prefopt.data.templates import Rendering
@@ -20,6 +19,7 @@ from prefopt.errors import ConfigError, TrainError
 from prefopt.judges.base import Judge
 from prefopt.rounds.rounds import OtherRun, Rounds
 from prefopt.rounds.shards import Workers
+from prefopt.settings import RunConfig, from_dict, sources
 from prefopt.training import adapters, layout_choice, models
 from prefopt.training.metrics import Evaluator
 from prefopt.training.runtime import Stop, set_threads

@@ -12,13 +12,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from prefopt.config import RunConfig
 from prefopt.data.structure import Structure
 from prefopt.errors import RoundError
 from prefopt.generation.base import Engine, Sampling
 from prefopt.judges.base import Judge
 from prefopt.method import Method
 from prefopt.rounds.store import Row
+from prefopt.settings import RunConfig
 from prefopt.types import ChosenPair, Completion, Judgement, Prompt, Question, Response, ScoredGroup
 
 

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from prefopt import storage
-from prefopt.config import RunConfig
 from prefopt.errors import RoundError
+from prefopt.settings import RunConfig
 from prefopt.storage import Damaged, digest, finite, read_sealed, sha256, write_sealed, write_whole
 
 Row = dict[str, Any]

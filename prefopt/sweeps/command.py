@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from prefopt import config
+from prefopt import settings as config
 from prefopt.errors import ConfigError, did_you_mean
 from prefopt.redaction import printable
 from prefopt.storage import owner_of

@@ -13,9 +13,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from prefopt import config
-from prefopt.config import FREE_TO_CHANGE, RunConfig
+from prefopt import settings as config
 from prefopt.errors import ConfigError
+from prefopt.settings import FREE_TO_CHANGE, RunConfig
 from prefopt.sweeps.manifest import SweepRun
 from prefopt.sweeps.sweep_file import Settings, SweepFile
 

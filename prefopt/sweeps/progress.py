@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from prefopt import storage
-from prefopt.config import RunConfig
+from prefopt.settings import RunConfig
 from prefopt.storage import read_lines
 
 _CHECKPOINT = re.compile(r"step_\d{8}")

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from prefopt import config
+from prefopt import settings as config
 from prefopt.figures import readable
 from prefopt.redaction import hidden, markdown_cell, printable
 from prefopt.storage import Lock, write_whole

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from prefopt.config import RunConfig, coerce
 from prefopt.errors import ConfigError, did_you_mean
 from prefopt.rounds.store import done
+from prefopt.settings import RunConfig, coerce
 from prefopt.sweeps import slurm
 
 STAGES = ("generate", "judge", "pair", "train", "evaluate")

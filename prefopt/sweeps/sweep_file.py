@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from prefopt import config
+from prefopt import settings as config
 from prefopt.errors import ConfigError, did_you_mean
 
 Settings = dict[str, Any]  # flat: dotted key -> value

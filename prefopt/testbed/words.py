@@ -21,9 +21,9 @@ import numpy as np
 import torch
 from transformers import LlamaForCausalLM
 
-from prefopt.config import ModelConfig
 from prefopt.data.loader import Shares
 from prefopt.errors import DataError, RoundError
+from prefopt.settings import ModelConfig
 from prefopt.testbed import truth
 from prefopt.testbed.world import World, WorldSettings, no_progress_bars
 from prefopt.training import models

@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from prefopt.config import LoraConfig, ModelConfig, RunConfig
 from prefopt.errors import ConfigError, TrainError, did_you_mean
 from prefopt.kernels.head import HeadRequest, answer, make_head_aware, make_score_precise
+from prefopt.settings import LoraConfig, ModelConfig, RunConfig
 from prefopt.training import experts, models, quantized, towers, weight_files
 
 if TYPE_CHECKING:

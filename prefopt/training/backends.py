@@ -23,7 +23,7 @@ from prefopt.training.checkpoint import State
 from prefopt.training.runtime import SHARDING, say
 
 if TYPE_CHECKING:
-    from prefopt.config import RunConfig
+    from prefopt.settings import RunConfig
     from prefopt.training.forward import Policy
     from prefopt.training.runtime import Runtime
 

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from prefopt import storage
-from prefopt.config import LENGTHS, RunConfig, from_dict
 from prefopt.errors import ConfigError, TrainError
 from prefopt.figures import readable
 from prefopt.redaction import hidden
+from prefopt.settings import LENGTHS, RunConfig, from_dict
 from prefopt.training import checkpoint
 from prefopt.training.best_checkpoint import SELECTED, Selection
 from prefopt.training.metrics import MetricsFile

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 
-from prefopt.config import KernelConfig
 from prefopt.errors import TrainError
 from prefopt.kernels.head import HeadRequest, StatsLinear, make_head_aware, make_score_precise
+from prefopt.settings import KernelConfig
 from prefopt.training import adapters, experts
 from prefopt.training.attention import Kind, Rows, attention_kind
 from prefopt.training.logits import head_scaling

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from prefopt.config import RunConfig
 from prefopt.data.collate import collate
 from prefopt.data.layouts import LAYOUTS, PADDED, rows_of, shares_prompts, units_of, width_of
 from prefopt.errors import ConfigError
+from prefopt.settings import RunConfig
 from prefopt.training import adapters, models, quantized
 from prefopt.training.attention import MASKED, Kind, ends_a_square
 from prefopt.training.forward import Policy, scored_states, to_device

@@ -11,9 +11,9 @@ from typing import Any
 
 import yaml
 
-from prefopt.config import RunConfig, rate_source
 from prefopt.figures import NOTHING, readable
 from prefopt.method import Method
+from prefopt.settings import RunConfig, rate_source
 from prefopt.thoughts import ThoughtFormat
 from prefopt.training.metrics import WALL_CLOCK_KEYS
 from prefopt.training.runtime import versions

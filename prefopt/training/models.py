@@ -17,9 +17,9 @@ import torch
 from torch import nn
 
 from prefopt import storage
-from prefopt.config import ModelConfig
 from prefopt.data import templates
 from prefopt.errors import TrainError, did_you_mean
+from prefopt.settings import ModelConfig
 from prefopt.training import experts, quantized, sizes, weight_files
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from prefopt.config import OptimConfig
 from prefopt.errors import ConfigError
+from prefopt.settings import OptimConfig
 from prefopt.training import checkpoint, models, quantized
 
 # The short names of config.OPTIMIZERS -> (module, class).

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from prefopt.config import RunConfig
 from prefopt.errors import ConfigError, TrainError
+from prefopt.settings import RunConfig
 from prefopt.training import checkpoint
 from prefopt.training.runtime import Runtime, versions
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from prefopt.config import ModelConfig
+from prefopt.settings import ModelConfig
 
 
 def hush() -> None:

@@ -28,10 +28,10 @@ import torch
 from torch import nn
 
 from prefopt import storage
-from prefopt.config import RunConfig
 from prefopt.data.collate import collate
 from prefopt.data.loader import padded_length
 from prefopt.errors import ConfigError, TrainError
+from prefopt.settings import RunConfig
 from prefopt.storage import Damaged, Lock, Unreadable, write_by, write_sealed
 from prefopt.training import adapters, models
 from prefopt.training.forward import PolicyWithReference, scored_states, to_device, token_stats_of

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from prefopt.config import RunConfig
+from prefopt.settings import RunConfig
 
 
 @dataclass

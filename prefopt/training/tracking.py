@@ -14,9 +14,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from prefopt.config import RunConfig
 from prefopt.figures import readable
 from prefopt.redaction import escaped, hidden, names_a_secret, printable
+from prefopt.settings import RunConfig
 from prefopt.training.runtime import Runtime, say
 
 _CONNECT = 5.0  # seconds to reach wandb's server

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from prefopt import storage
-from prefopt.config import RunConfig
 from prefopt.data.collate import collate
 from prefopt.data.encoding_report import show_batch
 from prefopt.data.loader import Batches, Shares
@@ -25,6 +24,7 @@ from prefopt.data.structure import Structure, check_row_structure
 from prefopt.data.templates import Rendering
 from prefopt.errors import ConfigError, TrainError, did_you_mean
 from prefopt.figures import NOTHING, readable
+from prefopt.settings import RunConfig
 from prefopt.storage import write_whole
 from prefopt.training import (
     adapters,

@@ -4,12 +4,12 @@ import threading
 
 import pytest
 
-from prefopt.config import DataConfig
 from prefopt.data import templates
 from prefopt.data.encode import encode_file
 from prefopt.data.encoder import Encoder, pad_token
 from prefopt.data.templates import Rendering, check_template, read_template, reads_clock
 from prefopt.errors import DataError, TrainError
+from prefopt.settings import DataConfig
 from prefopt.types import PairRow
 from tests.data.conftest import PAIR
 from tests.helpers import CHATML, byte_bpe_tokenizer, family_tokenizer

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from prefopt.config import TrainConfig
+from prefopt.settings import TrainConfig
 from prefopt.training.backends import make_backend
 from prefopt.training.forward import PolicyWithReference
 from prefopt.training.optimizers import make_optimizer

@@ -55,7 +55,7 @@ def test_folder_that_a_process_does_not_see_is_refused_on_all(tmp_path):
 def test_checkpoints_that_the_disk_has_no_room_for_are_refused_before_the_model_is_loaded(
     server, command, tmp_path, monkeypatch
 ):
-    from prefopt.config import parse
+    from prefopt.settings import parse
 
     config = parse(command("dpo", tmp_path / "run"))
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda folder: SimpleNamespace(free=5e9))

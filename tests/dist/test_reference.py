@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from prefopt.config import parse
+from prefopt.settings import parse
 from prefopt.training import adapters, models
 from prefopt.training.reference import Oracle, Source, obtain
 from prefopt.types import EncodedPair

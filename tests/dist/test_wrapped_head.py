@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from prefopt.config import ModelConfig, OptimConfig, ReferenceConfig, RunConfig, TrainConfig
+from prefopt.settings import ModelConfig, OptimConfig, ReferenceConfig, RunConfig, TrainConfig
 from prefopt.data.collate import collate
 from prefopt.training import adapters
 from prefopt.training.backends import make_backend

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from prefopt.config import parse
 from prefopt.data.split import sample
 from prefopt.evaluate.held_out import final_figures, too_few
 from prefopt.evaluate.intervals import deciding_count, mean_interval, wilson
+from prefopt.settings import parse
 from prefopt.storage import Damaged
 from prefopt.types import EncodedPair
 

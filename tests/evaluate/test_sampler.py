@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from prefopt import registry
-from prefopt.config import EvalConfig, GenerateConfig, KernelConfig, RunConfig
 from prefopt.errors import ConfigError
 from prefopt.evaluate.sampler import sampler
 from prefopt.evaluate.samples import score_samples
 from prefopt.generation.base import Sampling, seeds_of
 from prefopt.generation.transformers_engine import TransformersEngine
 from prefopt.kernels.head import make_head_aware
+from prefopt.settings import EvalConfig, GenerateConfig, KernelConfig, RunConfig
 from prefopt.training.adapters import Frozen
 from prefopt.training.forward import PolicyWithReference
 from prefopt.types import EncodedPair

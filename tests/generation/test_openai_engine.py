@@ -14,11 +14,11 @@ import time
 import pytest
 
 from prefopt import generation
-from prefopt.config import GenerateConfig, ModelConfig
 from prefopt.errors import ConfigError, RoundError
 from prefopt.generation.base import Sampling
 from prefopt.generation.server import Server
 from prefopt.generation.transformers_engine import TransformersEngine
+from prefopt.settings import GenerateConfig, ModelConfig
 from prefopt.training import models
 from tests.openai_server import OpenAIServer
 

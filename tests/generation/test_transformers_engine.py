@@ -7,10 +7,10 @@ import pytest
 import torch
 from transformers import DynamicCache, GenerationConfig
 
-from prefopt.config import KernelConfig
 from prefopt.errors import RoundError
 from prefopt.generation.base import Sampling
 from prefopt.generation.transformers_engine import TransformersEngine
+from prefopt.settings import KernelConfig
 from prefopt.training.forward import PolicyWithReference
 from prefopt.training.models import recompute_activations
 from tests.generation.test_sampling import assert_frequencies

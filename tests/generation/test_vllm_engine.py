@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 
 from prefopt import generation
-from prefopt.config import GenerateConfig, ModelConfig
 from prefopt.data.structure import terminators
 from prefopt.errors import ConfigError, RoundError
 from prefopt.generation.base import Sampling
 from prefopt.generation.transformers_engine import TransformersEngine
 from prefopt.generation.vllm_engine import _arguments, _Copy, _share_devices
+from prefopt.settings import GenerateConfig, ModelConfig
 from prefopt.training.adapters import Weights
 
 PYTHON = os.environ.get("PREFOPT_VLLM_PYTHON", "")

@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from prefopt import cli
-from prefopt.config import GenerateConfig
 from prefopt.data.rows import RowReader
 from prefopt.generation.base import Sampling
-from prefopt.infer_config import InferConfig
 from prefopt.inference import policy
 from prefopt.inference.prompt_reader import Reader, Refused
 from prefopt.inference.test_time_po import seed_of
+from prefopt.settings import GenerateConfig
+from prefopt.settings.infer import InferConfig
 from prefopt.thoughts import ThoughtFormat
 from prefopt.training import export
 from tests.helpers import tiny_llama

@@ -2,7 +2,7 @@
 
 import torch
 
-from prefopt.config import LoraConfig, RunConfig
+from prefopt.settings import LoraConfig, RunConfig
 from prefopt.training import adapters
 
 

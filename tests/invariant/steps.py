@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import torch
 
-from prefopt.config import EvalConfig, KernelConfig, ModelConfig, OptimConfig, ReferenceConfig, RunConfig, TrainConfig
+from prefopt.settings import EvalConfig, KernelConfig, ModelConfig, OptimConfig, ReferenceConfig, RunConfig, TrainConfig
 from prefopt.training.forward import PolicyWithReference, Scorer
 from prefopt.training.metrics import MetricsFile, read_lines
 from prefopt.training.trainer import Trainer

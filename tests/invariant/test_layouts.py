@@ -7,10 +7,10 @@ from itertools import pairwise
 import pytest
 import torch
 
-from prefopt.config import ModelConfig
 from prefopt.data.collate import collate
 from prefopt.data.layouts import LAYOUTS, shares_prompts
 from prefopt.errors import TrainError
+from prefopt.settings import ModelConfig
 from prefopt.training import attention, layout_choice
 from prefopt.training import trainer as trainer_module
 from tests.dist.ranks import run_ranks

@@ -5,9 +5,9 @@ import copy
 import pytest
 import torch
 
-from prefopt.config import ModelConfig
 from prefopt.data.layouts import LAYOUTS, shares_prompts
 from prefopt.errors import TrainError
+from prefopt.settings import ModelConfig
 from prefopt.training import offload, quantized
 from tests.dist.ranks import run_ranks
 from tests.helpers import byte_bpe_tokenizer

@@ -6,10 +6,10 @@ import sys
 import pytest
 
 from prefopt import judges
-from prefopt.config import JudgeConfig
 from prefopt.errors import ConfigError, RoundError
 from prefopt.judges import function
 from prefopt.judges.function import FunctionJudge, source_of
+from prefopt.settings import JudgeConfig
 from tests.judges.conftest import question
 
 HERE = "tests.judges.rewards:"

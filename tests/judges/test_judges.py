@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from prefopt import judges
-from prefopt.config import JudgeConfig
 from prefopt.errors import ConfigError
 from prefopt.ranking import best_and_worst, order_scores
+from prefopt.settings import JudgeConfig
 from tests.judges.conftest import question
 
 CPU = torch.device("cpu")

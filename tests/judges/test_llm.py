@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from prefopt import judges
-from prefopt.config import JudgeConfig
 from prefopt.data.encoder import Encoder
 from prefopt.errors import ConfigError, RoundError
 from prefopt.judges import llm
 from prefopt.placeholders import filled
 from prefopt.ranking import win_probabilities
+from prefopt.settings import JudgeConfig
 from prefopt.types import Completion
 from tests.helpers import CHATML, byte_bpe_tokenizer
 from tests.judges.conftest import question

@@ -8,11 +8,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import DebertaV2Config, PreTrainedTokenizerFast
 
 from prefopt import judges
-from prefopt.config import JudgeConfig
 from prefopt.data.comparison import BothOrders
 from prefopt.errors import DataError, TrainError
 from prefopt.judges import pairrm
 from prefopt.ranking import order_scores, win_probabilities
+from prefopt.settings import JudgeConfig
 from prefopt.types import PairRow
 from tests.helpers import tiny_llama
 from tests.invariant.oracle import oracle_score, scorer_of

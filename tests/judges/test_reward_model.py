@@ -15,11 +15,11 @@ from transformers import (
 )
 
 from prefopt import judges
-from prefopt.config import JudgeConfig, LoraConfig, ModelConfig, RunConfig
 from prefopt.data.encoder import Encoder
 from prefopt.errors import ConfigError, DataError, RoundError, TrainError
 from prefopt.judges.reward_model import dtype_on
 from prefopt.methods.reward_model import RewardModel
+from prefopt.settings import JudgeConfig, LoraConfig, ModelConfig, RunConfig
 from prefopt.training import adapters
 from prefopt.training.models import set_padding
 from prefopt.types import PairRow

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from prefopt import judges, registry
-from prefopt.config import JudgeConfig, parse
 from prefopt.errors import ConfigError
 from prefopt.judges.reward_model import RewardModelJudge
+from prefopt.settings import JudgeConfig, parse
 from prefopt.training.metrics import read_lines
 from tests.judges.conftest import question
 

@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 import torch
 
-from prefopt.config import parse
 from prefopt.method import ahead
+from prefopt.settings import parse
 from prefopt.training.trainer import _postfix
 from tests.invariant.methods import methods
 from tests.methods.make_stats import batch, f64, means, pair_stats

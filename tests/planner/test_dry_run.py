@@ -6,9 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from prefopt.config import from_dict, parse, rate_source
 from prefopt.data.loader import FileBatches
 from prefopt.planner import dry_run, plan
+from prefopt.settings import from_dict, parse, rate_source
 from prefopt.types import EncodedPair
 
 REAL = ["--model.path", "m", "--data.train", "d.jsonl"]

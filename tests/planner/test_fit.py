@@ -8,10 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from prefopt.config import parse
 from prefopt.errors import TrainError
 from prefopt.planner import fit
 from prefopt.planner.plan import GB
+from prefopt.settings import parse
 from prefopt.training.runtime import Runtime
 from tests.fork_server import ROOT
 from tests.planner.test_plan import BIG, llama

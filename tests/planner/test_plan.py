@@ -2,9 +2,9 @@
 
 import pytest
 
-from prefopt.plan_config import parse_plan
 from prefopt.planner import plan, plan_report
 from prefopt.planner.plan import GB
+from prefopt.settings.plan import parse_plan
 
 SMALL = (256, 688, 6, 4, 4, 8192, False)
 BIG = (4096, 14336, 32, 32, 8, 128256, False)  # 8.03e9 parameters

@@ -4,12 +4,12 @@ import math
 
 import pytest
 
-from prefopt.config import parse
 from prefopt.data.structure import Structure
 from prefopt.errors import ConfigError, RoundError
 from prefopt.judges import Scaled, check, make
 from prefopt.judges.length import LengthJudge
 from prefopt.rounds import stages
+from prefopt.settings import parse
 from prefopt.types import Prompt
 from tests.helpers import byte_bpe_tokenizer
 from tests.judges.conftest import question

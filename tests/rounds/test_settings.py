@@ -2,8 +2,8 @@
 
 import pytest
 
-from prefopt.config import parse
 from prefopt.errors import ConfigError
+from prefopt.settings import parse
 
 FILES = ["--model.path", "m", "--data.train", "pairs.jsonl"]
 ROUNDS = ["--rounds.count", "2", "--judge.kind", "length"]

@@ -6,10 +6,10 @@ import json
 import datasets
 import pytest
 
-from prefopt.config import parse
 from prefopt.errors import RoundError
 from prefopt.rounds import store
 from prefopt.rounds.store import Stage
+from prefopt.settings import parse
 from prefopt.storage import Unreadable
 
 KEYS = [["a", "b"], ["c"]]

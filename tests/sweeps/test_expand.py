@@ -2,7 +2,7 @@
 
 import pytest
 
-from prefopt import config
+from prefopt import settings as config
 from prefopt.errors import ConfigError
 
 

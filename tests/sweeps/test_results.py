@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from prefopt import config
+from prefopt import settings as config
 from prefopt.sweeps import progress
 from prefopt.sweeps.manifest import ATTEMPT, Ledger, last_line
 from prefopt.sweeps.results import status_table, write_results

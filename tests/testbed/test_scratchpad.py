@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from prefopt.config import parse
 from prefopt.errors import ConfigError, RoundError
+from prefopt.settings import parse
 from prefopt.testbed import build_world
 from prefopt.testbed.scratchpad import Scratchpad, ScratchpadSettings, chain_share, is_right, running_sums
 from prefopt.thoughts import read_format

@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from prefopt.config import KernelConfig, ModelConfig, parse
 from prefopt.errors import ConfigError, TrainError
 from prefopt.kernels.head import HeadRequest
+from prefopt.settings import KernelConfig, ModelConfig, parse
 from prefopt.training import adapters, models
 from prefopt.training.adapters import Frozen
 from prefopt.training.forward import PolicyWithReference

@@ -6,8 +6,8 @@ import signal
 import pytest
 from safetensors.torch import load_file
 
-from prefopt.config import parse
 from prefopt.errors import ConfigError
+from prefopt.settings import parse
 from prefopt.training.best_checkpoint import Selection
 from prefopt.training.metrics import WALL_CLOCK_KEYS, read_lines
 

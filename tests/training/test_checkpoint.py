@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from prefopt.config import OptimConfig
 from prefopt.errors import TrainError
+from prefopt.settings import OptimConfig
 from prefopt.storage import Damaged, Unreadable
 from prefopt.training import checkpoint
 from prefopt.training.optimizers import make_optimizer

@@ -7,10 +7,10 @@ import torch
 from transformers import MixtralConfig, MixtralForCausalLM
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-from prefopt.config import LoraConfig, ModelConfig, RunConfig
 from prefopt.data.collate import collate
 from prefopt.data.layouts import LAYOUTS
 from prefopt.errors import ConfigError
+from prefopt.settings import LoraConfig, ModelConfig, RunConfig
 from prefopt.training import adapters, experts
 from tests.helpers import tiny_llama
 from tests.invariant.steps import VOCAB, Bench, difference, random_pairs

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from prefopt.config import KernelConfig
 from prefopt.data.collate import collate
+from prefopt.settings import KernelConfig
 from prefopt.training.forward import ALL_STATISTICS, PolicyWithReference, token_stats_of
 from tests.invariant.oracle import mask, oracle_row
 from tests.invariant.steps import random_pairs

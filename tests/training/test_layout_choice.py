@@ -8,10 +8,10 @@ import pytest
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM
 
-from prefopt.config import KernelConfig, parse
 from prefopt.data.collate import collate
 from prefopt.data.layouts import LAYOUTS
 from prefopt.errors import ConfigError
+from prefopt.settings import KernelConfig, parse
 from prefopt.training import layout_choice as subject
 from prefopt.training.attention import Rows
 from prefopt.training.forward import ALL_STATISTICS, PolicyWithReference, scored_states, token_stats_of

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch.func import functional_call
 from transformers import AutoModelForCausalLM
 
-from prefopt.config import KernelConfig, LoraConfig, ModelConfig, ReferenceConfig, RunConfig
 from prefopt.errors import ConfigError, TrainError
+from prefopt.settings import KernelConfig, LoraConfig, ModelConfig, ReferenceConfig, RunConfig
 from prefopt.training import adapters, models
 from prefopt.training.adapters import Frozen
 from prefopt.training.attention import Rows

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from prefopt import registry
-from prefopt.config import ModelConfig
+from prefopt.settings import ModelConfig
 from prefopt.training import adapters
 from prefopt.training.metrics import read_lines
 from tests.helpers import tiny_llama

@@ -9,7 +9,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from prefopt import registry
-from prefopt.config import parse
+from prefopt.settings import parse
 from prefopt.training import model_card
 from prefopt.training.metrics import read_lines
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, MistralConfig
 
-from prefopt.config import ModelConfig
 from prefopt.errors import TrainError
+from prefopt.settings import ModelConfig
 from prefopt.training import models, sizes
 from tests.helpers import tiny_llama
 

@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from prefopt.config import KernelConfig, OptimConfig
 from prefopt.data.collate import collate
 from prefopt.errors import TrainError
 from prefopt.kernels.token_stats import token_stats
+from prefopt.settings import KernelConfig, OptimConfig
 from prefopt.training.forward import ALL_STATISTICS, PolicyWithReference, token_stats_of
 from prefopt.training.metrics import read_lines
 from tests.dist.ranks import run_ranks

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from prefopt.config import ModelConfig
 from prefopt.errors import TrainError
+from prefopt.settings import ModelConfig
 from prefopt.training import models, quantized
 from prefopt.training.metrics import read_lines
 

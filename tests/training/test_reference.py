@@ -19,9 +19,9 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
 from prefopt import storage
-from prefopt.config import EvalConfig, ModelConfig, ReferenceConfig, RunConfig, TrainConfig
 from prefopt.data.collate import collate
 from prefopt.errors import TrainError
+from prefopt.settings import EvalConfig, ModelConfig, ReferenceConfig, RunConfig, TrainConfig
 from prefopt.storage import Unreadable
 from prefopt.training import adapters, reference
 from prefopt.training.forward import ReferenceHead

@@ -14,7 +14,7 @@ import pytest
 from safetensors.torch import load_file
 
 from prefopt import registry
-from prefopt.config import ModelConfig
+from prefopt.settings import ModelConfig
 from prefopt.training import models
 from prefopt.training.metrics import WALL_CLOCK_KEYS, read_lines
 from prefopt.training.runtime import EXIT_UNFINISHED

@@ -5,8 +5,8 @@ import json
 
 import pytest
 
-from prefopt.config import parse
 from prefopt.errors import ConfigError
+from prefopt.settings import parse
 from prefopt.training.metrics import read_lines
 from prefopt.training.runtime import EXIT_UNFINISHED
 from prefopt.training.trainer import learning_rate

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from prefopt import cli
-from prefopt.config import OptimConfig, TrainConfig, parse
 from prefopt.errors import ConfigError, TrainError
+from prefopt.settings import OptimConfig, TrainConfig, parse
 from prefopt.training.runtime import (
     SAVE_SIGNALS,
     OutputLock,

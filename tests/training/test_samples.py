@@ -7,8 +7,8 @@ import pytest
 from safetensors.torch import load_file
 
 from prefopt import registry
-from prefopt.config import parse
 from prefopt.errors import ConfigError
+from prefopt.settings import parse
 from prefopt.training.metrics import WALL_CLOCK_KEYS, read_lines
 from prefopt.training.runtime import EXIT_UNFINISHED
 

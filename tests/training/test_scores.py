@@ -12,9 +12,9 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
 
-from prefopt.config import LoraConfig, ModelConfig, RunConfig
 from prefopt.data.collate import collate
 from prefopt.errors import ConfigError, TrainError
+from prefopt.settings import LoraConfig, ModelConfig, RunConfig
 from prefopt.training import adapters, models
 from prefopt.training import trainer as trainer_module
 from prefopt.training.forward import Scorer, scores_of

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
-from prefopt.config import parse
+from prefopt.settings import parse
 from prefopt.training import checkpoint, models, sharded_io
 from prefopt.training.backends import Backend
 from prefopt.training.forward import PolicyWithReference

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, Gemma3Config, LlamaConfig, LlamaForCausalLM
 
-from prefopt.config import LoraConfig, ModelConfig, RunConfig
 from prefopt.errors import ConfigError
+from prefopt.settings import LoraConfig, ModelConfig, RunConfig
 from prefopt.training import adapters, towers
 from prefopt.training.models import load_config
 from tests.helpers import tiny_llama

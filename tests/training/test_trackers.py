@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from prefopt.cli import train
-from prefopt.config import parse
 from prefopt.redaction import printable
+from prefopt.settings import parse
 from prefopt.training.metrics import read_lines
 from prefopt.training.runtime import Runtime
 from prefopt.training.tracking import Trackers

@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from prefopt import judges
-from prefopt.config import JudgeConfig, ModelConfig, parse
 from prefopt.errors import TrainError
+from prefopt.settings import JudgeConfig, ModelConfig, parse
 from prefopt.training import adapters, models, sharded_io, weight_files
 from tests.dist.ranks import run_ranks
 from tests.helpers import tiny_llama

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prefopt import config
-from prefopt.config import RunConfig
+from prefopt import settings as config
 from prefopt.errors import ConfigError
+from prefopt.settings import RunConfig
 
 
 @dataclass(frozen=True)

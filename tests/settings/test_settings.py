@@ -9,10 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from prefopt import config as settings
-from prefopt import registry
-from prefopt.config import from_dict, help_text, parse, sources
+from prefopt import registry, settings
 from prefopt.errors import ConfigError
+from prefopt.settings import from_dict, help_text, parse, sources
 
 REAL = ["--method", "dpo", "--model.path", "m", "--data.train", "d.jsonl"]
 NAMES = ", ".join(registry.names())

@@ -4,10 +4,9 @@ import re
 
 import pytest
 
-from prefopt import other_names
-from prefopt.config import _known_keys, parse
 from prefopt.errors import ConfigError
 from prefopt.registry import get, names
+from prefopt.settings import _known_keys, other_names, parse
 
 REAL = ["--method", "dpo", "--model.path", "m", "--data.train", "d.jsonl"]
 

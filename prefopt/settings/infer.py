@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from prefopt import config, registry
-from prefopt.config import GenerateConfig, JudgeConfig, ModelConfig, TestbedConfig
+from prefopt import registry
+from prefopt import settings as config
 from prefopt.errors import ConfigError
+from prefopt.settings import GenerateConfig, JudgeConfig, ModelConfig, TestbedConfig
 
 
 @dataclass(frozen=True)

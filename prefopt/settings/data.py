@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from prefopt import config, registry
-from prefopt.config import ModelConfig
+from prefopt import registry
+from prefopt import settings as config
 from prefopt.errors import ConfigError
+from prefopt.settings import ModelConfig
 
 
 @dataclass(frozen=True)

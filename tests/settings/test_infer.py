@@ -11,7 +11,7 @@ import yaml
 from prefopt import __main__ as main
 from prefopt import registry
 from prefopt.errors import ConfigError
-from prefopt.infer_config import differences, infer_help, parse_infer
+from prefopt.settings.infer import differences, infer_help, parse_infer
 
 MODEL = ["--model", "path/to/model"]
 
@@ -141,7 +141,7 @@ def test_a_mistake_is_one_line(flags, words):
 
 
 def test_every_config_of_the_command_parses():
-    for path in (Path(__file__).parents[1] / "configs" / "infer").glob("*.yaml"):
+    for path in (Path(__file__).parents[2] / "configs" / "infer").glob("*.yaml"):
         flags = ["--config", str(path), *MODEL, "--prompts", "p.jsonl", "--judge.kind", "length"]
         assert parse_infer(flags).strategy == path.stem
 

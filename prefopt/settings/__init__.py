@@ -25,9 +25,10 @@ from typing import Any, Literal, Protocol
 
 import yaml
 
-from prefopt import other_names, redaction, registry
+from prefopt import redaction, registry
 from prefopt.errors import ConfigError, did_you_mean
 from prefopt.method import Method
+from prefopt.settings import other_names
 from prefopt.storage import read_text
 
 
