@@ -68,7 +68,7 @@ def machine(device: str) -> str:
     import os
     import platform
 
-    from prefopt.training.runtime import versions
+    from prefopt.training.versions import versions
 
     cores, threads = len(os.sched_getaffinity(0)), torch.get_num_threads()
     where = f"{cores} cores of {_processor() or platform.machine()}, {threads} thread(s)"

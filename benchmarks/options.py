@@ -21,7 +21,7 @@ from measure import peak_bytes, ratio, seconds, write
 from prefopt import registry
 from prefopt.data.loader import FileBatches
 from prefopt.settings import LoraConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
-from prefopt.training import adapters
+from prefopt.training import adapters, signals
 from prefopt.training import runtime as rt
 from prefopt.training.forward import PolicyWithReference
 from prefopt.training.trainer import Trainer
@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     args = parser.parse_args()
     runtime = rt.start(
-        rt.Stop(), seed=0, mixed_precision="no", deterministic=False, trackers=(), output=Path(), join_seconds=60
+        signals.Stop(), seed=0, mixed_precision="no", deterministic=False, trackers=(), output=Path(), join_seconds=60
     )
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:

@@ -153,10 +153,11 @@ def run(case: Case) -> dict[str, int]:
         import torch
 
         from prefopt.training import runtime as rt
+        from prefopt.training import signals
 
         torch.set_num_threads(1)
         runtime = rt.start(
-            rt.Stop(),
+            signals.Stop(),
             seed=0,
             mixed_precision="no",
             deterministic=False,

@@ -52,12 +52,13 @@ def measured(case: plan.Case) -> dict[str, Any]:
     from prefopt.planner import plan_report
     from prefopt.settings.plan import PlanConfig
     from prefopt.training import runtime as rt
+    from prefopt.training import signals
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         plan.save(case, Path(folder))
         runtime = rt.start(
-            rt.Stop(), seed=0, mixed_precision="no", deterministic=False, trackers=(), output=Path(folder)
+            signals.Stop(), seed=0, mixed_precision="no", deterministic=False, trackers=(), output=Path(folder)
         )
         trainer = plan.trainer_of(runtime, case, folder)
         trainer._step(0)

@@ -34,7 +34,7 @@ from measure import peak_bytes, ratio, seconds, write
 from prefopt import registry
 from prefopt.data.loader import FileBatches
 from prefopt.settings import LoraConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
-from prefopt.training import adapters
+from prefopt.training import adapters, signals
 from prefopt.training import runtime as rt
 from prefopt.training.forward import PolicyWithReference
 from prefopt.training.models import quiet
@@ -101,7 +101,7 @@ class Bench:
         self.folder, self.device, self.batch, self.lora = folder, device, batch, lora
         self.mixed = "bf16" if device == "cuda" else "no"
         self.runtime = rt.start(
-            rt.Stop(),
+            signals.Stop(),
             seed=0,
             mixed_precision=self.mixed,
             deterministic=False,

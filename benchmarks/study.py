@@ -58,7 +58,7 @@ def machine() -> str:
     """One line on what the figures were measured with, for the head of a results file."""
     import platform
 
-    from prefopt.training.runtime import versions
+    from prefopt.training.versions import versions
 
     cores = len(os.sched_getaffinity(0))
     names = ", ".join(f"{name} {version}" for name, version in versions().items())

@@ -37,10 +37,10 @@ def main(argv: list[str] | None = None) -> int:
     command = COMMANDS.get(argv[0])
     if command is None:
         from prefopt.errors import ConfigError, did_you_mean
-        from prefopt.training.runtime import fail
+        from prefopt.training.launcher import print_error
 
         near = did_you_mean(argv[0], COMMANDS) or ";"
-        return fail(ConfigError(f"unknown command '{argv[0]}'{near} known: {', '.join(COMMANDS)}"))
+        return print_error(ConfigError(f"unknown command '{argv[0]}'{near} known: {', '.join(COMMANDS)}"))
     return command(argv[1:])
 
 

@@ -27,8 +27,9 @@ from prefopt.redaction import hidden, printable
 from prefopt.settings import RunConfig
 from prefopt.storage import write_sealed, write_whole
 from prefopt.testbed.cache import cache_root
+from prefopt.training import launcher, output_folder, random_state, signals, versions, weight_files
 from prefopt.training import runtime as rt
-from prefopt.training.runtime import say
+from prefopt.training.launcher import print_rank_0
 from prefopt.training.slurm_environment import join_step
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ def _answer(command: str, argv: Sequence[str], help_text: Callable[[], str], run
             with contextlib.suppress(BrokenPipeError):
                 print(help_text())
             return 0
-        rt.hush_deepspeed()
+        rt.silence_deepspeed()
         return run()
 
     return answered(command, argv, helped)
@@ -76,22 +77,22 @@ def _answer(command: str, argv: Sequence[str], help_text: Callable[[], str], run
 
 def _train(config: RunConfig, only: StageSlice | None = None) -> int:
     about(config.to_dict(), Path(config.output))
-    rt.check_launcher()
-    stop = rt.Stop()
-    stop.install(rt.promised_processes())
+    launcher.check_launcher()
+    stop = signals.Stop()
+    stop.install(launcher.world_size())
     _check_paths(config)
     output = Path(config.output)
-    lock = rt.OutputLock(output, "" if only is None or only.part is None else f"-{only}")
+    lock = output_folder.OutputLock(output, "" if only is None or only.part is None else f"-{only}")
     if not config.dry_run:
-        rt.prepare_output(output)
-        if rt.rank() == 0:
+        output_folder.prepare_output(output)
+        if launcher.rank() == 0:
             lock.acquire()
     try:
         if not config.dry_run:
             _refuse_another_run(config, output)
         status = _prepared(config, output, stop, only)
         if status == 0:
-            stop.leave_be()
+            stop.ignore_late_signal()
         return status
     except OSError as error:
         if error.errno in _OUT_OF_REACH and error.filename:
@@ -105,7 +106,7 @@ def _train(config: RunConfig, only: StageSlice | None = None) -> int:
         lock.release()
 
 
-def _prepared(config: RunConfig, output: Path, stop: rt.Stop, only: StageSlice | None) -> int:
+def _prepared(config: RunConfig, output: Path, stop: signals.Stop, only: StageSlice | None) -> int:
     from prefopt.training import compiling, layout_choice, optimizers, preflight
 
     runtime = rt.start(
@@ -119,7 +120,7 @@ def _prepared(config: RunConfig, output: Path, stop: rt.Stop, only: StageSlice |
         patience=_ROUNDS_PATIENCE if config.rounds.count else None,
     )
     try:
-        say(_first_line(config, runtime))
+        print_rank_0(_first_line(config, runtime))
         optimizers.check_optimizer(config.optim, runtime.device)
         layout_choice.check_settings(config, runtime.device)
         if not config.dry_run:
@@ -127,7 +128,7 @@ def _prepared(config: RunConfig, output: Path, stop: rt.Stop, only: StageSlice |
         if config.train.compile:
             compiling.check(runtime.device)
         if config.model.offload_activations and runtime.device.type == "cpu":
-            say("warning: model.offload_activations copies what is in the host's memory already on a CPU")
+            print_rank_0("warning: model.offload_activations copies what is in the host's memory already on a CPU")
         if config.rounds.count:
             return _run_rounds(config, runtime, output, only)
         return _run_once(config, runtime, output)
@@ -151,7 +152,7 @@ def _run_once(config: RunConfig, runtime: rt.Runtime, output: Path, evaluators: 
     task = runtime.on_main_first(lambda: _testbed_task(config)) if config.on_testbed else _file_task(config, day)
     _hold_out_at_most(config, task)
     for line in task.report:
-        say(printable(line))
+        print_rank_0(printable(line))
     if config.dry_run:
         from prefopt.planner import dry_run
         from prefopt.training import preflight
@@ -160,7 +161,7 @@ def _run_once(config: RunConfig, runtime: rt.Runtime, output: Path, evaluators: 
         lines = dry_run.of_run(config, runtime, task.train, len(task.eval_pairs), task.start.path, total)
         _say_dry(config, lines)
         return 0
-    resume_from = checkpoint.latest(output / "checkpoints", say, runtime)
+    resume_from = checkpoint.latest(output / "checkpoints", print_rank_0, runtime)
 
     def keep() -> dict[str, str] | None:
         card = _run_card(config, runtime, task)
@@ -170,16 +171,16 @@ def _run_once(config: RunConfig, runtime: rt.Runtime, output: Path, evaluators: 
     hashes = runtime.on_main(keep)  # hashing weights reads all of them: once, on one process
     note = runtime.on_main(lambda: _extend(config, task, output))
     if note is not None:
-        say(note)
+        print_rank_0(note)
     if runtime.on_main(lambda: checkpoint.damage(output / "model") is None):
-        say(f"{output}: this run is finished; the model is in {output / 'model'}")
+        print_rank_0(f"{output}: this run is finished; the model is in {output / 'model'}")
         _report_figures(config, runtime, task, output)
         return 0
     trackers, failed = Trackers(runtime, config, output, output / CARD), True
     try:
         status = _fit(config, runtime, task, output, resume_from, evaluators, trackers, hashes)
         if status == 0:
-            say(f"finished: model in {output / 'model'}, metrics in {output / 'metrics.jsonl'}")
+            print_rank_0(f"finished: model in {output / 'model'}, metrics in {output / 'metrics.jsonl'}")
             _report_figures(config, runtime, task, output, trackers)
         failed = False
     finally:
@@ -206,9 +207,9 @@ def _say_dry(config: RunConfig, plan: Sequence[str]) -> None:
 
     whole = [] if config.dry_run != "config" else ["", "resolved config:", settings.yaml_of(hidden(config.to_dict()))]
     changed = [printable(line) for line in dry_run.differences(config)]
-    say("\n".join(["", *changed, *plan, *whole]))
+    print_rank_0("\n".join(["", *changed, *plan, *whole]))
     if not whole:
-        say("(--dry_run config prints every setting as YAML)")
+        print_rank_0("(--dry_run config prints every setting as YAML)")
 
 
 def _hold_out_at_most(config: RunConfig, task: _Task) -> None:
@@ -238,7 +239,7 @@ def _check_memory(config: RunConfig, runtime: rt.Runtime) -> None:
     if engine is not None:
         warning = runtime.on_main(lambda: fit.check(config, engine, runtime.world, total))
         if warning is not None:
-            say(warning)
+            print_rank_0(warning)
 
 
 # Rounds ---------------------------------------------------------------------------------------------------------------
@@ -255,7 +256,7 @@ def _run_rounds(config: RunConfig, runtime: rt.Runtime, output: Path, only: Stag
 
     def train(settings: RunConfig, evaluators: Sequence[Evaluator]) -> int:
         folder = Path(settings.output)
-        rt.prepare_output(folder)
+        output_folder.prepare_output(folder)
         # where the policy and its pairs lie may be spelled in another way; the card holds what they are
         _refuse_another_run(settings, folder, but=("model.path", "data.train"))
         try:
@@ -276,14 +277,14 @@ def _run_rounds(config: RunConfig, runtime: rt.Runtime, output: Path, only: Stag
         device=runtime.device,
         train=train,
         stop=runtime.stop,
-        say=say,
+        say=print_rank_0,
         track=track,
         cache=cache_root(),
         day=runtime.from_main(_first_day(output)),
         generates=only is None or only.name in ("generate", "evaluate"),
     )
     for line in report if only is None else ():
-        say(printable(line))
+        print_rank_0(printable(line))
     if config.dry_run:
         from prefopt.planner import dry_run
         from prefopt.training import preflight
@@ -302,7 +303,9 @@ def _run_rounds(config: RunConfig, runtime: rt.Runtime, output: Path, only: Stag
         return status
     status = rounds.run()
     if status == 0:
-        say(f"finished: model in {output / 'model'}, rounds in {output / 'rounds.md'} and {output / 'rounds.png'}")
+        print_rank_0(
+            f"finished: model in {output / 'model'}, rounds in {output / 'rounds.md'} and {output / 'rounds.png'}"
+        )
     return status
 
 
@@ -340,7 +343,7 @@ def rounds(argv: Sequence[str]) -> int:
         if how is not None and stage is not None:
             raise ConfigError("--launcher: given with --stage; a stage that is named runs here, leave one out")
         if how is not None:
-            return on_slurm.submit(config, flags, how, say)
+            return on_slurm.submit(config, flags, how, print_rank_0)
         return _conduct(config, flags) if stage is None and not config.dry_run else _train(config, stage)
 
     return _answer("rounds", argv, help_text, conducted)
@@ -401,18 +404,18 @@ def _conduct(config: RunConfig, flags: Sequence[str]) -> int:
     output = Path(config.output)
     _refuse_another_run(config, output)
     path = os.pathsep.join(filter(None, [str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH")]))
-    environment = os.environ | {"PYTHONPATH": path, rt.FOLLOW: "1"}
+    environment = os.environ | {"PYTHONPATH": path, signals.FOLLOW: "1"}
     for number in range(config.rounds.count + 1):
         for name in _STAGES if number else ("evaluate",):
             last = number == config.rounds.count and name == "evaluate"
             if done(config, output / f"round_{number:02d}", name) and not (last and not (output / "model").exists()):
                 continue
             command = [*(launcher if name == "train" else [sys.executable]), "-m", "prefopt", "rounds"]
-            say(f"round {number}: {name}")
+            print_rank_0(f"round {number}: {name}")
             status = _run_stage([*command, "--stage", name, "--round", str(number), *flags], environment)
             if status != 0:
-                return status if status in (2, rt.EXIT_UNFINISHED) else 1
-    say(f"finished: model in {output / 'model'}, rounds in {output / 'rounds.md'} and {output / 'rounds.png'}")
+                return status if status in (2, signals.EXIT_UNFINISHED) else 1
+    print_rank_0(f"finished: model in {output / 'model'}, rounds in {output / 'rounds.md'} and {output / 'rounds.png'}")
     return 0
 
 
@@ -425,14 +428,14 @@ def _run_stage(command: list[str], environment: Mapping[str, str]) -> int:
             asked.append(number)
             process.send_signal(number)
 
-        numbers = rt.SAVE_SIGNALS if rt.handles_signals() else ()
+        numbers = signals.SAVE_SIGNALS if signals.handles_signals() else ()
         before = {number: signal.signal(number, pass_on) for number in numbers}
         try:
             status = process.wait()
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-    return rt.EXIT_UNFINISHED if asked and status != 0 else status
+    return signals.EXIT_UNFINISHED if asked and status != 0 else status
 
 
 @dataclasses.dataclass
@@ -647,22 +650,24 @@ def _fit(
         with runtime.sharded_loading():
             reference = adapters.load_frozen(reference, config.model, key)
     # drawn numbers are dropout's: each process has its own, whatever was drawn until here
-    rt.set_seed(config.seed + runtime.rank)
+    random_state.set_seed(config.seed + runtime.rank)
     parameters = sum(models.numel(p) for p in lm.parameters())
     threads = rt.set_threads(config.train.threads, parameters)
     if resume_from is not None:
-        say(f"continuing from {resume_from}")
+        print_rank_0(f"continuing from {resume_from}")
     name, adapter = type(adapters.base_of(lm)).__name__, adapters.describe_policy(lm)
     of_them = f", {adapter}" if adapter else ""
-    say(f"policy: {name}, {parameters:,} parameters{of_them}, {threads} thread(s) per process; output: {output}")
+    print_rank_0(
+        f"policy: {name}, {parameters:,} parameters{of_them}, {threads} thread(s) per process; output: {output}"
+    )
     if config.model.attention == "sdpa" and adapters.base_of(lm).config._attn_implementation == "eager":
-        say(f"attention: eager, since {name} computes what SDPA cannot (a soft-cap of attention, say)")
+        print_rank_0(f"attention: eager, since {name} computes what SDPA cannot (a soft-cap of attention, say)")
     for line in adapters.remarks(lm):
-        say(line)
+        print_rank_0(line)
     if task.reference is not None:
-        say(f"reference: {adapters.describe(task.reference, task.start, config)}")
+        print_rank_0(f"reference: {adapters.describe(task.reference, task.start, config)}")
     if config.model.dtype == "bfloat16" and not adapter:
-        say(
+        print_rank_0(
             "warning: weights in bfloat16 lose updates smaller than 1/256 of a weight; "
             "float32 weights with train.mixed_precision bf16 do not"
         )
@@ -748,7 +753,7 @@ def _report_figures(
 
     lines = runtime.on_main(lambda: final_figures(config, output))
     if lines:
-        say("\n".join(lines))
+        print_rank_0("\n".join(lines))
         if trackers is not None:
             text = "\n".join(lines)
             last = max((line["step"] for line in _lines(output, "train")), default=0)
@@ -781,7 +786,7 @@ def _report_testbed(
     if config.method.needs.output == "scores":
         won = [pair.columns["pair_win_prob"] for pair in task.eval_pairs]
         best = sum(1.0 if p > 0.5 else 0.5 * (p == 0.5) for p in won) / len(won)
-        say(
+        print_rank_0(
             f"held-out accuracy {end['rewards/accuracies']:.3f} at the end; "
             f"of the true reward on the same pairs {best:.3f}"
         )
@@ -789,12 +794,12 @@ def _report_testbed(
     beta = _beta(config)
     start = lines[0] if lines[0]["step"] == 0 else None
     table = summary_table(task.world, start, end, beta)
-    say("\n" + table)
+    print_rank_0("\n" + table)
     if isinstance(task.world, Bandit):
         if config.method.other_optimum():
-            say(f"\n{config.method.other_optimum()}")
+            print_rank_0(f"\n{config.method.other_optimum()}")
         frontier_plot(output / "frontier.png", task.world, [PlotLine(_described(config), beta, lines)])
-        say(f"\nreward-KL frontier: {output / 'frontier.png'}")
+        print_rank_0(f"\nreward-KL frontier: {output / 'frontier.png'}")
     if trackers is not None:
         trackers.page("testbed/end", f"```\n{table}\n```", lines[-1]["step"])
         trackers.picture("testbed/frontier", output / "frontier.png", lines[-1]["step"])
@@ -809,7 +814,7 @@ def _check_paths(config: RunConfig) -> None:
 
     for key, path in (("model.path", config.model.path), ("reference.path", config.reference.path)):
         if path is not None:
-            rt.check_path(key, path)
+            weight_files.check_path(key, path)
     for tracker in config.track.to:
         if importlib.util.find_spec(tracker) is None:
             extra = f"prefopt[{tracker}]" if tracker == "wandb" else tracker
@@ -982,7 +987,7 @@ def _rounds_card(config: RunConfig, runtime: rt.Runtime, rounds: Rounds, report:
 
 def _circumstances(runtime: rt.Runtime) -> dict[str, Any]:
     return {
-        "versions": rt.versions(),
+        "versions": versions.versions(),
         "git_commit": _git_commit(),
         "engine": runtime.described_backend,
         "device": str(runtime.device),
@@ -1082,9 +1087,9 @@ def _look(config: LookConfig) -> int:
     from prefopt.types import Needs
 
     if config.model.path is not None:
-        rt.check_path("model.path", config.model.path)
+        weight_files.check_path("model.path", config.model.path)
     if config.tokenizer is not None:
-        rt.check_path("tokenizer", config.tokenizer)
+        weight_files.check_path("tokenizer", config.tokenizer)
     for name in config.sources:
         if Path(name).suffix or name.startswith((".", "/", "~")):
             open_source(name)
@@ -1161,7 +1166,7 @@ def plan(argv: Sequence[str]) -> int:
     def planned() -> int:
         own, config = parse_plan(argv)
         about(config.to_dict())
-        rt.check_path("model.path", str(config.model.path))
+        weight_files.check_path("model.path", str(config.model.path))
         from prefopt.planner.plan_report import report
 
         with contextlib.suppress(BrokenPipeError):

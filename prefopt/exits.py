@@ -17,7 +17,7 @@ from typing import Any
 
 from prefopt.errors import PrefoptError, TrainError
 from prefopt.redaction import HIDDEN, guarded_output, hidden, names_a_secret, printable
-from prefopt.training import runtime as rt
+from prefopt.training import launcher, versions
 
 DEBUG = "PREFOPT_DEBUG"  # set to 1: tracebacks are printed too
 _FAILED = 1
@@ -51,7 +51,7 @@ def answered(command: str, argv: Sequence[str], run: Callable[[], int]) -> int:
             return run()
         except PrefoptError as error:
             _debug(error)
-            return rt.fail(error)
+            return launcher.print_error(error)
         except OSError as error:
             fix = _USERS.get(error.errno or 0)
             if error.filename is None or fix is None:
@@ -101,9 +101,9 @@ def _unforeseen(command: str, argv: Sequence[str], error: Exception) -> int:
 
 def _speak(line: str) -> None:
     """Print an error's line, on the first rank at once; others leave it the time in which a launcher ends them all."""
-    number = rt.rank()
+    number = launcher.rank()
     if number:
-        time.sleep(rt.SPEAKS_WITHIN)
+        time.sleep(launcher.RANK_0_GRACE)
     with contextlib.suppress(OSError, ValueError):
         print(f"error: {f'rank {number}: ' if number else ''}{line}", file=sys.stderr, flush=True)
 
@@ -124,8 +124,9 @@ def _report(command: str, argv: Sequence[str]) -> str:
     lines = [
         time.strftime("prefopt failed, %Y-%m-%d %H:%M:%S %z"),
         f"command: prefopt {command} {shlex.join(words)}",
-        f"rank {rt.rank()} of {rt.promised_processes()}, process {os.getpid()}, folder {Path.cwd()}",
-        "versions: " + ", ".join(f"{name} {version}" for name, version in rt.versions(("openai", "deepspeed")).items()),
+        f"rank {launcher.rank()} of {launcher.world_size()}, process {os.getpid()}, folder {Path.cwd()}",
+        "versions: "
+        + ", ".join(f"{name} {version}" for name, version in versions.versions(("openai", "deepspeed")).items()),
     ]
     if found.get("settings"):
         lines += ["", "settings:", yaml.safe_dump(hidden(found["settings"]), sort_keys=False, allow_unicode=True)]
@@ -138,7 +139,7 @@ def _write(text: str) -> str | None:
 
     output = _about.get({}).get("output")
     places = [output] if output is not None and output.is_dir() else []
-    name = f"crash-{time.strftime('%Y%m%d-%H%M%S')}-rank{rt.rank()}-{os.getpid()}.txt"
+    name = f"crash-{time.strftime('%Y%m%d-%H%M%S')}-rank{launcher.rank()}-{os.getpid()}.txt"
     for folder in (*places, cache_root() / "crashes", Path(tempfile.gettempdir())):
         with contextlib.suppress(OSError, ValueError):
             folder.mkdir(parents=True, exist_ok=True)

@@ -433,7 +433,7 @@ def test_output_when_the_order_of_the_pairs_changed_since_then_refused(error, se
 
 
 def test_output_when_another_process_writes_there_then_its_owner_is_named(error, tmp_path):
-    from prefopt.training.runtime import OutputLock
+    from prefopt.training.output_folder import OutputLock
 
     (tmp_path / "run").mkdir()
     lock = OutputLock(tmp_path / "run")

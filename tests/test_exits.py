@@ -24,7 +24,7 @@ PARSERS = {
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("PREFOPT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("prefopt.training.runtime.SPEAKS_WITHIN", 0)
+    monkeypatch.setattr("prefopt.training.launcher.RANK_0_GRACE", 0)
     return tmp_path / "cache"
 
 
@@ -61,7 +61,7 @@ def test_a_command_when_something_unforeseen_happens_then_one_line_names_the_rep
 
 
 def test_the_report_lies_in_the_output_folder_with_the_settings(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr("prefopt.training.runtime.Stop.install", raises(RuntimeError("odd")))
+    monkeypatch.setattr("prefopt.training.signals.Stop.install", raises(RuntimeError("odd")))
     (tmp_path / "run").mkdir()
     assert cli.train(["--method", "dpo", "--output", str(tmp_path / "run"), "--optim.args.token", "se-cret"]) == 1
     report = report_of(capsys.readouterr().err)

@@ -13,7 +13,7 @@ from prefopt.generation.ends import Ends, positions_of, rows_of, terminators_of
 from prefopt.generation.server import Server, read
 from prefopt.settings import GenerateConfig, ModelConfig
 from prefopt.training.adapters import Weights
-from prefopt.training.runtime import versions
+from prefopt.training.versions import versions
 from prefopt.types import Completion
 
 if TYPE_CHECKING:

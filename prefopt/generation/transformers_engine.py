@@ -23,7 +23,7 @@ from prefopt.generation.ends import Ends, terminators
 from prefopt.generation.sampling import choose, uniforms
 from prefopt.training import adapters
 from prefopt.training.models import evaluating
-from prefopt.training.runtime import versions
+from prefopt.training.versions import versions
 from prefopt.types import Completion
 
 

@@ -24,8 +24,9 @@ from prefopt.settings import infer as settings
 from prefopt.settings.infer import InferConfig
 from prefopt.testbed.cache import cache_root
 from prefopt.thoughts import Answer
+from prefopt.training import output_folder, signals, versions, weight_files
 from prefopt.training import runtime as rt
-from prefopt.training.runtime import say
+from prefopt.training.launcher import print_rank_0
 
 if TYPE_CHECKING:
     from prefopt.data.encoder import Encoder
@@ -52,10 +53,10 @@ def run(config: InferConfig) -> int:
         judges.check(config.judge)
     templates = read_templates(config.templates)
     if config.model.path is not None:
-        rt.check_path("model", config.model.path)
+        weight_files.check_path("model", config.model.path)
     if config.prompts is not None:
         check_file(config.prompts)
-    stop = rt.Stop()
+    stop = signals.Stop()
     if not config.typed:
         stop.install(1)
     with ExitStack() as stack:
@@ -63,8 +64,8 @@ def run(config: InferConfig) -> int:
         if config.output:
             place = Place.of(config.output)
             place.refuse_what_is_not_ours()
-            rt.prepare_output(place.folder)
-            lock = rt.OutputLock(place.folder)
+            output_folder.prepare_output(place.folder)
+            lock = output_folder.OutputLock(place.folder)
             lock.acquire()
             stack.callback(lock.release)
         return _Run(config, templates, place, stop, stack).run()
@@ -142,7 +143,7 @@ class _Run:
     """One run of the command, put together from its settings."""
 
     def __init__(
-        self, config: InferConfig, templates: Any, place: Place | None, stop: rt.Stop, stack: ExitStack
+        self, config: InferConfig, templates: Any, place: Place | None, stop: signals.Stop, stack: ExitStack
     ) -> None:
         self.config, self.templates, self.place, self.stop, self.stack = config, templates, place, stop, stack
 
@@ -156,14 +157,14 @@ class _Run:
         path = str(config.model.path or self.world.base_model_path)
         self.policy: UnloadedPolicy = policy.find(path, config)
         if self.policy.note:
-            say(self.policy.note)
+            print_rank_0(self.policy.note)
         if self.policy.thought.template is not None:
-            say(
+            print_rank_0(
                 f"{path} thinks before it answers; its thoughts are {'shown' if config.thought == 'show' else 'hidden'}"
             )
         self.rendering = Rendering.of(config, self.policy.tokenizer, None if self.place is None else self.place.day())
         for line in self.rendering.lines(self.policy.tokenizer):
-            say(line)
+            print_rank_0(line)
         if config.typed:
             return self._typed(self._reader(None))
         refused: Sequence[Refused] = ()
@@ -178,7 +179,7 @@ class _Run:
         judges.check_prompts(config.judge, (prompt.prompt for prompt in prompts))
         if self.place is not None:
             self.place.hold(self._card(prompts, refused))
-        self.stop.enter_files()
+        self.stop.exit_at_once()
         if config.judged:
             return self._judged(prompts, refused)
         return self._answered(prompts, refused)
@@ -204,7 +205,7 @@ class _Run:
             _warn(f"warning: {one.prompt.where}: gave up: {one.gave_up}")
         if self.place is not None:
             again = sum(one.tries > 1 and one.answer is not None for one in answered)
-            say(
+            print_rank_0(
                 f"{self.place.answers}: {len(answered) - len(gave_up):,} answers, {again:,} of them sampled again, "
                 f"{len(gave_up):,} given up, {len(refused):,} prompts refused"
             )
@@ -267,11 +268,11 @@ class _Run:
             if config.prompt is not None:
                 _print_best(traces[0], config.thought == "show")
                 print()
-        say(trace_report.table(summary["depths"], summary["prompts"]))
+        print_rank_0(trace_report.table(summary["depths"], summary["prompts"]))
         for line in trace_report.remarks(summary["depths"], summary["prompts"]):
-            say(line)
+            print_rank_0(line)
         dropped = "".join(f", {number:,} {reason}" for reason, number in summary["no_pair"].items())
-        say(
+        print_rank_0(
             f"\n{place.folder}: traces.html, traces.jsonl, answers.jsonl, summary.json; "
             f"pairs.jsonl: {summary['pairs']:,} pairs to train on{dropped}"
         )
@@ -356,7 +357,7 @@ class _Run:
 
         test = self.config.testbed
         if self.config.model.path is None:
-            say(
+            print_rank_0(
                 f"no model is named (--model DIR): the base policy of the testbed's world '{test.world}' answers the "
                 "world's prompts"
             )
@@ -437,7 +438,7 @@ class _Run:
             "prompts": hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16],
             "judge": json.dumps(self._judge_identity(), sort_keys=True) if self.config.judged else None,
             "templates": self.templates.digest() if self.config.judged else None,
-            "versions": rt.versions(),
+            "versions": versions.versions(),
         }
 
 

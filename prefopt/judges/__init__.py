@@ -70,7 +70,7 @@ def check(settings: JudgeConfig) -> None:
             "leave it out (or --judge.mode score)"
         )
     if kind in _CLASSIFIERS:
-        from prefopt.training.runtime import check_path
+        from prefopt.training.weight_files import check_path
 
         if settings.path is None:
             raise ConfigError("judge.path: found none, expected the folder or hub id of a classifier with one logit")

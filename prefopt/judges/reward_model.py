@@ -16,7 +16,7 @@ from prefopt.data.rows import BadRow, Messages
 from prefopt.errors import DataError, RoundError, TrainError
 from prefopt.settings import ModelConfig
 from prefopt.training import adapters, models
-from prefopt.training.runtime import versions
+from prefopt.training.versions import versions
 from prefopt.types import Judgement, PairRow, Question
 
 KEY = "judge.path"

@@ -39,7 +39,7 @@ from prefopt.settings import FREE_TO_CHANGE, GenerateConfig, JudgeConfig, Rounds
 from prefopt.training import adapters, checkpoint, model_card, models
 from prefopt.training.export import describe_answers
 from prefopt.training.metrics import Evaluation, Evaluator
-from prefopt.training.runtime import Stop
+from prefopt.training.signals import Stop
 from prefopt.types import Completion, Prompt
 
 STAGES = ("generate", "judge", "pair", "train", "evaluate")
@@ -160,13 +160,13 @@ class Rounds:
             )
         if name == "train":
             return self._train(number)
-        self.stop.enter_files()
+        self.stop.exit_at_once()
         try:
             if not getattr(self, f"_{name}")(number):
                 self.say(f"round {number}: this part of the {name} stage is done, others are not yet")
             return 0
         finally:
-            self.stop.leave_files()
+            self.stop.coordinate_exit()
 
     def finish(self) -> None:
         """Export the last policy."""

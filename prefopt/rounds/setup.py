@@ -22,7 +22,8 @@ from prefopt.rounds.shards import Workers
 from prefopt.settings import RunConfig, from_dict, sources
 from prefopt.training import adapters, layout_choice, models
 from prefopt.training.metrics import Evaluator
-from prefopt.training.runtime import Stop, set_threads
+from prefopt.training.runtime import set_threads
+from prefopt.training.signals import Stop
 from prefopt.types import Prompt
 
 

@@ -24,7 +24,7 @@ from prefopt.sweeps import expand, manifest, results, search, slurm, sweep_file
 from prefopt.sweeps.local import Local, describe, machine, slots_of
 from prefopt.sweeps.manifest import Forgiving, Ledger, SweepRun
 from prefopt.sweeps.sweep_file import SweepFile
-from prefopt.training import runtime as rt
+from prefopt.training import output_folder, signals
 
 MANIFEST = "manifest.jsonl"
 
@@ -161,8 +161,8 @@ def _start(file: SweepFile, options: Options) -> int:
     if options.dry_run:
         launcher.show(runs)
         return 0
-    rt.prepare_output(file.output)
-    lock = rt.OutputLock(file.output)
+    output_folder.prepare_output(file.output)
+    lock = output_folder.OutputLock(file.output)
     lock.acquire()
     try:
         if file.search is None:
@@ -188,7 +188,7 @@ def _run_here(file: SweepFile, launcher: Local) -> int:
     for run in failed:
         _say(f"failed: {run.id}{describe(run)}: {launcher.ledger.get(run).error}")
     counts = f"{states.count('done')} of {len(runs)} runs are done" + (f", {len(failed)} failed" if failed else "")
-    more = "; the same command continues" if status == rt.EXIT_UNFINISHED else ""
+    more = "; the same command continues" if status == signals.EXIT_UNFINISHED else ""
     more = "; --retry true starts them again" if failed and not more else more
     _say(f"{counts}{more}; results: {path}")
     return status

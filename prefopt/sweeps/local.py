@@ -17,7 +17,7 @@ from typing import Any
 
 from prefopt.errors import ConfigError
 from prefopt.sweeps.manifest import Ledger, SweepRun
-from prefopt.training.runtime import EXIT_UNFINISHED, FOLLOW, SAVE_SIGNALS, handles_signals
+from prefopt.training.signals import EXIT_UNFINISHED, FOLLOW, SAVE_SIGNALS, handles_signals
 
 _PAUSE = 0.1  # seconds between looks at the children
 _LOOK = 1.0  # seconds between looks at all runs where no child has ended

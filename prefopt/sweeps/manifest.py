@@ -15,7 +15,7 @@ from prefopt import storage
 from prefopt.errors import TrainError
 from prefopt.redaction import printable
 from prefopt.storage import Damaged, write_sealed, write_whole
-from prefopt.training.runtime import EXIT_UNFINISHED
+from prefopt.training.signals import EXIT_UNFINISHED
 
 State = Literal["pending", "queued", "running", "done", "failed"]
 

@@ -17,7 +17,7 @@ from prefopt.errors import ConfigError, TrainError
 from prefopt.sweeps import manifest
 from prefopt.sweeps.local import environment, train_command
 from prefopt.sweeps.manifest import Ledger, SweepRun
-from prefopt.training.runtime import EXIT_UNFINISHED
+from prefopt.training.signals import EXIT_UNFINISHED
 
 # A rank that fails ends the others after a minute, in which ranks that leave after a signal can save.
 SRUN = ("srun", "--kill-on-bad-exit=0", "--wait=60")

@@ -20,7 +20,8 @@ from torch import nn
 from prefopt.errors import ConfigError, TrainError
 from prefopt.training import adapters, checkpoint, models
 from prefopt.training.checkpoint import State
-from prefopt.training.runtime import SHARDING, say
+from prefopt.training.launcher import print_rank_0
+from prefopt.training.runtime import SHARDING
 
 if TYPE_CHECKING:
     from prefopt.settings import RunConfig
@@ -86,7 +87,7 @@ class Backend:
         self._accumulate_in_float32()
         mine, whole, what = self.held()
         if what:
-            say(f"{self.runtime.backend}: this process holds {mine:,} of {whole:,} entries of the {what}")
+            print_rank_0(f"{self.runtime.backend}: this process holds {mine:,} of {whole:,} entries of the {what}")
         if self.runtime.world > 1 and what and mine >= whole:
             raise TrainError(
                 f"launcher: {self.runtime.backend} has sharded nothing: each process holds the whole {what}"
@@ -278,7 +279,7 @@ class ZeroBackend(Backend):
         settings["steps_per_print"] = 10**9
         types = settings.setdefault("data_types", {})
         if types.get(_ACCUMULATE, "fp32") != "fp32":
-            say(
+            print_rank_0(
                 f"DeepSpeed's data_types.{_ACCUMULATE}: found {types[_ACCUMULATE]}, fp32 is used: sums of 16 bits drift"
             )
         types[_ACCUMULATE] = "fp32"  # left out, DeepSpeed takes that of the weights

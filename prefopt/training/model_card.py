@@ -16,7 +16,7 @@ from prefopt.method import Method
 from prefopt.settings import RunConfig, rate_source
 from prefopt.thoughts import ThoughtFormat
 from prefopt.training.metrics import WALL_CLOCK_KEYS
-from prefopt.training.runtime import versions
+from prefopt.training.versions import versions
 
 FILE = "README.md"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")

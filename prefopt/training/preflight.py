@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 from prefopt.errors import ConfigError, TrainError
 from prefopt.settings import RunConfig
 from prefopt.training import checkpoint
-from prefopt.training.runtime import Runtime, versions
+from prefopt.training.runtime import Runtime
+from prefopt.training.versions import versions
 
 if TYPE_CHECKING:
     import torch

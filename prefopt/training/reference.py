@@ -35,9 +35,10 @@ from prefopt.settings import RunConfig
 from prefopt.storage import Damaged, Lock, Unreadable, write_by, write_sealed
 from prefopt.training import adapters, models
 from prefopt.training.forward import PolicyWithReference, scored_states, to_device, token_stats_of
+from prefopt.training.launcher import print_rank_0
 from prefopt.training.layout_choice import choose_layouts, relative_gap
 from prefopt.training.logits import head_scaling
-from prefopt.training.runtime import Runtime, say
+from prefopt.training.runtime import Runtime
 from prefopt.training.step0_check import tolerance
 from prefopt.types import EncodedPair, PairBatch
 
@@ -193,7 +194,7 @@ class _Pass:
             found = self._compute_or_wait(folder, source, whole, tokens)
         kept = CachedReference(folder, whole)
         what = {"logps": "log-probabilities", "hidden": "hidden states"}[self.kind]
-        say(f"reference: {what} of {tokens['pairs']:,} pairs {'found' if found else 'kept'} in {folder}")
+        print_rank_0(f"reference: {what} of {tokens['pairs']:,} pairs {'found' if found else 'kept'} in {folder}")
         if found:
             self._verify(kept, source)
         return kept
@@ -211,15 +212,15 @@ class _Pass:
             if not told:
                 owner = storage.owner_of(lock.path) if runtime.is_main else None
                 name = "another run" if owner is None else f"process {owner[0]} on {owner[1]}"
-                say(f"reference: waiting for the pass of {name}")
+                print_rank_0(f"reference: waiting for the pass of {name}")
             told = True
             time.sleep(1)
         try:
             if runtime.on_main(lambda: storage.is_there(folder / _MANIFEST)):
                 return True
-            runtime.stop.enter_files()
+            runtime.stop.exit_at_once()
             self._compute(folder, source, whole, tokens)
-            runtime.stop.leave_files()
+            runtime.stop.coordinate_exit()
         finally:
             lock.release()
         return False
@@ -238,7 +239,9 @@ class _Pass:
             missing = [first for first, name in names.items() if not self._is_whole(folder / name)]
             need_now = need * len(missing) // len(names)
             free = shutil.disk_usage(folder).free
-            say(f"reference: one pass over {len(pairs):,} pairs; it takes {_size(need_now)} of disk in {folder}")
+            print_rank_0(
+                f"reference: one pass over {len(pairs):,} pairs; it takes {_size(need_now)} of disk in {folder}"
+            )
             if free < need_now:
                 raise TrainError(
                     f"reference.cache: {_size(need_now)} are needed in {folder}, found {_size(free)} free; free space, "
@@ -302,7 +305,7 @@ class _Pass:
         except Unreadable:
             raise
         except Exception as error:  # whatever a damaged file raises
-            say(f"{path}: damaged, it is computed again: {str(error).splitlines()[0]}")
+            print_rank_0(f"{path}: damaged, it is computed again: {str(error).splitlines()[0]}")
             return False
         return True
 

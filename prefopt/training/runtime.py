@@ -3,15 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import logging
 import os
-import random
-import re
-import signal
-import sys
-import threading
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -19,184 +12,20 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prefopt.errors import PrefoptError, RendezvousError, TrainError, did_you_mean
-from prefopt.redaction import printable
-from prefopt.storage import Lock, owner_of
+from prefopt.errors import PrefoptError, TrainError
 from prefopt.training import rendezvous
+from prefopt.training.launcher import requested_backend, world_size
+from prefopt.training.random_state import preserved_random_state, set_seed
+from prefopt.training.signals import Stop
 
 if TYPE_CHECKING:
     import torch
     from accelerate import Accelerator
 
-EXIT_UNFINISHED = 75  # EX_TEMPFAIL: saved, not finished, run the same command again
 # accelerate's names -> ours; of DeepSpeed's stages each has its own
 _BACKENDS = {"NO": "single process", "MULTI_CPU": "ddp", "MULTI_GPU": "ddp", "DEEPSPEED": "zero", "FSDP": "fsdp2"}
 SHARDING = ("zero3", "fsdp2")  # those under which a process holds a part of each weight only
-FOLLOW = "PREFOPT_FOLLOW_PARENT"  # set for processes that must not outlive the one that started them
-_PATIENCE = timedelta(hours=24)
-SPEAKS_WITHIN = 2.0  # seconds that the first process has for its line before another one ends
-SAVE_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-
-
-def rank() -> int:
-    """This process's number among all, known before any library is loaded."""
-    return _whole("RANK", 0)
-
-
-def say(text: str) -> None:
-    """Print on rank 0 only, without secrets and control characters; the text may have several lines."""
-    if rank() == 0:
-        print(printable(text, lines=True), flush=True)
-
-
-def handles_signals() -> bool:
-    """Whether this thread may install handlers of signals; in a program that calls a command from another, none is."""
-    return threading.current_thread() is threading.main_thread()
-
-
-class Stop:
-    """Turns SIGTERM, SIGINT and SIGUSR1 into a wish to save and leave, which the loop reads between micro-batches.
-
-    A second signal of the same kind is not held back: it ends the process at once. Before the loop there is nothing
-    to save: one process leaves where it stands, several wait for the loop, because none may leave the others alone.
-    """
-
-    def __init__(self) -> None:
-        self.requested: str | None = None
-        self.in_loop = False
-        self._alone = True
-        self._saved = "nothing to save yet"
-
-    def install(self, processes: int) -> None:
-        self._alone = processes == 1
-        if not handles_signals():
-            return
-        for number in SAVE_SIGNALS:
-            signal.signal(number, self._handle)
-        _follow_launcher()
-
-    def enter_files(self) -> None:
-        """From here on all that counts is in files that are whole or absent: a signal ends each process where it is."""
-        self.in_loop, self._alone, self._saved = False, True, "all that is finished is saved"
-        if self.requested is not None:
-            raise SystemExit(EXIT_UNFINISHED)
-
-    def leave_files(self) -> None:
-        """From here on processes depend on each other again."""
-        self._alone = promised_processes() == 1
-
-    def leave_be(self) -> None:
-        """All is done: a word that time is nearly over, in the moment before the process ends, makes no failure of it.
-
-        Python gives signals their defaults back before it ends, and the default of SIGUSR1 is to kill.
-        """
-        if handles_signals():
-            signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-
-    def _handle(self, number: int, _frame: Any) -> None:
-        self.requested = signal.Signals(number).name
-        signal.signal(number, signal.SIG_DFL)
-        if self._alone and not self.in_loop:
-            _say_at_once(f"{self._saved}, leaving with exit status {EXIT_UNFINISHED}", self.requested)
-            raise SystemExit(EXIT_UNFINISHED)
-        _say_at_once(f"saving, then leaving with exit status {EXIT_UNFINISHED}; again to leave at once", self.requested)
-
-
-def _say_at_once(text: str, name: str) -> None:
-    """Say it from a signal handler, which may have come in the middle of a print: a second one would be refused."""
-    if rank() == 0:
-        with contextlib.suppress(OSError):
-            os.write(1, f"\n{name}: {text}\n".encode())
-
-
-def _follow_launcher() -> None:
-    """Ask the kernel for SIGTERM when a launcher that does not pass signals on dies, so that no orphan trains on.
-
-    Only under a launcher: a run started by a shell outlives its terminal as its user intends.
-    """
-    parent = os.getppid()
-    try:
-        command = Path(f"/proc/{parent}/cmdline").read_bytes().replace(b"\0", b" ")
-    except OSError:
-        return
-    launchers = (b"accelerate", b"torchrun", b"torch.distributed", b"elastic")
-    if FOLLOW in os.environ or any(word in command for word in launchers):
-        set_parent_death_signal = 1
-        ctypes.CDLL(None).prctl(set_parent_death_signal, int(signal.SIGTERM), 0, 0, 0)
-        if os.getppid() != parent:  # it died between the two calls
-            os.kill(os.getpid(), signal.SIGTERM)
-
-
-class OutputLock:
-    """One writer per output folder. The kernel frees the lock when its owner dies, however it dies.
-
-    The folder is locked beside the file `.lock`, which says who it is: deleting the file lets no second writer in.
-
-    Args: part: of the work, where several processes write to different files of the folder: they share the folder with
-        each other and with nobody else.
-    """
-
-    def __init__(self, folder: Path, part: str = "") -> None:
-        self._folder = folder
-        self._locks = [Lock(folder / ".lock", shared=bool(part), folder=True)]
-        if part:
-            self._locks.append(Lock(folder / f".lock{part}"))
-
-    def acquire(self) -> None:
-        """Raises: TrainError naming the process that holds the folder."""
-        for lock in self._locks:
-            try:
-                taken = _taken(lock)
-            except PrefoptError as error:
-                self.release()
-                raise TrainError(str(error)) from error
-            if not taken:
-                self.release()
-                owner = owner_of(lock.path)
-                name = "unknown" if owner is None else f"process {owner[0]} on {owner[1]}"
-                raise TrainError(
-                    f"{self._folder}: another run is writing here ({name}); wait for it, stop it, "
-                    "or choose another --output"
-                )
-
-    def release(self) -> None:
-        for lock in self._locks:
-            lock.release()
-
-
-def _taken(lock: Lock) -> bool:
-    """Try to lock, for a moment, since who looks whether it is locked holds it for as long.
-
-    A job that Slurm has put back into its queue tries for longer: where it gave a node up, the processes of the attempt
-    before may still have to notice.
-    """
-    seconds = 600.0 if os.environ.get("SLURM_RESTART_COUNT", "0") != "0" else 0.5
-    began, said = time.monotonic(), False
-    while not lock.take():
-        waited = time.monotonic() - began
-        if waited > seconds:
-            return False
-        if waited > 1 and not said:
-            say(f"{lock.path.parent}: a process of an earlier attempt still writes here; waiting")
-            said = True
-        time.sleep(0.05)
-    return True
-
-
-def prepare_output(folder: Path) -> None:
-    """Make the output folder and prove that it can be written.
-
-    Raises: TrainError naming the part of the path that is in the way.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".probe-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        blocker = next((p for p in (folder, *folder.parents) if p.exists() and not p.is_dir()), None)
-        found = f"'{blocker}' is a file" if blocker else str(error.strerror)
-        raise TrainError(f"--output {folder}: {found}; expected a folder that can be written") from error
+_PATIENT_TIMEOUT = timedelta(hours=24)
 
 
 @dataclass
@@ -314,22 +143,22 @@ class Runtime:
             raise failure
         return result
 
-    def on_main_at_length(self, work: Callable[[], Any]) -> Any:
+    def on_main_patiently(self, work: Callable[[], Any]) -> Any:
         """`on_main` for work that may take longer than processes usually wait for each other, such as sampling.
 
         The random generators stand afterwards as they stood before, whatever the work draws. All processes call it.
         """
         if self.world == 1:
-            with random_state_kept():
+            with preserved_random_state():
                 return work()
         import torch.distributed as dist
 
         if self._patient is None:  # gloo waits on the CPU, whatever joins the processes otherwise
-            self._patient = dist.new_group(backend="gloo", timeout=_PATIENCE)
+            self._patient = dist.new_group(backend="gloo", timeout=_PATIENT_TIMEOUT)
         result, failure = None, None
         if self.is_main:
             try:
-                with random_state_kept():
+                with preserved_random_state():
                     result = work()
             except PrefoptError as error:
                 failure = error
@@ -350,39 +179,6 @@ class Runtime:
         mine: list[Any] = []
         self.on_main(lambda: mine.append(work()))
         return mine[0] if self.is_main else work()
-
-
-def promised_processes() -> int:
-    """How many processes the launcher says there are."""
-    return _whole("WORLD_SIZE", 1)
-
-
-def _whole(name: str, other: int) -> int:
-    found = os.environ.get(name, "")
-    return int(found) if re.fullmatch("[0-9]{1,9}", found) else other
-
-
-def check_launcher() -> None:
-    """Whether the variables that launchers set are whole. Raises: TrainError naming the variable."""
-    without = "(without a launcher such as torchrun leave them all out)"
-    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT"):
-        found = os.environ.get(name)
-        if found is not None and not re.fullmatch("[0-9]{1,9}", found):
-            raise TrainError(f"{name}: found '{found}' in the environment, expected a whole number {without}")
-    processes = promised_processes()
-    lacking = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
-    if processes > 1 and lacking:
-        raise TrainError(
-            f"WORLD_SIZE: found {processes} in the environment without {' and '.join(lacking)}, expected all that a "
-            f"launcher sets {without}"
-        )
-    if rank() >= max(processes, 1):
-        raise TrainError(f"RANK: found {rank()} of WORLD_SIZE {processes}, expected less {without}")
-    if _wanted_backend() == "zero" and "RANK" not in os.environ:
-        raise TrainError(
-            "launcher: ACCELERATE_USE_DEEPSPEED is in the environment, but no launcher has started this process; start "
-            "it with accelerate launch --config_file configs/accelerate/zero2.yaml, or unset the variable"
-        )
 
 
 def start(
@@ -409,9 +205,9 @@ def start(
 
     # accelerate would divide every gradient by it, whatever it is told; accumulation is the loop's own
     os.environ.pop("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", None)
-    promised = promised_processes()
+    promised = world_size()
     on_cpu = not torch.cuda.is_available()
-    wanted = _wanted_backend()
+    wanted = requested_backend()
     joined: dict[str, Any] = {"init_method": rendezvous.init_method(join_seconds)}
     if patience is not None:
         joined["timeout"] = patience
@@ -470,15 +266,6 @@ def start(
     return Runtime(accelerator, stop, sharding)
 
 
-def _wanted_backend() -> str:
-    """What the launcher asked for, by the variables that accelerate's launcher sets."""
-
-    def on(name: str) -> bool:
-        return os.environ.get(name, "false").lower() in ("true", "1", "yes")
-
-    return "zero" if on("ACCELERATE_USE_DEEPSPEED") else "fsdp2" if on("ACCELERATE_USE_FSDP") else "ddp"
-
-
 def _deepspeed_on_cpu() -> None:
     """Before DeepSpeed joins processes without GPUs: no kernel of its own, which it would compile for minutes."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -503,17 +290,7 @@ def _fsdp2_on_cpu(joined: dict[str, Any]) -> None:
     state.distributed_type, state.device = DistributedType.MULTI_GPU, torch.device("cpu")
 
 
-def set_seed(seed: int) -> None:
-    """Seed every random generator."""
-    import numpy
-    import torch
-
-    random.seed(seed)
-    numpy.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
-
-
-def hush_deepspeed() -> None:
+def silence_deepspeed() -> None:
     """No word of DeepSpeed on a machine without a GPU, where other libraries import it in runs that do not use it."""
     about = "Setting accelerator to CPU"
     logging.getLogger("DeepSpeed").addFilter(lambda record: not str(record.msg).startswith(about))
@@ -539,91 +316,3 @@ def set_threads(threads: int | None, parameters: int) -> int:
         threads = 1 if parameters < small_model else max(1, mine)
     torch.set_num_threads(threads)
     return threads
-
-
-def random_state() -> dict[str, Any]:
-    """The state of every random generator, as plain JSON values."""
-    import base64
-
-    import numpy
-    import torch
-
-    version, keys, gauss = random.getstate()
-    numpy_state: Any = numpy.random.get_state(legacy=True)
-    _, np_keys, position, has_gauss, cached = numpy_state
-    state = {
-        "python": [version, list(keys), gauss],
-        "numpy": [np_keys.tolist(), position, has_gauss, cached],
-        "torch": base64.b64encode(bytes(torch.get_rng_state().tolist())).decode(),
-    }
-    if torch.cuda.is_available():
-        state["cuda"] = [base64.b64encode(bytes(s.tolist())).decode() for s in torch.cuda.get_rng_state_all()]
-    return state
-
-
-def set_random_state(state: dict[str, Any]) -> None:
-    """Undo `random_state`."""
-    import base64
-
-    import numpy
-    import torch
-
-    def tensor(text: str) -> torch.Tensor:
-        return torch.tensor(list(base64.b64decode(text)), dtype=torch.uint8)
-
-    version, keys, gauss = state["python"]
-    random.setstate((version, tuple(keys), gauss))
-    np_keys, position, has_gauss, cached = state["numpy"]
-    numpy.random.set_state(("MT19937", numpy.array(np_keys, dtype=numpy.uint32), position, has_gauss, cached))
-    torch.set_rng_state(tensor(state["torch"]))
-    if "cuda" in state and torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all([tensor(text) for text in state["cuda"]])
-
-
-@contextlib.contextmanager
-def random_state_kept() -> Iterator[None]:
-    """Every random generator stands afterwards as it stood before."""
-    state = random_state()
-    try:
-        yield
-    finally:
-        set_random_state(state)
-
-
-def check_path(key: str, path: str) -> None:
-    """Refuse, without any import, a model path that can be neither a folder nor a hub id.
-
-    Raises: TrainError naming `key`.
-    """
-    folder = Path(path)  # `~` is the shell's to expand
-    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
-    if folder.is_dir() or not (looks_local or folder.exists()):
-        return
-    siblings = [p.name for p in folder.parent.iterdir() if p.is_dir()] if folder.parent.is_dir() else []
-    found = "is a file" if folder.is_file() else "does not exist"
-    raise TrainError(
-        f"{key}: '{path}' {found}, expected the folder of a model or a hub id{did_you_mean(folder.name, siblings)}"
-    )
-
-
-def fail(error: Exception) -> int:
-    """Print a user's error as one line on rank 0's stderr, or on each that it keeps apart; returns the exit status."""
-    if rank() == 0 or isinstance(error, RendezvousError):
-        print(f"error: {error}", file=sys.stderr, flush=True)
-    else:  # launchers end all processes when one has ended, and that must not be before the first one has spoken
-        time.sleep(SPEAKS_WITHIN)
-    return 2
-
-
-def versions(extra: tuple[str, ...] = ()) -> dict[str, str]:
-    """Versions of what decides a run's numbers, and of the packages in `extra`."""
-    import platform
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = {"python": platform.python_version()}
-    for name in ("prefopt", "torch", "transformers", "accelerate", "peft", "datasets", "tokenizers", "numpy", *extra):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    return found

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from prefopt.training import models
-from prefopt.training.runtime import say
+from prefopt.training.launcher import print_rank_0
 
 _TOKENS = 8
 _FOUND: dict[tuple[type, str], tuple[str, ...]] = {}  # by class and config
@@ -35,7 +35,9 @@ def unreached(lm: Any) -> tuple[str, ...]:
                 _FOUND[key] = _find(lm)
         except Exception as error:  # whatever a model's own code raises on tensors without values
             reason = str(error).partition("\n")[0][:100]
-            say(f"warning: which parts of {type(lm).__name__} text reaches is not known ({reason}); all are trained")
+            print_rank_0(
+                f"warning: which parts of {type(lm).__name__} text reaches is not known ({reason}); all are trained"
+            )
             _FOUND[key] = ()
     return _FOUND[key]
 

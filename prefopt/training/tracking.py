@@ -17,7 +17,8 @@ from typing import Any
 from prefopt.figures import readable
 from prefopt.redaction import escaped, hidden, names_a_secret, printable
 from prefopt.settings import RunConfig
-from prefopt.training.runtime import Runtime, say
+from prefopt.training.launcher import print_rank_0
+from prefopt.training.runtime import Runtime
 
 _CONNECT = 5.0  # seconds to reach wandb's server
 _INIT = 30.0  # seconds for it to answer
@@ -193,7 +194,7 @@ def _no_server(wandb: Any) -> str | None:
 
 
 def _say_offline(reason: str) -> None:
-    say(f"track.to wandb: offline, because {reason}; `wandb sync` uploads the run later")
+    print_rank_0(f"track.to wandb: offline, because {reason}; `wandb sync` uploads the run later")
 
 
 def _dotted(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

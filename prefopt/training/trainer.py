@@ -50,13 +50,16 @@ from prefopt.training.forward import (
     statistics_to_evaluate,
     to_device,
 )
+from prefopt.training.launcher import print_rank_0
 from prefopt.training.layout_choice import choose_layouts
 from prefopt.training.metrics import Evaluation, Evaluator, Meter, MetricsFile, shared_metrics
 from prefopt.training.micro_batches import micro_batches
 from prefopt.training.optimizers import make_optimizer
+from prefopt.training.random_state import preserved_random_state, random_state, set_random_state
 from prefopt.training.reference import Moving, ReferenceValues
 from prefopt.training.run_length import RunLength
-from prefopt.training.runtime import EXIT_UNFINISHED, Runtime, random_state, random_state_kept, say, set_random_state
+from prefopt.training.runtime import Runtime
+from prefopt.training.signals import EXIT_UNFINISHED
 from prefopt.training.tracking import Trackers
 from prefopt.types import EncodedPair, LossOutput, Needs, PairBatch, PairStats
 
@@ -141,10 +144,12 @@ class Trainer:
             self.policy.saving = offload.Offloading(self.policy.lm, pin_memory=runtime.device.type == "cuda")
         self.layouts, note = choose_layouts(config, self.policy, runtime.device, self.backend.inside)
         if note is not None:
-            say(note)
+            print_rank_0(note)
         self.router_weight = experts.router_weight(self.policy.config, config.model.router_aux_weight)
         if self.router_weight:
-            say(f"router: its load-balancing loss is added, times {self.router_weight:g} (model.router_aux_weight)")
+            print_rank_0(
+                f"router: its load-balancing loss is added, times {self.router_weight:g} (model.router_aux_weight)"
+            )
         if config.train.compile:
             compiling.compile_layers(self.policy.backbone)
         whole = self.train.grouped
@@ -181,7 +186,7 @@ class Trainer:
         except _Interrupted:
             if done > saved:
                 self._save(done)
-            say(f"left at step {done}{self.budget.of_them}; the same command continues")
+            print_rank_0(f"left at step {done}{self.budget.of_them}; the same command continues")
             raise
 
     def _progress_bar(self, start: int) -> Any:
@@ -477,7 +482,7 @@ class Trainer:
 
         found: list[Mapping[str, float] | Evaluation] = []
         if inside:
-            with random_state_kept():
+            with preserved_random_state():
                 found += self.backend.inside(lambda: [evaluator(self.policy.lm) for evaluator in inside])
 
         def work(policy: Policy | None) -> dict[str, float] | None:
@@ -485,7 +490,7 @@ class Trainer:
             return None if more is None else self._keep_evaluations(step, found + more)
 
         with self.backend.whole() if alone else contextlib.nullcontext() as policy:
-            figures = self.runtime.on_main_at_length(functools.partial(work, policy))
+            figures = self.runtime.on_main_patiently(functools.partial(work, policy))
         if figures is None:
             raise _Interrupted
         return figures
@@ -605,7 +610,7 @@ class Trainer:
         numbers, batch = next(self._micro_batches(pairs, config.train.micro_batch))
         chunk = [pairs[i] for i in numbers]
         if config.train.show_batch:
-            say(show_batch(batch, self.tokenizer))
+            print_rank_0(show_batch(batch, self.tokenizer))
         if not config.train.check_first_batch:
             return
         self.model.eval()
@@ -641,7 +646,7 @@ class Trainer:
         step0_check.refuse(found[0] if found else None)
         known = self.method.loss_at_reference() if self.needs.reference != "none" and same else None
         agreed = f", loss {known:.4f} as it must be" if known is not None else ""
-        say(f"step 0: {len(few)} pairs scored again by an independent path agree to {tol:g}{note}{agreed}")
+        print_rank_0(f"step 0: {len(few)} pairs scored again by an independent path agree to {tol:g}{note}{agreed}")
 
     def _check_in_float32(self, pairs: Sequence[EncodedPair], batch: PairBatch) -> tuple[str | None, str]:
         """(what is wrong with the scores of the same rows without rounding, what is to be said of it)."""
@@ -788,7 +793,7 @@ class Trainer:
         if self.config.lora.merge:
             adapter = self.output / "adapter"
             self._export(adapter, source)
-            say(f"merged: the adapter itself is in {adapter}")
+            print_rank_0(f"merged: the adapter itself is in {adapter}")
             source = functools.partial(self._write_merged, adapter=adapter, step=step)
         self._export(self.output / "model", source)
         if self.runtime.is_main:
@@ -798,7 +803,9 @@ class Trainer:
     def _export(self, folder: Path, source: checkpoint.Write) -> None:
         aside = checkpoint.export(folder, source, self.runtime)
         if aside is not None:
-            say(f"{folder}: was damaged, or held files that this run did not write; what was there is in {aside}")
+            print_rank_0(
+                f"{folder}: was damaged, or held files that this run did not write; what was there is in {aside}"
+            )
 
     def _selected(self) -> int | None:
         """The step of the model that eval.select has chosen, which is said; None for the last one."""
@@ -808,10 +815,10 @@ class Trainer:
         by = Selection.of(select)
         best = self._best_step()
         if best is None:
-            say(f"exported: the last model, since no evaluation knew a {by.metric}")
+            print_rank_0(f"exported: the last model, since no evaluation knew a {by.metric}")
             return None
         chosen = storage.read_json(self._good_best(best) / SELECTED)
-        say(f"exported: the model of step {best}, with the best {by.metric}: {readable(chosen[by.metric])}")
+        print_rank_0(f"exported: the model of step {best}, with the best {by.metric}: {readable(chosen[by.metric])}")
         return best
 
     def _write_export(self, folder: Path) -> list[Path]:

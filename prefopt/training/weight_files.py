@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from prefopt import storage
-from prefopt.errors import TrainError
+from prefopt.errors import TrainError, did_you_mean
 
 _PEFT = "base_model.model."
 # What wrappers put into the names of weights: whose it is, and what to save instead.
@@ -252,3 +252,19 @@ def _others(names: Sequence[Any] | set[Any]) -> str:
 
 def _shape(shape: Sequence[int]) -> str:
     return " x ".join(map(str, shape)) or "a number"
+
+
+def check_path(key: str, path: str) -> None:
+    """Refuse, without any import, a model path that can be neither a folder nor a hub id.
+
+    Raises: TrainError naming `key`.
+    """
+    folder = Path(path)  # `~` is the shell's to expand
+    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
+    if folder.is_dir() or not (looks_local or folder.exists()):
+        return
+    siblings = [p.name for p in folder.parent.iterdir() if p.is_dir()] if folder.parent.is_dir() else []
+    found = "is a file" if folder.is_file() else "does not exist"
+    raise TrainError(
+        f"{key}: '{path}' {found}, expected the folder of a model or a hub id{did_you_mean(folder.name, siblings)}"
+    )

@@ -67,10 +67,11 @@ def _rank(pipe, rank, world, port, mixed_precision, backend, work, args):
         import torch.distributed as dist
 
         from prefopt.training import runtime as rt
+        from prefopt.training import signals
 
         torch.set_num_threads(1)
         runtime = rt.start(
-            rt.Stop(), seed=0, mixed_precision=mixed_precision, deterministic=False, trackers=(), output="", join_seconds=60
+            signals.Stop(), seed=0, mixed_precision=mixed_precision, deterministic=False, trackers=(), output="", join_seconds=60
         )
         # the failure to join is silent: each rank would train alone
         assert (runtime.world, runtime.rank, runtime.backend) == (world, rank, backend), runtime

@@ -7,7 +7,7 @@ import signal
 import pytest
 
 from prefopt.training.metrics import WALL_CLOCK_KEYS, read_lines
-from prefopt.training.runtime import EXIT_UNFINISHED
+from prefopt.training.signals import EXIT_UNFINISHED
 
 ROUNDS = "prefopt.rounds."
 ENGINE = "prefopt.training."

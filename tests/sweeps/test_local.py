@@ -16,7 +16,7 @@ from prefopt.sweeps import expand, sweep_file
 from prefopt.sweeps.command import sweep
 from prefopt.sweeps.local import Slot, slots_of
 from prefopt.sweeps.manifest import Ledger
-from prefopt.training.runtime import OutputLock
+from prefopt.training.output_folder import OutputLock
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 STAND_IN = f"{sys.executable} {Path(__file__).parent / 'stand_in.py'}"

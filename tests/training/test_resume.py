@@ -17,7 +17,7 @@ from prefopt import registry
 from prefopt.settings import ModelConfig
 from prefopt.training import models
 from prefopt.training.metrics import WALL_CLOCK_KEYS, read_lines
-from prefopt.training.runtime import EXIT_UNFINISHED
+from prefopt.training.signals import EXIT_UNFINISHED
 
 ENGINE = "prefopt.training."
 # Where a process may die: (function, before or after, the last of its calls that may be the one).

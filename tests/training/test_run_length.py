@@ -8,7 +8,7 @@ import pytest
 from prefopt.errors import ConfigError
 from prefopt.settings import parse
 from prefopt.training.metrics import read_lines
-from prefopt.training.runtime import EXIT_UNFINISHED
+from prefopt.training.signals import EXIT_UNFINISHED
 from prefopt.training.trainer import learning_rate
 
 STEP = "prefopt.training.trainer:Trainer._step"

@@ -16,19 +16,13 @@ import torch
 from prefopt import cli
 from prefopt.errors import ConfigError, TrainError
 from prefopt.settings import OptimConfig, TrainConfig, parse
-from prefopt.training.runtime import (
-    SAVE_SIGNALS,
-    OutputLock,
-    Stop,
-    check_launcher,
-    check_path,
-    hush_deepspeed,
-    prepare_output,
-    random_state,
-    set_random_state,
-    set_threads,
-)
+from prefopt.training.launcher import check_launcher
+from prefopt.training.output_folder import OutputLock, prepare_output
+from prefopt.training.random_state import random_state, set_random_state
+from prefopt.training.runtime import set_threads, silence_deepspeed
+from prefopt.training.signals import SAVE_SIGNALS, Stop
 from prefopt.training.trainer import learning_rate, total_steps
+from prefopt.training.weight_files import check_path
 
 HOLD = (
     "import sys, time\nfrom pathlib import Path\nfrom prefopt.training.runtime import OutputLock\n"
@@ -135,7 +129,7 @@ def test_threads_when_not_set_are_those_of_the_environment(said, threads, monkey
 
 
 def test_deepspeed_says_nothing_of_a_machine_without_a_gpu(capfd):
-    hush_deepspeed()
+    silence_deepspeed()
     logger = logging.getLogger("DeepSpeed")
     handler = logging.StreamHandler()
     logger.addHandler(handler)
@@ -200,7 +194,7 @@ def test_signal_that_time_is_nearly_over_when_all_is_done_then_is_no_failure(tmp
         return subprocess.run([sys.executable, "-c", code.format(line)]).returncode
 
     assert status("pass") == -signal.SIGUSR1
-    assert status("stop.leave_be()") == 0
+    assert status("stop.ignore_late_signal()") == 0
 
 
 # Learning rate --------------------------------------------------------------------------------------------------------
@@ -271,9 +265,9 @@ def _waits(runtime):
     def fails():
         raise TrainError("no")
 
-    said = runtime.on_main_at_length(work)
+    said = runtime.on_main_patiently(work)
     try:
-        runtime.on_main_at_length(fails)
+        runtime.on_main_patiently(fails)
     except TrainError as error:
         said += f" {error}"
     return said, bool((torch.get_rng_state() == before).all())
@@ -292,7 +286,7 @@ def test_signals_when_the_command_runs_in_another_thread_then_none_is_handled_an
     def run():
         stop = Stop()
         stop.install(1)
-        stop.leave_be()
+        stop.ignore_late_signal()
         done.append(cli._run_stage([sys.executable, "-c", "raise SystemExit(3)"], os.environ))
 
     thread = threading.Thread(target=run)

@@ -10,7 +10,7 @@ from prefopt import registry
 from prefopt.errors import ConfigError
 from prefopt.settings import parse
 from prefopt.training.metrics import WALL_CLOCK_KEYS, read_lines
-from prefopt.training.runtime import EXIT_UNFINISHED
+from prefopt.training.signals import EXIT_UNFINISHED
 
 # an adapter whose dropout draws random numbers in every step: sampling must not draw any of them
 DROPOUT = {"lora__r": 4, "lora__dropout": 0.3}
