@@ -25,7 +25,7 @@ from prefopt.training.trainer import learning_rate, total_steps
 from prefopt.training.weight_files import check_path
 
 HOLD = (
-    "import sys, time\nfrom pathlib import Path\nfrom prefopt.training.runtime import OutputLock\n"
+    "import sys, time\nfrom pathlib import Path\nfrom prefopt.training.output_folder import OutputLock\n"
     "lock = OutputLock(Path(sys.argv[1]))\nlock.acquire()\nprint('held', flush=True)\ntime.sleep(60)\n"
 )
 
@@ -160,7 +160,7 @@ def test_random_state_when_set_again_then_every_generator_repeats_itself():
 
 def test_signals_when_two_of_a_kind_come_then_the_second_ends_the_process(tmp_path):
     code = (
-        "import time\nfrom prefopt.training.runtime import Stop\n"
+        "import time\nfrom prefopt.training.signals import Stop\n"
         "stop = Stop()\nstop.install(1)\nstop.in_loop = True\nprint('ready', flush=True)\ntime.sleep(60)\n"
         "time.sleep(60)"
     )
@@ -184,7 +184,7 @@ def test_signals_when_two_of_a_kind_come_then_the_second_ends_the_process(tmp_pa
 def test_signal_that_time_is_nearly_over_when_all_is_done_then_is_no_failure(tmp_path):
     """Python gives signals their defaults back when it ends: what lives longer than its handlers sends one then."""
     code = (
-        "import os, signal\nfrom prefopt.training.runtime import Stop\n"
+        "import os, signal\nfrom prefopt.training.signals import Stop\n"
         "class Late:\n    def __init__(self): self.kill, self.me, self.which = os.kill, os.getpid(), signal.SIGUSR1\n"
         "    def __del__(self): self.kill(self.me, self.which)\n"
         "stop = Stop()\nstop.install(1)\n{}\nimport sys\nsys.late = Late()"
