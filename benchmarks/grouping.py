@@ -82,7 +82,7 @@ def summarise(folder: Path, seeds: int) -> dict[str, Any]:
         trained = [lines(folder / run_name(order, seed), "train") for seed in range(seeds)]
         last = [lines(folder / run_name(order, seed))[-1] for seed in range(seeds)]
         orders[order] = {
-            "padded_share": [float(np.mean([line["padded_share"] for line in run])) for run in trained],
+            "padding_fraction": [float(np.mean([line["padding_fraction"] for line in run])) for run in trained],
             "seconds_per_step": [float(np.median([line["seconds"] for line in run])) for run in trained],
             **{f"held-out {key}": [line[key] for line in last] for key in HELD_OUT},
         }
@@ -103,12 +103,12 @@ def write_losses(path: Path, folder: Path, seeds: int) -> None:
     """One row per step and per evaluation of each run."""
     with path.open("w", newline="") as file:
         table = csv.writer(file)
-        table.writerow(["order", "seed", "split", "step", "loss", "padded_share"])
+        table.writerow(["order", "seed", "split", "step", "loss", "padding_fraction"])
         for order in ORDERS:
             for seed in range(seeds):
                 for split in ("train", "eval"):
                     for line in lines(folder / run_name(order, seed), split):
-                        share = f"{line['padded_share']:.4f}" if split == "train" else ""
+                        share = f"{line['padding_fraction']:.4f}" if split == "train" else ""
                         table.writerow([order, seed, split, line["step"], f"{line['loss']:.6f}", share])
 
 
@@ -135,7 +135,7 @@ def plot(path: Path, folder: Path, seeds: int) -> None:
             evals = lines(folder / run_name(order, seed))
             held_out.plot([line["step"] for line in evals], [line["loss"] for line in evals], "o-", ms=3, **style)
             padding.plot(
-                [line["step"] for line in run], [100 * line["padded_share"] for line in run], ".", ms=3, **style
+                [line["step"] for line in run], [100 * line["padding_fraction"] for line in run], ".", ms=3, **style
             )
     training.set(title=f"training loss, mean of {WINDOW} steps", xlabel="step")
     held_out.set(title="held-out loss", xlabel="step")

@@ -165,8 +165,8 @@ class Bench:
             began = time.perf_counter()
             lines = [trainer._step(next(steps)) for _ in range(batches.steps_per_epoch)]
             taken = time.perf_counter() - began
-            fed = sum(line["tokens_fed"] for line in lines)
-            run.padded = 1 - fed / sum(line["tokens_fed"] / (1 - line["padded_share"]) for line in lines)
+            fed = sum(line["tokens_processed"] for line in lines)
+            run.padded = 1 - fed / sum(line["tokens_processed"] / (1 - line["padding_fraction"]) for line in lines)
             return taken
 
         return run

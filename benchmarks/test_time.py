@@ -70,7 +70,7 @@ def of_the_bandit(args: argparse.Namespace) -> dict[str, Any]:
             how = ["--strategy", "best_of_n", "--n", str(n), "--model", str(model), "--judge.kind", "world"]
             row = answered(args, f"DPO beta {beta:g}, {'one sample' if n == 1 else f'best of {n}'}", how)
             rows.append(row | {"exact": float(truth.best_of_n(log_policy, world.reward, n).mean())})
-        fed[name] = sum(line["tokens_fed"] for line in lines(args.output / name, "train"))
+        fed[name] = sum(line["tokens_processed"] for line in lines(args.output / name, "train"))
     return {"of": "the testbed's bandit", "rows": rows, "training_tokens": fed}
 
 

@@ -175,7 +175,7 @@ class TrainConfig:
     max_steps: int | None = None
     """Optimizer steps; takes the place of train_epochs. Required for an endless stream."""
     max_tokens: int | None = None
-    """Train until so many tokens were fed (`tokens_fed`), in place of epochs or steps; the schedule goes by them."""
+    """Train until so many tokens are processed (`tokens_processed`), in place of epochs or steps, schedule included."""
     max_seconds: float | None = None
     """Train until optimizer steps have taken so long, over all attempts, in place of epochs or steps; the same."""
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
@@ -200,6 +200,8 @@ class TrainConfig:
     """Before step 1, score the first rows a second time by an independent path and stop if they differ."""
     deterministic: bool = False
     """Only deterministic algorithms on a GPU (slower)."""
+    callbacks: tuple[str, ...] = ()
+    """Callback classes to call during training, by dotted path, e.g. `my_callbacks.LogWeightNorm`."""
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,7 @@ def of(run_config: RunConfig, output: Path) -> RunProgress:
     if train.max_steps is not None:
         share = step / train.max_steps
     elif train.max_tokens is not None:
-        share = sum(line["tokens_fed"] for line in steps) / train.max_tokens
+        share = sum(line["tokens_processed"] for line in steps) / train.max_tokens
     elif train.max_seconds is not None:
         share = trained / train.max_seconds
     else:
@@ -83,6 +83,6 @@ def spent(output: Path) -> dict[str, float]:
     return {
         "steps": len(steps),
         "pairs": sum(line["pairs"] for line in steps),
-        "tokens": sum(line["tokens_fed"] for line in steps),
+        "tokens": sum(line["tokens_processed"] for line in steps),
         "seconds": round(sum(line["seconds"] for line in steps), 3),
     }

@@ -115,7 +115,7 @@ def _schedule(
 ) -> str:
     """What becomes of the learning rate, in a line."""
     head = f"extended at step {step} ({words})"
-    before = next(line["lr"] for line in reversed(lines) if line["split"] == "train")
+    before = next(line["learning_rate"] for line in reversed(lines) if line["split"] == "train")
     after = rate(new, step)
     if after is None:
         return f"{head}: the {new.optim.schedule} schedule is laid out over the whole new length from here on"

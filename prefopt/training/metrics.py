@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from prefopt.training.runtime import Runtime
 
 # Keys of a metrics line that depend on the machine and the moment, not on the run.
-WALL_CLOCK_KEYS = ("seconds", "tokens_per_second", "pairs_per_second", "peak_memory_gb")
+WALL_CLOCK_KEYS = ("seconds", "tokens_per_second", "pairs_per_second", "peak_memory_gib")
 
 
 @dataclass(frozen=True)

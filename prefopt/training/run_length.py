@@ -15,7 +15,7 @@ class RunLength:
 
     Args:
         steps: optimizer steps; None where tokens or seconds end the run.
-        max_tokens: tokens fed over all processes, counted as `tokens_fed` in the metrics.
+        max_tokens: tokens fed over all processes, counted as `tokens_processed` in the metrics.
         max_seconds: of optimizer steps, as `seconds` of the metrics' train lines: no evaluation, no start, no save.
         tokens, seconds: gone in the steps that the weights have seen. Those that a kill undoes do not count.
     """

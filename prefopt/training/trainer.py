@@ -305,14 +305,19 @@ class Trainer:
         line |= {
             name: value for name, value in averages.items() if len(output.terms) > 1 or not name.startswith("loss/")
         }
-        line |= {"lr": lr, "pairs": int(pairs), "tokens": int(scored_tokens), "tokens_fed": int(fed)}
+        line |= {
+            "learning_rate": lr,
+            "pairs": int(pairs),
+            "completion_tokens": int(scored_tokens),
+            "tokens_processed": int(fed),
+        }
         line |= {} if skipped else {"grad_norm": norm}
         if runtime.accelerator.scaler is not None:
             line |= {"loss_scale": scale, "skipped_step": int(skipped)}
-        line |= {"padded_share": 1 - fed / cells}
+        line |= {"padding_fraction": 1 - fed / cells}
         line |= {"seconds": seconds, "pairs_per_second": pairs / seconds, "tokens_per_second": fed / seconds}
         if torch.cuda.is_available():
-            line["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 2**30
+            line["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
         return line
 
     @torch.no_grad()

@@ -28,7 +28,7 @@ def batches(n=45, size=4, seed=3, grouped=True, lengths=0):
     return FileBatches(pairs(n, lengths), size, seed, "rows", group_by_length=grouped)
 
 
-def padded_share(found):
+def padding_fraction(found):
     rows = [[padded_length(pair) for pair in found.global_batch(step)] for step in range(found.steps_per_epoch)]
     return 1 - sum(map(sum, rows)) / sum(len(row) * max(row) for row in rows)
 
@@ -69,7 +69,7 @@ def test_order_when_epoch_or_seed_differ_then_differs(grouped):
 
 def test_batches_when_grouped_then_are_of_like_length_and_in_no_order_of_length():
     grouped = batches(n=400)
-    assert padded_share(grouped) < padded_share(batches(n=400, grouped=False)) / 4
+    assert padding_fraction(grouped) < padding_fraction(batches(n=400, grouped=False)) / 4
     longest = [max(map(padded_length, grouped.global_batch(step))) for step in range(grouped.steps_per_epoch)]
     assert longest != sorted(longest)
     assert longest != sorted(longest, reverse=True)
@@ -163,7 +163,7 @@ def test_order_with_a_budget_when_epoch_seed_or_budget_differ_then_differs(group
 
 def test_batches_with_a_budget_when_grouped_then_are_of_like_length():
     random, grouped = (budgeted(2000, 400, grouped=grouped) for grouped in (False, True))
-    assert padded_share(grouped) < padded_share(random) / 3
+    assert padding_fraction(grouped) < padding_fraction(random) / 3
 
 
 def test_budget_when_a_pair_alone_exceeds_it_then_the_longest_is_named():

@@ -130,7 +130,7 @@ def test_run_when_continued_with_other_processes_or_another_backend_goes_on_as_i
     ended = server.train(argv) if then is None else server.train(argv, ranks=2, backend=then)
     assert ended.status == 0, ended.err
     for mine, other in zip(*(read_lines(o / "metrics.jsonl") for o in (tmp_path / "run", straight)), strict=True):
-        assert (mine["step"], mine.get("pairs"), mine.get("tokens")) == (other["step"], other.get("pairs"), other.get("tokens"))
+        assert (mine["step"], mine.get("pairs"), mine.get("completion_tokens")) == (other["step"], other.get("pairs"), other.get("completion_tokens"))
         assert mine["loss"] == pytest.approx(other["loss"], rel=1e-4), mine["step"]
     assert update_gap(trained(straight), trained(tmp_path / "run"), load_file(task.model / "model.safetensors")) <= 1e-2
 

@@ -90,7 +90,7 @@ def test_launcher_when_asked_for_two_processes_then_they_join_and_train_what_one
     assert [(line["split"], line["step"]) for line in found] == [(line["split"], line["step"]) for line in expected]
     for mine, other in zip(expected, found, strict=True):
         assert mine.pop("split") == other.pop("split")
-        mine.pop("padded_share", None), other.pop("padded_share", None)  # which pairs share a pass is no process's result
+        mine.pop("padding_fraction", None), other.pop("padding_fraction", None)  # which pairs share a pass is no process's result
         assert mine == pytest.approx(other, rel=1e-4, abs=1e-6), mine["step"]
     weights, others = (load_file(folder / "model/model.safetensors") for folder in (alone[0], output))
     assert weights.keys() == others.keys()

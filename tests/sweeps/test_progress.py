@@ -13,7 +13,7 @@ from prefopt.sweeps.manifest import Ledger, Record, SweepRun
 
 @pytest.fixture
 def output(tmp_path):
-    lines = [{"step": s, "split": "train", "pairs": 4, "tokens_fed": 9, "seconds": 0.5} for s in (1, 2, 3)]
+    lines = [{"step": s, "split": "train", "pairs": 4, "tokens_processed": 9, "seconds": 0.5} for s in (1, 2, 3)]
     lines += [{"step": 3, "split": "eval", "loss": 0.25}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (tmp_path / "checkpoints/step_00000003").mkdir(parents=True)

@@ -25,7 +25,7 @@ def some(runs):
         output = Path(run.output)
         output.mkdir(parents=True)
         lines = [
-            {"step": step, "split": "train", "seconds": 0.5, "pairs": 4, "tokens_fed": 100, "loss": 1.0}
+            {"step": step, "split": "train", "seconds": 0.5, "pairs": 4, "tokens_processed": 100, "loss": 1.0}
             for step in range(1, steps + 1)
         ]
         if figures:
@@ -98,7 +98,7 @@ def test_status_says_how_far_each_run_is_and_what_went_wrong(some):
     ids=["tokens", "seconds", "steps", "epochs"],
 )
 def test_progress_goes_by_what_ends_the_run(tmp_path, flags, share):
-    lines = [{"step": s, "split": "train", "seconds": 0.5, "tokens_fed": 100, "epoch": 0.2 * s} for s in (1, 2)]
+    lines = [{"step": s, "split": "train", "seconds": 0.5, "tokens_processed": 100, "epoch": 0.2 * s} for s in (1, 2)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 3, "sp')
     found = progress.of(config.parse(["--method", "dpo", *flags]), tmp_path)
     assert found.step == 2

@@ -48,7 +48,9 @@ def test_run_when_killed_while_it_is_extended_then_ends_as_the_extended_one(trai
     said = train("run", **LONG, **select)
     assert "this run is finished" not in said
     (record,) = json.loads((run / "run_card.json").read_text())["extended"]
-    rates = {line["step"]: line["lr"] for line in read_lines(run / "metrics.jsonl") if line["split"] == "train"}
+    rates = {
+        line["step"]: line["learning_rate"] for line in read_lines(run / "metrics.jsonl") if line["split"] == "train"
+    }
     # warm-up of one step (10% of 6), then 1e-2 x (1 - 3/5) at step 5, where a run of 4 steps ended at 1e-2 x (1 - 2/3)
     assert (rates[4], rates[5]) == (pytest.approx(1e-2 / 3), pytest.approx(4e-3))
     assert "step 4 had the learning rate 0.003333, step 5 has 0.004" in record["schedule"]

@@ -161,11 +161,11 @@ def test_run_when_steps_have_a_token_budget_and_sources_weights_and_killed_then_
     ended = server.train(straight)
     assert ended.status == 0, ended.err
     steps = [line for line in read_lines(tmp_path / "straight" / "metrics.jsonl") if line["split"] == "train"]
-    assert max(line["tokens_fed"] for line in steps) <= 300
+    assert max(line["tokens_processed"] for line in steps) <= 300
     assert len({line["pairs"] for line in steps}) > 1
     assert steps[-1]["epoch"] >= 2.5 > steps[-2]["epoch"]
-    falls = [before["lr"] - after["lr"] for before, after in pairwise(steps[len(steps) // 2 :])]
-    assert steps[-1]["lr"] == pytest.approx(falls[0]), "the linear schedule ends one step after the last"
+    falls = [before["learning_rate"] - after["learning_rate"] for before, after in pairwise(steps[len(steps) // 2 :])]
+    assert steps[-1]["learning_rate"] == pytest.approx(falls[0]), "the linear schedule ends one step after the last"
     for count in (4, 9):
         wanted = fault((ENGINE + "trainer:Trainer._step", "before", 1), count=count)
         assert server.train(killed, wanted).status == -signal.SIGKILL
@@ -241,7 +241,7 @@ def test_run_when_rows_are_packed_and_prompts_shared_then_it_ends_bit_identical_
     for name, weight in weights[0].items():
         assert (weight - weights[1][name]).norm() <= 1e-4 * weight.norm(), name
     fed = [
-        sum(line["tokens_fed"] for line in read_lines(path / "metrics.jsonl") if line["split"] == "train")
+        sum(line["tokens_processed"] for line in read_lines(path / "metrics.jsonl") if line["split"] == "train")
         for path in (tmp_path / "straight", uninterrupted("tdpo"))
     ]
     assert fed[0] < 0.8 * fed[1], "prompts were fed once"

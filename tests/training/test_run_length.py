@@ -25,12 +25,12 @@ def test_run_when_tokens_end_it_then_the_step_that_reaches_them_is_the_last_and_
     settings = {"train__max_tokens": 5000, "without": NO_STEPS, "optim__warmup_ratio": 0.2}
     assert server.train(command("dpo", tmp_path / "run", **settings)).status == 0
     lines = trained(tmp_path / "run")
-    gone = list(itertools.accumulate(line["tokens_fed"] for line in lines))
+    gone = list(itertools.accumulate(line["tokens_processed"] for line in lines))
     assert gone[-2] < 5000 <= gone[-1]
     assert (tmp_path / "run" / "checkpoints" / f"step_{len(lines):08d}").is_dir()
     for line, before, after in zip(lines, [0, *gone], gone, strict=False):
         share = min(1, after / 5000 / 0.2) if before < 1000 else 1 - (before / 5000 - 0.2) / 0.8
-        assert line["lr"] == pytest.approx(1e-2 * share)
+        assert line["learning_rate"] == pytest.approx(1e-2 * share)
 
 
 def test_run_when_tokens_end_it_and_it_is_killed_then_it_ends_bit_identical_and_holds_what_counts_tokens(
@@ -46,8 +46,8 @@ def test_run_when_tokens_end_it_and_it_is_killed_then_it_ends_bit_identical_and_
     assert server.train(killed).status == 0
     weights = [(tmp_path / name / "model/model.safetensors").read_bytes() for name in ("straight", "killed")]
     assert weights[0] == weights[1]
-    assert [line["lr"] for line in trained(tmp_path / "killed")] == [
-        line["lr"] for line in trained(tmp_path / "straight")
+    assert [line["learning_rate"] for line in trained(tmp_path / "killed")] == [
+        line["learning_rate"] for line in trained(tmp_path / "straight")
     ]
 
 
