@@ -37,7 +37,7 @@ from prefopt.settings import LoraConfig, ModelConfig, OptimConfig, RunConfig, Tr
 from prefopt.training import adapters, signals
 from prefopt.training import runtime as rt
 from prefopt.training.forward import PolicyWithReference
-from prefopt.training.models import quiet
+from prefopt.training.models import quiet_transformers
 from prefopt.training.trainer import Trainer
 from prefopt.types import EncodedPair
 
@@ -127,7 +127,7 @@ class Bench:
         )
         torch.manual_seed(0)
         dtype = torch.bfloat16 if lora else torch.float32
-        with torch.device(device), quiet():
+        with torch.device(device), quiet_transformers():
             LlamaForCausalLM(config).to(dtype).save_pretrained(folder / "model")
         self.dtype = "bfloat16" if lora else "float32"
 
@@ -201,7 +201,7 @@ class Bench:
             from peft import LoraConfig as PeftLora
 
             peft = PeftLora(r=self.lora, lora_alpha=2 * self.lora, target_modules="all-linear")
-        with quiet():
+        with quiet_transformers():
             model, reference = (
                 AutoModelForCausalLM.from_pretrained(self.folder / "model", dtype=getattr(torch, self.dtype))
                 for _ in range(2)

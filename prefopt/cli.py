@@ -520,7 +520,7 @@ def _file_task(config: RunConfig, day: date) -> _Task:
     from prefopt.data.mixture import mixture_of
     from prefopt.data.split import shared_prompts, split_by_prompt
     from prefopt.data.templates import Rendering
-    from prefopt.training import adapters, layout_choice, models
+    from prefopt.training import adapters, layout_choice, model_checks, models
     from prefopt.training.reference import Source
 
     assert config.model.path is not None
@@ -531,13 +531,13 @@ def _file_task(config: RunConfig, day: date) -> _Task:
     reference = adapters.reference(config, start)
     if isinstance(reference, adapters.Weights) and reference != start:
         other = models.load_config(reference.base, reference.base_settings(config.model), key="reference.path")
-        models.check_same_vocabulary(architecture, other, reference.path)
+        model_checks.check_same_vocabulary(architecture, other, reference.path)
         if reference.adapter is None:
             models.check_model(reference.base, reference.base_settings(config.model), "reference.path")
     tokenizer = models.load_tokenizer(*adapters.tokenizer_path(start, config.model), config.data.chat_template)
     if isinstance(reference, adapters.Weights) and reference != start:
-        models.check_same_tokens(tokenizer, *adapters.tokenizer_path(reference, config.model))
-    tokenizer.pad_token_id, note = pad_token(tokenizer, models.vocabulary(architecture))
+        model_checks.check_same_tokens(tokenizer, *adapters.tokenizer_path(reference, config.model))
+    tokenizer.pad_token_id, note = pad_token(tokenizer, model_checks.vocabulary(architecture))
     rendering = Rendering.of(config.data, tokenizer, day)
     needs = config.method.needs
     report: list[str] = [*([note] if note else []), *rendering.lines(tokenizer)]
@@ -552,7 +552,7 @@ def _file_task(config: RunConfig, day: date) -> _Task:
             extra=needs.columns,
             columns=config.data.columns,
             on_bad_row=config.data.on_bad_row,
-            vocab_rows=models.vocabulary(architecture),
+            vocab_rows=model_checks.vocabulary(architecture),
             cache_dir=cache_root() / "encoded",
             dialogues=config.data.dialogues,
             rendering=rendering,
@@ -587,7 +587,7 @@ def _file_task(config: RunConfig, day: date) -> _Task:
         eval_fingerprint = f"{train.fingerprint}-{config.data.eval_fraction}{split.mark(version)}"
         report.append(f"held out by prompt: {len(eval_pairs):,} of {len(train.pairs):,} pairs")
     for encoded in files:
-        models.check_positions(architecture, encoded.report, config.data.max_length)
+        model_checks.check_positions(architecture, encoded.report, config.data.max_length)
     mixture = None
     if config.data.weights is not None:
         mixture = mixture_of(pairs, named, config.seed)
@@ -627,7 +627,7 @@ def _fit(
     trackers: Trackers | None = None,
     hashes: Mapping[str, str] | None = None,
 ) -> int:
-    from prefopt.training import adapters, models, preflight
+    from prefopt.training import adapters, models, preflight, sharding
     from prefopt.training.forward import PolicyWithReference, Scorer
     from prefopt.training.trainer import Trainer
 
@@ -635,7 +635,7 @@ def _fit(
         base = task.start
         runtime.on_main(
             lambda: preflight.room_for_checkpoints(
-                config, models.parameters(base.base, base.base_settings(config.model)), output
+                config, models.parameter_count(base.base, base.base_settings(config.model)), output
             )
         )
     reference: Any = task.reference
@@ -651,7 +651,7 @@ def _fit(
             reference = adapters.load_frozen(reference, config.model, key)
     # drawn numbers are dropout's: each process has its own, whatever was drawn until here
     random_state.set_seed(config.seed + runtime.rank)
-    parameters = sum(models.numel(p) for p in lm.parameters())
+    parameters = sum(sharding.numel(p) for p in lm.parameters())
     threads = rt.set_threads(config.train.threads, parameters)
     if resume_from is not None:
         print_rank_0(f"continuing from {resume_from}")
@@ -716,7 +716,7 @@ def _kept_reference(
     """
     import torch
 
-    from prefopt.training import adapters, models
+    from prefopt.training import adapters, sharding
     from prefopt.training.forward import ReferenceHead
     from prefopt.training.reference import Oracle, obtain
 
@@ -729,14 +729,14 @@ def _kept_reference(
     else:
         with runtime.sharded_loading():
             oracle = Oracle(adapters.load_frozen(what, config.model, key), None, hashes)
-    if not models.is_sharded(oracle.lm):
+    if not sharding.is_sharded(oracle.lm):
         torch.nn.Module.to(oracle.lm, runtime.device)
     cache_dir = Path(config.reference.cache_dir) if config.reference.cache_dir else cache_root() / "reference"
-    with models.gathered_by_layer(oracle.lm):
+    with sharding.gathered_by_layer(oracle.lm):
         values = obtain(config, runtime, oracle, task.sources, cache_dir, int(task.tokenizer.pad_token_id))
     if config.reference.cache != "hidden" or oracle.frozen is not None:
         return values, None
-    with models.gathered(oracle.lm.get_output_embeddings()):
+    with sharding.gathered(oracle.lm.get_output_embeddings()):
         return values, ReferenceHead(oracle.lm)
 
 
@@ -919,19 +919,21 @@ def _read_card(output: Path) -> dict[str, Any] | None:
 
 def _run_card(config: RunConfig, runtime: rt.Runtime, task: _Task) -> dict[str, Any]:
     """What a reader needs to trust and repeat the run."""
-    from prefopt.training import adapters, models
+    from prefopt.training import adapters, model_hashes, models
 
     @functools.cache  # the reference is the policy's start unless another is named
     def digest(path: str, revision: str | None) -> str:
         if Path(path).is_dir():
-            return models.fingerprint(path, None)
-        return models.fingerprint(path, models.load_config(path, dataclasses.replace(config.model, revision=revision)))
+            return model_hashes.fingerprint(path, None)
+        return model_hashes.fingerprint(
+            path, models.load_config(path, dataclasses.replace(config.model, revision=revision))
+        )
 
     def card(weights: adapters.Weights) -> dict[str, str]:
         path, base = weights.path, digest(weights.base, weights.revision)
         if weights.adapter is None:
             return {"path": path, "sha256": base}
-        own = models.fingerprint(path, None) if Path(path).is_dir() else weights.commit or path
+        own = model_hashes.fingerprint(path, None) if Path(path).is_dir() else weights.commit or path
         return {"path": path, "sha256": own, "base": weights.base, "base_sha256": base}
 
     def reference_card() -> dict[str, str] | None:
@@ -1099,12 +1101,12 @@ def _look(config: LookConfig) -> int:
     from prefopt.data.encoder import pad_token
     from prefopt.data.preview import page, shown, spread, terminal
     from prefopt.data.templates import Rendering
-    from prefopt.training import adapters, models
+    from prefopt.training import adapters, model_checks, models
 
     vocab_rows = None
     if config.model.path is not None:
         start = adapters.find(config.model.path, config.model)
-        vocab_rows = models.vocabulary(models.load_config(start.base, start.base_settings(config.model)))
+        vocab_rows = model_checks.vocabulary(models.load_config(start.base, start.base_settings(config.model)))
         path, at = adapters.tokenizer_path(start, config.model)
         tokenizer = models.load_tokenizer(path, at, config.data.chat_template)
     else:

@@ -11,7 +11,7 @@ import numpy as np
 from prefopt.data.collate import collate
 from prefopt.settings import KernelConfig
 from prefopt.training.forward import PolicyWithReference, pair_stats, to_device
-from prefopt.training.models import evaluating
+from prefopt.training.models import evaluation_mode
 from prefopt.types import Completion, EncodedPair, Prompt
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def score_within(
     lengths = [len(prompt.ids) + len(completion.token_ids) for prompt, completion in samples]
     order = [i for i in np.argsort(lengths, kind="stable")[::-1] if samples[i][1].token_ids]
     device = policy.lm.device
-    with evaluating(policy):
+    with evaluation_mode(policy):
         for first in range(0, len(order), batch):
             chunk = order[first : first + batch]
             laid = collate([_pair(*samples[i]) for i in chunk], pad_id=pad_id, need_rejected=False)

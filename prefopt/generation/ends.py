@@ -47,7 +47,8 @@ def positions_of(weights: Weights, model: ModelConfig) -> int | None:
 
 def rows_of(weights: Weights, model: ModelConfig) -> int:
     """Token ids that a model which is not in this process has."""
-    from prefopt.training.models import load_config, vocabulary
+    from prefopt.training.model_checks import vocabulary
+    from prefopt.training.models import load_config
 
     return vocabulary(load_config(weights.base, weights.base_settings(model)))
 

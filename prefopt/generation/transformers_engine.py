@@ -22,7 +22,7 @@ from prefopt.generation.base import Done, Sampling, limits
 from prefopt.generation.ends import Ends, terminators
 from prefopt.generation.sampling import choose, uniforms
 from prefopt.training import adapters
-from prefopt.training.models import evaluating
+from prefopt.training.models import evaluation_mode
 from prefopt.training.versions import versions
 from prefopt.types import Completion
 
@@ -128,7 +128,7 @@ class TransformersEngine:
         order = sorted(range(len(prompts)), key=lambda p: -len(prompts[p]))
         waiting = deque((p, i) for p in order for i in range(sampling.n))
         answers: list[dict[int, Completion]] = [{} for _ in prompts]
-        with evaluating(self.lm):
+        with evaluation_mode(self.lm):
             batch: _Batch | None = None
             while waiting or batch is not None:
                 free = self.batch - len(batch.rows) if batch is not None else self.batch

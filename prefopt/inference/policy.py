@@ -17,7 +17,7 @@ from prefopt.generation.base import Engine
 from prefopt.generation.ends import terminators_of
 from prefopt.settings.infer import InferConfig
 from prefopt.thoughts import ThoughtFormat
-from prefopt.training import adapters, models
+from prefopt.training import adapters, model_checks, model_hashes, models
 
 _SETTINGS = "generation_config.json"
 _THOUGHT = ("template", "thought_marker", "response_marker", "on_repeated_marker")
@@ -71,7 +71,7 @@ def find(path: str, config: InferConfig) -> UnloadedPolicy:
         *adapters.tokenizer_path(weights, config.model), config.chat_template, template_key="chat_template"
     )
     tokenizer.pad_token_id, note = pad_token(
-        tokenizer, models.vocabulary(models.load_config(weights.base, weights.base_settings(config.model)))
+        tokenizer, model_checks.vocabulary(models.load_config(weights.base, weights.base_settings(config.model)))
     )
     settings = _settings(weights.path, config) or (_settings(weights.base, config) if weights.adapter else {})
     places = [weights.path] if weights.adapter is None else [weights.base, weights.path]
@@ -88,8 +88,8 @@ def find(path: str, config: InferConfig) -> UnloadedPolicy:
 
 def _hash(place: str, weights: adapters.Weights, config: InferConfig) -> str:
     if Path(place).is_dir():
-        return models.fingerprint(place, None)
-    return models.fingerprint(place, models.load_config(weights.base, weights.base_settings(config.model)))
+        return model_hashes.fingerprint(place, None)
+    return model_hashes.fingerprint(place, models.load_config(weights.base, weights.base_settings(config.model)))
 
 
 def _settings(path: str, config: InferConfig) -> dict[str, Any]:

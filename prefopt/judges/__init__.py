@@ -131,7 +131,7 @@ def identity(settings: JudgeConfig) -> str:
 
         parts.append(source_of(settings.path))
     elif settings.kind in _CLASSIFIERS and settings.path is not None and Path(settings.path).is_dir():
-        from prefopt.training.models import fingerprint
+        from prefopt.training.model_hashes import fingerprint
 
         parts.append(fingerprint(settings.path, None))
     if settings.template is not None:

@@ -15,7 +15,7 @@ from prefopt.data.encoder import CutPair, Encoder, pad_token
 from prefopt.data.rows import BadRow, Messages
 from prefopt.errors import DataError, RoundError, TrainError
 from prefopt.settings import ModelConfig
-from prefopt.training import adapters, models
+from prefopt.training import adapters, model_hashes, models
 from prefopt.training.versions import versions
 from prefopt.types import Judgement, PairRow, Question
 
@@ -53,7 +53,7 @@ class Classifier:
         config = models.load_config(weights.base, weights.base_settings(settings), KEY)
         settings = dataclasses.replace(settings, dtype=dtype_on(device, config))
         self.path, self.device, self.batch, self.config, self._kind = path, device, batch, config, kind
-        self.fingerprint = models.fingerprint(path, config)
+        self.fingerprint = model_hashes.fingerprint(path, config)
         self.tokenizer: Any = _tokenizer(weights, settings)
         self.tokenizer.pad_token_id, _ = pad_token(self.tokenizer)
         self.max_length = self._limit(config, max_length)

@@ -147,7 +147,7 @@ def _hollow(architecture: Any, config: RunConfig, dtype: str) -> Any:
     if scores:
         architecture.num_labels = 1
     try:
-        with models.quiet():
+        with models.quiet_transformers():
             return kind.from_config(
                 architecture,
                 dtype=getattr(torch, dtype),
@@ -158,7 +158,7 @@ def _hollow(architecture: Any, config: RunConfig, dtype: str) -> Any:
                 trust_remote_code=config.model.trust_remote_code,
             )
     except Exception as error:
-        raise models.refuse("model.path", str(config.model.path), error) from error
+        raise models.load_error("model.path", str(config.model.path), error) from error
 
 
 def _head_of(lm: Any) -> Any:

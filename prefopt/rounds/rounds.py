@@ -36,7 +36,7 @@ from prefopt.rounds.shards import ShardProgress, Workers, do_shards
 from prefopt.rounds.stages import JudgedView
 from prefopt.rounds.store import Stage
 from prefopt.settings import FREE_TO_CHANGE, GenerateConfig, JudgeConfig, RoundsConfig, RunConfig
-from prefopt.training import adapters, checkpoint, model_card, models
+from prefopt.training import adapters, checkpoint, model_card, model_hashes
 from prefopt.training.export import describe_answers
 from prefopt.training.metrics import Evaluation, Evaluator
 from prefopt.training.signals import Stop
@@ -118,7 +118,9 @@ class Rounds:
         held = len(self.held_out) + len(self._choosing) if taken else 0
         self._slices = slices(rest, rounds.count, rounds.prompts, self.config.seed, held)
         self.judge_hash = judges.identity(self.config.judge)
-        self._start_generation = models.generation_config(self.start.path) or models.generation_config(self.start.base)
+        self._start_generation = model_hashes.generation_config_hash(
+            self.start.path
+        ) or model_hashes.generation_config_hash(self.start.base)
         self._tokenizer_hash = tokenizer_content(self.tokenizer)
         self._rendering = Rendering.of(self.config.data, self.tokenizer)
         self._view = JudgedView(self.config.method, Structure(self.tokenizer, self._rendering))

@@ -20,7 +20,7 @@ from prefopt.judges.base import Judge
 from prefopt.rounds.rounds import OtherRun, Rounds
 from prefopt.rounds.shards import Workers
 from prefopt.settings import RunConfig, from_dict, sources
-from prefopt.training import adapters, layout_choice, models
+from prefopt.training import adapters, layout_choice, model_checks, model_hashes, models
 from prefopt.training.metrics import Evaluator
 from prefopt.training.runtime import set_threads
 from prefopt.training.signals import Stop
@@ -79,7 +79,7 @@ def set_up(
     judges.check_weights(config.judge)
     start_hash = workers.first_alone(lambda: _weights_hash(asked.start, config))
     # once, for all stages: what a sum rounds to depends on the threads, which must not depend on what is left to do
-    set_threads(config.train.threads, models.parameters(asked.start.base, asked.start.base_settings(config.model)))
+    set_threads(config.train.threads, models.parameter_count(asked.start.base, asked.start.base_settings(config.model)))
     rounds = Rounds(
         config=config,
         output=output,
@@ -142,7 +142,7 @@ def _from_files(config: RunConfig, day: date) -> _Asked:
             f"use --data.max_length {limit}"
         )
     tokenizer = models.load_tokenizer(*adapters.tokenizer_path(start, config.model), config.data.chat_template)
-    tokenizer.pad_token_id, note = pad_token(tokenizer, models.vocabulary(architecture))
+    tokenizer.pad_token_id, note = pad_token(tokenizer, model_checks.vocabulary(architecture))
     rendering = Rendering.of(config.data, tokenizer, day)
     if rendering.date is not None:  # each round's training is told the same
         config = replace(config, data=replace(config.data, template_date=rendering.date.isoformat()))
@@ -189,5 +189,6 @@ def _weights_hash(start: adapters.Weights, config: RunConfig) -> str:
     parts = [start.base] + ([start.path] if start.adapter is not None else [])
     settings = start.base_settings(config.model)
     return "-".join(
-        models.fingerprint(path, None if Path(path).is_dir() else models.load_config(path, settings)) for path in parts
+        model_hashes.fingerprint(path, None if Path(path).is_dir() else models.load_config(path, settings))
+        for path in parts
     )

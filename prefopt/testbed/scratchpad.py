@@ -21,7 +21,7 @@ from prefopt import thoughts
 from prefopt.errors import ConfigError, RoundError
 from prefopt.testbed.world import World, WorldSettings
 from prefopt.thoughts import Answer
-from prefopt.training.models import evaluating
+from prefopt.training.models import evaluation_mode
 from prefopt.types import Judgement, Question
 
 DIGITS = tuple("0123456789")
@@ -166,7 +166,7 @@ class Scratchpad(World):
             put in the place of a thought.
         """
         digits = self.held_out
-        with evaluating(lm):
+        with evaluation_mode(lm):
             texts = self._sample(lm, self._prompt_ids(digits, thinks=True))
             few = digits[:SUMMED]
             asked, marker = self._prompt_ids(few, thinks=True), torch.full((len(few), 1), self._marker)

@@ -130,7 +130,7 @@ class WordWorld(World):
         prompts, words, length = len(self.prompt_ids), len(self.words), self.length
         leaves = torch.tensor([p + r[:-1] for p in self.prompt_ids for r in self.response_ids])
         device = next(lm.parameters()).device
-        with models.evaluating(lm):
+        with models.evaluation_mode(lm):
             logits = lm(input_ids=leaves.to(device), use_cache=False).logits[:, -1 - length :]
         logps = logits.cpu().double().log_softmax(-1)  # (P * K, length + 1, V)
 

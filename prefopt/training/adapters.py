@@ -84,7 +84,7 @@ def find(path: str, settings: ModelConfig, key: str = "model.path") -> Weights:
     try:
         found = find_adapter_config_file(path, revision=settings.revision)
     except Exception as error:
-        raise models.refuse(key, path, error) from error
+        raise models.load_error(key, path, error) from error
     weight_files.check_files(path, key)
     if found is None:
         return Weights(path, path, settings.revision)
@@ -222,7 +222,7 @@ def check(config: RunConfig, start: Weights, architecture: PretrainedConfig) -> 
     if scores:
         architecture = copy.deepcopy(architecture)
         architecture.num_labels = 1
-    hollow: Any = models.hollow_of(kind_of_model, architecture, start.base, config.model)
+    hollow: Any = models.model_on_meta(kind_of_model, architecture, start.base, config.model)
     if scores:
         models.check_head(hollow)
     if start.adapter is not None:
@@ -446,7 +446,7 @@ def _quiet() -> Iterator[None]:
     peft sets fan_in_fan_out right by itself, calls transformers by an older name, and says of a tied head that is
     trained whole that it is a copy, which is what was asked for.
     """
-    with models.quiet(), warnings.catch_warnings():
+    with models.quiet_transformers(), warnings.catch_warnings():
         for words in ("fan_in_fan_out", "is_gradient_checkpointing", "tie_word_embeddings"):
             warnings.filterwarnings("ignore", message=f".*{words}.*")
         yield
@@ -564,8 +564,8 @@ def _fill(lm: Any, adapter: str, path: str, model: ModelConfig, key: str) -> Non
         found = peft.load_peft_weights(path, device="cpu", **hub)
         result: Any = peft.set_peft_model_state_dict(lm, found, adapter_name=adapter)
     except Exception as error:
-        raise models.refuse(key, path, error, "an adapter") from error
-    models.align(lm)
+        raise models.load_error(key, path, error, "an adapter") from error
+    models.align_storage(lm)
     # peft counts as missing what is tied to a weight that it has
     named = dict(lm.named_parameters(remove_duplicate=False))
     there = {id(weight) for name, weight in named.items() if name not in result.missing_keys}
@@ -670,7 +670,7 @@ def save(lm: Any, folder: Path, weights: dict[str, torch.Tensor] | None = None, 
 
     Args: weights: by name, if not those that the model itself holds. dtype: of the weights, for the config.
     """
-    with models.quiet():
+    with models.quiet_transformers():
         if has_adapter(lm):
             # "auto" would ask the hub whether the base's vocabulary is still the same
             more = {"selected_adapters": [_POLICY], "save_embedding_layers": False}
@@ -678,7 +678,7 @@ def save(lm: Any, folder: Path, weights: dict[str, torch.Tensor] | None = None, 
         else:
             lm.save_pretrained(folder, state_dict=weights)
     if dtype is not None:
-        models.note_dtype(folder, dtype)
+        models.set_config_dtype(folder, dtype)
 
 
 def saved_weights(lm: Any, folder: Path) -> dict[str, torch.Tensor]:

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from prefopt.errors import ConfigError, TrainError
-from prefopt.training import adapters, checkpoint, models
+from prefopt.training import adapters, checkpoint, sharding
 from prefopt.training.checkpoint import State
 from prefopt.training.launcher import print_rank_0
 from prefopt.training.runtime import SHARDING
@@ -247,7 +247,7 @@ class Fsdp2Backend(Backend):
         }
 
     def put(self, weight: nn.Parameter, whole: torch.Tensor) -> None:
-        models.held(weight).copy_(_part(weight, whole).to_local())
+        sharding.local_shard(weight).copy_(_part(weight, whole).to_local())
 
     def load_optimizer_state(self, state: State) -> None:
         parameters = self._of_optimizer()
@@ -317,7 +317,7 @@ class ZeroBackend(Backend):
         if not self.shards:
             yield self.policy
             return
-        with models.gathered(self.policy):
+        with sharding.gathered(self.policy):
             yield self._skeleton.filled({name: p.detach() for name, p in self.policy.named_parameters()})
 
     def gathered(self, weight: torch.Tensor) -> torch.Tensor:
@@ -327,14 +327,14 @@ class ZeroBackend(Backend):
             return weight.detach()
         full = safe_get_full_fp32_param(weight) if weight.requires_grad else None
         if full is None:
-            with models.gathered_tensors([weight]):
+            with sharding.gathered_tensors([weight]):
                 full = weight.detach().clone()
         # an adapter's own weights are float32 over a base of 16 bits
         kept = full.dtype if adapters.has_adapter(self.policy.lm) else getattr(torch, self.config.model.dtype)
         return full.to(kept)
 
     def put(self, weight: nn.Parameter, whole: torch.Tensor) -> None:
-        with models.gathered_tensors([weight], from_first=True):
+        with sharding.gathered_tensors([weight], from_first=True):
             weight.data.copy_(whole)
 
     def _accumulate_in_float32(self) -> None:
@@ -422,7 +422,11 @@ def _per_weight(value: Any) -> bool:
 
 def _held_weights(policy: Policy) -> tuple[int, int, str]:
     parameters = list(policy.parameters())
-    return sum(models.held(p).numel() for p in parameters), sum(models.numel(p) for p in parameters), "weights"
+    return (
+        sum(sharding.local_shard(p).numel() for p in parameters),
+        sum(sharding.numel(p) for p in parameters),
+        "weights",
+    )
 
 
 def _copy(value: Any) -> Any:

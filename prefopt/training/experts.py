@@ -12,6 +12,7 @@ from torch import nn
 
 from prefopt.data.layouts import block_and_branch
 from prefopt.errors import ConfigError
+from prefopt.training import sharding
 from prefopt.types import PairBatch
 
 _COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")  # names that configs have for it
@@ -127,12 +128,8 @@ def _own(module: nn.Module) -> list[nn.Parameter]:
 
 
 def _is_stack(parameter: Any, counts: set[int]) -> bool:
-    shape = _shape(parameter)
+    shape = sharding.shape(parameter)
     return len(shape) == 3 and shape[0] in counts
-
-
-def _shape(parameter: Any) -> Sequence[int]:
-    return getattr(parameter, "ds_shape", parameter.shape)  # whole, where ZeRO-3 shards it
 
 
 class _Autocast:
@@ -169,7 +166,7 @@ def remark(lm: Any, base: Any) -> list[str]:
     experts = stacked(base)
     if lm is base or not experts:
         return []
-    weights = sum(math.prod(_shape(p)) for module in experts.values() for p in _own(module))
+    weights = sum(math.prod(sharding.shape(p)) for module in experts.values() for p in _own(module))
     return [
         f"adapter: none on routed experts ({weights:,} weights in {len(experts)} stacked modules), which are no linear "
         "layers; they stay as they are"

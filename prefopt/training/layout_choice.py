@@ -18,10 +18,10 @@ from prefopt.data.collate import collate
 from prefopt.data.layouts import LAYOUTS, PADDED, rows_of, shares_prompts, units_of, width_of
 from prefopt.errors import ConfigError
 from prefopt.settings import RunConfig
-from prefopt.training import adapters, models, quantized
+from prefopt.training import adapters, quantized, sharding
 from prefopt.training.attention import MASKED, Kind, ends_a_square
 from prefopt.training.forward import Policy, scored_states, to_device
-from prefopt.training.models import vocabulary
+from prefopt.training.model_checks import vocabulary
 from prefopt.types import EncodedPair, Needs
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def shape_of(lm: PreTrainedModel) -> Shape:
     heads, head = getattr(config, "num_attention_heads", 1), getattr(config, "head_dim", None)
     width = heads * head if head else config.hidden_size
     embedding = lm.get_input_embeddings().weight
-    weights = sum(models.numel(p) for p in lm.base_model.parameters() if models.ndim(p) >= 2 and p is not embedding)
+    weights = sum(sharding.numel(p) for p in lm.base_model.parameters() if sharding.ndim(p) >= 2 and p is not embedding)
     return Shape(config.num_hidden_layers, width, weights)
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from prefopt.errors import ConfigError
 from prefopt.settings import OptimConfig
-from prefopt.training import checkpoint, models, quantized
+from prefopt.training import checkpoint, quantized, sharding
 
 # The short names of config.OPTIMIZERS -> (module, class).
 _CLASSES = {
@@ -36,8 +36,8 @@ def make_optimizer(settings: OptimConfig, lm: nn.Module, fused: bool = True) -> 
         args["fused"] = fused
     trainable = [p for p in lm.parameters() if p.requires_grad]
     groups = [
-        {"params": [p for p in trainable if models.ndim(p) >= 2], "weight_decay": settings.weight_decay},
-        {"params": [p for p in trainable if models.ndim(p) < 2], "weight_decay": 0.0},
+        {"params": [p for p in trainable if sharding.ndim(p) >= 2], "weight_decay": settings.weight_decay},
+        {"params": [p for p in trainable if sharding.ndim(p) < 2], "weight_decay": 0.0},
     ]
     try:
         return kind([g for g in groups if g["params"]], lr=settings.lr, **args)

@@ -33,7 +33,7 @@ from prefopt.data.loader import padded_length
 from prefopt.errors import ConfigError, TrainError
 from prefopt.settings import RunConfig
 from prefopt.storage import Damaged, Lock, Unreadable, write_by, write_sealed
-from prefopt.training import adapters, models
+from prefopt.training import adapters, models, sharding
 from prefopt.training.forward import PolicyWithReference, scored_states, to_device, token_stats_of
 from prefopt.training.launcher import print_rank_0
 from prefopt.training.layout_choice import choose_layouts, relative_gap
@@ -175,7 +175,7 @@ class _Pass:
         self.config, self.runtime, self.oracle, self.pad_id = config, runtime, oracle, pad_id
         self.kind = config.reference.cache
         self.need_rejected = config.method.needs.rows == "pairs"
-        self.in_step = models.is_sharded(oracle.lm)  # all processes must call it as often
+        self.in_step = sharding.is_sharded(oracle.lm)  # all processes must call it as often
         self.policy = PolicyWithReference(oracle.lm, None, config.kernel)
         self.layouts, _ = choose_layouts(config, self.policy, runtime.device)
         self.identity = identity(config, oracle)
@@ -317,7 +317,7 @@ class _Pass:
         out: list[list[torch.Tensor]] = [[] for _ in pairs]
         order = sorted(range(len(pairs)), key=lambda i: padded_length(pairs[i]), reverse=True)
         size, device = self.config.eval.batch, self.runtime.device
-        with self.oracle.standing(), models.evaluating(self.policy), self.runtime.accelerator.autocast():
+        with self.oracle.standing(), models.evaluation_mode(self.policy), self.runtime.accelerator.autocast():
             for begin in range(0, len(order), size):
                 numbers = order[begin : begin + size]
                 chunk = [pairs[i] for i in numbers]
@@ -536,7 +536,7 @@ class Moving:
             named = adapters.snapshot_pairs(policy.lm)
         else:
             mine, other = (dict(lm.named_parameters()) for lm in (policy.lm, policy.reference))
-            if {n: models.shape(p) for n, p in mine.items()} != {n: models.shape(p) for n, p in other.items()}:
+            if {n: sharding.shape(p) for n, p in mine.items()} != {n: sharding.shape(p) for n, p in other.items()}:
                 raise ConfigError(
                     "reference.sync_every: the reference is another architecture than the policy, expected one whose "
                     "weights can be mixed with the policy's (leave reference.path out)"
@@ -558,7 +558,7 @@ class Moving:
     @torch.no_grad()
     def move(self) -> None:
         for policy, reference in self._pairs().values():
-            for mine, other in zip(models.copies(policy), models.copies(reference), strict=True):
+            for mine, other in zip(sharding.local_copies(policy), sharding.local_copies(reference), strict=True):
                 if self.weight == 1.0:
                     other.copy_(mine)
                 else:

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from prefopt.errors import TrainError
-from prefopt.training import adapters, checkpoint, models, weight_files
+from prefopt.training import adapters, checkpoint, sharding, weight_files
 from prefopt.training.checkpoint import Processes
 
 if TYPE_CHECKING:
@@ -136,7 +136,7 @@ def _save_tensors(
 def save_optimizer(backend: Backend, folder: Path, file_mb: float) -> list[Path]:
     """Write what the optimizer keeps, by the number of the parameter. As `save_model`."""
     state = backend.optimizer_state()
-    sizes = {number: _STATE_BYTES * models.numel(p) for number, p in enumerate(backend.trained())}
+    sizes = {number: _STATE_BYTES * sharding.numel(p) for number, p in enumerate(backend.trained())}
     runs = cut(sizes, int(file_mb * 1e6))
 
     def save(number: int, values: dict[int, dict[str, Any]]) -> Path:
@@ -149,7 +149,7 @@ def save_optimizer(backend: Backend, folder: Path, file_mb: float) -> list[Path]
 
 def _sizes(tensors: Mapping[str, torch.Tensor], dtype: str) -> dict[str, int]:
     """Bytes of each, in a dtype."""
-    return {name: getattr(torch, dtype).itemsize * models.numel(value) for name, value in tensors.items()}
+    return {name: getattr(torch, dtype).itemsize * sharding.numel(value) for name, value in tensors.items()}
 
 
 def _by_layer(names: Iterable[str]) -> dict[str, list[str]]:

@@ -13,7 +13,7 @@ from torch import nn
 
 from prefopt.errors import TrainError
 from prefopt.method import Method
-from prefopt.training import adapters, compiling, models, quantized
+from prefopt.training import adapters, compiling, quantized, sharding
 from prefopt.training.forward import Policy, pair_stats, scores_of, statistics_for, token_stats_of
 from prefopt.types import EncodedPair, PairBatch, PairStats, TokenStats
 
@@ -44,7 +44,7 @@ def is_rounded(lm: nn.Module, mixed_precision: str) -> bool:
 def float32_bytes(policy: Policy, whole: bool) -> int:
     """Memory for the weights of a policy in float32, beside what it holds. Args: whole: every weight must be copied."""
     narrow = (p for p in policy.parameters() if p.is_floating_point() and (whole or p.dtype.itemsize < 4))
-    return sum(4 * models.numel(p) for p in narrow)
+    return sum(4 * sharding.numel(p) for p in narrow)
 
 
 def free_bytes(device: torch.device, processes: int) -> int:

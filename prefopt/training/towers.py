@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from prefopt.training import models
+from prefopt.training import models, sharding
 from prefopt.training.launcher import print_rank_0
 
 _TOKENS = 8
@@ -31,7 +31,7 @@ def unreached(lm: Any) -> tuple[str, ...]:
     key = type(lm), lm.config.to_json_string(use_diff=False)
     if key not in _FOUND:
         try:
-            with models.quiet():
+            with models.quiet_transformers():
                 _FOUND[key] = _find(lm)
         except Exception as error:  # whatever a model's own code raises on tensors without values
             reason = str(error).partition("\n")[0][:100]
@@ -77,7 +77,7 @@ def _find(lm: Any) -> tuple[str, ...]:
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config
     # a tower is made by a call of its own, which ZeRO-3 would shard
-    with models.loaded_whole(), torch.random.fork_rng(devices=[]), torch.device("meta"):
+    with sharding.unsharded_loading(), torch.random.fork_rng(devices=[]), torch.device("meta"):
         probe = type(lm)(config).to(torch.bfloat16)
     with FakeTensorMode(allow_non_fake_inputs=True):
         off_meta(probe)

@@ -37,6 +37,7 @@ from prefopt.training import (
     models,
     offload,
     sharded_io,
+    sharding,
     step0_check,
 )
 from prefopt.training.backends import make_backend
@@ -690,7 +691,7 @@ class Trainer:
 
     def _save(self, step: int) -> None:
         """Write a checkpoint after `step` optimizer steps; on every process, because they wait for rank 0."""
-        mine = models.not_finite(self.policy.lm)
+        mine = sharding.not_finite(self.policy.lm)
         bad = next(iter(self.runtime.gather_objects([] if mine is None else [mine])), None)
         if bad is not None:
             rows = self.train.global_batch(step - 1)

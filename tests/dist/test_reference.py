@@ -5,6 +5,7 @@ import torch
 
 from prefopt.settings import parse
 from prefopt.training import adapters, models
+from prefopt.training import sharding
 from prefopt.training.reference import Oracle, Source, obtain
 from prefopt.types import EncodedPair
 from tests.dist.ranks import run_ranks
@@ -41,15 +42,15 @@ def most_at_once(runtime, path, cache, kind, shard):
     def count(*_):
         nonlocal most
         whole = (p for p in lm.parameters() if not hasattr(p, "ds_id") or p.ds_status.name == "AVAILABLE")
-        most = max(most, sum(models.numel(p) for p in whole))
+        most = max(most, sum(sharding.numel(p) for p in whole))
 
-    with models.gathered_by_layer(lm):
+    with sharding.gathered_by_layer(lm):
         for module in lm.modules():
             module.register_forward_pre_hook(count)  # after those that gather
         for _ in range(2):  # computed, then found and compared with a sample that is computed again
             values = obtain(config, runtime, Oracle(lm, None, {"sha256": "x"}), [Source(pairs(), "of-a-test")], cache, 0)
     found = [values._of(key, pair).clone() for pair in pairs() for key, _ in reference._sequences(pair, True)]
-    return found, most, sum(models.numel(p) for p in lm.parameters())
+    return found, most, sum(sharding.numel(p) for p in lm.parameters())
 
 
 @pytest.mark.parametrize("kind", ["logps", "hidden"])

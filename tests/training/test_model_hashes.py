@@ -6,7 +6,7 @@ import hashlib
 import pytest
 
 from prefopt.storage import Unreadable
-from prefopt.training import models
+from prefopt.training import model_hashes
 
 
 @pytest.fixture
@@ -30,19 +30,19 @@ def folder(tmp_path):
     ],
 )
 def test_fingerprint_when_any_part_of_a_model_changes_then_it_is_another(name, folder):
-    before = models.fingerprint(str(folder), None)
+    before = model_hashes.fingerprint(str(folder), None)
     (folder / name).write_text("changed")
-    changed = models.fingerprint(str(folder), None)
+    changed = model_hashes.fingerprint(str(folder), None)
     (folder / name).rename(folder / name.replace(".", "_other.", 1))
-    assert len({before, changed, models.fingerprint(str(folder), None)}) == 3
+    assert len({before, changed, model_hashes.fingerprint(str(folder), None)}) == 3
 
 
 def test_fingerprint_when_what_is_no_part_of_the_model_changes_then_it_is_the_same(folder):
-    before = models.fingerprint(str(folder), None)
+    before = model_hashes.fingerprint(str(folder), None)
     (folder / ".cache").mkdir()
     for name in ("README.md", "generation_config.json", ".cache/x.safetensors", "tokenizer.json"):
         (folder / name).write_text(name)
-    assert models.fingerprint(str(folder), None) == before
+    assert model_hashes.fingerprint(str(folder), None) == before
 
 
 def test_fingerprint_of_a_folder_without_index_and_folders_is_what_it_was_in_earlier_versions(tmp_path):
@@ -50,19 +50,19 @@ def test_fingerprint_of_a_folder_without_index_and_folders_is_what_it_was_in_ear
     for name in ("config.json", "model.safetensors"):
         (tmp_path / name).write_text(name)
         digest.update(name.encode() + hashlib.sha256(name.encode()).digest())
-    assert models.fingerprint(str(tmp_path), None) == digest.hexdigest()[:16]
+    assert model_hashes.fingerprint(str(tmp_path), None) == digest.hexdigest()[:16]
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE])
 def test_fingerprint_when_a_part_cannot_be_read_just_now_then_stops(number, folder, unreadable):
     unreadable("b.safetensors", number)
     with pytest.raises(Unreadable, match=r"parts/b\.safetensors: cannot be read just now"):
-        models.fingerprint(str(folder), None)
+        model_hashes.fingerprint(str(folder), None)
 
 
 def test_generation_config_is_known_by_its_content(tmp_path):
-    assert models.generation_config(str(tmp_path)) is None
+    assert model_hashes.generation_config_hash(str(tmp_path)) is None
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": 2}')
-    first = models.generation_config(str(tmp_path))
+    first = model_hashes.generation_config_hash(str(tmp_path))
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": 3}')
-    assert None is not first != models.generation_config(str(tmp_path))
+    assert None is not first != model_hashes.generation_config_hash(str(tmp_path))
