@@ -191,7 +191,7 @@ def _run_once(config: RunConfig, runtime: rt.Runtime, output: Path, evaluators: 
 def _extend(config: RunConfig, task: _Task, output: Path) -> str | None:
     """Make a finished run one that goes on, where its length was raised. Returns: a line on its schedule, or None."""
     from prefopt.training import extension
-    from prefopt.training.trainer import learning_rate, total_steps
+    from prefopt.training.schedule import learning_rate, total_steps
 
     steps = None if task.train.steps_per_epoch is None else task.train.steps
 

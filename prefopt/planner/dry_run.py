@@ -19,7 +19,7 @@ from prefopt.planner.plan import GB
 from prefopt.redaction import hidden
 from prefopt.settings import RunConfig
 from prefopt.settings.plan import PlanConfig
-from prefopt.training.trainer import learning_rate, total_steps
+from prefopt.training.schedule import learning_rate, total_steps
 from prefopt.types import EncodedPair
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""What a reference says of each scored token, computed once and kept on disk; and a reference that moves.
+"""What a reference says of each scored token, computed once and kept on disk.
 
 A cache is a folder named by the hash of all that its numbers depend on (weights, tokens, masks, precision, attention,
 head) and of nothing else: runs that differ in learning rate, beta, method or output share it. Values are found by the
@@ -25,12 +25,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from prefopt import storage
 from prefopt.data.collate import collate
 from prefopt.data.loader import padded_length
-from prefopt.errors import ConfigError, TrainError
+from prefopt.errors import TrainError
 from prefopt.settings import RunConfig
 from prefopt.storage import Damaged, Lock, Unreadable, write_by, write_sealed
 from prefopt.training import adapters, models, sharding
@@ -514,52 +513,3 @@ class ReferenceValues:
                 return found
         where = ", ".join(str(kept.folder) for kept in self._kept)
         raise TrainError(f"{pair.where or 'a pair'}: the reference's values are in none of its caches ({where})")
-
-
-# A reference that moves -------------------------------------------------------------------------------------------
-
-
-class Moving:
-    """A live reference that is drawn towards the policy: `ref = weight * policy + (1 - weight) * ref`.
-
-    With LoRA the snapshot of the adapter is what moves.
-
-    Args: policy: holds both. weight: of the policy, above 0, at most 1.
-    Raises: ConfigError when the two are of different shape.
-    Reference: TR-DPO, Gorbatovski et al., Learn Your Reference Model for Real Good Alignment, arXiv 2404.09656: the
-        soft update (weight below 1) and the hard one (1).
-    """
-
-    def __init__(self, policy: PolicyWithReference, weight: float) -> None:
-        self.weight, self._policy = weight, policy
-        if policy.reference is None:
-            named = adapters.snapshot_pairs(policy.lm)
-        else:
-            mine, other = (dict(lm.named_parameters()) for lm in (policy.lm, policy.reference))
-            if {n: sharding.shape(p) for n, p in mine.items()} != {n: sharding.shape(p) for n, p in other.items()}:
-                raise ConfigError(
-                    "reference.sync_every: the reference is another architecture than the policy, expected one whose "
-                    "weights can be mixed with the policy's (leave reference.path out)"
-                )
-            named = {name: (mine[name], other[name]) for name in mine}
-        # by name, since a backend that shards puts others in their places
-        names = {id(p): name for name, p in policy.named_parameters()}
-        self._names = {name: (names[id(mine)], names[id(other)]) for name, (mine, other) in named.items()}
-
-    def _pairs(self) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
-        """(the policy's weight, the reference's) by a name."""
-        parameters = self._policy.state_dict(keep_vars=True)  # makes FSDP2 shard again what a pass has gathered
-        return {name: (parameters[mine], parameters[other]) for name, (mine, other) in self._names.items()}
-
-    def weights(self) -> dict[str, nn.Parameter]:
-        """The reference's, by name."""
-        return {name: reference for name, (_, reference) in self._pairs().items()}
-
-    @torch.no_grad()
-    def move(self) -> None:
-        for policy, reference in self._pairs().values():
-            for mine, other in zip(sharding.local_copies(policy), sharding.local_copies(reference), strict=True):
-                if self.weight == 1.0:
-                    other.copy_(mine)
-                else:
-                    other.lerp_(mine.to(other.dtype), self.weight)

@@ -8,7 +8,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,11 +55,13 @@ from prefopt.training.launcher import print_rank_0
 from prefopt.training.layout_choice import choose_layouts
 from prefopt.training.metrics import Evaluation, Evaluator, Meter, MetricsFile, shared_metrics
 from prefopt.training.micro_batches import micro_batches
+from prefopt.training.moving_reference import MovingReference
 from prefopt.training.optimizers import make_optimizer
 from prefopt.training.random_state import preserved_random_state, random_state, set_random_state
-from prefopt.training.reference import Moving, ReferenceValues
+from prefopt.training.reference import ReferenceValues
 from prefopt.training.run_length import RunLength
 from prefopt.training.runtime import Runtime
+from prefopt.training.schedule import learning_rate, total_steps
 from prefopt.training.signals import EXIT_UNFINISHED
 from prefopt.training.tracking import Trackers
 from prefopt.types import EncodedPair, LossOutput, Needs, PairBatch, PairStats
@@ -131,10 +133,10 @@ class Trainer:
             )
         self._steps = None if self.train.steps_per_epoch is None else self.train.steps
         self.budget = RunLength.of(config, total_steps(config, self._steps))
-        self.moving: Moving | None = None
+        self.moving: MovingReference | None = None
         if config.reference.sync_every is not None:
             assert isinstance(self.policy, PolicyWithReference), "a score has no reference"
-            self.moving = Moving(self.policy, config.reference.sync_weight)
+            self.moving = MovingReference(self.policy, config.reference.sync_weight)
         if config.model.gradient_checkpointing:
             models.recompute_activations(self.policy.lm)
         # a fused step would hide from the loop that the gradient scaler skipped it
@@ -295,7 +297,7 @@ class Trainer:
         if not (math.isfinite(norm) or skipped):
             self._stop_on_nonfinite(step, norm, broken)
         if self.moving is not None and (step + 1) % (config.reference.sync_every or 1) == 0:
-            self.moving.move()
+            self.moving.update()
         averages = meter.averages(runtime)
         seconds = self._seconds_since(began)
         self.budget.spend(int(fed), seconds)
@@ -868,57 +870,6 @@ def _say_beside_the_bar(text: str) -> None:
 
 
 # Pure pieces ----------------------------------------------------------------------------------------------------------
-
-
-def total_steps(config: RunConfig, steps: Callable[[float], int] | None) -> int | None:
-    """Optimizer steps of the run; None where tokens or seconds end it.
-
-    Args: steps: how many so many epochs from the start are; None for an endless stream.
-    Raises: ConfigError for an endless stream that nothing ends.
-    """
-    if config.train.max_tokens is not None or config.train.max_seconds is not None:
-        return None
-    if config.train.max_steps is not None:
-        return config.train.max_steps
-    if steps is None:
-        raise ConfigError("train.max_steps: found none, expected a number of steps for an endless stream of pairs")
-    return steps(config.train.train_epochs)
-
-
-def learning_rate(
-    config: RunConfig,
-    steps: Callable[[float], int] | None,
-    step: int,
-    gone: tuple[float, float] | None = None,
-) -> float:
-    """The learning rate of optimizer step `step`, counted from 0.
-
-    Warm-up reaches the peak on its last step; linear and cosine then fall to 0 at the end of the schedule, which may
-    lie beyond the end of training.
-
-    Args:
-        steps: as in `total_steps`.
-        gone: the share of a run's tokens or seconds before and after this step, where they end the run: the schedule
-            then goes by them, unless schedule_epochs says otherwise.
-    """
-    optim, epochs = config.optim, config.train.schedule_epochs
-    if epochs is not None and steps is not None:
-        length, gone = steps(epochs), None
-    else:
-        length = total_steps(config, steps) or 0
-    warmup = optim.warmup_steps if optim.warmup_steps is not None else math.ceil(optim.warmup_ratio * length)
-    if step < warmup:
-        return optim.lr * (step + 1) / warmup
-    if gone is None:
-        done = min(1.0, (step - warmup) / max(1, length - warmup))
-    else:
-        (before, after), warm = gone, optim.warmup_ratio if optim.warmup_steps is None else 0.0
-        if before < warm:
-            return optim.lr * min(1.0, after / warm)
-        done = min(1.0, (before - warm) / (1 - warm)) if warm < 1 else 1.0
-    if optim.schedule == "constant":
-        return optim.lr
-    return optim.lr * (1 - done if optim.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done)))
 
 
 def _terms(output: LossOutput) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:

@@ -8,8 +8,8 @@ import pytest
 from prefopt.errors import ConfigError
 from prefopt.settings import parse
 from prefopt.training.metrics import read_lines
+from prefopt.training.schedule import learning_rate
 from prefopt.training.signals import EXIT_UNFINISHED
-from prefopt.training.trainer import learning_rate
 
 STEP = "prefopt.training.trainer:Trainer._step"
 NO_STEPS = ("train.max_steps",)
