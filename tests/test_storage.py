@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import re
@@ -150,7 +151,7 @@ def test_lock_when_its_file_is_deleted_or_replaced_then_still_lets_nobody_in(tmp
 
 
 def test_lock_when_its_file_is_deleted_while_another_waits_then_the_file_that_is_there_is_locked(tmp_path, monkeypatch):
-    path, flock = tmp_path / ".lock", storage.fcntl.flock
+    path, flock = tmp_path / ".lock", fcntl.flock
     calls = []
 
     def deleted_meanwhile(descriptor, how):
@@ -159,7 +160,7 @@ def test_lock_when_its_file_is_deleted_while_another_waits_then_the_file_that_is
             path.unlink()
         calls.append(how)
 
-    monkeypatch.setattr(storage.fcntl, "flock", deleted_meanwhile)
+    monkeypatch.setattr(fcntl, "flock", deleted_meanwhile)
     lock = Lock(path)
     assert lock.take()
     assert len(calls) == 2

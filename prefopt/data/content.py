@@ -7,7 +7,6 @@ made of it then is used again, which is what the run began with.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import time
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ from pathlib import Path
 
 from prefopt import storage
 from prefopt.errors import DataError, PrefoptError
-from prefopt.storage import Damaged, Lock, Unreadable, write_sealed
+from prefopt.storage import Damaged, Unreadable, locked, stream_hash, text_hash, write_sealed
 
 SETTLED = 2.0  # seconds since a file's last change after which another one would show in its times
 
@@ -33,7 +32,7 @@ def file_hash(path: Path, memory: Path | None = None) -> str:
     try:
         if memory is None:
             return _read(path)
-        note = memory / f"{hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:32]}.json"
+        note = memory / f"{text_hash(os.fsencode(path.resolve()))[:32]}.json"
         known = _remembered(note, path)
         if known is not None:
             return known
@@ -67,7 +66,7 @@ def _state(path: Path) -> list[int]:
 
 def _read(path: Path) -> str:
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return stream_hash(file)
 
 
 @contextlib.contextmanager
@@ -76,7 +75,5 @@ def _one_at_a_time(note: Path) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError, PrefoptError):
             note.parent.mkdir(parents=True, exist_ok=True)
-            lock = Lock(note.with_suffix(".lock"))
-            lock.wait()
-            stack.callback(lock.release)
+            stack.enter_context(locked(note.with_suffix(".lock")))
         yield

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import shutil
-import tempfile
 from array import array
 from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
@@ -28,7 +23,7 @@ from prefopt.data.rows import MAX_ROW_BYTES, Dialogues, RowReader
 from prefopt.data.structure import added_bos
 from prefopt.data.templates import Rendering
 from prefopt.errors import DataError
-from prefopt.storage import Damaged, Lock, Unreadable
+from prefopt.storage import Damaged, Unreadable, locked, running_hash, text_hash, text_number
 from prefopt.types import Column, EncodedPair, PairRow
 
 FORMAT_VERSION = 6  # raise it whenever the same file and settings would give other ids, masks, counts or notes
@@ -148,7 +143,7 @@ def joined(sources: Sequence[Encoded]) -> Joined:
     """Data files one after the other. One alone is what it was."""
     if len(sources) == 1:
         return Joined(sources[0].pairs, sources[0].fingerprint)
-    fingerprint = hashlib.sha256("\n".join(one.fingerprint for one in sources).encode()).hexdigest()
+    fingerprint = text_hash("\n".join(one.fingerprint for one in sources))
     return Joined(Concatenated([one.pairs for one in sources]), fingerprint)
 
 
@@ -215,7 +210,7 @@ def encode_file(
     if loaded is None:
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
-            with _lock(folder.with_suffix(".lock")):
+            with locked(folder.with_suffix(".lock")):
                 loaded, wrong = _load(folder, name, base)  # another process may have been faster
                 if loaded is None:
                     _write(folder, reader, encoder, name, on_bad_row)
@@ -251,7 +246,7 @@ def _cache_key(content: str, tokenizer: Any, settings: list[Any]) -> str:
 
     versions = [FORMAT_VERSION, transformers.__version__, tokenizers.__version__]
     parts = [content, versions, settings, tokenizer_content(tokenizer)]
-    return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()[:32]
+    return text_hash(json.dumps(parts, default=str))[:32]
 
 
 def tokenizer_content(tokenizer: Any) -> str:
@@ -264,17 +259,7 @@ def tokenizer_content(tokenizer: Any) -> str:
         model = sorted(tokenizer.get_vocab().items())
     ids = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, added_bos(tokenizer)]
     parts = [type(tokenizer).__name__, model, ids, tokenizer.chat_template, tokenizer.special_tokens_map]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
-
-
-@contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    lock = Lock(path)
-    lock.wait()
-    try:
-        yield
-    finally:
-        lock.release()
+    return text_hash(json.dumps(parts, sort_keys=True, default=str))
 
 
 def _load(folder: Path, name: str, base: str) -> tuple[tuple[Encoded, int] | None, str | None]:
@@ -310,16 +295,10 @@ def _load(folder: Path, name: str, base: str) -> tuple[tuple[Encoded, int] | Non
 
 def _write(folder: Path, reader: RowReader, encoder: Encoder, name: str, on_bad_row: OnBadRow) -> None:
     """Makes a cache folder in one step: it is built beside its place and renamed. The caller holds the lock."""
-    for left in folder.parent.glob(f"{folder.name}.*.tmp"):  # by a process that was killed
-        shutil.rmtree(left, ignore_errors=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=".tmp", dir=folder.parent))
-    try:
-        _build(temporary, reader, encoder, name, on_bad_row)
-        shutil.rmtree(folder, ignore_errors=True)  # a damaged one, or there is none
-        os.replace(temporary, folder)
-        storage.flush_folder(folder.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with storage.built_beside(folder, alone=True) as scratch:
+        _build(scratch, reader, encoder, name, on_bad_row)
+        storage.remove_ours(folder)  # a damaged one, or there is none
+        storage.put_in_place(scratch, folder)
 
 
 def _build(folder: Path, reader: RowReader, encoder: Encoder, name: str, on_bad_row: OnBadRow) -> None:
@@ -335,7 +314,7 @@ def _build(folder: Path, reader: RowReader, encoder: Encoder, name: str, on_bad_
         side: Counter() for side in ("prompt", "chosen", *(["rejected"] if reader.need_rejected else []))
     }
     seen = array("Q")
-    content = hashlib.sha256()
+    content = running_hash()
     items = iter(reader)
     schema = _schema(reader.extra)
 
@@ -374,7 +353,7 @@ def _build(folder: Path, reader: RowReader, encoder: Encoder, name: str, on_bad_
             )
             record = _record(pair, base)
             ids = repr([record[key] for key in ("prompt_key", "prompt_ids", "chosen_ids", "rejected_ids")])
-            seen.append(int.from_bytes(hashlib.sha256(ids.encode()).digest()[:8], "big"))
+            seen.append(text_number(ids))
             masks = [record["chosen_mask"], record["rejected_mask"], sorted(pair.columns.items())]
             content.update(f"{ids}{masks}".encode())
             pending.append(record)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -18,7 +17,7 @@ from prefopt.evaluate.texts import ORDERS, TextFigures, describe_texts
 from prefopt.evaluate.win_rate import Groups, Scores, WinRate, judge_scores, judged_win_rate
 from prefopt.ranking import safe_mean
 from prefopt.redaction import escaped, hidden, markdown_cell
-from prefopt.storage import finite
+from prefopt.storage import finite, write_by
 from prefopt.types import Prompt
 
 if TYPE_CHECKING:
@@ -230,10 +229,8 @@ def write_report(folder: Path | str, figures: Sequence[RoundFigures], title: str
 
 
 def _replace(path: Path, write: Callable[[Path], Any]) -> None:
-    scratch = path.with_name(f".{path.name}.tmp")  # the next attempt writes over what a kill leaves
     try:
-        write(scratch)
-        os.replace(scratch, path)
+        write_by(path, write)
     except OSError as error:
         raise RoundError(f"{path}: cannot write the report: {error.strerror}") from None
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-import shutil
 import sys
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 from prefopt import storage
@@ -38,32 +36,20 @@ def built(root: Path, key: str, build: Callable[[Path], None]) -> Path:
         return final
     try:
         root.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{key}.", dir=root))
+        stack = contextlib.ExitStack()
+        scratch = stack.enter_context(storage.built_beside(final))
     except OSError as error:
         raise TrainError(f"{root}: cannot write the cache: {error.strerror} (set PREFOPT_CACHE)") from None
-    try:
+    with stack:
         build(scratch)
         storage.seal(scratch)
         scratch.chmod(0o755)  # mkdtemp's folders are private
-        with _one_at_a_time(root / f".{key}.lock"):
+        with storage.locked(root / f".{key}.lock"):
             if storage.is_there(final):
                 wrong = storage.damage(final)
                 if wrong is None:  # another process was first: its folder holds the same bytes
                     return final
                 print(f"warning: {final}: {wrong}; it has been built again", file=sys.stderr)
                 storage.remove_ours(final)
-            scratch.rename(final)
-            storage.flush_folder(root)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+            storage.put_in_place(scratch, final)
     return final
-
-
-@contextmanager
-def _one_at_a_time(path: Path) -> Iterator[None]:
-    lock = storage.Lock(path)
-    lock.wait()
-    try:
-        yield
-    finally:
-        lock.release()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from prefopt.errors import TrainError
+from prefopt.storage import write_by
 from prefopt.testbed.bandit import Bandit
 from prefopt.testbed.self_play import SelfPlay
 from prefopt.testbed.words import WordWorld
@@ -201,9 +201,7 @@ def mean_and_interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _save(figure: Figure, path: Path | str) -> None:
-    scratch = Path(f"{path}.part")
     try:
-        figure.savefig(scratch, format="png")
-        os.replace(scratch, path)
+        write_by(Path(path), lambda scratch: figure.savefig(scratch, format="png"))
     except OSError as error:
         raise TrainError(f"{path}: cannot write the plot: {error.strerror}") from None

@@ -108,8 +108,7 @@ def _write_folder(final: Path, write: Write, checkpoints: Path, processes: Proce
     try:
         with together(processes):
             if first:
-                storage.remove_ours(temporary)
-                temporary.mkdir(parents=True)
+                storage.empty_folder(temporary)
         with together(processes):
             mine = write(temporary)
             entries = {} if first else {str(path.relative_to(temporary)): storage.flushed(path) for path in mine or ()}
@@ -118,8 +117,7 @@ def _write_folder(final: Path, write: Write, checkpoints: Path, processes: Proce
             if first:
                 storage.seal(temporary, others)
                 aside = storage.make_room(final)
-                temporary.rename(final)
-                storage.flush_folder(final.parent)
+                storage.put_in_place(temporary, final)
     except Exception as error:
         if first:
             storage.remove_ours(temporary)

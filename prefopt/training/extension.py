@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -143,7 +142,7 @@ def _put_aside(output: Path, config: RunConfig, step: int) -> None:
         checkpoint.export(output / "best" / checkpoint.name_of(best), write)
     for name in ("adapter", "model"):  # the model last: it is what tells that this is still to be done
         if (output / name).exists():
-            os.replace(output / name, output / f"{name}_{checkpoint.name_of(step)}")
+            storage.put_in_place(output / name, output / f"{name}_{checkpoint.name_of(step)}")
 
 
 def _seal(model: Path) -> str | None:

@@ -24,7 +24,7 @@ ENGINE = "prefopt.training."
 IN_A_CHECKPOINT = [
     (ENGINE + "checkpoint:save_optimizer", "before", 2),  # the model is written, the optimizer is not
     ("prefopt.storage:seal", "before", 2),  # all written, no manifest
-    ("prefopt.storage:sha256", "before", 9),
+    ("prefopt.storage.folders:sha256", "before", 9),
     ("prefopt.storage:seal", "after", 2),  # whole, but not yet renamed
 ]
 ANYWHERE = [
