@@ -6,12 +6,12 @@ completion has the same tokens in either place. A conversation is written out as
 
 from __future__ import annotations
 
-import hashlib
 from typing import Any
 
 from prefopt.data.encoder import CutPair, Encoder
 from prefopt.data.rows import Messages, RowProblem
 from prefopt.errors import DataError
+from prefopt.storage import text_hash
 from prefopt.types import EncodedPair, Needs, PairRow
 
 FIRST, SECOND = "\n\n[Response A]\n", "\n\n[Response B]\n"
@@ -70,7 +70,7 @@ class BothOrders(Encoder):
         return prompt, [prompt, *(side.strip() for side in sides)]
 
     def _finish(self, row: PairRow, prepared: Any, ids: list[list[int]]) -> CutPair:
-        key = hashlib.sha256(prepared.encode()).hexdigest()[:16]
+        key = text_hash(prepared)[:16]
         return self._join(row, key, self._with_bos(ids[0]), ids[1:])
 
     def _join(self, row: PairRow, key: str, prompt: list[int], sides: list[list[int]]) -> CutPair:

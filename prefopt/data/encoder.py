@@ -6,7 +6,6 @@ row must be is `structure`'s to say.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice, pairwise
@@ -18,6 +17,7 @@ from prefopt.data.rows import Messages
 from prefopt.data.structure import Structure
 from prefopt.data.templates import TOO_SLOW, Rendering
 from prefopt.errors import DataError
+from prefopt.storage import text_hash
 from prefopt.types import EncodedPair, PairRow
 
 Overlong = Literal["cut_prompt", "drop", "cut_completion"]
@@ -223,7 +223,7 @@ class Encoder:
         prompt = self._with_bos(prompt)
         completions, masks = [ids for _, ids, _ in encoded], [mask for _, _, mask in encoded]
         whole = [self._ends(ids, side) for ids, side in zip(completions, sides, strict=True)]
-        key = hashlib.sha256(sides[0].prompt.encode()).hexdigest()[:16]
+        key = text_hash(sides[0].prompt)[:16]
         notes = tuple(dict.fromkeys(note for side in sides for note in side.notes))
         if self.structure.unknown is not None and any(self.structure.unknown in ids for ids in (prompt, *completions)):
             notes = (*notes, "the tokenizer has no token for some of the text, and reads its unknown token there")
@@ -234,7 +234,7 @@ class Encoder:
         prompt, *completions = ids
         masks = [[True] * len(side) for side in completions]
         whole = [side[-1] in self.terminators for side in completions]
-        return self._cut(row, hashlib.sha256(str(prompt).encode()).hexdigest()[:16], prompt, completions, masks, whole)
+        return self._cut(row, text_hash(str(prompt))[:16], prompt, completions, masks, whole)
 
     def _cut(
         self,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from bisect import bisect_right
@@ -16,6 +15,7 @@ import torch
 from prefopt.data.mixture import Mixture
 from prefopt.data.pairs import ConvertedPairs, fed_tokens, padded_lengths
 from prefopt.errors import DataError
+from prefopt.storage import running_hash
 from prefopt.types import EncodedPair
 
 POOL = 50  # steps whose pairs are sorted together: more save little padding, and leave fewer ways to fall into batches
@@ -167,7 +167,7 @@ class FileBatches:
     @property
     def order_hash(self) -> str:
         """Of the first epoch; the later ones follow from the same seed."""
-        digest, (rows, edges) = hashlib.sha256(), self.plan(0)
+        digest, (rows, edges) = running_hash(), self.plan(0)
         for position, (begin, end) in enumerate(pairwise(edges.tolist())):
             digest.update((", " if position else "[").encode() + json.dumps(rows[begin:end].tolist()).encode())
         digest.update(b"]")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -11,6 +10,7 @@ import torch
 
 from prefopt.data.pairs import Concatenated, Subset
 from prefopt.errors import DataError
+from prefopt.storage import text_number
 from prefopt.types import EncodedPair
 
 
@@ -63,8 +63,7 @@ class Mixture:
         return out
 
     def _pass(self, source: int, turn: int, size: int) -> torch.Tensor:
-        digest = hashlib.sha256(f"{self.seed}:{source}:{turn}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+        generator = torch.Generator().manual_seed(text_number(f"{self.seed}:{source}:{turn}", 7))
         return torch.randperm(size, generator=generator, dtype=torch.int32)
 
 

@@ -5,7 +5,6 @@ A view knows its rows by their numbers and holds none of them, so a million pair
 
 from __future__ import annotations
 
-import hashlib
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
@@ -13,6 +12,7 @@ from typing import overload
 
 import numpy as np
 
+from prefopt.storage import text_hash
 from prefopt.types import EncodedPair
 
 BLOCK = 1 << 16  # rows whose facts are held at once
@@ -20,7 +20,7 @@ BLOCK = 1 << 16  # rows whose facts are held at once
 
 def _key(pair: EncodedPair) -> int:
     """Pairs that do not come from a file are keyed by the prompt's ids, or by the key that they have."""
-    key = pair.prompt_key or hashlib.sha256(str(pair.prompt_ids).encode()).hexdigest()[:16]
+    key = pair.prompt_key or text_hash(str(pair.prompt_ids))[:16]
     return int(key, 16)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from prefopt.data.encoding_report import EXAMPLES
 from prefopt.data.rows import Dialogues, RowReader, prompt_key
 from prefopt.data.templates import Rendering
 from prefopt.errors import DataError
+from prefopt.storage import text_hash
 from prefopt.types import PairRow, Prompt
 
 
@@ -104,7 +104,7 @@ def _prompt(
         return problem.at(row.where)
     key = prompt_key(row.prompt)
     if row.template_args:  # one question with two sets of tools is two prompts
-        key = hashlib.sha256(f"{key}{json.dumps(row.template_args, sort_keys=True)}".encode()).hexdigest()[:16]
+        key = text_hash(f"{key}{json.dumps(row.template_args, sort_keys=True)}")[:16]
     if row.chosen is None:
         return Prompt(row.prompt, tuple(ids), key, row.where)
     (encoded,) = encoder.rows([row])
@@ -123,7 +123,7 @@ def answer_text(completion: str | Messages) -> str:
 
 def hold_out(prompts: Sequence[Prompt], number: int) -> tuple[list[Prompt], list[Prompt]]:
     """(all others, `number` prompts to compare policies on), by the hash of the prompt, whatever else there is."""
-    order = sorted(prompts, key=lambda prompt: hashlib.sha256(prompt.key.encode()).digest())
+    order = sorted(prompts, key=lambda prompt: text_hash(prompt.key))
     held = {prompt.key for prompt in order[:number]}
     return [p for p in prompts if p.key not in held], [p for p in prompts if p.key in held]
 
@@ -145,5 +145,5 @@ def slices(
             + (f" beside {held_out:,} held out (rounds.eval_prompts)" if held_out else "")
             + "; a prompt is used once (lower rounds.prompts, rounds.count or rounds.eval_prompts, or name more data)"
         )
-    order = sorted(prompts, key=lambda prompt: hashlib.sha256(f"{seed}:{prompt.key}".encode()).digest())
+    order = sorted(prompts, key=lambda prompt: text_hash(f"{seed}:{prompt.key}"))
     return [order[i * each : (i + 1) * each] for i in range(rounds)]

@@ -5,8 +5,6 @@ Every complaint is one line, `file:line: 'key': what was found, what was expecte
 
 from __future__ import annotations
 
-import hashlib
-import json
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -30,6 +28,7 @@ from prefopt.data.sources import open_source
 from prefopt.data.unread import Unread
 from prefopt.errors import DataError, did_you_mean
 from prefopt.settings import RESERVED_ARGS
+from prefopt.storage import digest
 from prefopt.types import Column, PairRow
 
 __all__ = [
@@ -91,7 +90,7 @@ def read_rows(path: str | Path, *, on_bad_row: OnBadRow = "error", **settings: A
 
 def prompt_key(prompt: str | Messages) -> str:
     """16 hexadecimal digits, the same for the same prompt, whatever tokenizer or template reads it."""
-    return hashlib.sha256(json.dumps(prompt, sort_keys=True).encode()).hexdigest()[:16]
+    return digest(prompt)[:16]
 
 
 class RowReader:

@@ -7,7 +7,6 @@ places of its rows begin with.
 from __future__ import annotations
 
 import difflib
-import hashlib
 import io
 import os
 import re
@@ -21,6 +20,7 @@ from prefopt.data.bad_rows import short
 from prefopt.data.containers import COMPRESSED, MAX_ROW_BYTES, SUFFIXES, Container, container, error_line, rows_of
 from prefopt.data.content import file_hash
 from prefopt.errors import DataError, did_you_mean
+from prefopt.storage import running_hash, text_hash
 
 _SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
 _SPLITS |= dict.fromkeys(("validation", "valid", "val", "dev"), "validation")
@@ -50,7 +50,7 @@ class Files:
     def content(self, memory: Path | None = None) -> str:
         """A hash of what the files hold and how they are read; `memory` as in `file_hash`."""
         parts = [f"{file} {file.name.removeprefix(self.base)} {file_hash(file.path, memory)}" for file in self.files]
-        return hashlib.sha256("\n".join(parts).encode(errors="surrogateescape")).hexdigest()
+        return text_hash("\n".join(parts).encode(errors="surrogateescape"))
 
     def records(self) -> Iterator[tuple[str, object]]:
         for file in self.files:
@@ -73,7 +73,7 @@ class Table:
         files = [Path(file["filename"]) for file in self.table.cache_files]
         if files and self.table._indices is None:
             hashes = "\n".join(file_hash(file, memory) for file in files)
-            return hashlib.sha256(f"arrow {len(self.table)}\n{hashes}".encode()).hexdigest()
+            return text_hash(f"arrow {len(self.table)}\n{hashes}")
         import pyarrow
 
         digest = _Digest()
@@ -98,7 +98,7 @@ class _Digest(io.RawIOBase):
     """A file that keeps nothing but the hash of what is written to it."""
 
     def __init__(self) -> None:
-        self._digest = hashlib.sha256()
+        self._digest = running_hash()
 
     def writable(self) -> bool:
         return True

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from prefopt.data.pairs import Subset, blocks, facts
 from prefopt.errors import DataError
+from prefopt.storage import text_number
 from prefopt.types import EncodedPair
 
 VERSION = 2
@@ -55,7 +55,7 @@ def split_by_prompt(
         raise DataError(f"data.eval_fraction: found {fraction:g}, expected a number between 0 and 1")
 
     def place(key: int) -> float:
-        return int.from_bytes(hashlib.sha256(f"{seed}:{key:016x}".encode()).digest()[:8], "big") / 2**64
+        return text_number(f"{seed}:{key:016x}") / 2**64
 
     held_out = np.zeros(len(pairs), bool)
     lowest, highest = (2.0, 0), (-1.0, 0)  # (place, key)

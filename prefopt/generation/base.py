@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from prefopt.errors import RoundError
 from prefopt.settings import GenerateConfig
+from prefopt.storage import text_number
 from prefopt.types import Completion
 
 
@@ -102,5 +102,5 @@ def limits(prompts: Sequence[Sequence[int]], context: int | None, max_tokens: in
 
 def seeds_of(seed: int, round_: int | str, shard: int, prompts: int, n: int) -> list[int]:
     """The seed of each prompt of a shard, `n` apart: a function of (run, round, shard) and nothing else."""
-    base = int.from_bytes(hashlib.sha256(f"{seed}:{round_}:{shard}".encode()).digest()[:8], "big")
+    base = text_number(f"{seed}:{round_}:{shard}")
     return [base % (2**31 - prompts * n) + i * n for i in range(prompts)]

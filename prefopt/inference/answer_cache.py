@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
-import json
 import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +18,7 @@ from prefopt import storage
 from prefopt.errors import RoundError
 from prefopt.generation.base import Done, Engine, Sampling
 from prefopt.judges.base import Judge
-from prefopt.storage import Damaged, finite, read_sealed, write_sealed, write_whole
+from prefopt.storage import Damaged, digest, finite, read_sealed, write_sealed, write_whole
 from prefopt.types import Completion, Judgement, Question
 
 _RESPONSES = 64  # that a judge is given at a time: the most that a kill can cost
@@ -52,7 +50,7 @@ class AnswerCache:
 
     def path(self, content: Mapping[str, Any]) -> Path:
         """Where the file of this content is, or will be."""
-        name = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:40]
+        name = digest(content)[:40]
         return self.folder / name[:2] / f"{name}.json"
 
     def read(self, path: Path) -> Any:

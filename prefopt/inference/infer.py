@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import sys
@@ -22,6 +21,7 @@ from prefopt.inference.prompt_templates import read_templates
 from prefopt.redaction import hidden, printable
 from prefopt.settings import infer as settings
 from prefopt.settings.infer import InferConfig
+from prefopt.storage import text_hash
 from prefopt.testbed.cache import cache_root
 from prefopt.thoughts import Answer
 from prefopt.training import output_folder, signals, versions, weight_files
@@ -435,7 +435,7 @@ class _Run:
             "config": self.config.to_dict(),
             "model": self.policy.identity,
             "template_date": None if self.rendering.date is None else self.rendering.date.isoformat(),
-            "prompts": hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16],
+            "prompts": text_hash(json.dumps(asked))[:16],
             "judge": json.dumps(self._judge_identity(), sort_keys=True) if self.config.judged else None,
             "templates": self.templates.digest() if self.config.judged else None,
             "versions": versions.versions(),

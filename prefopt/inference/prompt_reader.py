@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -16,6 +15,7 @@ from prefopt.data.round_prompts import answer_text
 from prefopt.data.rows import BadRow, Messages, RowProblem, RowReader, open_source
 from prefopt.data.templates import Rendering
 from prefopt.errors import DataError, did_you_mean
+from prefopt.storage import text_hash
 from prefopt.thoughts import ThoughtFormat
 from prefopt.types import Prompt
 
@@ -120,7 +120,7 @@ class Reader:
         content = json.dumps([prompt, args] if args else prompt, sort_keys=True)
         again = self._seen[content]
         self._seen[content] += 1
-        key = hashlib.sha256((content + (f":{again}" if again else "")).encode()).hexdigest()[:16]
+        key = text_hash(content + (f":{again}" if again else ""))[:16]
         return Prompt(prompt, tuple(ids), key, where, answer)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from prefopt import placeholders, storage
 from prefopt.errors import ConfigError, did_you_mean
+from prefopt.storage import text_hash
 from prefopt.types import Response
 
 _FOLDER = Path(__file__).parent / "templates"
@@ -83,7 +83,7 @@ class Templates:
     def digest(self) -> str:
         """A hash of all of them."""
         parts = [(name, getattr(self, name)) for name in _MARKS]
-        return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+        return text_hash(repr(parts))[:16]
 
 
 def read_templates(folder: str | None = None) -> Templates:

@@ -8,7 +8,6 @@ by their interfaces, and no files.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +24,7 @@ from prefopt.generation.base import Engine, Sampling
 from prefopt.inference.prompt_templates import Templates, read_templates, short_value
 from prefopt.judges.base import Judge
 from prefopt.ranking import mean_win_probabilities
+from prefopt.storage import text_number
 from prefopt.thoughts import NO_MARKER, Answer, ThoughtFormat
 from prefopt.types import Completion, Judgement, Prompt, Question, Response
 
@@ -260,8 +260,7 @@ def optimize_all(
 
 def seed_of(seed: int, key: str, kind: str, step: int, n: int) -> int:
     """The first seed of a call; sample i draws with the i-th after it. Calls of one n share all of them or none."""
-    digest = hashlib.sha256(f"{seed}:{key}:{kind}:{step}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") % (_SEEDS // n) * n
+    return text_number(f"{seed}:{key}:{kind}:{step}") % (_SEEDS // n) * n
 
 
 class _State:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from prefopt.errors import ConfigError
 from prefopt.settings import JudgeConfig
+from prefopt.storage import text_hash
 
 if TYPE_CHECKING:
     import torch
@@ -123,7 +124,6 @@ def identity(settings: JudgeConfig) -> str:
 
     Raises: ConfigError when it cannot be read.
     """
-    import hashlib
 
     parts = [settings.kind, settings.path]
     if settings.kind == "function" and settings.path is not None:
@@ -136,7 +136,7 @@ def identity(settings: JudgeConfig) -> str:
         parts.append(fingerprint(settings.path, None))
     if settings.template is not None:
         parts.append(Path(settings.template).read_text())
-    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+    return text_hash(repr(parts))[:16]
 
 
 def make(

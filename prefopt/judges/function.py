@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ast
 import contextlib
-import hashlib
 import importlib
 import inspect
 import math
@@ -76,7 +75,7 @@ def source_of(path: str) -> str | None:
             files.setdefault(name, Path(file))
     if not files:
         return None
-    whole = hashlib.sha256(path.encode())
+    whole = storage.running_hash(path.encode())
     for name, found in sorted(files.items()):
         whole.update(f"{name} {storage.sha256(found)}\n".encode())
     return whole.hexdigest()[:16]

@@ -7,7 +7,6 @@ number (`[[7]]`). What a server has answered is kept on disk, so nothing is aske
 from __future__ import annotations
 
 import enum
-import hashlib
 import json
 import math
 import re
@@ -26,7 +25,7 @@ from prefopt.errors import ConfigError, RoundError
 from prefopt.generation.base import Sampling
 from prefopt.generation.server import Server, TimedOut, TooLong, UnreadableAnswer, check_server, read
 from prefopt.settings import JudgeConfig
-from prefopt.storage import Damaged, read_sealed, write_sealed
+from prefopt.storage import Damaged, read_sealed, text_hash, text_number, write_sealed
 from prefopt.testbed.cache import cache_root
 from prefopt.types import Judgement, Question
 
@@ -200,7 +199,7 @@ class LLMJudge:
 
     def describe(self) -> dict[str, Any]:
         """See `Judge`."""
-        digest = hashlib.sha256(self.template.encode()).hexdigest()[:16]
+        digest = text_hash(self.template)[:16]
         scale = {"scale": list(self.scale)} if self.mode == "score" else {}
         return {"kind": "llm", "mode": self.mode, "template": digest, **scale, **self.asked.describe()}
 
@@ -262,7 +261,7 @@ class Chat:
     def _answer(self, text: str) -> str | Lost:
         messages: Any = [{"role": "user", "content": text}]
         key = json.dumps([self.server.url, self.model, self.sampling, messages], sort_keys=True)
-        name = hashlib.sha256(key.encode()).hexdigest()
+        name = text_hash(key)
         file = self.cache / name[:2] / f"{name}.json"
         kept = _kept(file)
         if kept is not None:
@@ -330,9 +329,7 @@ class PolicyJudge:
         read = [self._read(text) for text in texts]
         prompts = [ids for ids in read if not isinstance(ids, Lost)]
         seeds = [
-            int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") % _SEEDS
-            for text, ids in zip(texts, read, strict=True)
-            if not isinstance(ids, Lost)
+            text_number(text, 4) % _SEEDS for text, ids in zip(texts, read, strict=True) if not isinstance(ids, Lost)
         ]
         said = iter(self.engine.generate(prompts, self.sampling, seeds) if prompts else [])
         return [ids if isinstance(ids, Lost) else next(said)[0].text for ids in read]

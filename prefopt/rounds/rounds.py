@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -443,7 +442,6 @@ class Rounds:
     def config_of(self, number: int) -> RunConfig:
         """The settings of a round's training."""
         config, folder = self.config, self.folder(number)
-        digest = hashlib.sha256(f"train:{config.seed}:{number}".encode()).digest()
         return dataclasses.replace(
             config,
             model=dataclasses.replace(config.model, path=str(self.model(number - 1))),
@@ -455,7 +453,7 @@ class Rounds:
             rounds=RoundsConfig(),
             generate=GenerateConfig(stop=config.generate.stop),
             judge=JudgeConfig(),
-            seed=int.from_bytes(digest[:4], "big") % 2**31,
+            seed=storage.text_number(f"train:{config.seed}:{number}", 4) % 2**31,
             output=str(folder / "train"),
         )
 

@@ -9,7 +9,6 @@ Knows nothing of models, prompts or judges.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -268,7 +267,7 @@ def _writing(path: Path) -> Iterator[None]:
 
 def sha256_of(lines: Iterable[str]) -> str:
     """SHA-256 of what `write_whole` makes of these texts."""
-    whole = hashlib.sha256()
+    whole = storage.running_hash()
     for line in lines:
         whole.update(line.encode("utf-8", "replace"))
     return whole.hexdigest()

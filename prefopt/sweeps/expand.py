@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import itertools
 import json
 import math
@@ -16,6 +15,7 @@ from typing import Any
 from prefopt import settings as config
 from prefopt.errors import ConfigError
 from prefopt.settings import FREE_TO_CHANGE, RunConfig
+from prefopt.storage import text_hash
 from prefopt.sweeps.manifest import SweepRun
 from prefopt.sweeps.sweep_file import Settings, SweepFile
 
@@ -167,4 +167,4 @@ def _digest(parsed: RunConfig, before: Sequence[SweepRun]) -> str:
     }
     if before:
         told["model.path"] = f"run {before[0].id}"
-    return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:10]
+    return text_hash(json.dumps(told, sort_keys=True, default=str))[:10]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import json
 import math
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from prefopt.errors import ConfigError, did_you_mean
-from prefopt.storage import Damaged, read_sealed, write_sealed
+from prefopt.storage import Damaged, read_sealed, text_hash, write_sealed
 from prefopt.sweeps import expand, progress
 from prefopt.sweeps.manifest import Ledger, SweepRun
 from prefopt.sweeps.sweep_file import Search, Settings, Space, SweepFile
@@ -77,7 +76,7 @@ class Searched:
     def _key(self, combination: Settings) -> str:
         """Of a study, which another space or another goal makes another one."""
         about = [combination, {key: (s.kind, s.values) for key, s in self.file.random.items()}, self._goal.metric]
-        return hashlib.sha256(json.dumps(about, default=str).encode()).hexdigest()[:16]
+        return text_hash(json.dumps(about, default=str))[:16]
 
     @property
     def _goal(self) -> Search:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shlex
 import signal
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from prefopt.errors import ConfigError, TrainError
+from prefopt.storage import text_hash
 from prefopt.sweeps import manifest
 from prefopt.sweeps.local import environment, train_command
 from prefopt.sweeps.manifest import Ledger, SweepRun
@@ -123,7 +123,7 @@ class Slurm:
         job_of = {run_id: job.id for run_id, job in queue.items()}
         for number, (after, group) in enumerate(sorted(groups.items(), key=lambda item: bool(item[0])), 1):
             text = "".join(run.id + "\n" for run in group)
-            digest = hashlib.sha256(text.encode()).hexdigest()[:12]
+            digest = text_hash(text)[:12]
             path = folder / "jobs" / f"{digest}.jsonl"
             throttle = f"%{self.slots}" if self.slots else ""
             words = [

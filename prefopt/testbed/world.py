@@ -9,7 +9,6 @@ from __future__ import annotations
 import abc
 import contextlib
 import functools
-import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -21,6 +20,7 @@ import transformers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from prefopt.errors import ConfigError
+from prefopt.storage import running_hash, text_hash
 from prefopt.testbed.cache import built, cache_root
 from prefopt.types import Prompt
 
@@ -109,7 +109,7 @@ class World(abc.ABC):
         versions = {"recipe": self.recipe, "torch": torch.__version__, "transformers": transformers.__version__}
         world = {"world": self.name, "vocabulary": self.vocabulary, **asdict(self.settings)}
         content = json.dumps(world | versions, sort_keys=True)
-        key = f"{self.name}-{hashlib.sha256(content.encode()).hexdigest()[:16]}"
+        key = f"{self.name}-{text_hash(content)[:16]}"
         return built(self.cache_dir, key, self._train_base)
 
     @abc.abstractmethod
@@ -154,7 +154,7 @@ class World(abc.ABC):
     @functools.cached_property
     def fingerprint(self) -> str:
         """A hash of what pairs depend on: the settings and the base policy's very weights."""
-        digest = hashlib.sha256(json.dumps(asdict(self.settings), sort_keys=True).encode())
+        digest = running_hash(json.dumps(asdict(self.settings), sort_keys=True).encode())
         digest.update((self.base_model_path / "model.safetensors").read_bytes())
         return digest.hexdigest()[:32]
 
@@ -174,7 +174,7 @@ class World(abc.ABC):
             Prompt(
                 prompt=text,
                 ids=self._asked(text, render),
-                key=hashlib.sha256(f"{self.name}:{seed}:{i}".encode()).hexdigest()[:16],
+                key=text_hash(f"{self.name}:{seed}:{i}")[:16],
                 where=f"{self.name}-{seed}:{i + 1}",
             )
             for i, text in enumerate(self._texts(n, seed))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ def fingerprint(path: str, config: Any) -> str:
     folder = Path(path)
     if not folder.is_dir():
         return str(getattr(config, "_commit_hash", None) or path)
-    digest = hashlib.sha256()
+    digest = storage.running_hash()
     for name in _model_files(folder):
         digest.update(name.encode())
         digest.update(bytes.fromhex(storage.sha256(folder / name)))
@@ -51,4 +50,4 @@ def generation_config_hash(path: str) -> str | None:
     Raises: Unreadable.
     """
     content = storage.read_bytes(Path(path) / "generation_config.json")
-    return None if content is None else hashlib.sha256(content).hexdigest()[:16]
+    return None if content is None else storage.text_hash(content)[:16]

@@ -11,7 +11,6 @@ large to be read at every start.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import shutil
 import time
@@ -109,10 +108,8 @@ def _stored(config: RunConfig) -> str:
 
 def sequence_key(prompt: Sequence[int], completion: Sequence[int], mask: Sequence[bool]) -> bytes:
     """16 bytes that name a sequence by its tokens and by which of them are scored."""
-    digest = hashlib.blake2b(array("i", (len(prompt), len(completion))).tobytes(), digest_size=16)
-    for part in (array("i", prompt), array("i", completion), bytearray(mask)):
-        digest.update(part)
-    return digest.digest()
+    lengths = array("i", (len(prompt), len(completion)))
+    return storage.sequence_hash([lengths, array("i", prompt), array("i", completion), bytearray(mask)])
 
 
 def _sequences(pair: EncodedPair, need_rejected: bool) -> list[tuple[bytes, int]]:
@@ -125,12 +122,12 @@ def _sequences(pair: EncodedPair, need_rejected: bool) -> list[tuple[bytes, int]
 
 def _tokens(source: Source, need_rejected: bool, cache_dir: Path) -> dict[str, Any]:
     """A hash of the tokens and masks of a source, and how many they are; remembered by the source's fingerprint."""
-    name = hashlib.sha256(f"{FORMAT} {source.fingerprint} {need_rejected}".encode()).hexdigest()[:32]
+    name = storage.text_hash(f"{FORMAT} {source.fingerprint} {need_rejected}")[:32]
     memo = cache_dir / "tokens" / f"{name}.json"
     with contextlib.suppress(Damaged, Unreadable, KeyError):  # to hash them again costs time alone
         known = storage.read_sealed(memo) or {}
         return {"sha256": known["content"], "pairs": known["pairs"], "scored": known["scored"]}
-    digest, scored = hashlib.sha256(), 0
+    digest, scored = storage.running_hash(), 0
     for pair in source.pairs:
         for key, count in _sequences(pair, need_rejected):
             digest.update(key)
@@ -186,7 +183,7 @@ class _Pass:
         runtime = self.runtime
         tokens = runtime.on_main(lambda: _tokens(source, self.need_rejected, cache_dir))
         whole = self.identity | {"tokens": tokens["sha256"]}
-        name = hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:32]
+        name = storage.digest(whole)[:32]
         folder = cache_dir / name
         found = runtime.on_main(lambda: storage.is_there(folder / _MANIFEST))
         if not found:

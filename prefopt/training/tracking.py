@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import html
 import json
 import re
@@ -17,6 +16,7 @@ from typing import Any
 from prefopt.figures import readable
 from prefopt.redaction import escaped, hidden, names_a_secret, printable
 from prefopt.settings import RunConfig
+from prefopt.storage import text_hash
 from prefopt.training.launcher import print_rank_0
 from prefopt.training.runtime import Runtime
 
@@ -42,7 +42,7 @@ class Trackers:
         if not track.to:
             return
         path = str(self.output.resolve())
-        run_id = hashlib.sha256(path.encode()).hexdigest()[:16]  # the same when the run is continued, no other run's
+        run_id = text_hash(path)[:16]  # the same when the run is continued, no other run's
         in_round = self.output.parent.name.startswith("round_")
         name = f"{self.output.parent.parent.name}-{self.output.parent.name}" if in_round else self.output.name
         settings = self._hidden(json.loads(json.dumps(self.config.to_dict(), default=str)))
