@@ -742,7 +742,7 @@ def _kept_reference(
 
 def _beta(config: RunConfig) -> float:
     """The beta whose optimum a testbed run is measured against: the method's own, or the world's usual one."""
-    return float(getattr(config.method, "beta", settings.TESTBED_DEPARTURES["method"]["beta"]))
+    return float(getattr(config.method, "beta", settings.TESTBED_DEFAULTS["method"]["beta"]))
 
 
 def _report_figures(

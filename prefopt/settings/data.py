@@ -9,9 +9,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from prefopt import registry
-from prefopt import settings as config
 from prefopt.errors import ConfigError
-from prefopt.settings import ModelConfig
+from prefopt.settings.groups import ModelConfig, check_template_settings
+from prefopt.settings.help import Option, help_page, options_of
+from prefopt.settings.nested import nest
+from prefopt.settings.reader import build, split_flags, unknown_keys, unknown_setting
+from prefopt.settings.schema import sources as split_sources
+from prefopt.settings.schema import type_hints
+from prefopt.settings.train import normalized
 
 
 @dataclass(frozen=True)
@@ -70,16 +75,16 @@ def parse_look(argv: Sequence[str]) -> LookConfig:
     named = []
     while words and not words[0].startswith("--"):
         named.append(words.pop(0))
-    flags = config._split(words)
+    flags = split_flags(words)
     if "method.name" in flags:
         flags["method"] = flags.pop("method.name")
-    layer = config._nest(flags)
+    layer = nest(flags)
     known = _known_keys()
-    for key in config._unknown(layer, known, ""):
-        raise config._refuse_key(key, known, "")
-    found: LookConfig = config._build(LookConfig, layer, "", {})
-    sources = tuple(name for text in named for name in config.sources(text))
-    found = dataclasses.replace(found, sources=sources, model=config._normal(found.model, "path"))
+    for key in unknown_keys(layer, known, ""):
+        raise unknown_setting(key, known, "")
+    found: LookConfig = build(LookConfig, layer, "", {})
+    sources = tuple(name for text in named for name in split_sources(text))
+    found = dataclasses.replace(found, sources=sources, model=normalized(found.model, "path"))
     if not named:
         raise ConfigError(
             "no data is named, expected a file, folder or hub id: prefopt data pairs.jsonl --model.path DIR"
@@ -91,7 +96,7 @@ def parse_look(argv: Sequence[str]) -> LookConfig:
         raise ConfigError(f"the tokenizer is {both}, expected one of --model.path DIR and --tokenizer DIR")
     if found.rows < 0:
         raise ConfigError(f"--rows: found {found.rows}, expected a number >= 0")
-    config.check_template_settings(found.data, "data.")
+    check_template_settings(found.data, "data.")
     if found.data.max_length < 2:
         raise ConfigError(f"--data.max_length: found {found.data.max_length}, expected at least 2")
     if found.html is not None:
@@ -106,9 +111,9 @@ def parse_look(argv: Sequence[str]) -> LookConfig:
 
 def _known_keys() -> list[str]:
     keys = ["help"]
-    for name, hint in config._hints(LookConfig).items():
+    for name, hint in type_hints(LookConfig).items():
         group = dataclasses.is_dataclass(hint)
-        keys += [f"{name}.{leaf}" for leaf in config._hints(hint)] if group else [name]
+        keys += [f"{name}.{leaf}" for leaf in type_hints(hint)] if group else [name]
     return [key for key in keys if key not in (*_UNREAD, *_NOT_FLAGS)]
 
 
@@ -123,10 +128,10 @@ def look_help() -> str:
     ]
     hidden = {f"--{key}" for key in (*_UNREAD, *_NOT_FLAGS)}
 
-    def rows(cls: Any, prefix: str) -> list[config._HelpRow]:
-        return [row for row in config._help_rows(cls, prefix) if row[0] not in hidden]
+    def rows(cls: Any, prefix: str) -> list[Option]:
+        return [row for row in options_of(cls, prefix) if row[0] not in hidden]
 
-    groups: list[tuple[str, str, list[config._HelpRow]]] = [("look", "", rows(LookConfig, ""))]
+    groups: list[tuple[str, str, list[Option]]] = [("look", "", rows(LookConfig, ""))]
     groups.append(("data", (ReadConfig.__doc__ or "").strip(), rows(ReadConfig, "data.")))
     groups.append(("model", "Whose tokenizer it is.", rows(ModelConfig, "model.")))
-    return config._help_page(head, groups)
+    return help_page(head, groups)

@@ -11,9 +11,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 from prefopt import registry
-from prefopt import settings as config
 from prefopt.errors import ConfigError
-from prefopt.settings import GenerateConfig, JudgeConfig, ModelConfig, TestbedConfig
+from prefopt.settings import identity
+from prefopt.settings.groups import ModelConfig, TestbedConfig, check_template_settings
+from prefopt.settings.help import Option, help_page, options_of
+from prefopt.settings.nested import flatten, lookup, merge, nest
+from prefopt.settings.reader import build, origin, read_config_file, split_flags, unknown_keys, unknown_setting
+from prefopt.settings.round_rules import check_sampling
+from prefopt.settings.sampling_groups import GenerateConfig, JudgeConfig
+from prefopt.settings.schema import as_plain, type_hints
+from prefopt.settings.train import normalized
 
 
 @dataclass(frozen=True)
@@ -82,7 +89,7 @@ class InferConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """As nested plain values: what a YAML file that gives this very run would hold."""
-        plain = {f.name: config._plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
+        plain = {f.name: as_plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
         for key in ("generate.n", *_UNREAD):
             group, _, leaf = key.partition(".")
             del plain[group][leaf]
@@ -90,7 +97,7 @@ class InferConfig:
 
 
 # What answers on the testbed depart in: a response is three words and a terminator.
-TESTBED_DEPARTURES: dict[str, Any] = {"limit": 64, "generate": {"max_tokens": 4, "batch": 512}}
+TESTBED_DEFAULTS: dict[str, Any] = {"limit": 64, "generate": {"max_tokens": 4, "batch": 512}}
 # Settings of a run's groups that nothing reads here.
 _UNREAD = (
     "generate.logprobs",
@@ -115,42 +122,42 @@ def parse_infer(argv: Sequence[str]) -> InferConfig:
 
     Raises: ConfigError, one line that names the key, what was found, what was expected and the nearest mend.
     """
-    flags = config._split(argv)
+    flags = split_flags(argv)
     if "method.name" in flags:
         registry.get(str(flags["method.name"]))  # says of a strategy that it is one
         raise ConfigError("--method: nothing is trained here; name the trained model (--model DIR)")
     file = flags.pop("config", None)
     if file is True:
         raise ConfigError("--config: found no value, expected a YAML file")
-    layers = [(str(file), config._read_yaml(Path(str(file))))] if file is not None else []
+    layers = [(str(file), read_config_file(Path(str(file))))] if file is not None else []
     if "model" in flags and any(key.startswith("model.") for key in flags):
         flags["model.path"] = flags.pop("model")
-    layers.append(("", config._nest(flags)))
+    layers.append(("", nest(flags)))
     merged: dict[str, Any] = {}
     for where, layer in layers:
         if isinstance(layer.get("model"), (str, bool)):  # --model DIR; without a value it is refused as model.path is
             layer["model"] = {"path": layer["model"]}
         _check_keys(layer, where)
-        merged = config._merge(merged, layer)
-    if config._at(merged, "model.path") is None or config._at(merged, "judge.kind") == "world":
-        merged = config._merge(TESTBED_DEPARTURES, merged)
-    sources = {key: where for where, layer in layers for key in config._leaves(layer)}
-    return _completed(config._build(InferConfig, merged, "", sources), "strategy" in merged)
+        merged = merge(merged, layer)
+    if lookup(merged, "model.path") is None or lookup(merged, "judge.kind") == "world":
+        merged = merge(TESTBED_DEFAULTS, merged)
+    sources = {key: where for where, layer in layers for key in flatten(layer)}
+    return _completed(build(InferConfig, merged, "", sources), "strategy" in merged)
 
 
 def _check_keys(layer: Mapping[str, Any], where: str) -> None:
     known = [key for key in _known_keys() if not (where and key in ("config", "help"))]
-    for key in config._unknown(layer, known, where):
+    for key in unknown_keys(layer, known, where):
         if key == "generate.n":
-            raise ConfigError(f"{config._source(where, key)}: here the number of samples is called n (--n 5)")
-        raise config._refuse_key(key, known, where)
+            raise ConfigError(f"{origin(where, key)}: here the number of samples is called n (--n 5)")
+        raise unknown_setting(key, known, where)
 
 
 def _known_keys() -> list[str]:
     keys = ["config", "help"]
-    for name, hint in config._hints(InferConfig).items():
+    for name, hint in type_hints(InferConfig).items():
         group = dataclasses.is_dataclass(hint)
-        keys += [f"{name}.{leaf}" for leaf in config._hints(hint)] if group else [name]
+        keys += [f"{name}.{leaf}" for leaf in type_hints(hint)] if group else [name]
     return [key for key in keys if key not in ("generate.n", *_UNREAD)]
 
 
@@ -159,7 +166,7 @@ def _completed(found: InferConfig, named: bool) -> InferConfig:
 
     def need(holds: bool, key: str, expected: str) -> None:
         if not holds:
-            raise ConfigError(f"{key}: found {config._at(found.to_dict(), key)!r}, expected {expected}")
+            raise ConfigError(f"{key}: found {lookup(found.to_dict(), key)!r}, expected {expected}")
 
     registry.check_strategy(found.strategy)
     usual = registry.strategies()[found.strategy]
@@ -184,9 +191,9 @@ def _completed(found: InferConfig, named: bool) -> InferConfig:
     need(found.retries >= 0, "retries", "a number >= 0")
     need(found.quoted_tokens >= 1, "quoted_tokens", "a number >= 1")
     for key in ("seed", "testbed.seed"):
-        need(0 <= config._at(found.to_dict(), key) < 2**31, key, "a whole number from 0 to 2147483647")
-    config.check_template_settings(found, "")
-    config._validate_sampling({**found.to_dict(), "generate": config._plain(found.generate)})
+        need(0 <= lookup(found.to_dict(), key) < 2**31, key, "a whole number from 0 to 2147483647")
+    check_template_settings(found, "")
+    check_sampling({**found.to_dict(), "generate": as_plain(found.generate)})
     if found.prompts is not None and found.prompt is not None:
         raise ConfigError("--prompt: given beside --prompts; name one of them")
     need(found.prompt is None or bool(found.prompt.strip()), "prompt", "a text")
@@ -204,7 +211,7 @@ def _completed(found: InferConfig, named: bool) -> InferConfig:
     if found.typed and found.output:
         raise ConfigError("--output: given without prompts to write of (--prompts FILE, or --prompt TEXT)")
     found = dataclasses.replace(
-        found, judge=_named_judge(found, one), model=config._normal(found.model, "path"), **_local(found)
+        found, judge=_named_judge(found, one), model=normalized(found.model, "path"), **_local(found)
     )
     _refuse_unread(found, bool(usual.depth))
     if found.output.endswith(".jsonl") and found.judged:
@@ -253,7 +260,7 @@ def _local(found: InferConfig) -> dict[str, Any]:
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """`key: old -> new` for each setting in which two runs differ and that may not change in a run."""
-    lines = config.differences(old, new)
+    lines = identity.differences(old, new)
     return [line for line in lines if line.partition(":")[0] not in FREE_TO_CHANGE]
 
 
@@ -268,7 +275,7 @@ def _default_folder(found: InferConfig) -> str:
 def infer_help() -> str:
     """The grouped `--help` of the command."""
     general = [(flag, kind, "", text) for flag, (kind, text) in _ABOUT.items()]
-    general += config._help_rows(InferConfig, "")
+    general += options_of(InferConfig, "")
     head = [
         "usage: infer.py [--model DIR] [--prompts FILE | --prompt TEXT] [--strategy NAME] [--GROUP.SETTING VALUE ...]",
         "",
@@ -276,13 +283,13 @@ def infer_help() -> str:
         *(f"  {name:<42} {strategy.about}" for name, strategy in registry.strategies().items()),
         "",
     ]
-    groups: list[tuple[str, str, list[config._HelpRow]]] = [("run", "", general)]
-    for name, hint in config._hints(InferConfig).items():
+    groups: list[tuple[str, str, list[Option]]] = [("run", "", general)]
+    for name, hint in type_hints(InferConfig).items():
         if dataclasses.is_dataclass(hint):
             about = _GROUPS.get(name) or (hint.__doc__ or "").strip()
-            rows = [row for row in config._help_rows(hint, f"{name}.") if row[0] not in _HIDDEN]
+            rows = [row for row in options_of(hint, f"{name}.") if row[0] not in _HIDDEN]
             groups.append((name, about, rows))
-    return config._help_page(head, groups)
+    return help_page(head, groups)
 
 
 _HIDDEN = ("--model.path", "--generate.n", *(f"--{key}" for key in _UNREAD))

@@ -8,9 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prefopt import settings as config
 from prefopt.errors import ConfigError
-from prefopt.settings import RunConfig
+from prefopt.settings.help import help_page, options_of
+from prefopt.settings.nested import flatten
+from prefopt.settings.reader import build, read_config_file, split_flags, unknown_setting
+from prefopt.settings.schema import RunConfig
+from prefopt.settings.train import parse
 
 
 @dataclass(frozen=True)
@@ -45,9 +48,9 @@ def parse_plan(argv: Sequence[str]) -> tuple[PlanConfig, RunConfig]:
     Raises: ConfigError, one line that names the key, what was found, what was expected and the nearest mend.
     """
     names = {field.name for field in dataclasses.fields(PlanConfig)}
-    flags = config._split(argv)
+    flags = split_flags(argv)
     own = {name: flags.pop(name) for name in list(flags) if name in names}
-    plan: PlanConfig = config._build(PlanConfig, own, "", {})
+    plan: PlanConfig = build(PlanConfig, own, "", {})
     for name in ("gpus", "gpus_per_node", "prompt_tokens", "response_tokens", "pairs"):
         value = getattr(plan, name)
         if value is not None and value < 1:
@@ -60,17 +63,17 @@ def parse_plan(argv: Sequence[str]) -> tuple[PlanConfig, RunConfig]:
         raise ConfigError(f"--tflops: found {shown}, expected the lowest and the highest, e.g. 200,450")
     for name in flags:
         if "." not in name and name not in ("config", "seed", "output", "dry_run", "help"):
-            raise config._refuse_key(name, [*names, "config", "method"], "")
+            raise unknown_setting(name, [*names, "config", "method"], "")
     file: dict[str, Any] = {}
     if isinstance(flags.get("config"), str):
-        file = config._leaves(config._read_yaml(Path(flags["config"])))
+        file = flatten(read_config_file(Path(flags["config"])))
     if "model.path" not in flags and file.get("model.path") is None:
         raise ConfigError("--model.path: not given, expected the model that is to be trained (its config is enough)")
     if "data.train" not in flags and file.get("data.train") is None:
         flags["data.train"] = NO_DATA
     words = [part for key, value in flags.items() for part in ((f"--{key}",) if value is True else (f"--{key}", value))]
     words = ["--method" if word == "--method.name" else word for word in words]
-    run = config.parse(words)
+    run = parse(words)
     for name in ("prompt_tokens", "response_tokens"):
         value = getattr(plan, name)
         if value is not None and value >= run.data.max_length:
@@ -94,5 +97,5 @@ def plan_help() -> str:
         "train.py takes (train.py --help lists them) and the model's config alone: no weights, no data, no GPU.",
         "",
     ]
-    rows = config._help_rows(PlanConfig, "")
-    return config._help_page(head, [("plan", (PlanConfig.__doc__ or "").strip(), rows)])
+    rows = options_of(PlanConfig, "")
+    return help_page(head, [("plan", (PlanConfig.__doc__ or "").strip(), rows)])

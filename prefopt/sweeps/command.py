@@ -16,9 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from prefopt import settings as config
 from prefopt.errors import ConfigError, did_you_mean
 from prefopt.redaction import printable
+from prefopt.settings.help import help_page, options_of
+from prefopt.settings.reader import build, split_flags
+from prefopt.settings.schema import type_hints
 from prefopt.storage import owner_of
 from prefopt.sweeps import expand, manifest, results, search, slurm, sweep_file
 from prefopt.sweeps.local import Local, describe, machine, slots_of
@@ -67,7 +69,7 @@ def sweep(argv: Sequence[str]) -> int:
     """Do what the command line says. Returns the exit status. Raises: PrefoptError."""
     if not argv or "--help" in argv or "-h" in argv:
         with contextlib.suppress(BrokenPipeError):
-            print(config._help_page([USAGE], [("options", "", config._help_rows(Options, ""))]))
+            print(help_page([USAGE], [("options", "", options_of(Options, ""))]))
         return 0 if argv else 2
     places = list(itertools.takewhile(lambda word: not word.startswith("--"), argv))
     action = places.pop(0) if places and places[0] in _ACTIONS else "start"
@@ -97,15 +99,15 @@ def _options(argv: Sequence[str], action: str) -> Options:
     for index in range(len(words) - 2, -1, -1):
         if words[index] in ("--sbatch", "--start_with"):  # whose values are flags themselves
             words[index : index + 2] = [f"{words[index]}={words[index + 1]}"]
-    flags = config._split(words)
-    hints = config._hints(Options)
+    flags = split_flags(words)
+    hints = type_hints(Options)
     for key in flags:
         if key not in hints:
             raise ConfigError(f"--{key}: unknown option of sweep{did_you_mean(key, hints) or '; --help lists them'}")
         allowed = ("watch",) if action == "status" else () if action != "start" else {*hints} - {"watch"}
         if key not in allowed:
             raise ConfigError(f"--{key}: not read by '{action}'; leave it out")
-    options: Options = config._build(Options, flags, "", {})
+    options: Options = build(Options, flags, "", {})
     for key in ("slots", "gpus_per_run", "watch"):
         value = getattr(options, key)
         if value is not None and value <= 0:

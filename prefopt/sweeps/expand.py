@@ -15,6 +15,8 @@ from typing import Any
 from prefopt import settings as config
 from prefopt.errors import ConfigError
 from prefopt.settings import FREE_TO_CHANGE, RunConfig
+from prefopt.settings.nested import flatten
+from prefopt.settings.schema import as_plain
 from prefopt.storage import text_hash
 from prefopt.sweeps.manifest import SweepRun
 from prefopt.sweeps.sweep_file import Settings, SweepFile
@@ -155,13 +157,13 @@ def _digest(parsed: RunConfig, before: Sequence[SweepRun]) -> str:
 
     A model that another run of the sweep makes counts as that run, not as the folder where it lies.
     """
-    leaves = config._leaves(parsed.to_dict())
+    values = flatten(parsed.to_dict())
     plain = RunConfig(method=parsed.method, method_name=parsed.method_name).to_dict()
-    usual = config._leaves({key: value for key, value in plain.items() if key != "method"})
-    usual |= {f"method.{f.name}": config._plain(f.default) for f in dataclasses.fields(parsed.method)}
+    usual = flatten({key: value for key, value in plain.items() if key != "method"})
+    usual |= {f"method.{f.name}": as_plain(f.default) for f in dataclasses.fields(parsed.method)}
     told = {
         key: value
-        for key, value in leaves.items()
+        for key, value in values.items()
         if not (key in usual and usual[key] == value)
         and not any(key == free or key.startswith(f"{free}.") for free in FREE_TO_CHANGE)
     }

@@ -6,7 +6,8 @@ import pytest
 
 from prefopt.errors import ConfigError
 from prefopt.registry import get, names
-from prefopt.settings import _known_keys, other_names, parse
+from prefopt.settings import other_names, parse
+from prefopt.settings.reader import known_keys
 
 REAL = ["--method", "dpo", "--model.path", "m", "--data.train", "d.jsonl"]
 
@@ -18,7 +19,7 @@ def refused(*argv):
 
 
 def test_table_when_walked_then_names_settings_that_exist_and_values_that_are_taken():
-    known = {key for name in names() for key in _known_keys(get(name))} | {"prompts", "model"}
+    known = {key for name in names() for key in known_keys(get(name))} | {"prompts", "model"}
     for ours in other_names._TABLE:
         key, _, value = ours.partition(" ")
         assert key in known, ours
@@ -29,7 +30,7 @@ def test_table_when_walked_then_names_settings_that_exist_and_values_that_are_ta
 
 @pytest.mark.parametrize("name", sorted(other_names._KEYS) + sorted(other_names._TOLD))
 def test_every_name_of_another_framework_is_answered(name):
-    known = {key for method in names() for key in _known_keys(get(method))} | {"prompts", "model"}
+    known = {key for method in names() for key in known_keys(get(method))} | {"prompts", "model"}
     grouped = [] if "." in name else [f"training_arguments.{name}"]
     for spelt in (name, name.replace("_", "-"), name.upper(), *grouped):
         assert re.match(r"; \w", other_names.ours(spelt, known) or ""), spelt

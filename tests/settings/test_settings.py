@@ -12,6 +12,7 @@ import yaml
 from prefopt import registry, settings
 from prefopt.errors import ConfigError
 from prefopt.settings import from_dict, help_text, parse, sources
+from prefopt.settings.nested import flatten
 
 REAL = ["--method", "dpo", "--model.path", "m", "--data.train", "d.jsonl"]
 NAMES = ", ".join(registry.names())
@@ -52,7 +53,7 @@ def test_settings_when_nothing_else_is_given_then_are_the_dataclass_defaults():
 def test_testbed_when_no_model_and_no_data_are_named_then_its_departures_stand_below_yaml_and_flags(write):
     config = parse(["--method", "dpo"])
     assert config.on_testbed
-    departures = settings.TESTBED_DEPARTURES
+    departures = settings.TESTBED_DEFAULTS
     assert {
         group: departures[group].items() <= config.to_dict()[group].items() for group in departures
     } == dict.fromkeys(departures, True)
@@ -304,7 +305,7 @@ def test_help_names_every_setting_and_is_short(method):
     text = help_text(["--method", method, "--help", "all"])
     words = {word for line in text.splitlines() for word in line.split()[:1] if word.startswith("--")}
     flags = {word.removesuffix(".KEY") for word in words}  # a mapping takes any key of one's own
-    known = set(settings._leaves(parse(["--method", method]).to_dict())) - {"method.name"}
+    known = set(flatten(parse(["--method", method]).to_dict())) - {"method.name"}
     assert {f"--{key}" for key in known} | {"--method", "--config"} >= flags
     assert {f"--{key}" for key in known} <= flags
 

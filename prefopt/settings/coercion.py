@@ -1,0 +1,118 @@
+"""A value from a flag or from YAML as the type that its setting declares."""
+
+from __future__ import annotations
+
+import re
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import yaml
+
+from prefopt import redaction
+from prefopt.errors import ConfigError, did_you_mean
+from prefopt.settings.yaml_files import parse_yaml
+
+
+def coerce(value: Any, hint: Any, where: str) -> Any:
+    """`value` as the type `hint`, or a ConfigError that begins with `where`. Text is read as a flag's value is."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if isinstance(value, str):
+        redaction.learn_from(where, value)
+
+    def refuse(expected: str) -> ConfigError:
+        return ConfigError(f"{where}: found {value!r}, expected {expected}")
+
+    if hint is Any:
+        try:
+            return parse_yaml(value) if isinstance(value, str) else value
+        except yaml.YAMLError:
+            raise refuse("a number, a word or a list such as [0.9, 0.95]") from None
+    if origin in (types.UnionType, typing.Union):
+        if value is None or (isinstance(value, str) and value.lower() in ("none", "null")):
+            if type(None) in args:
+                return None
+            raise refuse(type_name(hint))
+        inner = [a for a in args if a is not type(None)]
+        for option in inner:
+            try:
+                return coerce(value, option, where)
+            except ConfigError:
+                if option is inner[-1]:
+                    raise refuse(type_name(hint)) from None
+    if origin is Literal:
+        if value in args:
+            return value
+        # YAML reads a bare `no` as false
+        if value is False and "no" in args:
+            return "no"
+        raise ConfigError(
+            f"{where}: found {value!r}, expected one of {', '.join(map(str, args))}"
+            f"{did_you_mean(str(value), map(str, args))}"
+        )
+    if origin is tuple:
+        items = [v for v in re.split(r"[,\s]+", value) if v] if isinstance(value, str) else value
+        if not isinstance(items, (list, tuple)):
+            raise refuse("a list")
+        return tuple(coerce(item, args[0], where) for item in items)
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise refuse("a mapping of keys to values")
+        return {str(k): coerce(v, args[1], f"{where}.{k}") for k, v in value.items()}
+    if hint is bool:
+        text = str(value).lower()
+        if text not in ("true", "false"):
+            raise refuse("true or false")
+        return text == "true"
+    if isinstance(value, bool):
+        raise (
+            refuse(type_name(hint))
+            if value is False
+            else ConfigError(f"{where}: found no value, expected {type_name(hint)}")
+        )
+    if hint is int:
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            raise refuse("a whole number") from None
+        except OverflowError:
+            number = float("inf")
+        if number != number or number in (float("inf"), float("-inf")) or number != int(number):
+            raise refuse("a whole number")
+        if abs(number) >= 2**63:
+            raise refuse("a whole number below 2^63")
+        return int(value) if isinstance(value, int) or str(value).lstrip("+-").isdigit() else int(number)
+    if hint is float:
+        try:
+            return float(value)
+        except (TypeError, ValueError):
+            raise refuse("a number") from None
+        except OverflowError:
+            raise refuse("a number that a float holds") from None
+    if hint is str:
+        if isinstance(value, (str, int, float)):
+            if "\0" in str(value):
+                raise refuse("text without a NUL character")
+            if not str(value).isascii() and any("\ud800" <= letter <= "\udfff" for letter in str(value)):
+                raise refuse("text in UTF-8, which the run's files can hold")
+            return str(value)
+        raise refuse("text")
+    raise ConfigError(
+        f"{where}: settings of type {type_name(hint)} are not supported; use numbers, text, Literal, bool"
+    )
+
+
+def type_name(hint: Any) -> str:
+    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "none"}
+    if hint in names:
+        return names[hint]
+    if typing.get_origin(hint) is Literal:
+        choices = typing.get_args(hint)
+        return "one of " + ", ".join(map(str, choices)) if len(choices) > 1 else str(choices[0])
+    if typing.get_origin(hint) is tuple:
+        kind = type_name(typing.get_args(hint)[0]).removeprefix("a ")
+        return f"a list of {kind}s" if kind != "text" else "a list"
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        return " or ".join(type_name(a) for a in typing.get_args(hint))
+    return str(hint)

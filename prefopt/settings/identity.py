@@ -1,0 +1,66 @@
+"""Which settings identify a run: what may change between attempts at it, and where it is saved by default."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from prefopt.settings.nested import flatten, lookup
+from prefopt.settings.schema import RunConfig, all_defaults, sources
+
+# Settings of a run's length: a finished run is trained on where they are raised.
+LENGTHS = ("train.max_steps", "train.train_epochs", "train.max_tokens", "train.max_seconds")
+
+
+# Settings that may change between the attempts at one run: they do not move the trajectory by more than rounding.
+FREE_TO_CHANGE = (
+    *("dry_run", "output", "track", "kernel", "eval.batch", "model.gradient_checkpointing", "reference.cache_dir"),
+    *("model.offload_activations", "train.compile", "train.check_memory", "train.join_seconds"),
+    *("train.show_batch", "train.keep_last", "train.file_mb", "train.save_every", "train.micro_batch", "train.threads"),
+    *(
+        "train.layout",
+        "rounds.launcher",
+        "rounds.compare",
+        "rounds.candidates",
+        "generate.python",
+        "generate.url",
+        "generate.api_key_env",
+    ),
+    *("generate.concurrency", "generate.retries", "generate.timeout", "judge.url", "judge.api_key_env"),
+    *("judge.concurrency", "judge.retries", "judge.timeout"),
+)
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """`key: old -> new` for each setting in which two runs' dictionaries differ and that may not change in a run.
+
+    A setting that the old run did not have yet counts as its default.
+    """
+    before, after = flatten(old), flatten(new)
+    for key, value in flatten(all_defaults()).items():
+        if key in after and lookup(old, key, before) is before:
+            before[key] = value
+    # what dropout drops, and how many tokens are fed, depends on how a step is cut and laid out
+    cut = before.get("lora.dropout") or before.get("train.max_tokens")
+    held = ("train.micro_batch", "train.layout", "train.compile") if cut else ()
+    return [
+        f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key)
+        and (key in held or not any(key == free or key.startswith(free + ".") for free in FREE_TO_CHANGE))
+    ]
+
+
+def default_output(config: RunConfig) -> str:
+    """A name that the same settings give again, so that the same command continues the same run."""
+    settings = {
+        k: v
+        for k, v in flatten(config.to_dict()).items()
+        if not any(k == free or k.startswith(free + ".") for free in FREE_TO_CHANGE)
+    }
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:8]
+    task = "testbed" if config.on_testbed else "-".join(Path(name).stem for name in sources(config.data.train)[:3])
+    return f"{task}-{config.method_name.rpartition('.')[2]}-{digest}"
