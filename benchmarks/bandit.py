@@ -2,8 +2,9 @@
 
     python benchmarks/bandit.py --output runs/bandit
 
-Every run sees the same number of fresh pairs. The learning rate of a method is the one of the list with the lowest
-held-out loss of its own at beta 1, on a seed that is not used again. Writes result.json, result.md and frontier.png.
+Every run trains on the same number of unique pairs. The learning rate of a method is the one of the list with the
+lowest held-out loss of that method at beta 1, on a seed that is not used otherwise. Writes result.json, result.md and
+frontier.png.
 """
 
 from __future__ import annotations
@@ -86,17 +87,17 @@ def main() -> None:
 
 
 def render(result: dict[str, Any]) -> str:
-    """The study's table in Markdown: means over seeds, and their standard deviation where it tells something."""
+    """The study's table in Markdown: means and standard deviations over seeds."""
     from prefopt.testbed import build_world
     from prefopt.testbed.cache import cache_root
 
     world = build_world("bandit", cache_dir=cache_root())
     out = [
-        f"{result['pairs']:,} fresh pairs per run. Learning rates chosen: "
+        f"{result['pairs']:,} unique pairs per run. Selected learning rates:  "
         + ", ".join(f"{name} {rate:g}" for name, rate in result["learning_rate"].items())
         + f". {result['machine']}.",
         "",
-        "| beta | method | reward | KL(policy, ref) | below the curve | KL(pi*, policy) / start | entropy | win rate |",
+        "| beta | method | reward | KL(policy, ref) | frontier gap | KL relative to start | entropy | win rate |",
         "|---|---|---|---|---|---|---|---|",
     ]
     keys = ("reward", "kl_policy_ref", "frontier_gap", "kl_star_ratio", "entropy", "win_rate")

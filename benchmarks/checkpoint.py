@@ -1,10 +1,10 @@
-"""What a process holds of a checkpoint while it is written, and how long that takes, by the size of its files.
+"""Memory of a rank while a checkpoint is written, and the time of writing, by the size of the checkpoint's files.
 
-    python benchmarks/checkpoint.py                     # two gloo processes under each engine: some minutes
+    python benchmarks/checkpoint.py                     # two gloo ranks with each backend: some minutes
     python benchmarks/checkpoint.py --shape 36M --only zero3
 
-A file larger than the model is what one process gathers and writes; smaller ones are written side by side. Memory is in
-tensor bytes of each process beyond what it trains with; two processes share the machine's disk.
+With a file size larger than the model one rank gathers and writes everything; smaller files are written in parallel.
+Memory is in tensor bytes of each rank beyond those of training; both ranks share the machine's disk.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(ROOT)]
 import measure  # noqa: E402
 import plan  # noqa: E402
 
-FILES = (100_000, 100, 10)  # MB; nothing here is as large as the first
+FILES = (100_000, 100, 10)  # MB; the first is larger than every model here
 
 
 def measured(runtime: Any, case: plan.Case, folder: str) -> dict[float, dict[str, float]]:
-    """Of each size of file: bytes held by this rank, and seconds of saves. Runs on each rank."""
+    """For each file size: bytes held by this rank, and seconds per save. Runs on each rank."""
     import dataclasses
 
     trainer = plan.trainer_of(runtime, case, folder)

@@ -1,11 +1,11 @@
-"""SPPO's rounds against exact self-play where preferences run in circles, and iterative DPO on the same budget.
+"""Rounds of SPPO against exact self-play with cyclic preferences, and iterative DPO with the same budget.
 
     python benchmarks/cyclic.py --output runs/cyclic
 
-Each of 5 seeds is another world, another base policy and another run: 16 rounds of 1,024 prompts with 5 candidates.
-SPPO has eta 5 and the testbed's own settings. DPO has the beta and the learning rate of the lists whose average of
-rounds is the least exploitable, by the exact figure, on a seed that is not used again. Writes result.json, result.md
-and self_play.png; a killed study continues.
+Each of 5 seeds has its own world, base policy and run: 16 rounds of 1,024 prompts with 5 candidates. SPPO has eta 5 and
+the testbed defaults. DPO has the beta and the learning rate of the lists whose average of rounds has the lowest exact
+exploitability, on a seed that is not used otherwise. Writes result.json, result.md and self_play.png; the same command
+resumes a killed study.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def main() -> None:
 
 
 def figures(output: Path, seed: int, rounds: int) -> tuple[SelfPlay, SelfPlay]:
-    """Of a run from the models that its rounds have exported, and of exact self-play from the same start."""
+    """Exact metrics of a run, from the models that its rounds exported, and of exact self-play from the same start."""
     from prefopt.testbed import build_world
     from prefopt.testbed.cache import cache_root
 
@@ -101,7 +101,7 @@ def figures(output: Path, seed: int, rounds: int) -> tuple[SelfPlay, SelfPlay]:
 
 
 def render(result: dict[str, Any]) -> str:
-    """The study's table in Markdown: means over seeds and their 95% intervals."""
+    """The study's table in Markdown: means over seeds with 95% intervals."""
     from prefopt.testbed.world_report import mean_and_interval
 
     def cell(values: Sequence[float], spec: str = ".3f") -> str:
@@ -115,9 +115,9 @@ def render(result: dict[str, Any]) -> str:
     )
     out = [
         f"{rounds} rounds, {len(exact)} seeds, eta {result['eta']:g}. Means over seeds, 95% intervals (Student's t). "
-        f"The average of DPO's rounds on the seed that chose its settings: {chosen}. {result['machine']}.",
+        f"The average of DPO's rounds on the seed for selection: {chosen}. {result['machine']}.",
         "",
-        "| | start | average of rounds | of start | last round | one round to the exact step (TV) | worst round |",
+        "| | start | average of rounds | relative to start | last round | TV to the exact step | largest TV |",
         "|---|---|---|---|---|---|---|",
     ]
     for label, runs in {**result["runs"], "*exact self-play*": exact}.items():

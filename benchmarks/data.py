@@ -1,22 +1,21 @@
-"""The data path at size: seconds and memory from a file to batches, at 1,000 to 1,000,000 synthetic pairs.
+"""The data pipeline at scale: seconds and memory from a file to batches, for 1,000 to 1,000,000 synthetic pairs.
 
     python benchmarks/data.py                                  # writes benchmarks/results/<date>-cpu-data.{csv,md}
     python benchmarks/data.py --pairs 1000 10000 --output DIR
 
-The pairs are JSONL of random words, their lengths like those of HH (exponential; see `write_pairs`), under a byte-level
-BPE tokenizer of 2,000 tokens that is trained on them. Each phase runs in a process of its own:
+The pairs are JSONL of random words with lengths like those of HH (exponential; see `write_pairs`), with a byte-level
+BPE tokenizer of 2,000 tokens trained on them. Each phase runs in its own process:
 
-- cold: read, tokenise, cut and write the cache;
-- warm, file untouched: the same call again, the file's hash remembered; and with the hash forgotten;
+- cold: read, tokenise, truncate and write the cache;
+- warm, file untouched: the same call again, with the cached hash of the file; and without the cached hash;
 - plan: hold out prompts by their hash, and the plan of one epoch, in random order, grouped by length and with a token
-  budget; first batch: from a process that has made its imports to the pairs of step 1, as training comes to them;
-- random access: `FileBatches.global_batch` of 64 pairs at random steps, and how many pairs a second that is;
-- two ranks: both call `encode_file` on a cold cache at once; one works, the other waits.
+  budget; first batch: from the end of the imports to the pairs of step 1, as in training;
+- random access: `FileBatches.global_batch` of 64 pairs at random steps, in pairs per second;
+- two ranks: both call `encode_file` on a cold cache at the same time; one encodes, the other waits.
 
-Memory. `anonymous` is the most that a process held beyond its file mappings at any time (RssAnon of /proc/self/status,
-read every 5 ms), what counts against the machine. `above imports` is the same less what it was when the imports were
-done. `mapped` is RssFile at the end: pages of the cache file and of libraries, which the kernel takes back when it
-needs the room.
+Memory. `anonymous` is the peak memory of a process without file mappings (RssAnon of /proc/self/status, read every
+5 ms), which the machine must hold. `above imports` is the same minus its value after the imports. `mapped` is RssFile
+at the end: pages of the cache file and of libraries, which the kernel can reclaim.
 """
 
 from __future__ import annotations
@@ -57,7 +56,7 @@ def write_pairs(path: Path, pairs: int) -> None:
 
 
 def write_tokenizer(folder: Path, source: Path) -> None:
-    """A byte-level BPE tokenizer of 2,000 tokens, from the first rows of a file."""
+    """A byte-level BPE tokenizer of 2,000 tokens, trained on the first examples of a file."""
     from itertools import islice
 
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -77,11 +76,11 @@ def write_tokenizer(folder: Path, source: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", pad_token="<pad>").save_pretrained(folder)
 
 
-# One phase, in a process of its own -----------------------------------------------------------------------------------
+# One phase, in its own process ----------------------------------------------------------------------------------------
 
 
 class Memory:
-    """The largest RssAnon of this process while it is watched."""
+    """The largest RssAnon of this process within the context."""
 
     def __init__(self) -> None:
         self.peak = 0
@@ -104,7 +103,7 @@ class Memory:
 
 
 def resident(kind: str) -> int:
-    """Bytes of this process's memory of a kind, of those that /proc/self/status names."""
+    """Bytes of this process's memory of one kind, by the names of /proc/self/status."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{kind}:"):
             return int(line.split()[1]) * 1024
@@ -112,7 +111,7 @@ def resident(kind: str) -> int:
 
 
 def phase(name: str, source: Path, cache: Path, tokenizer_folder: Path) -> dict[str, float]:
-    """Seconds of a phase's parts, and its memory in MB."""
+    """Seconds of the parts of a phase, and its memory in MB."""
     from transformers import AutoTokenizer
 
     from prefopt.data.encode import encode_file
@@ -120,7 +119,7 @@ def phase(name: str, source: Path, cache: Path, tokenizer_folder: Path) -> dict[
     from prefopt.data.split import split_by_prompt
 
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
-    tokenizer(["a"])  # what the first call sets up is none of the data's
+    tokenizer(["a"])  # initialisation of the first call is not part of the data pipeline
     out: dict[str, float] = {}
 
     def timed(key: str, work: Callable[[], Any]) -> Any:
@@ -155,7 +154,7 @@ def phase(name: str, source: Path, cache: Path, tokenizer_folder: Path) -> dict[
 
 
 def alone(*args: object) -> dict[str, float]:
-    """`phase` in a process of its own."""
+    """`phase` in its own process."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "true", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, __file__, "--phase", *map(str, args)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -170,7 +169,7 @@ def _rank(args: tuple[object, ...], queue: Any) -> None:
 
 
 def two_ranks(*args: object) -> float:
-    """Seconds until both of two processes have opened a file that is in no cache."""
+    """Seconds until both of two processes have opened a file that is not cached."""
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
     processes = [context.Process(target=_rank, args=(args, queue)) for _ in range(2)]
@@ -182,11 +181,11 @@ def two_ranks(*args: object) -> float:
     return max(one["open"] for one in found)
 
 
-# All of them ----------------------------------------------------------------------------------------------------------
+# All phases -----------------------------------------------------------------------------------------------------------
 
 
 def measured(pairs: int, work: Path, ranks: bool) -> dict[str, Any]:
-    """`measure`, or what it has found in this folder before."""
+    """`measure`, or its cached result in this folder."""
     note = work / f"{pairs}.json"
     if not note.exists():
         note.write_text(json.dumps(measure(pairs, work, ranks)))
@@ -202,7 +201,7 @@ def measure(pairs: int, work: Path, ranks: bool) -> dict[str, Any]:
     if not tokenizer.exists():
         write_tokenizer(tokenizer, source)
     shutil.rmtree(cache, ignore_errors=True)
-    time.sleep(3)  # the file's times are settled, see `prefopt.data.content`
+    time.sleep(3)  # the file's times must be older than the hash, see `prefopt.data.content`
     cold = alone("cold", source, cache, tokenizer)
     shutil.rmtree(cache / "hashes")
     forgotten = alone("warm", source, cache, tokenizer)

@@ -1,11 +1,11 @@
-"""Completions per second: both ways of the engine in this process, and transformers' own two beside them.
+"""Completions per second: both modes of the inference engine in this process, and both modes of transformers itself.
 
-    python benchmarks/generate.py                   # CPU, one thread: CPU seconds, which other programs hardly move
+    python benchmarks/generate.py                   # CPU, one thread: CPU seconds, which other programs hardly affect
     python benchmarks/generate.py --device cuda
 
-A Llama with random weights, prompts of 8 to 64 tokens, and as many terminators in the vocabulary as make answers end
-after 64 tokens on average, any of them as likely to be the last: ragged lengths, as sampling gives them. In the second
-column every answer has 64 tokens.
+The model is a Llama with random weights, with prompts of 8 to 64 tokens. The vocabulary has so many EOS tokens that
+answers end after 64 tokens on average, with the same probability at each token, so that their lengths vary as in
+sampling. In the second column every answer has 64 tokens.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def main() -> None:
 
 
 def measure(args: argparse.Namespace, *, ragged: bool) -> dict[str, tuple[float, float]]:
-    """Way -> (tokens per second, seconds), in the median."""
+    """Mode -> median (tokens per second, seconds)."""
     hidden, layers = MODELS[args.device]
     torch.manual_seed(0)
     shape = {"hidden_size": hidden, "intermediate_size": 3 * hidden, "num_hidden_layers": layers}

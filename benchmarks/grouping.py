@@ -1,11 +1,11 @@
-"""Does grouping by length change what is learned? The same runs with and without it, on real pairs.
+"""Whether grouping by length changes the trained model: the same runs with and without it, on real pairs.
 
     python benchmarks/grouping.py --data.train train.jsonl --data.eval test.jsonl --output runs/grouping
 
 A small Llama (vocabulary 2,048, width 64) is trained by `--method sft`, then by DPO from there: one run for each seed
-and each order, with padded rows, since packed ones leave grouping little to save. Writes result.json (padded share,
-seconds per step, held-out figures and their differences, paired by seed), result.csv (every loss) and result.png (the
-curves). A killed study continues. Takes one core, about ten minutes.
+and each order, with padded rows, because grouping saves little with packed rows. Writes result.json (padding fraction,
+seconds per step, held-out metrics and their differences, paired by seed), result.csv (every loss) and result.png (the
+curves). The same command resumes a killed study. Takes one core, about ten minutes.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def run_name(order: str, seed: int) -> str:
 
 
 def summarise(folder: Path, seeds: int) -> dict[str, Any]:
-    """Per order, one figure per seed; and held-out differences, grouped minus random, paired by seed."""
+    """Per order, one value per seed; and held-out differences, grouped minus random, paired by seed."""
     orders: dict[str, dict[str, list[float]]] = {}
     for order in ORDERS:
         trained = [lines(folder / run_name(order, seed), "train") for seed in range(seeds)]
@@ -113,7 +113,7 @@ def write_losses(path: Path, folder: Path, seeds: int) -> None:
 
 
 def plot(path: Path, folder: Path, seeds: int) -> None:
-    """Loss in training (moving average) and on held-out pairs by step, and the padded share, a line for each seed."""
+    """Loss in training (moving average) and on held-out pairs by step, and padding fraction, a line per seed."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -3,9 +3,9 @@
     python benchmarks/heads.py                      # the grid for this device; CSV and table in benchmarks/results
     python benchmarks/heads.py --n 1024 --h 512 --v 32768 --only tdpo
 
-Contestants run in turn (A B A B), times are medians of 5, ratios are medians of the turns' ratios. All of them get the
-same hidden states and heads of a policy (with gradients to both) and of a frozen reference, and give the same numbers;
-that is checked before anything is timed. Speed is at the default `cache_mb`, memory at 0; both columns are shown.
+Implementations run in turn (A B A B), times are medians of 5, ratios are medians of the turns' ratios. All of them get
+the same hidden states and heads of a policy (with gradients to both) and of a frozen reference, and must return the
+same numbers, which is checked before timing. Speed is at the default `cache_mb`, memory at 0; both columns are shown.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ GRID = {  # (N, H, V)
 
 
 class Case:
-    """Hidden states and heads of one size, and every contestant's way from them to gradients."""
+    """Hidden states and heads of one size, and every implementation's computation from them to gradients."""
 
     def __init__(self, n: int, h: int, v: int, device: str, dtype: torch.dtype) -> None:
         torch.manual_seed(0)
@@ -41,7 +41,7 @@ class Case:
         self.ref_hidden = (self.hidden + 0.1 * torch.randn(n, h, **make)).detach()
         self.ref_weight = self.weight.detach().clone()
         self.labels = torch.randint(v, (n,), device=device)
-        self.g_logp, self.g_kl = torch.randn(2, n, device=device)  # what a loss would send back
+        self.g_logp, self.g_kl = torch.randn(2, n, device=device)  # gradients that a loss would pass back
 
     def step(self, statistics_of: Callable[..., Any]) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
         def run() -> tuple[torch.Tensor, torch.Tensor]:
@@ -89,7 +89,7 @@ def compiled(kl: bool) -> Callable[[Case], Any]:
 
 
 def trl_dpo(c: Case) -> Any:
-    """TRL's chunked log-probability of policy and reference, without the outputs that it can do without."""
+    """TRL's chunked log-probability of policy and reference, without its optional outputs."""
     from trl.kernels import ChunkedLogProbFunction
     from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE as CHUNK
 
@@ -100,7 +100,7 @@ def trl_dpo(c: Case) -> Any:
 
 
 def trl_tdpo(c: Case) -> Any:
-    """TDPO's statistics composed of TRL's two functions: the log-probabilities, then the forward KL."""
+    """TDPO's statistics from TRL's two functions: the log-probabilities, then the forward KL."""
     from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
     logp, ref, _ = trl_dpo(c)
@@ -109,7 +109,7 @@ def trl_tdpo(c: Case) -> Any:
 
 
 def check_agreement(c: Case, contestants: dict[str, Callable[[Case], Any]], tolerance: float) -> None:
-    """Every contestant gives the numbers of the first one, gradients included."""
+    """Check that every implementation returns the numbers of the first one, gradients included."""
     first: Any = None
     for name, statistics_of in contestants.items():
         found = c.step(statistics_of)()

@@ -1,9 +1,10 @@
-"""Real pairs, small model, every step from text to table: is DPO, TDPO1 or TDPO2 better on held-out pairs?
+"""DPO, TDPO1 and TDPO2 on real pairs with a small model: every step from text to the table of held-out results.
 
     python benchmarks/hh.py --data.train train.jsonl --data.eval test.jsonl --output runs/hh
 
 Trains a byte-level BPE tokenizer on the training text, a Llama of about 5M parameters by `--method sft` until its
-held-out loss stops falling, and from that checkpoint one run per method and seed. A killed study continues.
+held-out loss stops falling, and from that checkpoint one run per method and seed. The same command resumes a killed
+study.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ METHODS = {
     "tdpo2": ["--method", "tdpo", "--method.variant", "tdpo2"],
 }
 VOCABULARY = 8192
-EPOCHS = 5  # of SFT at most
+EPOCHS = 5  # at most, of SFT
 
 
 def main() -> None:
@@ -74,7 +75,7 @@ def main() -> None:
 
 
 def make_base(file: Path, folder: Path, vocabulary: int = VOCABULARY, width: int = 256) -> Path:
-    """A tokenizer trained on the text of the training file, and a randomly initialised Llama, 5.5M parameters here."""
+    """A tokenizer trained on the text of the training file, and a randomly initialised Llama of 5.5M parameters."""
     if (folder / "config.json").exists():
         return folder
     import torch
@@ -115,7 +116,7 @@ def make_base(file: Path, folder: Path, vocabulary: int = VOCABULARY, width: int
 
 
 def train_sft(base: Path, data: Sequence[str], output: Path, lr: float) -> tuple[Path, dict[str, Any]]:
-    """Train on the chosen side while held-out loss falls; returns the best epoch's checkpoint and its figures."""
+    """Train on the chosen side while the held-out loss falls; returns the best epoch's checkpoint and its metrics."""
     rows = sum(1 for line in Path(data[1]).read_text().splitlines() if line.strip())
     flags = ["--method", "sft", "--model.path", str(base), *data, "--optim.lr", str(lr), "--optim.schedule", "cosine"]
     flags += ["--train.global_batch", "8", "--train.micro_batch", "8", "--train.train_epochs", str(EPOCHS)]
@@ -135,7 +136,7 @@ def train_sft(base: Path, data: Sequence[str], output: Path, lr: float) -> tuple
 
 
 def encoded(base: Path, data: Sequence[str]) -> tuple[Any, Any]:
-    """The kept rows of both files, as a run encodes them."""
+    """The pairs of both files, as a run encodes them."""
     from transformers import AutoTokenizer
 
     from prefopt.data.encode import encode_file
@@ -166,7 +167,7 @@ def unigram_perplexity(base: Path, data: Sequence[str]) -> float:
 
 
 def summarise(folder: Path, seeds: int) -> dict[str, Any]:
-    """Held-out figures per method, and paired bootstrap differences between methods, over pairs and seeds."""
+    """Held-out metrics per method, and paired bootstrap differences between methods, over pairs and seeds."""
     per_pair: dict[str, np.ndarray] = {}  # method -> (seeds, pairs) of 0/1
     methods: dict[str, dict[str, Any]] = {}
     for name in METHODS:

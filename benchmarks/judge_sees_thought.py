@@ -1,4 +1,4 @@
-"""Thought PO as it would be if the judge saw thoughts too: for the study of what hiding them is worth."""
+"""A variant of thought PO whose judge sees thoughts too, for the study of the effect of hiding them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from prefopt.types import Response
 
 @dataclass(frozen=True)
 class JudgeSeesThought(ThoughtPO):
-    """Hands the judge all that was written, where it holds a response."""
+    """Passes the whole completion to the judge, if it contains a response."""
 
     def judge_view(self, text: str) -> Response | str:
         seen = super().judge_view(text)

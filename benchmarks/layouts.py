@@ -1,11 +1,11 @@
-"""Layouts: the constants of the cost model, and what `auto` makes of them, against every layout on a grid of lengths.
+"""Layouts: the constants of the cost model, and the choices of `auto`, against every layout on a grid of lengths.
 
-    python benchmarks/layouts.py                    # CPU, one thread: CPU seconds, which other programs hardly move
+    python benchmarks/layouts.py                    # CPU, one thread: CPU seconds, which other programs hardly affect
     python benchmarks/layouts.py --device cuda
 
-The first table has a forward and backward pass of backbone and head (no reference) in each layout, collation included:
-how many times faster than padded rows, in the median of the turns, and the one that `auto` takes. The second has what
-`prefopt.training.layout_choice.SPEEDS` holds, fitted to these times, the head's share among the unknowns.
+The first table has the speed-up over padded rows of a forward and backward pass of backbone and head (no reference) in
+each layout, collation included, as the median over turns, and the layout that `auto` selects. The second table has the
+values of `prefopt.training.layout_choice.SPEEDS`, fitted to these times together with the time of the head.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def main() -> None:
     folder = {"folder": args.output} if args.output else {}
     bench = Bench(args.device, args.repeats)
     rows = bench.grid(args.pairs)
-    note = f"{args.pairs} pairs per pass unless said otherwise; x: times as fast as padded rows, {args.repeats} turns."
+    note = f"{args.pairs} pairs per pass unless stated otherwise; x: speed-up over padded rows, {args.repeats} turns."
     write("layouts", args.device, rows, [note], **folder)
     note = "Fitted to the passes of the other table, in the units of `prefopt.training.layout_choice.Work` per second."
     write("layouts-constants", args.device, bench.constants(), [note], **folder)
@@ -85,7 +85,7 @@ class Bench:
         self.seen: list[tuple[np.ndarray, float]] = []
 
     def clock(self, run: Callable[[], Any]) -> Callable[[], float]:
-        """`run`, timed: on the CPU by the processor's clock."""
+        """Seconds of `run`; on the CPU, CPU seconds."""
         now = time.process_time if self.device.type == "cpu" else time.perf_counter
 
         def timed() -> float:
@@ -97,7 +97,7 @@ class Bench:
         return timed
 
     def step(self, pairs: list[EncodedPair], layouts: Layouts) -> Callable[[], float]:
-        """A forward and backward pass over these pairs, from lists of ids on."""
+        """A forward and backward pass over these pairs, starting from lists of ids."""
 
         def run() -> None:
             how = layouts.settings(layouts.of(pairs, need_rejected=True))
@@ -116,7 +116,7 @@ class Bench:
         return EncodedPair(*ids, [True] * chosen, [True] * rejected)
 
     def ragged(self, pairs: int, median: int, seed: int) -> list[EncodedPair]:
-        """Lengths like those of conversations: a long tail."""
+        """Pairs with lengths like those of conversations, which have a long tail."""
         draw = np.random.default_rng(seed).lognormal(np.log([2 * median, median, median]), 0.8, (pairs, 3))
         return [self.pair(*(int(n) for n in sizes)) for sizes in draw.clip(2, 8 * median)]
 
@@ -143,7 +143,7 @@ class Bench:
         return table
 
     def observe(self, pairs: list[EncodedPair], times: Mapping[str, Sequence[float]]) -> None:
-        """Keep what each pass did and how long it took."""
+        """Record the operations and the seconds of each pass."""
         sides = [(len(p.prompt_ids), len(p.chosen_ids)) for p in pairs]
         sides += [(len(p.prompt_ids), len(p.rejected_ids or ())) for p in pairs]
         parts = np.array(sides, np.int64)
@@ -156,7 +156,7 @@ class Bench:
                 self.seen.append((np.array([*did, head]), statistics.median(taken)))
 
     def constants(self) -> list[dict[str, Any]]:
-        """Speeds under which the relative errors of the predicted times are least in the square."""
+        """Speeds that minimise the squared relative errors of the predicted times."""
         rows, taken = (np.array(column) for column in zip(*self.seen, strict=True))
         scale = rows.max(0)
         costs, *_ = np.linalg.lstsq(rows / scale / taken[:, None], np.ones(len(taken)), rcond=None)
@@ -168,7 +168,7 @@ class Bench:
         ]
 
     def dense(self, pairs: list[EncodedPair]) -> Callable[[], float]:
-        """The pass with a mask of T x T in place of SDPA unit by unit."""
+        """The pass with a dense T x T mask instead of SDPA segment by segment."""
         run = self.step(pairs, replace(self.layouts("prefix_shared"), kind="dense"))
 
         def timed() -> float:

@@ -1,4 +1,4 @@
-"""What the speed benchmarks share: contestants in turn, medians, peak memory, and tables with their figures."""
+"""Functions that the speed benchmarks share: implementations in turn, medians, peak memory, and tables."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 
 def seconds(contestants: Mapping[str, Callable[[], Any]], device: str, repeats: int = 5) -> dict[str, list[float]]:
-    """Wall seconds of each contestant, `repeats` of them, in turn (A B C A B C ...) after one uncounted round.
+    """Wall seconds of each implementation, `repeats` times, in turn (A B C A B C ...) after one warm-up round.
 
-    A contestant that returns a float has taken its own time.
+    An implementation that returns a float has measured its own time.
     """
     times: dict[str, list[float]] = {name: [] for name in contestants}
     for turn in range(repeats + 1):
@@ -34,12 +34,12 @@ def seconds(contestants: Mapping[str, Callable[[], Any]], device: str, repeats: 
 
 
 def ratio(times: Mapping[str, Sequence[float]], slow: str, fast: str) -> float:
-    """How many times faster `fast` is than `slow`: the median of the ratios, turn by turn."""
+    """Speed-up of `fast` over `slow`: the median of the ratios of all turns."""
     return statistics.median(a / b for a, b in zip(times[slow], times[fast], strict=True))
 
 
 def peak_bytes(run: Callable[[], Any], device: str) -> int:
-    """Largest number of tensor bytes that `run`, which is warm, holds at once, beyond what was there before."""
+    """Peak tensor bytes of `run`, after a warm-up, beyond those allocated before."""
     gc.collect()
     if device == "cuda":
         torch.cuda.synchronize()
@@ -51,7 +51,7 @@ def peak_bytes(run: Callable[[], Any], device: str) -> int:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         run()
     held = peak = 0
-    events = profile.profiler.kineto_results.events()  # the allocator's own record of every byte taken and given back
+    events = profile.profiler.kineto_results.events()  # the allocator's record of every allocation and release
     for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
         held += event.nbytes()
         peak = max(peak, held)
@@ -64,7 +64,7 @@ def synchronize(device: str) -> None:
 
 
 def machine(device: str) -> str:
-    """One line on what the figures were measured with."""
+    """One line that describes machine and versions."""
     import os
     import platform
 

@@ -1,7 +1,7 @@
-"""What each option of memory and speed does to a step: time and peak memory, in turn, on one model.
+"""The effect of each memory and speed option on a step: time and peak memory, measured in turn on one model.
 
-Whole steps of the trainer (collation, clipping and optimizer are in them), DPO with a live reference, a small Llama,
-rows of real length. On a CPU activations have nowhere to go, so offloading can only show what it costs.
+Whole steps of the trainer (including collation, clipping and optimizer), DPO with a live reference, a small Llama,
+pairs of realistic length. On a CPU, host memory is device memory, so offloading shows its cost only.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def main() -> None:
 
 
 def make_model(folder: Path, hidden: int, layers: int) -> Path:
-    """A small Llama of random weights."""
+    """A small Llama with random weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -129,7 +129,7 @@ def make_trainer(runtime: rt.Runtime, path: Path, pairs: list[EncodedPair], sett
     )
     trainer.prepare()
     known = runtime.accelerator._optimizers
-    known.clear()  # whose gradients would be unscaled, were there a scaler
+    known.clear()  # the optimizer whose gradients a scaler would unscale
     return trainer
 
 

@@ -1,11 +1,11 @@
-"""What `prefopt plan` predicts of memory, against what runs hold: tensor bytes of a rank at the peak of a step, on CPU.
+"""Memory predicted by `prefopt plan` against measured memory: tensor bytes of a rank at the peak of a step, on a CPU.
 
-    python benchmarks/plan.py                       # all cases, two gloo processes under each engine: some minutes
+    python benchmarks/plan.py                       # all cases, two gloo ranks with each backend: some minutes
     python benchmarks/plan.py --only zero3
 
-A case is a Llama of some shape, with random weights, whose trainer makes two steps over pairs of one length; the peak
-is that of both steps, from torch's own record of what its CPU allocator gave out and took back. Cases of the `fit` are
-those by which the constants of `prefopt.planner.plan` were set, and the forms of some terms; `prediction`: the others.
+A case is a Llama of some shape, with random weights, whose trainer takes two steps over pairs of one length; the peak
+is that of both steps, from torch's record of its CPU allocator. Cases of kind `fit` were used to set the constants of
+`prefopt.planner.plan` and the form of some terms; the others have kind `prediction`.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Case(NamedTuple):
         return parse([part for key, value in words.items() for part in (f"--{key}", str(value))])
 
 
-BUCKET = 1_000_000  # DeepSpeed's own is 500 times as large, which would be all that these models hold
+BUCKET = 1_000_000  # DeepSpeed's default is 500 times as large, more than these models hold
 
 
 def save(case: Case, folder: Path) -> None:
@@ -71,7 +71,7 @@ def save(case: Case, folder: Path) -> None:
 
 
 def trainer_of(runtime: Any, case: Case, folder: str) -> Any:
-    """A trainer that is prepared, over the model that `save` has left."""
+    """A prepared trainer of the model that `save` wrote."""
     from step import fixed
 
     from prefopt.data.loader import FileBatches
@@ -94,10 +94,10 @@ def trainer_of(runtime: Any, case: Case, folder: str) -> Any:
         lm = adapters.load_policy(config, start, of)
         reference: Any = adapters.load_frozen(of, config.model, "x") if isinstance(of, adapters.Weights) else of
     policy = PolicyWithReference(lm, reference, config.kernel)
-    for parameter in policy.parameters():  # what lies in the file's own pages, no allocator knows of
+    for parameter in policy.parameters():  # the allocator does not record pages of a memory-mapped file
         if not hasattr(parameter, "ds_id"):
             parameter.data = parameter.data.clone()
-    tokenizer: Any = NoTokenizer()  # rows are token ids already
+    tokenizer: Any = NoTokenizer()  # examples are token ids already
     trainer = Trainer(
         config=config,
         runtime=runtime,
@@ -112,7 +112,7 @@ def trainer_of(runtime: Any, case: Case, folder: str) -> Any:
 
 
 class NoTokenizer:
-    """All that a trainer over token ids asks of one."""
+    """The members that a trainer over token ids needs."""
 
     pad_token_id = 1
 
@@ -143,7 +143,7 @@ def measured(runtime: Any, case: Case, folder: str) -> dict[str, int]:
 
 
 def run(case: Case) -> dict[str, int]:
-    """The measurement of a case on its first rank."""
+    """The measurement of a case on rank 0."""
     from tests.dist.ranks import run_ranks
 
     with tempfile.TemporaryDirectory() as folder:
@@ -182,16 +182,16 @@ SHAPES: dict[str, tuple[int, int, int, int, int, bool]] = {
 TWO = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
 CASES = [
     *(Case(SHAPES[shape], engine, fitted=True) for shape in ("9M", "14M") for engine in ("single process", *TWO)),
-    # what these showed of tied heads and of FSDP2's gradients went into the plan
+    # the plan's terms for tied heads and FSDP2's gradients were derived from these
     *(Case(SHAPES["21M tied"], engine, "tdpo", fitted=engine in TWO[3:]) for engine in ("single process", *TWO)),
     *(Case(SHAPES["14M"], engine, accumulation=2, fitted=engine == "fsdp2") for engine in TWO),
-    # and these, of what is alive when a backward pass ends
+    # and the term for memory at the end of a backward pass from these
     *(Case(SHAPES["14M"], engine, checkpointing=True, micro=4, fitted=True) for engine in ("single process", *TWO)),
     *(Case(SHAPES["9M"], engine, lora=8) for engine in ("single process", "ddp", "zero2", "zero3", "fsdp2")),
     *(Case(SHAPES["1M"], engine, prompt=192) for engine in ("single process", *TWO)),
-    # and of the copy of gradients in ZeRO's step
+    # and the copy of gradients in ZeRO's step from these
     *(Case(SHAPES["60M"], engine, micro=1, fitted=engine in TWO[1:3]) for engine in ("single process", *TWO)),
-    # measured when nothing was changed any more
+    # measured after all constants were fixed
     *(
         Case(SHAPES["36M"], engine, "tdpo", micro=1, accumulation=2, prompt=96, response=160)
         for engine in ("single process", *TWO)

@@ -1,9 +1,9 @@
-"""The step time that `prefopt plan` predicts for one process, against steps on a CPU, at the speed of its products.
+"""The step time that `prefopt plan` predicts for a single process, against steps on a CPU with measured matrix speed.
 
     python benchmarks/plan_time.py                       # some minutes
 
-The plan is given the machine's speed as it is given a GPU's: that of a product of the shape of the model's MLP and that
-of a large square one, both timed between the steps. Communication is not in it.
+The plan receives the speed of the machine as it receives that of a GPU: that of a product with the shape of the model's
+MLP, and that of a large square product, both timed between the steps. Communication is not included.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Weak scaling from one process to two: the seconds of a step when each process keeps its number of pairs.
+"""Weak scaling from one rank to two: the seconds of a step with a constant number of pairs per rank.
 
     python benchmarks/processes.py [--pairs 256] [--steps 30]
 
-TDPO on the testbed's world and model, one thread a process, gloo; two processes take twice the pairs of one. Each run
-is started by torchrun, as a user would, the engines one after the other and all of them twice. Writes a table.
+TDPO on the testbed's world and model, one thread per rank, gloo; two ranks train on twice the pairs of one. Each run is
+started by torchrun, one backend after the other and all of them twice. Writes a table.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ def main() -> None:
         row = {"engine": name, "processes": processes, "pairs a step": processes * args.pairs, "s a step": step}
         rows.append(row | {"pairs/s": processes * args.pairs / step, "weak scaling": alone / step})
     steps = 2 * (args.steps - args.steps // 3)
-    note = f"Median of {steps} steps in two runs; weak scaling: 1 where a step takes no longer."
+    note = f"Median of {steps} steps in two runs; weak scaling is 1 if a step of two ranks takes no longer."
     measure.write("processes", "cpu", rows, [note])
 
 
 def _seconds(processes: int, variables: dict[str, str], pairs: int, steps: int) -> list[float]:
-    """Of the later two thirds of the steps of one run."""
+    """Seconds of the later two thirds of the steps of one run."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
         command += ["--master_port", "29571", str(ROOT / "scripts" / "train.py"), "--method", "tdpo"]

@@ -1,11 +1,11 @@
-"""Rounds of SPPO on real text, judged by judges that were trained on the same pairs: does the policy get better?
+"""Rounds of SPPO on real text, with judges that were trained on the same pairs.
 
     python benchmarks/rounds_hh.py --data.train train.jsonl --data.eval test.jsonl --output runs/hh
 
-From the SFT policy of `hh.py` (made here where the folder has none): a reward model and a pairwise judge on training
-pairs, their accuracy on the held-out ones; then one run of rounds with each as the judge, and every policy of both runs
-compared by both judges on the held-out prompts, because a policy that fools the judge it learned from still has to
-convince the other one. A killed study continues.
+Starts from the SFT policy of `hh.py` (trained here if the folder has none). Trains a reward model and a pairwise judge
+on the training pairs and measures their accuracy on the held-out ones; then runs rounds with each of them as the judge,
+and compares every policy of both runs by both judges on the held-out prompts, because a policy may overoptimise the
+judge that it was trained with. The same command resumes a killed study.
 """
 
 from __future__ import annotations
@@ -77,9 +77,9 @@ def arguments(
 
 
 def begin(args: argparse.Namespace, kinds: Mapping[str, str]) -> tuple[Path, list[str]]:
-    """(the SFT policy, the flags that all trainings from it share); with judges in `rounds/`, trained where none are.
+    """(the SFT policy, the flags that all trainings from it share); trains judges in `rounds/` if there are none.
 
-    Args: kinds: of judges, each with the method that trains it.
+    Args: kinds: kinds of judges, each with the method that trains it.
     """
     data = ["--data.train", str(args.train), "--data.eval", str(args.eval), "--data.on_bad_row", "skip"]
     data += ["--data.max_length", str(LENGTH)]
@@ -92,7 +92,7 @@ def begin(args: argparse.Namespace, kinds: Mapping[str, str]) -> tuple[Path, lis
 
 
 def accuracy(run: Path) -> dict[str, Any]:
-    """How often a judge ranks a held-out pair as the data does, before and after its training."""
+    """Accuracy of a judge on held-out pairs, before and after its training."""
     rows = [json.loads(text) for text in (run / "eval_pairs.jsonl").read_text().splitlines()]
     found = bootstrap([row["rewards/accuracies"] for row in rows])
     first, last = lines(run)[0], lines(run)[-1]
@@ -105,18 +105,18 @@ def accuracy(run: Path) -> dict[str, Any]:
 
 
 def figures(run: Path, number: int) -> dict[str, float]:
-    """What the run itself says of its policy after a round, by its own judge."""
+    """The run's own metrics of its policy after a round, by its own judge."""
     rows = [json.loads(text) for text in (run / "rounds.jsonl").read_text().splitlines()]
     return next(row for row in rows if row["round"] == number)
 
 
 def pairs(run: Path, number: int) -> dict[str, Any]:
-    """How many pairs a round gave, and why not more."""
+    """Number of pairs of a round, and prompts without a pair by reason."""
     return json.loads((run / f"round_{number:02d}" / "pairs.json").read_text())["counts"]
 
 
 def compare(folder: Path, policy: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """Every policy of both runs against the start, and the two last ones against each other, by each judge."""
+    """Compare every policy of both runs with the start, and the two last ones with each other, by each judge."""
     import torch
     from transformers import AutoTokenizer
 
@@ -164,7 +164,7 @@ def compare(folder: Path, policy: Path, args: argparse.Namespace) -> dict[str, A
 
 
 def mean_score(scores: Scores) -> Interval:
-    """Of the completions that have a score."""
+    """Mean score of the completions that have one."""
     return bootstrap([value for group in scores.values for value in group if value == value])
 
 

@@ -2,8 +2,8 @@
 
     python benchmarks/scaling.py           # CSV, table and plot in benchmarks/results
 
-N and V: the statistics head alone, forward and backward, against the plain formula and TRL's two functions composed.
-T and B: whole TDPO steps of prefopt's trainer, by layout. Times are medians of 3 turns.
+N and V: the head alone, forward and backward, against the plain formula and TRL's two functions. T and B: whole TDPO
+steps of prefopt's trainer, by layout. Times are medians of 3 turns.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Draws what a command writes to a terminal as an SVG without scripts: docs/training_screen.svg is made by it.
+"""Render the terminal output of a command as an SVG without scripts. It generates docs/training_screen.svg:
 
     python benchmarks/screen.py docs/training_screen.svg -- \
         python scripts/train.py --method tdpo --eval.generate 2 --train.max_steps 100 --output runs/tdpo
@@ -19,7 +19,7 @@ PAPER, INK, DIM, GREEN = "#1b1e24", "#d8dde3", "#8b95a1", "#9ad29a"
 
 
 def typed(command):
-    """Everything that the command writes to a terminal of `COLUMNS` columns."""
+    """The output of the command in a terminal of `COLUMNS` columns."""
     child, terminal = pty.fork()
     if child == 0:
         fcntl.ioctl(1, termios.TIOCSWINSZ, struct.pack("HHHH", 60, COLUMNS, 0, 0))
@@ -39,7 +39,7 @@ def typed(command):
 
 
 def lines_of(text):
-    """The lines as they stand at the end: a carriage return goes back over what was there."""
+    """The final lines: text after a carriage return overwrites the line."""
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
     out = []
     for line in text.replace("\r\n", "\n").split("\n"):
@@ -51,7 +51,7 @@ def lines_of(text):
 
 
 def svg(command, lines):
-    """The lines under the command that wrote them."""
+    """An SVG of the command and its output."""
     shown = [f"$ {command}", *lines]
     wide = [line[i : i + COLUMNS] for line in shown for i in range(0, max(1, len(line)), COLUMNS)]
     width, height = round(COLUMNS * SIZE * 0.602) + 32, LINE * len(wide) + 28

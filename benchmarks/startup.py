@@ -1,7 +1,7 @@
-"""How long a killed run takes from its command to its next step, and what of it are imports.
+"""Time of a killed run from its command to its next step, and the part of it that is imports.
 
-The testbed's run (base policy made before) is killed after a checkpoint and started again, several times; each start is
-its own process, and its first step is the first line that it adds to metrics.jsonl.
+A run on the testbed (with a cached base policy) is killed after a checkpoint and started again, several times; each
+start is a new process, and its first step is the first line that it adds to metrics.jsonl.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ EVERY = 10  # steps between checkpoints
 
 
 def start(output: Path, cache: Path) -> subprocess.Popen[bytes]:
-    """The command of the run, in a process of its own."""
+    """The command of the run, in its own process."""
     command = [sys.executable, "scripts/train.py", "--method", "tdpo", "--output", str(output)]
     environment = os.environ | {"PREFOPT_CACHE": str(cache), "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
@@ -36,14 +36,14 @@ def start(output: Path, cache: Path) -> subprocess.Popen[bytes]:
 
 
 class Seconds(NamedTuple):
-    """What a process took: by the clock on the wall, and of processors, which other work moves less."""
+    """Wall seconds and CPU seconds of a process; the latter depend less on other work."""
 
     wall: float
     cpu: float
 
 
 def until(process: subprocess.Popen[bytes], reached: Callable[[], bool]) -> Seconds:
-    """What it takes from now until `reached()`; the process is killed then."""
+    """Seconds from now until `reached()`; the process is then killed."""
     began = time.perf_counter()
     while not reached():
         if process.poll() is not None:
@@ -55,14 +55,14 @@ def until(process: subprocess.Popen[bytes], reached: Callable[[], bool]) -> Seco
 
 
 def cpu_of(process: subprocess.Popen[bytes]) -> float:
-    """Processor seconds of a process, once it has ended."""
+    """CPU seconds of a process, after it has ended."""
     _, status, used = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     return used.ru_utime + used.ru_stime
 
 
 def has_step(metrics: Path, step: int) -> bool:
-    """Whether a whole line of this training step is written."""
+    """Whether a complete line of this training step has been written."""
     lines = metrics.read_text().split("\n")[:-1] if metrics.exists() else []
     return any((one := json.loads(line))["split"] == "train" and one["step"] == step for line in lines)
 
@@ -77,7 +77,7 @@ def restart(killed: Path, output: Path, cache: Path) -> Seconds:
 
 
 def command_seconds(*words: str) -> Seconds:
-    """What a Python process takes."""
+    """Seconds of a Python process."""
     began = time.perf_counter()
     cpu = cpu_of(subprocess.Popen([sys.executable, *words], cwd=ROOT, stdout=subprocess.DEVNULL))
     return Seconds(time.perf_counter() - began, cpu)
@@ -120,7 +120,7 @@ def main() -> None:
 
 
 def new(output: Path, cache: Path, metrics: Path) -> Seconds:
-    """Seconds from the command to the first step of a run that has nothing yet but the testbed's base policy."""
+    """Seconds from the command to the first step of a new run with a cached base policy."""
     shutil.rmtree(output, ignore_errors=True)
     return until(start(output, cache), lambda: has_step(metrics, 1))
 

@@ -1,14 +1,14 @@
-"""Whole training steps: prefopt's layouts and methods against TRL's DPOTrainer, on the same model and rows.
+"""Whole training steps: prefopt's layouts and methods against TRL's DPOTrainer, on the same model and pairs.
 
     python benchmarks/step.py --data.train pairs.jsonl --data.on_bad_row skip
-    python benchmarks/step.py --tables lengths              # rows of fixed lengths alone; no file is needed for them
+    python benchmarks/step.py --tables lengths              # pairs of fixed lengths alone; needs no file
 
-Contestants run in turn (A B A B), a turn is one pass over the same rows, collation included; times are medians of 5,
-ratios medians of the turns' ratios. Everyone has a live reference, no gradient checkpointing, the same token ids,
-dtype, attention, optimizer, threads and batch. Without --data.train the rows are random ids, with lengths like HH.
+Implementations run in turn (A B A B), a turn is one pass over the same pairs, collation included; times are medians of
+5, ratios medians of the turns' ratios. All have a live reference, no gradient checkpointing, and the same token ids,
+dtype, attention, optimizer, threads and batch. Without --data.train the pairs are random ids with lengths like HH.
 
 MFU: (6 for the policy, 4 with an adapter, + 2 for the reference) operations per weight of backbone and head, and those
-of attention, over tokens that are neither padding nor a prompt laid down twice, over time x the card's dense bf16 peak.
+of attention, over tokens that are neither padding nor a repeated prompt, divided by time x the GPU's dense bf16 peak.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from prefopt.types import EncodedPair
 
 
 class Shape(NamedTuple):
-    """Of a Llama."""
+    """The shape of a Llama."""
 
     hidden: int
     intermediate: int
@@ -95,7 +95,7 @@ def main() -> None:
 
 
 class Bench:
-    """One model on one device, and every contestant's pass over some rows with it."""
+    """One model on one device, and every implementation's pass over some pairs with it."""
 
     def __init__(self, folder: Path, device: str, shape: str, lora: int | None, batch: int) -> None:
         self.folder, self.device, self.batch, self.lora = folder, device, batch, lora
@@ -132,7 +132,7 @@ class Bench:
         self.dtype = "bfloat16" if lora else "float32"
 
     def ours(self, pairs: Sequence[EncodedPair], method: str = "dpo", **train: Any) -> Callable[[], float]:
-        """A pass of prefopt's trainer over the rows."""
+        """A pass of prefopt's trainer over the pairs."""
         config = RunConfig(
             method=registry.get(method)(),
             method_name=method,
@@ -172,7 +172,7 @@ class Bench:
         return run
 
     def trl(self, pairs: Sequence[EncodedPair], grouped: bool) -> Callable[[], float]:
-        """A pass of TRL's trainer over the rows; grouped: sorted by length and taken in that order."""
+        """A pass of TRL's trainer over the pairs; grouped: sorted by length and taken in that order."""
         from datasets import Dataset, disable_progress_bars
         from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback
         from trl import DPOConfig, DPOTrainer
@@ -214,7 +214,7 @@ class Bench:
             processing_class=_tokenizer(PreTrainedTokenizerFast),
             peft_config=peft,
         )
-        # the very ids that prefopt gets, in place of what it would make of text
+        # the same ids that prefopt gets, instead of TRL's own tokenisation
         keys = {"prompt_ids": "prompt_ids", "chosen_ids": "chosen_ids", "rejected_ids": "rejected_ids"}
         trainer.train_dataset = Dataset.from_list([{k: getattr(p, v) for k, v in keys.items()} for p in pairs])
         clock: dict[str, float] = {}
@@ -253,7 +253,7 @@ class Bench:
         return rows
 
     def rows_table(self, args: Any) -> list[dict]:
-        """Ragged rows: layouts, methods and orders."""
+        """Pairs of varying length: layouts, methods and orders."""
         pairs = self._encoded(args) if args.train else _like_hh(args.rows, args.max_length, self.shape.vocabulary)
         runs = {
             "prefopt dpo, auto, grouped": self.ours(pairs, group_by_length=True),
@@ -266,7 +266,7 @@ class Bench:
         return self.measure(runs, pairs, args)
 
     def lengths_table(self, args: Any) -> list[dict]:
-        """Rows of one length: what prefix sharing gains."""
+        """Pairs of one length: the gain of prefix sharing."""
         table = []
         for prompt, response in LENGTHS[self.device]:
             pairs = fixed(2 * self.batch, prompt, response, self.shape.vocabulary)
@@ -283,14 +283,14 @@ class Bench:
         return table
 
     def forget(self) -> None:
-        """Let go of all models so far, of which accelerate keeps a list."""
+        """Release all models so far, to which accelerate holds references."""
         self.runtime.accelerator.free_memory()
         gc.collect()
         if self.device == "cuda":
             torch.cuda.empty_cache()
 
     def flops(self, pairs: Sequence[EncodedPair]) -> float:
-        """Operations of one pass, as the definition of MFU above counts them."""
+        """Operations of one pass, by the definition of MFU above."""
         hidden, intermediate, layers, heads, kv_heads, vocabulary, _ = self.shape
         width = hidden * kv_heads // heads
         weights = layers * (2 * hidden * hidden + 2 * hidden * width + 3 * hidden * intermediate)
@@ -300,10 +300,10 @@ class Bench:
             seen = (prompt + chosen) ** 2 / 2 + rejected * prompt + rejected**2 / 2
             total += weights * (prompt + chosen + rejected) + hidden * vocabulary * (chosen + rejected)
             total += 2 * layers * hidden * seen
-        return (6 if self.lora else 8) * total  # frozen weights have no gradient of their own
+        return (6 if self.lora else 8) * total  # frozen weights need no weight gradient
 
     def _encoded(self, args: Any) -> list[EncodedPair]:
-        """Rows of a file, through a byte-level BPE that is trained on it."""
+        """Pairs of a file, tokenised by a byte-level BPE that is trained on it."""
         from hh import make_base
         from transformers import AutoTokenizer
 
@@ -329,7 +329,7 @@ class Bench:
 
 
 def plot(rows: list[dict], path: Path) -> None:
-    """Pairs per second and peak memory of each contestant; rows of several lengths stand in groups."""
+    """Pairs per second and peak memory of each implementation, grouped by length."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -349,7 +349,7 @@ def plot(rows: list[dict], path: Path) -> None:
 
 
 def _tokenizer(cls: Any) -> Any:
-    """The smallest one that TRL's trainer takes."""
+    """The smallest tokenizer that TRL's trainer accepts."""
     from tokenizers import Tokenizer, models
 
     return cls(
@@ -375,7 +375,7 @@ def _like_hh(rows: int, max_length: int, vocabulary: int) -> list[EncodedPair]:
 
 
 def fixed(rows: int, prompt: int, response: int, vocabulary: int) -> list[EncodedPair]:
-    """Random ids, all rows of one length."""
+    """Random ids, all pairs of one length."""
     draw = np.random.default_rng(0)
     return [_pair(draw, prompt, response, response, vocabulary) for _ in range(rows)]
 

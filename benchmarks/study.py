@@ -1,4 +1,4 @@
-"""What the studies share: many runs of the train command, side by side, each in a process forked after the imports."""
+"""Functions of the studies: many runs of the train command in parallel, in processes forked after the imports."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from typing import Any
 
 
 def train_all(runs: Mapping[str, Sequence[str]], folder: Path, jobs: int) -> None:
-    """Run `train` with these flags for each name, `jobs` at a time; outputs and logs lie under `folder`.
+    """Run `train` with these flags for each name, `jobs` at a time; outputs and logs are in `folder`.
 
-    Runs that are finished are not run again; a killed study continues.
+    Finished runs are not repeated, so the same command resumes a killed study.
     """
     import torch
 
     import prefopt.cli
-    import prefopt.training.trainer  # noqa: F401 - imported before the fork, so that each run starts at once
+    import prefopt.training.trainer  # noqa: F401 - imported before the fork, so that runs start without delay
 
     torch.set_num_threads(1)
     folder.mkdir(parents=True, exist_ok=True)
@@ -55,7 +55,7 @@ def lines(output: Path, split: str = "eval") -> list[dict[str, Any]]:
 
 
 def machine() -> str:
-    """One line on what the figures were measured with, for the head of a results file."""
+    """One line that describes machine and versions, for the head of a results file."""
     import platform
 
     from prefopt.training.versions import versions

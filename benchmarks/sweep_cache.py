@@ -1,11 +1,11 @@
-"""How often a sweep asks its reference: prefopt's `reference.cache logps` against TRL's precomputed log-probabilities.
+"""Reference passes of a sweep: prefopt's `reference.cache logps` against TRL's precomputed log-probabilities.
 
     python benchmarks/sweep_cache.py [--data.train train.jsonl] [--pairs 256] [--runs 12]
 
-The same sweep twice, each run in a fork of one process that has made the imports, two steps each, the caches of both
-empty at the start: first one run again and again, then over learning rate, beta and seed. Counted are the pairs that a
-reference scores, in prefopt by the notes that its passes leave, in TRL by counting what `compute_ref_log_probs` is
-given. Without a data file the pairs are random words.
+The same sweep runs with both, each run in a fork of one process after the imports, two steps each, with empty caches at
+the start: first the same run repeatedly, then over learning rate, beta and seed. The table counts the pairs that the
+reference scores, in prefopt by the records of its passes, in TRL by counting the inputs of `compute_ref_log_probs`.
+Without a data file the pairs are random words.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import measure
 
-MOST = 400  # characters of a row
+MOST = 400  # characters of a text
 WORDS = ["red", "green", "blue", "amber", "violet", "teal", "pink", "olive", "grey", "brown", "white", "black"]
 
 
@@ -66,7 +66,7 @@ def main() -> None:
 
 
 def _fork(run: Callable[..., int], *args: Any) -> tuple[int, float]:
-    """(what `run` returns, its seconds) in a process of its own."""
+    """(result of `run`, its seconds) in its own process."""
     context = multiprocessing.get_context("fork")
     mine, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_child, args=(theirs, run, args))
@@ -87,7 +87,7 @@ def _child(pipe: Any, run: Callable[..., int], args: tuple[Any, ...]) -> None:
 
 
 def _ours(root: Path, number: int, lr: float, beta: float, seed: int) -> int:
-    """Pairs that the reference has scored in this run."""
+    """Pairs that the reference scored in this run."""
     from prefopt import cli
 
     cache = Path(os.environ["PREFOPT_CACHE"]) / "reference"
@@ -112,7 +112,7 @@ def _passes(cache: Path) -> int:
 
 
 def _trl(root: Path, number: int, lr: float, beta: float, seed: int) -> int:
-    """The same of TRL's DPOTrainer."""
+    """The same for TRL's DPOTrainer."""
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import DPOConfig, DPOTrainer
@@ -169,7 +169,7 @@ def _rows(path: Path | None, count: int) -> list[dict[str, str]]:
     rows = []
     for row in read_rows(path, on_bad_row="skip").rows:
         if len(str(row.prompt)) + max(len(str(row.chosen)), len(str(row.rejected))) > MOST:
-            continue  # TRL drops what it would have to cut
+            continue  # TRL drops pairs that it would have to truncate
         rows.append({"prompt": str(row.prompt), "chosen": str(row.chosen), "rejected": str(row.rejected)})
     return rows[:count]
 

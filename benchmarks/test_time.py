@@ -4,8 +4,8 @@
     python benchmarks/test_time.py --output runs/my_model --model DIR --prompts FILE --reward_model DIR
 
 The first is on the testbed's bandit, where the expected reward of best-of-N is known exactly and a policy is trained
-with DPO on the same world. The second asks a model of yours, with the authors' temperature and top-p. Every row is one
-run of `scripts/infer.py`; a killed study continues. Writes result.json and result.md.
+with DPO on the same world. The second uses your own model, with the authors' temperature and top-p. Every table row is
+one run of `scripts/infer.py`; the same command resumes a killed study. Writes result.json and result.md.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def of_a_model(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def answered(args: argparse.Namespace, name: str, flags: list[str]) -> dict[str, Any]:
-    """A row: what a run of these flags comes to in the end."""
+    """A table row: the result of a run with these flags."""
     output = args.output / name.replace(",", "").replace(" ", "_")
     command = [sys.executable, "-m", "prefopt", "infer", *flags, "--limit", str(args.limit), "--output", str(output)]
     print(f"{name}: {' '.join(flags)}", flush=True)
@@ -129,7 +129,7 @@ def render(result: dict[str, Any]) -> str:
         cells += ["" if flops is None else f"{flops / prompts:.3g}"]
         out.append(f"| {' | '.join(cells)} |")
     for name, tokens in result.get("training_tokens", {}).items():
-        out += ["", f"{name}: training fed {tokens:,} tokens to the policy."]
+        out += ["", f"{name}: training processed {tokens:,} tokens."]
     return "\n".join(out) + "\n"
 
 

@@ -1,12 +1,11 @@
-"""Thought PO where a sum needs its steps written down: what thinking gains, what hiding it is worth, what rho does.
+"""Thought PO where a sum needs its intermediate steps: the effects of thinking, of hiding the thought, and of rho.
 
     python benchmarks/thought.py --output runs/thought
 
-Each of 3 seeds is another base policy and another run of the testbed's world `scratchpad`. Six rounds each: Thought PO;
-its direct baseline, which differs in the thought prompt alone; and an arm whose judge sees the thought too. Three
-rounds each: the first and the last of these without length control, and, with a judge that likes long responses, four
-values of rho. Writes result.json, result.md and thought.png;
-a killed study continues.
+Each of 3 seeds has its own base policy and run in the testbed's world `scratchpad`. Arms with six rounds: Thought PO;
+its direct baseline, which differs in the thought prompt alone; and an arm whose judge sees the thought too. Arms with
+three rounds: the first and the last of these without length control, and four values of rho with a judge that prefers
+long responses. Writes result.json, result.md and thought.png; the same command resumes a killed study.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ ARMS = {
 RHOS = ("0", "0.25", "0.5", "auto")
 FREE = ("thought", "judge sees thought")  # arms that also run with rho 0
 BROKEN = ("judge sees thought", "rho auto")  # lines of the plot
-ACCURACY = {"direct": "exact/accuracy_direct"}  # of the other arms: exact/accuracy
+ACCURACY = {"direct": "exact/accuracy_direct"}  # for the other arms: exact/accuracy
 
 
 def main() -> None:
@@ -57,7 +56,7 @@ def main() -> None:
     from prefopt.testbed import build_world
     from prefopt.testbed.cache import cache_root
 
-    for seed in range(args.seeds):  # before the runs, which would each train the base policy of their seed
+    for seed in range(args.seeds):  # before the runs, which would otherwise each train the base policy of their seed
         path = build_world("scratchpad", seed=seed, cache_dir=cache_root()).base_model_path
         print(f"base policy of seed {seed}: {path}", flush=True)
     train_all(runs, args.output, args.jobs)
@@ -81,7 +80,7 @@ def main() -> None:
 
 
 def figures(run: Path, arm: str) -> dict[str, list[float]]:
-    """Of a run, by round from the start on."""
+    """Metrics of a run by round, including the start."""
     rows = [json.loads(text) for text in (run / "rounds.jsonl").read_text().splitlines()]
     names = {
         "accuracy": ACCURACY.get(arm, "exact/accuracy"),
@@ -97,21 +96,21 @@ def figures(run: Path, arm: str) -> dict[str, list[float]]:
 
 
 def over_seeds(runs: Sequence[Mapping[str, Sequence[float]]], name: str, at: int) -> tuple[float, float]:
-    """Mean of a figure after a round and half the width of its 95% interval (Student's t), over seeds."""
+    """Mean of a metric after a round and half the width of its 95% interval (Student's t), over seeds."""
     from prefopt.testbed.world_report import mean_and_interval
 
     return mean_and_interval(np.array([run[name][at] for run in runs]))
 
 
 def difference(one: Sequence[Any], other: Sequence[Any], at: int = -1) -> tuple[float, float]:
-    """Of two arms' accuracy, seed by seed."""
+    """Paired difference of two arms' accuracy over seeds."""
     from prefopt.testbed.world_report import mean_and_interval
 
     return mean_and_interval(np.array([a["accuracy"][at] - b["accuracy"][at] for a, b in zip(one, other, strict=True)]))
 
 
 def verdict(hidden: tuple[float, float], after: str) -> str:
-    """In words, what a mean of hidden minus seen and its interval say of hiding the thought."""
+    """A sentence that interprets the mean and interval of hidden minus seen."""
     mean, half = hidden
     if abs(mean) <= half:
         return f"{after} the interval holds 0: no difference is seen between hiding the thought and showing it"
@@ -197,7 +196,7 @@ def plot(path: Path, result: Mapping[str, Any]) -> None:
     arms = result["arms"]
     thinking = {arm: runs for arm, runs in arms.items() if arm != "direct"}
     rhos = {f"rho {rho}": runs for rho, runs in result["rho"].items()}
-    # one colour each in every panel; broken lines show what lies under them
+    # one colour per arm in every panel; dashed lines show the line below
     styles = dict(zip([*arms, *rhos], [*COLOURS[:3], INK, *COLOURS[3:]], strict=False))
     panels = [  # title, figure, axis, lines, upper end of the axis, place of the legend
         ("accuracy", "accuracy", "exact accuracy", arms, 1.0, "center right"),

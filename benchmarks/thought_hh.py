@@ -2,11 +2,11 @@
 
     python benchmarks/thought_hh.py --data.train train.jsonl --data.eval test.jsonl --output runs/hh
 
-From the SFT policy and the reward model of `rounds_hh.py` (made here where the folder has none). A policy this small
-does not follow a thought prompt it has never seen, so it is first shown the form: the training pairs' chosen sides,
-once as they are and once asked with the thought prompt, the first words of the answer as its draft. Of three epochs the
-model with the lowest held-out loss is taken. Both arms begin with that one policy, and differ in
-`method.thought_prompt` alone. A killed study continues.
+Starts from the SFT policy and the reward model of `rounds_hh.py` (trained here if the folder has none). A policy this
+small does not follow a thought prompt that it was not trained on, so it is first fine-tuned on the format: the training
+pairs' chosen sides, once unchanged and once with the thought prompt and the first words of the answer as the draft. Of
+three epochs the model with the lowest held-out loss is used. Both arms start from this policy, and differ in
+`method.thought_prompt` alone. The same command resumes a killed study.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from prefopt.thoughts import read_format
 
 ROUNDS = 2
 ARMS = {"direct": "none", "thought": "specific"}
-DRAFT = 12  # words of the answer that stand in its thought
+DRAFT = 12  # words of the answer that form its thought
 TURN = "\n\nAssistant:"
 
 
@@ -58,7 +58,7 @@ def main() -> None:
     common += ["--generate.top_p", "0.95"]  # sampling as in the paper
     runs = {arm: [*common, "--method.thought_prompt", prompt] for arm, prompt in ARMS.items()}
     train_all(runs, folder, args.jobs)
-    # once both are there, the same command writes the win rates of one against the other; nothing is trained again
+    # when both are finished, the same command writes the win rates between them without training again
     from prefopt.cli import train
 
     status = train(
@@ -104,7 +104,7 @@ def flags_with(flags: Sequence[str], **values: Path) -> list[str]:
 
 
 def show_form(file: Path, out: Path) -> Path:
-    """The chosen sides of a file of dialogues, as they are and in the form that a thought prompt asks for."""
+    """The chosen sides of a file of dialogues, unchanged and in the format of a thought prompt."""
     if out.exists():
         return out
     form, rows = read_format(ARMS["thought"], key="benchmarks"), []
@@ -124,7 +124,7 @@ def show_form(file: Path, out: Path) -> Path:
 
 
 def made(run: Path, number: int) -> dict[str, Any]:
-    """The pairs of a round: how many, why not more, and what the method has to say of them."""
+    """The pairs of a round: their number, prompts without a pair by reason, and the method's metrics."""
     manifest = json.loads((run / f"round_{number:02d}" / "pairs.json").read_text())
     return {"counts": manifest["counts"], "figures": manifest["figures"]}
 
