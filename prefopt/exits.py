@@ -40,7 +40,7 @@ def about(settings: Mapping[str, Any], output: Path | None = None) -> None:
         found |= {"settings": settings, "output": output}
 
 
-def answered(command: str, argv: Sequence[str], run: Callable[[], int]) -> int:
+def exit_status(command: str, argv: Sequence[str], run: Callable[[], int]) -> int:
     """The exit status of a command, whatever happens in it. KeyboardInterrupt and SystemExit stay what they are.
 
     Status: that of `run`; 2 for a user's mistake and for files that cannot be used; 1 for anything that nobody foresaw.

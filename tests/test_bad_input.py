@@ -478,7 +478,7 @@ def test_disk_when_a_file_may_not_grow_then_the_checkpoint_before_survives_and_a
     assert server.train(command("dpo", tmp_path / "run")).status == 0
 
 
-@pytest.mark.parametrize("place", ["prefopt.training.metrics:MetricsFile.write", "prefopt.cli:write_sealed"])
+@pytest.mark.parametrize("place", ["prefopt.training.metrics:MetricsFile.write", "prefopt.run.card:write_sealed"])
 def test_disk_when_full_outside_a_checkpoint_then_one_line_and_a_rerun_ends(error, place, server, command, tmp_path):
     found = error(fault={"at": place, "do": "ENOSPC"})
     cache = server.folder / "cache"

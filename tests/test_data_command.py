@@ -168,16 +168,16 @@ def test_settings_when_named_then_are_read():
 
 def test_split_of_a_run_when_its_card_is_of_the_first_version_then_is_kept(tmp_path):
     """A new run takes the newest one."""
-    from prefopt import cli
     from prefopt.data import split
+    from prefopt.run.card import CARD, split_version
     from prefopt.storage import write_sealed
 
-    assert cli._split_version(tmp_path) == split.VERSION
+    assert split_version(tmp_path) == split.VERSION
     (tmp_path / "metrics.jsonl").touch()
     card = {"config": {}, "model": {}, "reference": None}
     for version in (1, 2):
-        write_sealed(tmp_path / cli.CARD, card | {"data": {"eval": f"abc-0.05{split.mark(version)}"}})
-        assert cli._split_version(tmp_path) == version
+        write_sealed(tmp_path / CARD, card | {"data": {"eval": f"abc-0.05{split.mark(version)}"}})
+        assert split_version(tmp_path) == version
 
 
 def test_settings_of_rows_are_those_of_training_under_the_same_defaults():

@@ -22,7 +22,8 @@ FLOORS = [
     ["evaluate"],
     ["rounds", "inference"],
     ["planner", "sweeps"],
-    ["exits", "cli", "__main__"],
+    ["exits", "run"],
+    ["cli", "__main__"],
 ]
 FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -21,7 +21,14 @@ from prefopt.settings import RunConfig
 from prefopt.storage import Damaged, digest, finite, read_sealed, sha256, write_sealed, write_whole
 
 Row = dict[str, Any]
+STAGES = ("generate", "judge", "pair", "train", "evaluate")
+SHARDED = ("generate", "judge")  # stages whose shards several processes can share
 _NEWER = ("generation_config",)  # inputs that manifests of older versions do not have
+
+
+def stages_of(number: int) -> tuple[str, ...]:
+    """The stages of a round, in order; before the first round the policy is evaluated only."""
+    return STAGES if number else ("evaluate",)
 
 
 @dataclass(frozen=True)
@@ -207,6 +214,16 @@ def done(config: RunConfig, folder: Path, stage: str) -> bool:
     if stage == "judge" and config.judge.kind == "none":
         return True
     return finished(folder, {"generate": "candidates", "judge": "scores"}[stage])
+
+
+def stages_left(config: RunConfig) -> Iterator[tuple[int, str]]:
+    """(round, stage) of each stage that is not done, in order; each is looked up when the iterator gets there."""
+    output, count = Path(config.output), config.rounds.count
+    for number in range(count + 1):
+        for name in stages_of(number):
+            unexported = (number, name) == (count, "evaluate") and not (output / "model").exists()
+            if unexported or not done(config, output / f"round_{number:02d}", name):
+                yield number, name
 
 
 def write_manifest(path: Path, manifest: Mapping[str, Any], only_new: bool = False) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from prefopt.settings.nested import flatten, lookup
 from prefopt.settings.schema import RunConfig, all_defaults, sources
+from prefopt.storage import text_hash
 
 # Settings of a run's length: a finished run is trained on where they are raised.
 LENGTHS = ("train.max_steps", "train.train_epochs", "train.max_tokens", "train.max_seconds")
@@ -61,6 +61,6 @@ def default_output(config: RunConfig) -> str:
         for k, v in flatten(config.to_dict()).items()
         if not any(k == free or k.startswith(free + ".") for free in FREE_TO_CHANGE)
     }
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:8]
+    digest = text_hash(json.dumps(settings, sort_keys=True, default=str))[:8]
     task = "testbed" if config.on_testbed else "-".join(Path(name).stem for name in sources(config.data.train)[:3])
     return f"{task}-{config.method_name.rpartition('.')[2]}-{digest}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from prefopt.settings.round_rules import check_sampling
 from prefopt.settings.sampling_groups import GenerateConfig, JudgeConfig
 from prefopt.settings.schema import as_plain, type_hints
 from prefopt.settings.train import normalized
+from prefopt.storage import text_hash
 
 
 @dataclass(frozen=True)
@@ -267,7 +267,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 def _default_folder(found: InferConfig) -> str:
     """A name that the same settings give again, so that the same command continues the same run."""
     lines = differences({}, found.to_dict())
-    digest = hashlib.sha256(json.dumps(lines).encode()).hexdigest()[:8]
+    digest = text_hash(json.dumps(lines))[:8]
     task = found.testbed.world if found.on_testbed else Path(found.prompts or "prompt").stem
     return f"infer-{task}-{found.strategy}-{digest}"
 

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from prefopt.errors import ConfigError, did_you_mean
-from prefopt.rounds.store import done
+from prefopt.rounds.store import SHARDED, STAGES, stages_left
 from prefopt.settings import RunConfig, coerce
 from prefopt.sweeps import slurm
-
-STAGES = ("generate", "judge", "pair", "train", "evaluate")
-CUT = ("generate", "judge")  # the stages whose shards an array shares
 
 
 @dataclass(frozen=True)
@@ -63,23 +60,13 @@ def options_of(argv: Sequence[str]) -> tuple[list[str], OnSlurm | None]:
     return rest, OnSlurm(parts, given, flags)
 
 
-def left(config: RunConfig) -> Iterator[tuple[int, str]]:
-    """(round, stage) of all that is not done yet, in order."""
-    output, count = Path(config.output), config.rounds.count
-    for number in range(count + 1):
-        for name in STAGES if number else ("evaluate",):
-            last = (number, name) == (count, "evaluate") and not (output / "model").exists()
-            if last or not done(config, output / f"round_{number:02d}", name):
-                yield number, name
-
-
 def submit(config: RunConfig, flags: Sequence[str], how: OnSlurm, say: Callable[[str], None]) -> int:
     """Submit a job for each stage that is not done and not in the queue, each after the one before. Returns 0."""
     script, output = slurm.script("rounds.sbatch", how.script), Path(config.output)
     # a folder from which nothing was ever submitted has no jobs
     queue = {job.comment: job.array for job in slurm.jobs()} if (output / "logs").is_dir() else {}
     before, new = None, 0
-    for number, name in left(config):
+    for number, name in stages_left(config):
         comment = f"{output.resolve()} round {number} {name}"
         if comment in queue:
             before = queue[comment]
@@ -90,7 +77,7 @@ def submit(config: RunConfig, flags: Sequence[str], how: OnSlurm, say: Callable[
             f"--output={output / 'logs' / f'{number}-{name}-%j.out'}",
             f"--comment={comment}",
         ]
-        if name in CUT:
+        if name in SHARDED:
             words += [f"--array=0-{how.parts - 1}"]
         if before is not None:
             words += [f"--dependency=afterok:{before}", "--kill-on-invalid-dep=yes"]

@@ -12,6 +12,7 @@ import torch
 
 from prefopt import cli
 from prefopt.data.rows import RowReader
+from prefopt.errors import ConfigError
 from prefopt.generation.base import Sampling
 from prefopt.inference import policy
 from prefopt.inference.prompt_reader import Reader, Refused
@@ -279,7 +280,7 @@ def test_weights_are_counted_from_the_headers(place, tmp_path):
 def test_a_thought_format_that_cannot_be_read_is_one_line(place, tmp_path, value, words):
     shutil.copytree(place / "model", tmp_path / "model")
     (tmp_path / "model" / "generation_config.json").write_text(json.dumps({"thought": value}))
-    with pytest.raises(cli.ConfigError, match=words) as error:
+    with pytest.raises(ConfigError, match=words) as error:
         find(tmp_path / "model")
     assert "\n" not in str(error.value)
 

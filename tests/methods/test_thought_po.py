@@ -5,11 +5,11 @@ import math
 import pytest
 import torch
 
-from prefopt.cli import _thoughtless
 from prefopt.data.encoder import Encoder
 from prefopt.errors import ConfigError
 from prefopt.losses import dpo
 from prefopt.methods.thought_po import RHOS, ThoughtPO
+from prefopt.run.task import without_thoughts
 from prefopt.types import Completion, Judgement, PairRow, Prompt, Response, ScoredGroup
 from tests.helpers import byte_bpe_tokenizer
 from tests.methods.make_stats import batch, f64, means, pair_stats
@@ -174,6 +174,6 @@ def test_settings_that_cannot_work_are_refused(settings, line):
 def test_pairs_without_thoughts_are_warned_of(chosen, told):
     tokenizer = byte_bpe_tokenizer(["hello"], 300)
     (cut,) = Encoder(tokenizer, 99).rows([PairRow("Q:", f" {chosen}", None, {}, "f:1")])
-    assert [line[:42] for line in _thoughtless([cut.pair], tokenizer, "<R>")] == [
+    assert [line[:42] for line in without_thoughts([cut.pair], tokenizer, "<R>")] == [
         "warning: none of the first 1 chosen comple"
     ] * told

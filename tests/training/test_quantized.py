@@ -138,10 +138,11 @@ def test_run_when_bitsandbytes_is_not_installed_then_refused_before_anything_is_
     settings, message, command, monkeypatch, tmp_path, capsys
 ):
     from prefopt import cli
+    from prefopt.training import signals
 
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else find(name))
-    monkeypatch.setattr(cli.rt.Stop, "install", lambda *args: None)  # the signals are pytest's here
+    monkeypatch.setattr(signals.Stop, "install", lambda *args: None)  # the signals are pytest's here
     assert cli.train(command("dpo", tmp_path / "run", lora__r=4, **settings)) == 2
     assert capsys.readouterr().err == (
         f"error: {message} needs bitsandbytes; pip install 'prefopt[qlora]', or leave it out\n"

@@ -29,7 +29,7 @@ IN_A_CHECKPOINT = [
 ]
 ANYWHERE = [
     *IN_A_CHECKPOINT,
-    ("prefopt.cli:_keep_card", "before", 1),  # the run card, which marks a begun run
+    ("prefopt.run.card:write_or_check_card", "before", 1),  # the run card, which marks a begun run
     (ENGINE + "checkpoint:clean", "after", 1),
     (ENGINE + "metrics:MetricsFile.rewind", "after", 1),
     (ENGINE + "trainer:Trainer._step", "before", 5),
@@ -317,7 +317,7 @@ def test_run_when_asked_to_stop_then_saves_and_continues_to_the_same_weights(
     assert_same_run(output, uninterrupted("dpo"))
 
 
-@pytest.mark.parametrize("place", ["prefopt.cli:_check_paths", "prefopt.data.encode:encode_file"])
+@pytest.mark.parametrize("place", ["prefopt.run.context:check_paths", "prefopt.data.encode:encode_file"])
 def test_run_when_asked_to_stop_before_the_first_step_then_leaves_at_once(
     place, server, command, uninterrupted, tmp_path
 ):

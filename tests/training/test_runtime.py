@@ -11,8 +11,8 @@ import time
 import pytest
 import torch
 
-from prefopt import cli
 from prefopt.errors import TrainError
+from prefopt.run.rounds_processes import run_stage
 from prefopt.training.launcher import check_launcher
 from prefopt.training.output_folder import OutputLock, prepare_output
 from prefopt.training.random_state import random_state, set_random_state
@@ -233,7 +233,7 @@ def test_signals_when_the_command_runs_in_another_thread_then_none_is_handled_an
         stop = Stop()
         stop.install(1)
         stop.ignore_late_signal()
-        done.append(cli._run_stage([sys.executable, "-c", "raise SystemExit(3)"], os.environ))
+        done.append(run_stage([sys.executable, "-c", "raise SystemExit(3)"], os.environ))
 
     thread = threading.Thread(target=run)
     thread.start()

@@ -1,0 +1,113 @@
+"""Contents of the run card: what a reader needs to trust and repeat a run."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import subprocess
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prefopt import settings
+from prefopt.run.card import described_method
+from prefopt.run.task import Task
+from prefopt.settings import RunConfig
+from prefopt.training import adapters, model_hashes, models, versions
+from prefopt.training import runtime as rt
+
+if TYPE_CHECKING:
+    from prefopt.rounds.rounds import Rounds
+
+
+def run_card(config: RunConfig, runtime: rt.Runtime, task: Task) -> dict[str, Any]:
+    """What a reader needs to trust and repeat the run."""
+
+    @functools.cache  # the reference is the policy's start unless another is named
+    def digest(path: str, revision: str | None) -> str:
+        if Path(path).is_dir():
+            return model_hashes.fingerprint(path, None)
+        return model_hashes.fingerprint(
+            path, models.load_config(path, dataclasses.replace(config.model, revision=revision))
+        )
+
+    def card(weights: adapters.Weights) -> dict[str, str]:
+        path, base = weights.path, digest(weights.base, weights.revision)
+        if weights.adapter is None:
+            return {"path": path, "sha256": base}
+        own = model_hashes.fingerprint(path, None) if Path(path).is_dir() else weights.commit or path
+        return {"path": path, "sha256": own, "base": weights.base, "base_sha256": base}
+
+    def reference_card() -> dict[str, str] | None:
+        what, start = task.reference, task.start
+        if what is None:
+            return None
+        return {**card(adapters.weights_of(what, start)), "is": adapters.describe(what, start, config)}
+
+    return {
+        "method": described_method(config),
+        "config": config.to_dict(),
+        "learning_rate": {"peak": config.optim.lr, "from": settings.rate_source(config)},
+        "batch": _batch_card(config.train, runtime.world),
+        "data": {
+            "train": task.train.fingerprint,
+            "order": task.train.order_hash,
+            "eval": task.eval_fingerprint,
+            "report": task.report,
+        },
+        "model": card(task.start),
+        "reference": reference_card(),
+        "template_date": None if task.day is None else task.day.isoformat(),
+        **_circumstances(runtime),
+    }
+
+
+def _batch_card(train: settings.TrainConfig, world: int) -> dict[str, int]:
+    """What a step takes. Where tokens bound it, how many pairs and passes that are differs from step to step."""
+    card = {"processes": world}
+    if train.tokens_per_batch is not None:
+        return card | {"tokens_per_step": train.tokens_per_batch, "most_pairs_per_pass_and_process": train.micro_batch}
+    return {
+        "pairs_per_step": train.global_batch,
+        **card,
+        "pairs_per_pass_and_process": min(train.micro_batch, -(-train.global_batch // world)),
+        "passes_per_step": -(-train.global_batch // (train.micro_batch * world)),
+    }
+
+
+def rounds_card(config: RunConfig, runtime: rt.Runtime, rounds: Rounds, report: list[str]) -> dict[str, Any]:
+    """The same of a run of rounds; each round's training has a card of its own beside it."""
+    return {
+        "method": described_method(config),
+        "config": config.to_dict(),
+        "data": {**rounds.data_hashes(), "report": report},
+        "model": {"path": rounds.start.path, "sha256": rounds.start_hash},
+        "reference": None,
+        "judge": {"sha256": rounds.judge_hash},
+        "template_date": rounds.config.data.template_date,
+        **_circumstances(runtime),
+    }
+
+
+def _circumstances(runtime: rt.Runtime) -> dict[str, Any]:
+    return {
+        "versions": versions.versions(),
+        "git_commit": _git_commit(),
+        "engine": runtime.described_backend,
+        "device": str(runtime.device),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+def _git_commit() -> str | None:
+    """The commit of prefopt's own sources, with a plus sign if they were changed; None where they are no repository."""
+    try:
+        run = subprocess.run(
+            ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--dirty=+"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return run.stdout.strip() or None

@@ -1,0 +1,199 @@
+"""What a training run works on: model, reference, tokenizer and pairs, from files or from the testbed."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from prefopt import settings
+from prefopt.data import split
+from prefopt.data.comparison import BothOrders, encoder_for
+from prefopt.data.encode import encode_file, joined
+from prefopt.data.encoder import pad_token
+from prefopt.data.loader import Batches, Converted, FileBatches
+from prefopt.data.mixture import mixture_of
+from prefopt.data.split import sample, shared_prompts, split_by_prompt
+from prefopt.data.templates import Rendering
+from prefopt.errors import ConfigError
+from prefopt.evaluate.held_out import too_few
+from prefopt.run.card import described_method, split_version
+from prefopt.settings import RunConfig
+from prefopt.testbed import build_world
+from prefopt.testbed.cache import cache_root
+from prefopt.testbed.words import WordWorld
+from prefopt.training import adapters, layout_choice, model_checks, models
+from prefopt.training.adapters import Frozen, Weights
+from prefopt.training.reference import Source
+from prefopt.types import EncodedPair
+
+_HELD_OUT = 2**31  # seed of the testbed's held-out pairs: the same for every run, and no training set's
+
+
+@dataclasses.dataclass
+class Task:
+    """What a run trains on, wherever it came from."""
+
+    start: Weights
+    reference: Frozen | Weights | None
+    tokenizer: Any
+    train: Batches
+    eval_pairs: Sequence[EncodedPair]
+    eval_fingerprint: str
+    sources: Sequence[Source]
+    report: list[str]
+    world: WordWorld | None = None
+    day: date | None = None  # that the chat template is told, where it asks
+
+
+def testbed_task(config: RunConfig) -> Task:
+    test = config.testbed
+    world = build_world(test.world, seed=test.seed, cache_dir=cache_root())
+    assert isinstance(world, WordWorld), "the settings refuse a world without pairs"
+    start = adapters.Weights(str(world.base_model_path), str(world.base_model_path))
+    adapters.check(config, start, models.load_config(start.base, config.model))
+    batch, seed = config.train.global_batch, config.seed
+    needs = config.method.needs
+    eval_pairs = world.file_pairs(test.eval_pairs, _HELD_OUT)
+    missing = [column.name for column in needs.columns if column.name not in eval_pairs[0].columns]
+    if missing:
+        raise ConfigError(f"method {described_method(config)}: the testbed's pairs have no column '{missing[0]}'")
+    both = BothOrders(world.tokenizer, config.data.max_length) if needs.sequences == "both_orders" else None
+    if both is not None:
+        eval_pairs = [both.reread(pair) for pair in eval_pairs]
+    sources = [Source(eval_pairs, f"{world.fingerprint}-{test.eval_pairs}-held-out")]
+    if test.pairs is None:
+        train: Batches = world.stream(batch, seed)
+        train = train if both is None else Converted(train, both.reread, needs.sequences)
+        what = "a fresh stream of pairs"
+    else:
+        fingerprint = f"{world.fingerprint}-{test.pairs}-{seed}"
+        pairs = world.file_pairs(test.pairs, seed)
+        pairs = pairs if both is None else [both.reread(pair) for pair in pairs]
+        group, tokens = config.train.group_by_length, config.train.tokens_per_batch
+        if tokens is not None and needs.rows == "chosen_only":  # it counts what is fed
+            pairs = [dataclasses.replace(pair, rejected_ids=None, rejected_mask=None) for pair in pairs]
+        train = FileBatches(pairs, batch, seed, fingerprint, group, tokens)
+        sources.append(Source(pairs, fingerprint))
+        what = f"a fixed set of {test.pairs:,} pairs"
+    return Task(
+        start=start,
+        reference=adapters.reference(config, start),
+        tokenizer=world.tokenizer,
+        train=train,
+        eval_pairs=eval_pairs,
+        eval_fingerprint=f"{world.fingerprint}-{test.eval_pairs}",
+        sources=sources,
+        report=[f"no model and no data named: training on the testbed world '{test.world}', {what}"],
+        world=world,
+    )
+
+
+def file_task(config: RunConfig, day: date) -> Task:
+    assert config.model.path is not None
+    start = adapters.find(config.model.path, config.model)
+    architecture = models.load_config(start.base, start.base_settings(config.model))
+    adapters.check(config, start, architecture)
+    layout_choice.check_architecture(config, architecture)
+    reference = adapters.reference(config, start)
+    if isinstance(reference, adapters.Weights) and reference != start:
+        other = models.load_config(reference.base, reference.base_settings(config.model), key="reference.path")
+        model_checks.check_same_vocabulary(architecture, other, reference.path)
+        if reference.adapter is None:
+            models.check_model(reference.base, reference.base_settings(config.model), "reference.path")
+    tokenizer = models.load_tokenizer(*adapters.tokenizer_path(start, config.model), config.data.chat_template)
+    if isinstance(reference, adapters.Weights) and reference != start:
+        model_checks.check_same_tokens(tokenizer, *adapters.tokenizer_path(reference, config.model))
+    tokenizer.pad_token_id, note = pad_token(tokenizer, model_checks.vocabulary(architecture))
+    rendering = Rendering.of(config.data, tokenizer, day)
+    needs = config.method.needs
+    report: list[str] = [*([note] if note else []), *rendering.lines(tokenizer)]
+
+    def encode(path: str) -> Any:
+        encoded = encode_file(
+            path,
+            tokenizer,
+            max_length=config.data.max_length,
+            kind=encoder_for(needs),
+            need_rejected=needs.rows == "pairs",
+            extra=needs.columns,
+            columns=config.data.columns,
+            on_bad_row=config.data.on_bad_row,
+            vocab_rows=model_checks.vocabulary(architecture),
+            cache_dir=cache_root() / "encoded",
+            dialogues=config.data.dialogues,
+            rendering=rendering,
+            overlong=config.data.overlong,
+            special_tokens=config.data.special_tokens,
+        )
+        report.extend(encoded.report.lines())
+        return encoded
+
+    weights = config.data.weights or (1.0,) * len(settings.sources(config.data.train))
+    named = {name: w for name, w in zip(settings.sources(config.data.train), weights, strict=True) if w > 0}
+    files = [encode(name) for name in named]
+    train = joined(files)
+    pairs: Sequence[EncodedPair] = train.pairs
+    if (thought := config.method.card().get("thought")) is not None:
+        report += without_thoughts(pairs, tokenizer, thought["response_marker"])
+    if config.data.eval is not None:
+        more = [encode(name) for name in settings.sources(config.data.eval)]
+        held_out = joined(more)
+        files += more
+        eval_pairs, eval_fingerprint = held_out.pairs, held_out.fingerprint
+        shared = shared_prompts(pairs, eval_pairs)
+        if shared:
+            report.append(
+                f"warning: {shared:,} of {len(eval_pairs):,} eval pairs have a prompt that is in the training data"
+            )
+    elif config.data.eval_fraction == 0:
+        eval_pairs, eval_fingerprint = [], "none"
+    else:
+        version = split_version(Path(config.output))
+        pairs, eval_pairs = split_by_prompt(pairs, config.data.eval_fraction, version=version)
+        eval_fingerprint = f"{train.fingerprint}-{config.data.eval_fraction}{split.mark(version)}"
+        report.append(f"held out by prompt: {len(eval_pairs):,} of {len(train.pairs):,} pairs")
+    for encoded in files:
+        model_checks.check_positions(architecture, encoded.report, config.data.max_length)
+    mixture = None
+    if config.data.weights is not None:
+        mixture = mixture_of(pairs, named, config.seed)
+        report += mixture.lines(named)
+    batches = FileBatches(
+        pairs,
+        config.train.global_batch,
+        config.seed,
+        f"{train.fingerprint}-{len(pairs)}",
+        config.train.group_by_length,
+        config.train.tokens_per_batch,
+        mixture,
+    )
+    if config.train.tokens_per_batch is not None:
+        report.append(batches.described())
+    sources = [Source(encoded.pairs, encoded.fingerprint) for encoded in files]
+    return Task(start, reference, tokenizer, batches, eval_pairs, eval_fingerprint, sources, report, day=rendering.date)
+
+
+def without_thoughts(pairs: Sequence[EncodedPair], tokenizer: Any, marker: str, most: int = 64) -> list[str]:
+    """A warning where a policy that is to think would be trained on pairs without thoughts."""
+    first = [pairs[i] for i in range(min(most, len(pairs)))]
+    if any(marker in tokenizer.decode(pair.chosen_ids) for pair in first):
+        return []
+    return [
+        f"warning: none of the first {len(first)} chosen completions holds the response marker '{marker}': they are "
+        "trained on as they stand, without a thought (--rounds.count, or the pairs.jsonl of a round)"
+    ]
+
+
+def limit_held_out(config: RunConfig, task: Task) -> None:
+    """Keep eval.max_pairs of the held-out pairs, and put into the report what so many can decide."""
+
+    most, there = config.eval.max_pairs, len(task.eval_pairs)
+    if most is not None and most < there:
+        task.eval_pairs = sample(task.eval_pairs, most)
+        task.eval_fingerprint = f"{most}-of-{task.eval_fingerprint}"  # its end tells the version of a split
+        task.report.append(f"eval.max_pairs: {most:,} of {there:,} held-out pairs are scored, a random sample")
+    warning = too_few(config, len(task.eval_pairs))
+    task.report += [warning] if warning is not None else []

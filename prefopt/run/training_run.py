@@ -1,0 +1,217 @@
+"""One training run, from its data to its model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from prefopt import settings
+from prefopt.evaluate.sampler import sampler
+from prefopt.planner import dry_run, fit
+from prefopt.redaction import hidden, printable
+from prefopt.run.card import CARD, first_day, write_or_check_card
+from prefopt.run.card_contents import run_card
+from prefopt.run.results import print_results, target_beta
+from prefopt.run.task import Task, file_task, limit_held_out, testbed_task
+from prefopt.settings import RunConfig
+from prefopt.testbed.cache import cache_root
+from prefopt.training import adapters, checkpoint, extension, models, preflight, random_state, sharding
+from prefopt.training import runtime as rt
+from prefopt.training.forward import PolicyWithReference, ReferenceHead, Scorer
+from prefopt.training.launcher import print_rank_0
+from prefopt.training.metrics import Evaluator
+from prefopt.training.reference import Oracle, ReferenceValues, obtain
+from prefopt.training.schedule import learning_rate, total_steps
+from prefopt.training.tracking import Trackers
+from prefopt.training.trainer import Trainer
+
+
+def train_run(config: RunConfig, runtime: rt.Runtime, evaluators: Sequence[Evaluator] = ()) -> int:
+    """Train from the data to the exported model, or resume it.
+
+    Args: evaluators: functions of the policy that every evaluation runs too. Returns: the exit status.
+    """
+    output = Path(config.output)
+    if config.train.check_memory and not config.on_testbed:
+        _check_memory(config, runtime)
+    day = runtime.from_main(first_day(output))
+    task = runtime.on_main_first(lambda: testbed_task(config)) if config.on_testbed else file_task(config, day)
+    limit_held_out(config, task)
+    for line in task.report:
+        print_rank_0(printable(line))
+    if config.dry_run:
+        total = preflight.gpu_memory(runtime.device)
+        lines = dry_run.of_run(config, runtime, task.train, len(task.eval_pairs), task.start.path, total)
+        print_dry_run(config, lines)
+        return 0
+    resume_from = checkpoint.latest(output / "checkpoints", print_rank_0, runtime)
+
+    def keep() -> dict[str, str] | None:
+        card = run_card(config, runtime, task)
+        write_or_check_card(card, output)
+        return card["reference"]
+
+    hashes = runtime.on_main(keep)  # hashing weights reads all of them: once, on one process
+    note = runtime.on_main(lambda: _begin_extension(config, task, output))
+    if note is not None:
+        print_rank_0(note)
+    if runtime.on_main(lambda: checkpoint.damage(output / "model") is None):
+        print_rank_0(f"{output}: this run is finished; the model is in {output / 'model'}")
+        print_results(config, runtime, task, output)
+        return 0
+    trackers, failed = Trackers(runtime, config, output, output / CARD), True
+    try:
+        status = _fit(config, runtime, task, output, resume_from, evaluators, trackers, hashes)
+        if status == 0:
+            print_rank_0(f"finished: model in {output / 'model'}, metrics in {output / 'metrics.jsonl'}")
+            print_results(config, runtime, task, output, trackers)
+        failed = False
+    finally:
+        trackers.finish(failed)
+    return status
+
+
+def _begin_extension(config: RunConfig, task: Task, output: Path) -> str | None:
+    """Make a finished run one that goes on, where its length was raised. Returns: a line on its schedule, or None."""
+    steps = None if task.train.steps_per_epoch is None else task.train.steps
+
+    def rate(settings: RunConfig, step: int) -> float | None:
+        return None if total_steps(settings, steps) is None else learning_rate(settings, steps, step)
+
+    return extension.begin(output, output / CARD, config, rate)
+
+
+def _check_memory(config: RunConfig, runtime: rt.Runtime) -> None:
+    """Say it where the run may not fit on its GPUs. Raises: TrainError where it cannot."""
+    total = preflight.gpu_memory(runtime.device)
+    if total is None:
+        return
+
+    backend = fit.backend_of(runtime)
+    if backend is not None:
+        warning = runtime.on_main(lambda: fit.check(config, backend, runtime.world, total))
+        if warning is not None:
+            print_rank_0(warning)
+
+
+def _fit(
+    config: RunConfig,
+    runtime: rt.Runtime,
+    task: Task,
+    output: Path,
+    resume_from: Path | None,
+    evaluators: Sequence[Evaluator] = (),
+    trackers: Trackers | None = None,
+    hashes: Mapping[str, str] | None = None,
+) -> int:
+    if config.lora.r is None and task.start.adapter is None:
+        base = task.start
+        runtime.on_main(
+            lambda: preflight.room_for_checkpoints(
+                config, models.parameter_count(base.base, base.base_settings(config.model)), output
+            )
+        )
+    reference: Any = task.reference
+    key = "model.path" if config.reference.path is None else "reference.path"
+    cached = reference is not None and config.reference.cache != "none"
+    second = isinstance(reference, adapters.Weights) and not cached
+    if second:
+        preflight.room_for_two_models(runtime)
+    with runtime.sharded_loading():
+        lm = adapters.load_policy(config, task.start, task.reference, resume_from)
+    if second:
+        with runtime.sharded_loading():
+            reference = adapters.load_frozen(reference, config.model, key)
+    # drawn numbers are dropout's: each process has its own, whatever was drawn until here
+    random_state.set_seed(config.seed + runtime.rank)
+    parameters = sum(sharding.numel(p) for p in lm.parameters())
+    threads = rt.set_threads(config.train.threads, parameters)
+    if resume_from is not None:
+        print_rank_0(f"continuing from {resume_from}")
+    name, adapter = type(adapters.base_of(lm)).__name__, adapters.describe_policy(lm)
+    of_them = f", {adapter}" if adapter else ""
+    print_rank_0(
+        f"policy: {name}, {parameters:,} parameters{of_them}, {threads} thread(s) per process; output: {output}"
+    )
+    if config.model.attention == "sdpa" and adapters.base_of(lm).config._attn_implementation == "eager":
+        print_rank_0(f"attention: eager, since {name} computes what SDPA cannot (a soft-cap of attention, say)")
+    for line in adapters.remarks(lm):
+        print_rank_0(line)
+    if task.reference is not None:
+        print_rank_0(f"reference: {adapters.describe(task.reference, task.start, config)}")
+    if config.model.dtype == "bfloat16" and not adapter:
+        print_rank_0(
+            "warning: weights in bfloat16 lose updates smaller than 1/256 of a weight; "
+            "float32 weights with train.mixed_precision bf16 do not"
+        )
+    values: ReferenceValues | None = None
+    reference_head: ReferenceHead | None = None
+    if cached:
+        values, reference_head = _cached_reference(config, runtime, task, lm, resume_from is None, key, hashes or {})
+        reference = reference if isinstance(reference, adapters.Frozen) else None
+    scores = config.method.needs.output == "scores"
+    if scores:
+        models.set_padding(adapters.base_of(lm), task.tokenizer)
+    evaluators = [*evaluators]
+    if task.world is not None and not scores:  # a world's truth is about what a policy writes
+        world, beta = task.world, target_beta(config)
+        evaluators.append(lambda policy: world.evaluate(policy, beta))
+    policy = Scorer(lm) if scores else PolicyWithReference(lm, reference, config.kernel, reference_head)
+    if config.eval.generate and isinstance(policy, PolicyWithReference):
+        agree = runtime.from_main if runtime.backend in rt.SHARDING else None
+        precision = runtime.accelerator.autocast
+        evaluators.append(sampler(config, policy, task.tokenizer, task.eval_pairs, precision, agree))
+    trainer = Trainer(
+        config=config,
+        runtime=runtime,
+        policy=policy,
+        tokenizer=task.tokenizer,
+        train=task.train,
+        eval_pairs=task.eval_pairs,
+        output=output,
+        resume_from=resume_from,
+        evaluators=evaluators,
+        values=values,
+        trackers=trackers,
+    )
+    return trainer.run()
+
+
+def _cached_reference(
+    config: RunConfig, runtime: rt.Runtime, task: Task, lm: Any, fresh: bool, key: str, hashes: Mapping[str, str]
+) -> tuple[ReferenceValues, ReferenceHead | None]:
+    """(what is kept of the reference, its head where that is needed and the policy does not hold it).
+
+    Args: lm: the policy, which answers for the reference as long as it is the same. fresh: whether it has not moved.
+        key: names the reference in errors. hashes: of the reference's weights.
+    """
+    what = task.reference
+    assert what is not None
+    if isinstance(what, adapters.Frozen):
+        oracle = Oracle(lm, what, hashes)
+    elif fresh and what == task.start:
+        oracle = Oracle(lm, None, hashes)
+    else:
+        with runtime.sharded_loading():
+            oracle = Oracle(adapters.load_frozen(what, config.model, key), None, hashes)
+    if not sharding.is_sharded(oracle.lm):
+        torch.nn.Module.to(oracle.lm, runtime.device)
+    cache_dir = Path(config.reference.cache_dir) if config.reference.cache_dir else cache_root() / "reference"
+    with sharding.gathered_by_layer(oracle.lm):
+        values = obtain(config, runtime, oracle, task.sources, cache_dir, int(task.tokenizer.pad_token_id))
+    if config.reference.cache != "hidden" or oracle.frozen is not None:
+        return values, None
+    with sharding.gathered(oracle.lm.get_output_embeddings()):
+        return values, ReferenceHead(oracle.lm)
+
+
+def print_dry_run(config: RunConfig, plan: Sequence[str]) -> None:
+    """What `--dry_run` prints behind the report of the data. Args: plan: lines of what the run will do and need."""
+    whole = [] if config.dry_run != "config" else ["", "resolved config:", settings.yaml_of(hidden(config.to_dict()))]
+    changed = [printable(line) for line in dry_run.differences(config)]
+    print_rank_0("\n".join(["", *changed, *plan, *whole]))
+    if not whole:
+        print_rank_0("(--dry_run config prints every setting as YAML)")
