@@ -1,3 +1,3 @@
-"""prefopt: train language models on preferences, and find out which loss is better."""
+"""prefopt: train language models on preferences, and measure which loss is better."""
 
 __version__ = "0.1.0"

@@ -1,4 +1,4 @@
-"""`python -m prefopt COMMAND ...` and the console command `prefopt`: scripts/ for who installed the package."""
+"""`python -m prefopt COMMAND ...` and the console command `prefopt`: the installed form of scripts/."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ COMMANDS = {
     "sweep": cli.sweep,
     "plan": cli.plan,
 }
-USAGE = f"""prefopt {__version__}: train language models on preferences, and find out which loss is better
+USAGE = f"""prefopt {__version__}: train language models on preferences, and measure which loss is better
 
 usage: prefopt train --method NAME [--config FILE] [--GROUP.SETTING VALUE ...]
        prefopt rounds --method NAME --rounds.count N [--GROUP.SETTING VALUE ...]
@@ -26,7 +26,7 @@ usage: prefopt train --method NAME [--config FILE] [--GROUP.SETTING VALUE ...]
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command. Returns its exit status."""
+    """Run a command. Returns: its exit status."""
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE)

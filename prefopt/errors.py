@@ -1,4 +1,4 @@
-"""Errors that a user can cause: one line that says where, what was found, what was expected and the nearest mend."""
+"""Errors that a user can cause: one line with the place, what was found, what was expected and the nearest fix."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Iterable
 
 from prefopt.redaction import printable
 
-_LONGEST = 4000  # characters of a line; what is longer holds a value that nobody reads
+_LONGEST = 4000  # characters of an error's line; a longer one quotes a value that is not worth reading
 
 
 class PrefoptError(Exception):
-    """Anything a user can mend; entry points print it as one line, without a traceback, and exit with 2.
+    """An error that a user can fix; commands print it as one line, without a traceback, and exit with status 2.
 
-    Its text is that line: without secrets, and with control characters, line breaks among them, as escapes.
+    Its text is that line, with secrets removed and control characters, including line breaks, escaped.
     """
 
     def __str__(self) -> str:
@@ -25,26 +25,26 @@ class PrefoptError(Exception):
 
 
 class ConfigError(PrefoptError):
-    """A setting is unknown, malformed or in conflict with another."""
+    """A setting is unknown, malformed or in conflict with another one."""
 
 
 class DataError(PrefoptError):
-    """A file or a row cannot be used."""
+    """A data file or one of its examples cannot be used."""
 
 
 class TrainError(PrefoptError):
-    """A run cannot start, continue or be saved."""
+    """A run cannot start, resume or be saved."""
 
 
 class RendezvousError(TrainError):
-    """The processes of a run did not come together; each says it, since there may be no first one that could."""
+    """The ranks of a run did not find each other; each prints the error, since rank 0 may be missing."""
 
 
 class RoundError(PrefoptError):
-    """A stage of a round cannot start, continue or be trusted."""
+    """A stage of a round cannot start or resume, or its files are damaged."""
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """A suggestion to append to an error, `; did you mean 'x'?`, or nothing when no known word is near."""
+    """A suggestion to append to an error, `; did you mean 'x'?`; empty where no known word is similar."""
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f"; did you mean '{near[0]}'?" if near else ""

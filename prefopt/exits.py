@@ -1,4 +1,4 @@
-"""How every command ends: its status, one line for what a user can mend, and a report file for what nobody foresaw."""
+"""How every command ends: its exit status, one line for an error that a user can fix, a report file for any other."""
 
 from __future__ import annotations
 
@@ -21,29 +21,29 @@ from prefopt.training import launcher, versions
 
 DEBUG = "PREFOPT_DEBUG"  # set to 1: tracebacks are printed too
 _FAILED = 1
-# What a user can mend, where the error names the file.
-_USERS = {
-    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "expected a place that this user can read and write"),
+# Hints for errors of the operating system that a user can fix, where the error names the file.
+_HINTS = {
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "expected a path that this user can read and write"),
     errno.ENAMETOOLONG: "expected a shorter name",
     **dict.fromkeys((errno.ENOTDIR, errno.EISDIR, errno.ELOOP), "expected another path"),
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "free space and run the same command again"),
-    **dict.fromkeys((errno.EIO, errno.ESTALE), "the disk or its server fails; run the same command again"),
+    **dict.fromkeys((errno.EIO, errno.ESTALE), "the disk or the file server failed; run the same command again"),
     **dict.fromkeys((errno.ENXIO, errno.ENODEV), "expected a regular file"),
 }
 _about: contextvars.ContextVar[dict[str, Any]] = contextvars.ContextVar("about")
 
 
 def about(settings: Mapping[str, Any], output: Path | None = None) -> None:
-    """Note what the command works on: a report holds its settings, and lies in its output folder if there is one."""
+    """Record the command's settings and output folder, for the report of an unexpected error."""
     found = _about.get(None)
     if found is not None:
         found |= {"settings": settings, "output": output}
 
 
 def exit_status(command: str, argv: Sequence[str], run: Callable[[], int]) -> int:
-    """The exit status of a command, whatever happens in it. KeyboardInterrupt and SystemExit stay what they are.
+    """Run a command and turn its errors into an exit status. KeyboardInterrupt and SystemExit are not caught.
 
-    Status: that of `run`; 2 for a user's mistake and for files that cannot be used; 1 for anything that nobody foresaw.
+    Returns: the status of `run`; 2 for an error that a user can fix; 1 for any other error.
     """
     token = _about.set({})
     with guarded_output():
@@ -53,14 +53,14 @@ def exit_status(command: str, argv: Sequence[str], run: Callable[[], int]) -> in
             _debug(error)
             return launcher.print_error(error)
         except OSError as error:
-            fix = _USERS.get(error.errno or 0)
+            fix = _HINTS.get(error.errno or 0)
             if error.filename is None or fix is None:
-                return _unforeseen(command, argv, error)
+                return _unexpected(command, argv, error)
             _debug(error)
-            _speak(str(TrainError(f"{_text(error.filename)}: {error.strerror}; {fix}")))
+            _print_line(str(TrainError(f"{_text(error.filename)}: {error.strerror}; {fix}")))
             return 2
         except Exception as error:
-            return _unforeseen(command, argv, error)
+            return _unexpected(command, argv, error)
         finally:
             _about.reset(token)
 
@@ -78,29 +78,31 @@ def _traceback(error: BaseException) -> str:
     return printable("".join(traceback.format_exception(error)).rstrip(), lines=True)
 
 
-def _unforeseen(command: str, argv: Sequence[str], error: Exception) -> int:
+def _unexpected(command: str, argv: Sequence[str], error: Exception) -> int:
     if isinstance(error, BrokenPipeError) and error.filename is None:
-        with contextlib.suppress(OSError, ValueError, AttributeError):  # nor is Python to write there at its end
+        with contextlib.suppress(
+            OSError, ValueError, AttributeError
+        ):  # so that Python does not write there when it exits
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        _speak("standard output or a connection was closed by the other end")
+        _print_line("standard output or a connection was closed by the other end")
         return _FAILED
     _debug(error)
     path = _write(f"{_report(command, argv)}\n\n{_traceback(error)}\n")
     where = (
-        f"the report is in {printable(path)}" if path else f"no report could be written; {DEBUG}=1 shows the traceback"
+        f"a report is in {printable(path)}" if path else f"no report could be written; {DEBUG}=1 shows the traceback"
     )
     fix = ""
     if type(error).__name__ == "OutOfMemoryError":
-        fix = "; the GPU's memory is full: a smaller train.micro_batch, data.max_length or generate.batch needs less"
+        fix = "; GPU memory is exhausted; lower train.micro_batch, data.max_length or generate.batch"
     elif isinstance(error, MemoryError):
-        fix = "; this machine's memory is full"
+        fix = "; host memory is exhausted"
     found = printable(str(error).strip())[:300]
-    _speak(f"{command} failed: {type(error).__name__}{f': {found}' if found else ''} (unforeseen; {where}){fix}")
+    _print_line(f"{command} failed: {type(error).__name__}{f': {found}' if found else ''} (unforeseen; {where}){fix}")
     return _FAILED
 
 
-def _speak(line: str) -> None:
-    """Print an error's line, on the first rank at once; others leave it the time in which a launcher ends them all."""
+def _print_line(line: str) -> None:
+    """Print an error's line. Ranks other than 0 wait first, since a launcher ends all ranks when one has exited."""
     number = launcher.rank()
     if number:
         time.sleep(launcher.RANK_0_GRACE)
@@ -109,21 +111,21 @@ def _speak(line: str) -> None:
 
 
 def _report(command: str, argv: Sequence[str]) -> str:
-    """What somebody who mends it wants to know, without secrets."""
+    """Command, settings, versions and environment of the failed run, with secrets removed."""
     import yaml
 
     found = _about.get({})
-    words = list(argv)
-    for i, word in enumerate(words):
-        name, equals, _ = word.partition("=")
+    arguments = list(argv)
+    for i, argument in enumerate(arguments):
+        name, equals, _ = argument.partition("=")
         if name.startswith("-") and names_a_secret(name.lstrip("-")):
             if equals:
-                words[i] = f"{name}={HIDDEN}"
-            elif i + 1 < len(words):
-                words[i + 1] = HIDDEN
+                arguments[i] = f"{name}={HIDDEN}"
+            elif i + 1 < len(arguments):
+                arguments[i + 1] = HIDDEN
     lines = [
         time.strftime("prefopt failed, %Y-%m-%d %H:%M:%S %z"),
-        f"command: prefopt {command} {shlex.join(words)}",
+        f"command: prefopt {command} {shlex.join(arguments)}",
         f"rank {launcher.rank()} of {launcher.world_size()}, process {os.getpid()}, folder {Path.cwd()}",
         "versions: "
         + ", ".join(f"{name} {version}" for name, version in versions.versions(("openai", "deepspeed")).items()),
@@ -134,7 +136,10 @@ def _report(command: str, argv: Sequence[str]) -> str:
 
 
 def _write(text: str) -> str | None:
-    """Where the report lies: in the output folder, else in prefopt's cache, else in the folder for scratch files."""
+    """Write the report to the output folder, else to prefopt's cache, else to the folder for temporary files.
+
+    Returns: its path; None where none of them can be written.
+    """
     from prefopt.testbed.cache import cache_root
 
     output = _about.get({}).get("output")

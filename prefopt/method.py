@@ -1,4 +1,4 @@
-"""The base of every method: a frozen dataclass of hyper-parameters that is its own config, validator and loss."""
+"""The base class of every method: a frozen dataclass of hyper-parameters with their validation and the loss."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ Metrics = dict[str, "tuple[torch.Tensor, torch.Tensor]"]
 
 @dataclass(frozen=True)
 class Method:
-    """A training objective: `needs` says what to fetch, `loss` turns statistics into terms.
+    """A training objective: `needs` declares what the trainer computes, `loss` turns these statistics into loss terms.
 
     Subclasses are frozen dataclasses whose fields are their hyper-parameters; `__post_init__` validates them. One file
     holds one subclass of Method, and the file's name is the method's name.
     """
 
-    ambiguous: ClassVar[tuple[str, ...]] = ()  # names that could mean this method or another one, and are refused
-    testbed_world: ClassVar[str | None] = None  # the world of its rounds on the testbed; None: the usual one
-    default_lr: ClassVar[float | None] = None  # of optim.lr, where the usual one is not for this method
-    default_lr_source: ClassVar[str] = ""  # who trains with it, in a few words
+    ambiguous: ClassVar[tuple[str, ...]] = ()  # names that could mean this method or another one; they are rejected
+    testbed_world: ClassVar[str | None] = None  # the testbed world of its rounds; None: the default world
+    default_lr: ClassVar[float | None] = None  # default of optim.lr; None: the default of all methods
+    default_lr_source: ClassVar[str] = ""  # where default_lr comes from, such as a paper
 
     @property
     def needs(self) -> Needs:
@@ -42,59 +42,59 @@ class Method:
     def loss_at_reference(self) -> float | None:
         """The loss of every pair while policy and reference are equal, or None if it depends on the pair.
 
-        The engine stops a run whose first loss differs from it.
+        The trainer stops a run whose first loss differs from it.
         """
         return None
 
     @property
     def tied_at_reference(self) -> tuple[str, ...]:
-        """Metrics that compare the policy with the reference, and have nothing to compare while the two are equal.
+        """Metrics that compare the policy with the reference, so they are undefined while the two are equal.
 
-        Readers are shown "-" in their place before training.
+        Tables print "-" in their place before training.
         """
         if self.needs.reference == "none":
             return ()
         return ("rewards/accuracies", "rewards_tdpo/accuracies", "accuracy/logit")
 
     def other_optimum(self) -> str:
-        """Why endless pairs do not lead this loss to pi*, the optimum of reward and KL; "" where they do.
+        """Why unlimited pairs do not lead this loss to pi*, the optimum of reward and KL; "" where they do.
 
-        One line, which the testbed, where pi* is known, prints below its table.
+        The testbed, where pi* is known, prints this line below its table.
         """
         return ""
 
-    # How it works in rounds -------------------------------------------------------------------------------------------
+    # In rounds -------------------------------------------------------------------------------------------------------
 
     @property
     def ranks_by(self) -> WinProb:
-        """How a judge's numbers become an order and win probabilities, see `prefopt.ranking`."""
+        """How judge scores become an order and win probabilities, see `prefopt.ranking`."""
         return "pairwise_sigmoid"
 
     def render_prompt(self, prompt: str | list[dict[str, Any]]) -> str | list[dict[str, Any]]:
-        """The prompt as the policy is to read it, from the one that a judge sees."""
+        """The prompt that the policy receives, made from the one that a judge sees."""
         return prompt
 
     @property
     def thinks(self) -> bool:
-        """Whether completions hold something beside the response, which no judge and no reader is to see."""
+        """Whether completions contain a thought beside the response, which judges and users must not see."""
         return False
 
     def judge_view(self, text: str) -> Response | str:
-        """What a judge may see of a completion, or in a few words why there is nothing."""
+        """The part of a completion that a judge may see, or a short reason why there is none."""
         return Response(text)
 
     def tuned(self, groups: Sequence[ScoredGroup]) -> Method:
-        """This method with what it chooses by all groups of a round, before it makes pairs of them: itself."""
+        """This method with hyper-parameters set from all groups of a round, before it makes pairs. Default: itself."""
         return self
 
     def order(self, group: ScoredGroup) -> Any:
-        """The numbers that rank the judged completions of a group, best highest, NaN if unknown, `(judged,)`."""
+        """Scores that rank the judged completions of a group, best highest, NaN if unknown. Shape `(judged,)`."""
         from prefopt.ranking import order_scores
 
         return order_scores(group.judgement, self.ranks_by)
 
     def make_pairs(self, group: ScoredGroup) -> Sequence[ChosenPair] | str:
-        """The pairs to train on, or in a few words why there is none. The best judged completion against the worst."""
+        """The training pairs of a group, or a short reason why there are none. Default: the best against the worst."""
         from prefopt.ranking import best_and_worst
 
         ends = best_and_worst(self.order(group))
@@ -103,27 +103,27 @@ class Method:
     def round_figures(
         self, groups: Sequence[ScoredGroup], pairs: Sequence[Sequence[ChosenPair]]
     ) -> Mapping[str, float]:
-        """Numbers of a round's candidates and pairs that are worth keeping; one sequence of pairs per group."""
+        """Figures of a round's candidates and pairs for the round report. Args: pairs: one sequence per group."""
         return {}
 
     def text_figures(self, texts: Sequence[str]) -> Mapping[str, float]:
-        """Numbers of completions, of whatever policy, that are worth keeping."""
+        """Figures of completions of any policy for the round report."""
         return {}
 
     def card(self) -> Mapping[str, Any]:
-        """What an exported model's user must know of how it was asked, as JSON values by name."""
+        """How prompts and responses were formatted, which a user of the exported model needs; JSON values by name."""
         return {}
 
     def equation(self) -> str:
-        """The loss in the words of its page: what an exported model's card says of it; "" where nobody wrote it down.
+        """The equation of the loss, for the card of an exported model; "" where the docstring has none.
 
-        It is what stands between the first sentence and `Args:` in the docstring of the function that has the name of
-        the method's file, where there is one.
+        It is the text between the first sentence and `Args:` in the docstring of the function with the name of the
+        method's file.
         """
         return _part(self._function, "equation")
 
     def paper(self) -> str:
-        """Where the loss comes from: the `Reference:` of the same docstring."""
+        """The paper of the loss: the `Reference:` of the same docstring."""
         return _part(self._function, "Reference")
 
     @property
@@ -132,11 +132,11 @@ class Method:
         return getattr(module, module.__name__.rpartition(".")[2], None)
 
     def describe(self) -> str:
-        """What a run prints of this method in its first line: the name of the variant where there are several."""
+        """Variant and main settings, which a run prints in its first line."""
         return ""
 
     def _require(self, holds: bool, key: str, expected: str) -> None:
-        """Raise a ConfigError that names the key and its value unless `holds`."""
+        """Raise a ConfigError that names the key and its value unless `holds` is true."""
         if not holds:
             raise ConfigError(f"method.{key}: found {getattr(self, key)!r}, expected {expected}")
 
@@ -145,14 +145,14 @@ class Method:
         self._require(math.isfinite(value) and value > 0, key, "a finite number > 0")
 
     def _require_choice(self, key: str, literal: Any) -> None:
-        """`literal` is the Literal[...] type of the field."""
+        """Raise a ConfigError unless the value is one of a field's choices. Args: literal: its Literal[...] type."""
         choices = get_args(literal)
         near = did_you_mean(str(getattr(self, key)), choices)
         self._require(getattr(self, key) in choices, key, f"one of {', '.join(choices)}{near}")
 
 
 def _part(function: Any, name: str) -> str:
-    """A part of a function's docstring, without its indentation: `equation`, or the paragraph that `name:` begins."""
+    """A part of a function's docstring, without indentation: `equation`, or the paragraph that starts with `name:`."""
     text = inspect.getdoc(function) or "" if inspect.isfunction(function) else ""
     _, _, rest = text.partition("\n\n")
     if name == "equation":
@@ -176,7 +176,7 @@ def per_pair(**values: torch.Tensor) -> Metrics:
 
 
 def reward_metrics(stats: PairStats, beta: float) -> Metrics:
-    """The rewards every method logs alike, so that curves compare: beta times the log-ratio, under TRL's names."""
+    """Implicit rewards, beta times the log-ratio, under TRL's names; every method logs them, so that curves compare."""
     chosen, rejected = beta * stats.chosen_logratios.detach(), beta * stats.rejected_logratios.detach()
     return per_pair(
         rewards__chosen=chosen,
@@ -189,7 +189,7 @@ def reward_metrics(stats: PairStats, beta: float) -> Metrics:
 def ahead(first: torch.Tensor, second: torch.Tensor | float = 0.0) -> torch.Tensor:
     """Accuracy of each pair: 1 where `first` is larger than `second`, 0 where it is smaller, 1/2 where they are equal.
 
-    A policy that equals its reference ranks nothing, so it has 1/2 and not 0.
+    A policy that equals its reference ranks no pair, so its accuracy is 1/2 and not 0.
 
     Args: first, second: rewards, scores or logits. Shape `(pairs,)`.
     Returns: in the dtype of `first`, shape `(pairs,)`.
@@ -198,5 +198,5 @@ def ahead(first: torch.Tensor, second: torch.Tensor | float = 0.0) -> torch.Tens
 
 
 def logit_accuracy(logits: torch.Tensor) -> Metrics:
-    """How often the quantity that the loss pushes up is positive: the sign of the training logit."""
+    """Fraction of pairs whose training logit, which the loss increases, is positive."""
     return per_pair(accuracy__logit=ahead(logits))

@@ -1,6 +1,6 @@
-"""What may leave the program: texts without secrets, and without characters that steer who reads them.
+"""Output without secrets, and without control characters that change a terminal or the direction of text.
 
-`printable` is the one way out for a line, a table's cell or a page's text; `hidden` is for nested values in files.
+Every printed line, table cell and page goes through `printable`; nested values for files go through `hidden`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ _VARIABLES = re.compile(
     r"(?:_\d+|_[a-z]{1,4})?$|(?:api_?key|token|secret|password|passwd)$",
     re.IGNORECASE,
 )
-_NO_VALUES = re.compile(r"_(path|file|dir|name|id|env|type|url|sock)$", re.IGNORECASE)  # they say where a secret is
+_NO_VALUES = re.compile(
+    r"_(path|file|dir|name|id|env|type|url|sock)$", re.IGNORECASE
+)  # they name the place of a secret
 _SETTINGS = re.compile(r"(^|[._-])(api[_-]?key|token|secret|password|passwd|credentials?)$", re.IGNORECASE)
 _LOGIN = re.compile(r"(?<=://)[^/?#\s@\"']+@")  # https://user:password@host
 _QUERY = re.compile(
@@ -35,28 +37,28 @@ _HEADER = re.compile(
     re.IGNORECASE,
 )
 _BEARER = re.compile(r"\b(bearer|basic)(\s+)(?=[\w.~+/=-]*\d)[\w.~+/=-]{12,}", re.IGNORECASE)
-_SHAPES = re.compile(  # of services that people of this field use
+_SHAPES = re.compile(  # keys of services such as OpenAI, Hugging Face, GitHub and AWS
     r"\b(?:sk-[\w-]{20,}|hf_[A-Za-z0-9]{24,}|gh[pousr]_[A-Za-z0-9]{30,}|github_pat_\w{30,}|AKIA[0-9A-Z]{16}"
     r"|xox[abprs]-[\w-]{16,}|eyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]{10,})"
 )
-_LONG = 8  # a shorter value of a variable is hidden as a whole word only, and where it is no common word
+_LONG = 8  # a shorter secret is replaced as a whole word only, and only if it is no plain word or number
 _SHORTEST = 4
 
-_named: set[str] = set()  # environment variables that settings name as those of a key
-_told: set[str] = set()  # secrets that came in some other way
+_named: set[str] = set()  # environment variables that settings name as holding a key
+_learned: set[str] = set()  # secrets from elsewhere, such as URLs
 
 
 def named_variable(name: str) -> None:
-    """From here on the value of this environment variable is a secret, whatever its name."""
+    """Treat the value of this environment variable as a secret, whatever its name."""
     _named.add(name)
 
 
 def learn_from(name: str, value: str) -> None:
-    """From here on what is secret of a setting is one wherever it stands: its value, or the password of a URL."""
+    """Hide the secret of a setting wherever it occurs from here on: its value, or the password in its URL."""
     if names_a_secret(name):
-        _told.add(value)
+        _learned.add(value)
     elif "://" in value:
-        _told.add(_password(value))
+        _learned.add(_password(value))
 
 
 def _password(url: str) -> str:
@@ -67,12 +69,12 @@ def _password(url: str) -> str:
 
 
 def hidden(value: Any, variables: Iterable[str] = ()) -> Any:
-    """Nested values without their secrets, each of which has become `***`.
+    """Nested values with each secret replaced by `***`.
 
     A secret is the value of an environment variable whose name is like that of a key or token, or that settings name as
     one (`generate.api_key_env`); the value of a setting with such a name; a login in a URL, or a key in its query; the
-    value of a header such as Authorization; and what has the form of a well-known service's key. It is found as it is,
-    quoted for URLs, escaped for JSON, and inside base64. Names of variables stay.
+    value of a header such as Authorization; and any text in the format of a well-known service's key. Secrets are found
+    in plain text, quoted for URLs, escaped for JSON, and inside base64. Names of variables stay.
 
     Args: value: mappings, lists and plain values. variables: further environment variables that hold secrets.
     """
@@ -80,13 +82,13 @@ def hidden(value: Any, variables: Iterable[str] = ()) -> Any:
 
 
 def names_a_secret(setting: str) -> bool:
-    """Whether a setting's value is a secret, by its name alone."""
+    """Whether a setting's value is a secret, by the setting's name."""
     return _SETTINGS.search(setting) is not None
 
 
 def _known(variables: Iterable[str] = ()) -> frozenset[str]:
-    """All secrets that this process knows of."""
-    found = {os.environ.get(name, "") for name in (*variables, *_named)} | _told
+    """All secrets that are known to this process."""
+    found = {os.environ.get(name, "") for name in (*variables, *_named)} | _learned
     for name, value in os.environ.items():
         if _VARIABLES.search(name) and not _NO_VALUES.search(name):
             found.add(value)
@@ -101,7 +103,7 @@ def _is_secret(text: str) -> bool:
 
 @functools.lru_cache(maxsize=16)
 def _forms(secrets: frozenset[str]) -> tuple[tuple[str, ...], tuple[str, ...], tuple[re.Pattern[str], ...]]:
-    """(texts to be replaced wherever they stand, parts of base64 whose whole word goes, short ones as words)."""
+    """(texts to replace anywhere, fragments of base64 whose whole word is replaced, patterns of short secrets)."""
     plain: set[str] = set()
     inside: set[str] = set()
     words: list[re.Pattern[str]] = []
@@ -115,7 +117,7 @@ def _forms(secrets: frozenset[str]) -> tuple[tuple[str, ...], tuple[str, ...], t
             continue
         plain |= forms
         data = secret.encode("utf-8", "surrogateescape")
-        for before in range(3):  # of a group of three bytes, whatever stands before it
+        for before in range(3):  # base64 encodes groups of three bytes, so a secret has three encodings
             whole = base64.b64encode(b"\0" * before + data).decode().rstrip("=")
             part = whole[-(-before * 8 // 6) : (before + len(data)) * 8 // 6]
             inside |= {part, part.translate(_URL_SAFE)}
@@ -151,25 +153,26 @@ def _without(text: str, known: frozenset[str]) -> str:
     return _QUERY.sub(rf"\g<1>{HIDDEN}", _LOGIN.sub(f"{HIDDEN}@", text))
 
 
-# Characters that are not seen, or that move what is ------------------------------------------------------------------
+# Invisible and control characters -------------------------------------------------------------------------------------
 
-# C0 and C1 with line separators, marks of direction, characters of no width, tags, halves of pairs, no characters at
-# all. Variation selectors and the accents of any script stay.
-_UNSEEN = (
+# C0 and C1 controls, line separators, direction marks, zero-width characters, tags, surrogates and noncharacters.
+# Variation selectors and combining accents of any script stay.
+_INVISIBLE = (
     "\x00-\x1f\x7f-\x9f\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u2028-\u202e\u2060-\u206f"
     "\u3164\ufeff\uffa0\ufff0-\ufffb\ufffe\uffff\U0001d173-\U0001d17a\U000e0000-\U000e0fff\ud800-\udfff"
 )
-_ONE_LINE = re.compile(f"[{_UNSEEN}]")
-_LINES = re.compile(f"(?![\n\t])[{_UNSEEN}]")
-_JOINERS = "\u200c\u200d"  # letters of Persian and Hindi, and families of emoji, are written with them
+_ONE_LINE = re.compile(f"[{_INVISIBLE}]")
+_LINES = re.compile(f"(?![\n\t])[{_INVISIBLE}]")
+_JOINERS = "\u200c\u200d"  # Persian, Hindi and emoji sequences need them
 _SHORT = {"\n": r"\n", "\r": r"\r", "\t": r"\t"}
 
 
 def escaped(text: str, *, lines: bool = False, joiners: bool = False) -> str:
-    r"""The text with each character that is not seen, or that steers a terminal or a page, as `\x1b` or `\u202e`.
+    r"""The text with each invisible or control character as an escape such as `\x1b` or `\u202e`.
 
-    Args: lines: line breaks and tabs stay, for a text of several lines that is ours or stands by itself. joiners: so do
-        U+200C and U+200D, for a text that is to be read as its language writes it.
+    Args:
+        lines: whether line breaks and tabs stay, for a text of several lines.
+        joiners: whether U+200C and U+200D stay, which some languages need for correct display.
     """
 
     def escape(found: re.Match[str]) -> str:
@@ -185,12 +188,12 @@ def escaped(text: str, *, lines: bool = False, joiners: bool = False) -> str:
 
 
 def printable(text: Any, *, lines: bool = False, joiners: bool = False) -> str:
-    """A text as it may leave the program: no secret in it, nothing in it that steers. Args: as of `escaped`."""
+    """A text for output, with secrets removed and control characters escaped. Args: as of `escaped`."""
     return escaped(_without(str(text), _known()), lines=lines, joiners=joiners)
 
 
 def markdown_cell(text: Any) -> str:
-    """A text as the cell of a table in Markdown, which it cannot leave."""
+    """A text as a cell of a Markdown table, with the table's own characters escaped."""
     return re.sub(r"([\\|`<>])", r"\\\1", printable(text))
 
 
@@ -198,7 +201,7 @@ def markdown_cell(text: Any) -> str:
 
 
 class _Redacted:
-    """A stream that hides secrets in all that is written to it, by whichever library; it dies of no character."""
+    """A stream that removes secrets from everything written to it, and escapes what its encoding lacks."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -229,7 +232,7 @@ _guards = 0
 
 @contextlib.contextmanager
 def guarded_output() -> Iterator[None]:
-    """While it lasts, nothing that Python prints holds a secret. May be entered by several threads."""
+    """Remove secrets from everything that Python prints within the block. Several threads may enter it."""
     global _guards
     with _lock:
         _guards += 1

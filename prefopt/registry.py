@@ -1,6 +1,7 @@
-"""Finds methods by name. A file in methods/ is a method and its name is the key; a dotted path is imported as it is.
+"""Finds methods by name: a file in methods/ is a method of that name; a dotted path is imported.
 
-Ways of answering that train nothing are named by the files of inference/, which are read here and not imported.
+Strategies, which answer prompts without training, are declared in the files of inference/, which are parsed here
+without importing them.
 """
 
 from __future__ import annotations
@@ -27,9 +28,12 @@ def names() -> list[str]:
 
 @dataclass(frozen=True)
 class Strategy:
-    """A way to answer a prompt with a policy as it is.
+    """A way to answer a prompt with a policy without training it.
 
-    Args: n: samples of a step. depth: steps after the first samples. A user may change both, but n 1 and depth 0 stay.
+    Args:
+        about: one line for `--help`.
+        n: default samples per step; 1 cannot be changed.
+        depth: default number of steps after the first samples; 0 cannot be changed.
     """
 
     about: str
@@ -39,16 +43,16 @@ class Strategy:
 
 @cache
 def strategies() -> dict[str, Strategy]:
-    """By their names, in the order in which `--help` has them."""
+    """All strategies by name, in the order of `--help`."""
     declared = (_declared(path, "STRATEGIES") for path in sorted(_INFERENCE.glob("*.py")))
     return {name: Strategy(*what) for strategies in declared for name, what in (strategies or {}).items()}
 
 
 def check_strategy(name: str, where: str = "--strategy") -> None:
-    """Raises: ConfigError for a strategy that is unknown, or whose name could mean several things."""
+    """Raises: ConfigError for a strategy that is unknown or whose name is ambiguous."""
     if name in strategies():
         return
-    claimed = _ambiguous().get(name)
+    claimed = ambiguous_names().get(name)
     if claimed:
         raise ConfigError(
             f"{where}: '{name}' is ambiguous; it could mean {' or '.join(claimed)}: name one of them"
@@ -63,18 +67,19 @@ def check_strategy(name: str, where: str = "--strategy") -> None:
 def get(name: str) -> type[Method]:
     """The Method class called `name`: a built-in method, or a dotted path to a module or to a class in it.
 
-    Raises: ConfigError for a name that is unknown, ambiguous, not importable, or holds not exactly one Method.
+    Raises: ConfigError for a name that is unknown or ambiguous, cannot be imported, or has not exactly one Method.
     """
     if name in names():
         return _only_method(f"prefopt.methods.{name}", name)
     if "." in name:
         return _dotted(name)
-    claimed = _ambiguous().get(name)
+    claimed = ambiguous_names().get(name)
     if claimed:
         raise ConfigError(f"method '{name}' is ambiguous; it could mean {' or '.join(claimed)}: name one of them")
     if name in strategies():
         raise ConfigError(
-            f"method '{name}' trains nothing: it is a way to answer prompts; use scripts/infer.py --strategy {name}"
+            f"'{name}' is not a method: it is a strategy that answers prompts without training; use "
+            f"scripts/infer.py --strategy {name}"
         )
     near = did_you_mean(name, names()) or ";"
     raise ConfigError(f"unknown method '{name}'{near} known: {', '.join(names())} (or a dotted module path)")
@@ -82,7 +87,7 @@ def get(name: str) -> type[Method]:
 
 def _dotted(path: str) -> type[Method]:
     if "" not in sys.path:
-        sys.path.insert(0, "")  # a user's file lies in the folder the command is typed in
+        sys.path.insert(0, "")  # so that a user's file in the working directory is found
     try:
         return _only_method(path, path)
     except ModuleNotFoundError as error:
@@ -94,7 +99,9 @@ def _dotted(path: str) -> type[Method]:
         except ModuleNotFoundError as inner:
             raise _no_module(path, inner.name or head) from inner
         found = getattr(module, attribute, None)
-        if found is None and hasattr(module, "__path__"):  # a folder: what was named is a file, not a class
+        if found is None and hasattr(
+            module, "__path__"
+        ):  # `head` is a package, so a missing file was meant, not a class
             raise _no_module(path, path) from error
         if not (isinstance(found, type) and issubclass(found, Method)):
             raise ConfigError(f"method '{path}': module '{head}' has no Method class '{attribute}'") from error
@@ -127,8 +134,8 @@ def _only_method(module_name: str, shown: str) -> type[Method]:
 
 
 @cache
-def _ambiguous() -> dict[str, list[str]]:
-    """Refused short names -> the methods and strategies that claim them, read from their sources."""
+def ambiguous_names() -> dict[str, list[str]]:
+    """Ambiguous short names -> the methods and strategies that they could mean, read from their source files."""
     claims: dict[str, list[str]] = {}
     for path in [*(_FOLDER / f"{name}.py" for name in names()), *sorted(_INFERENCE.glob("*.py"))]:
         for short in _declared(path, "ambiguous") or ():
@@ -137,7 +144,7 @@ def _ambiguous() -> dict[str, list[str]]:
 
 
 def _declared(path: Path, name: str) -> Any:
-    """What a source file sets `name` to, as a literal; None where it sets it to nothing. It is not imported."""
+    """The literal that a source file assigns to `name`, without importing the file; None where it does not."""
     for node in ast.walk(ast.parse(path.read_text())):
         targets = [node.target] if isinstance(node, ast.AnnAssign) else getattr(node, "targets", [])
         value = getattr(node, "value", None)

@@ -350,7 +350,7 @@ def test_weights_when_nan_in_the_run_then_stops_names_step_and_rows_and_keeps_th
     assert ends == f"; last good checkpoint: {kept}"
     ended = server.train(command("dpo", tmp_path / "run"))
     assert ended.status == 0
-    assert f"continuing from {kept}\n" in ended.out
+    assert f"resuming from {kept}\n" in ended.out
 
 
 def test_weights_when_an_update_leaves_nan_then_they_are_never_saved(error, task, tmp_path):
@@ -382,7 +382,7 @@ def test_output_when_it_holds_another_run_then_says_what_differs_and_loses_nothi
     output = tmp_path / "run"
     assert server.train(command("dpo", output, train__max_steps=3)).status == 0
     before = {p: p.read_bytes() for p in output.rglob("*") if p.is_file() and p.name != ".lock"}
-    choose = "choose another --output, or the settings of that run to continue it"
+    choose = "choose another --output, or use the settings of that run to resume it"
     assert error(train__max_steps=3, method__beta=0.5) == (
         f"--output {output}: holds a run with other settings (method.beta: 0.1 -> 0.5); {choose}"
     )
@@ -460,7 +460,7 @@ def test_disk_when_full_in_a_checkpoint_then_the_one_before_survives_and_a_rerun
     assert [p.name for p in folder.iterdir()] == ["step_00000003"]
     ended = server.train(command("dpo", tmp_path / "run"))
     assert ended.status == 0
-    assert f"continuing from {folder}/step_00000003\n" in ended.out
+    assert f"resuming from {folder}/step_00000003\n" in ended.out
 
 
 def test_disk_when_a_file_may_not_grow_then_the_checkpoint_before_survives_and_a_rerun_ends(

@@ -36,7 +36,7 @@ def raises(error):
 
 
 def report_of(line):
-    (path,) = re.findall(r"the report is in (\S+)\)", line)
+    (path,) = re.findall(r"a report is in (\S+)\)", line)
     return Path(path).read_text()
 
 
@@ -50,7 +50,7 @@ def test_a_command_when_something_unforeseen_happens_then_one_line_names_the_rep
     out, err = capsys.readouterr()
     assert out == ""
     place = "rank 3: " if rank == "3" else ""
-    assert err.startswith(f"error: {place}{name} failed: KeyError: 'no\\nsuch ***\\x1b' (unforeseen; the report is in")
+    assert err.startswith(f"error: {place}{name} failed: KeyError: 'no\\nsuch ***\\x1b' (unexpected; a report is in")
     assert err.count("\n") == 1
     report = report_of(err)
     assert "Traceback (most recent call last)" in report
@@ -102,7 +102,7 @@ def test_no_report_can_be_written_then_the_line_says_how_to_see_it(monkeypatch, 
     monkeypatch.setattr("tempfile.gettempdir", lambda: "/proc/none")
     assert exits.answered("plan", [], raises(ValueError())) == 1
     assert capsys.readouterr().err == (
-        "error: plan failed: ValueError (unforeseen; no report could be written; PREFOPT_DEBUG=1 shows the traceback)\n"
+        "error: plan failed: ValueError (unexpected; no report could be written; PREFOPT_DEBUG=1 shows the traceback)\n"
     )
 
 

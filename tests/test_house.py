@@ -93,11 +93,11 @@ def test_methods_need_torch_alone():
 
 
 def test_a_method_name_is_no_literal_outside_its_file():
-    names = set(registry.names()) | set(registry._ambiguous())
+    names = set(registry.names()) | set(registry.ambiguous_names())
     names -= {path.stem for path in (PACKAGE / "judges").glob("*.py")}  # a kind of judge, which a method may train
     for path in FILES:
         found = {node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)} & (
-            names - {path.stem, *(short for short, claims in registry._ambiguous().items() if path.stem in claims)}
+            names - {path.stem, *(short for short, claims in registry.ambiguous_names().items() if path.stem in claims)}
         )
         assert not found, f"{path.relative_to(ROOT)} names a method: {found}"
 

@@ -15,7 +15,7 @@ from prefopt.redaction import escaped, guarded_output, hidden, markdown_cell, pr
 @pytest.fixture(autouse=True)
 def nothing_learnt(monkeypatch):
     monkeypatch.setattr("prefopt.redaction._named", set())
-    monkeypatch.setattr("prefopt.redaction._told", set())
+    monkeypatch.setattr("prefopt.redaction._learned", set())
 
 
 @pytest.mark.parametrize(

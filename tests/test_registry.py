@@ -73,9 +73,9 @@ def claims(tmp_path, monkeypatch):
     (tmp_path / "annotated.py").write_text(f'{ONE}    ambiguous: "ClassVar[tuple[str, ...]]" = ("ann",)\n')
     monkeypatch.setattr(registry, "_FOLDER", tmp_path)
     monkeypatch.setattr(registry, "_INFERENCE", tmp_path / "none")
-    registry._ambiguous.cache_clear()
+    registry.ambiguous_names.cache_clear()
     yield
-    registry._ambiguous.cache_clear()
+    registry.ambiguous_names.cache_clear()
 
 
 @pytest.mark.usefixtures("claims")
@@ -93,7 +93,7 @@ def test_a_short_name_that_a_method_and_a_strategy_claim_names_both():
 
 def test_what_trains_nothing_is_no_method_and_what_is_trained_no_strategy():
     assert refusal("test_time_po") == (
-        "method 'test_time_po' trains nothing: it is a way to answer prompts; "
+        "'test_time_po' is not a method: it is a strategy that answers prompts without training; "
         "use scripts/infer.py --strategy test_time_po"
     )
     with pytest.raises(ConfigError, match=r"--strategy: 'dpo' is a method, which is trained: scripts/train.py"):

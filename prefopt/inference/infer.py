@@ -135,7 +135,7 @@ class Place:
             more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
             raise ConfigError(
                 f"--output {self.folder}: holds answers made with other settings ({'; '.join(changed[:3])}{more}); "
-                "choose another --output, or the settings of that run to continue it"
+                "choose another --output, or use the settings of that run to resume it"
             )
 
 

@@ -17,9 +17,10 @@ CARD = "run_card.json"
 
 
 def write_or_check_card(card: dict[str, Any], output: Path, write: bool = True) -> None:
-    """Write the card of a new run; hold a continued run to the data and weights of its card.
+    """Write the card of a new run; check a resumed run against its card.
 
-    Args: write: whether this process begins the run; another one writes the card only where there is none yet.
+    Args: write: whether this process starts the run; other processes write the card only where there is none yet.
+    Raises: TrainError where data, weights or judge differ from those that the run started with.
     """
     card = hidden(json.loads(json.dumps(card, default=str)))
     old = read_card(output)
@@ -29,12 +30,12 @@ def write_or_check_card(card: dict[str, Any], output: Path, write: bool = True) 
             write_whole(output / "config.yaml", [settings.from_dict(card["config"]).to_yaml()])
             return
         old = storage.read_sealed(output / CARD) or {}
-    held = {"training data": ("data", "train"), "held-out data": ("data", "eval")}
-    held |= {"order of the training pairs": ("data", "order")}
-    held |= {"model": ("model", "sha256"), "reference": ("reference", "sha256")}
-    held |= {"judge": ("judge", "sha256")}
-    held |= {"base model": ("model", "base_sha256"), "reference's base": ("reference", "base_sha256")}
-    for what, (group, key) in held.items():
+    checked = {"training data": ("data", "train"), "held-out data": ("data", "eval")}
+    checked |= {"order of the training pairs": ("data", "order")}
+    checked |= {"model": ("model", "sha256"), "reference": ("reference", "sha256")}
+    checked |= {"judge": ("judge", "sha256")}
+    checked |= {"base model": ("model", "base_sha256"), "reference's base": ("reference", "base_sha256")}
+    for what, (group, key) in checked.items():
         before, now = ((one.get(group) or {}).get(key) for one in (old, card))
         if before != now:
             raise TrainError(
@@ -44,42 +45,42 @@ def write_or_check_card(card: dict[str, Any], output: Path, write: bool = True) 
 
 
 def read_card(output: Path) -> dict[str, Any] | None:
-    """The card of the run that the output holds; None where nothing has come of one: a mistake may be mended.
+    """The card of the run in an output folder; None where no run has written results, so its settings may change.
 
-    Raises: TrainError for what a run has left without its card, or with a card that is not as it was written.
+    Raises: TrainError for results without a card, and for a damaged card; Unreadable.
     """
-    names = [
+    results = [
         *("metrics.jsonl", "checkpoints", "best", "model", "adapter", "round_00", "round_01"),
         *("eval_pairs.jsonl", "samples.jsonl", "rounds.jsonl", "rounds.md", "rounds.png", "frontier.png"),
     ]
-    left = next((name for name in names if storage.is_there(output / name)), None)
+    left = next((name for name in results if storage.is_there(output / name)), None)
     path = output / CARD
     try:
         card = storage.read_sealed(path, unsealed=True)
     except storage.Damaged as error:
-        raise TrainError(f"{error}; choose another --output, or put it back from a copy") from None
+        raise TrainError(f"{error}; choose another --output, or restore it from a copy") from None
     if card is None:
         if left is not None:
             raise TrainError(
-                f"--output {output}: holds '{left}' without a {CARD}, so which run it is of is not known; choose "
-                "another --output, or put the card back"
+                f"--output {output}: holds '{left}' without a {CARD}, so the run that wrote it is unknown; choose "
+                "another --output, or restore the card from a copy"
             )
         return None
     groups = [card.get(key, 0) for key in ("config", "data", "model")]
     if not all(isinstance(group, dict) for group in groups) or not isinstance(card.get("reference", 0), dict | None):
-        raise TrainError(f"{path}: is not a run card; choose another --output, or put it back from a copy")
+        raise TrainError(f"{path}: is not a run card; choose another --output, or restore it from a copy")
     return card if left is not None else None
 
 
 def first_day(output: Path) -> date:
-    """The day that a run began: what a chat template that asks for the date is told, however long the run takes."""
+    """The date on which a run started: a chat template that asks for the date receives it on every resumption too."""
     card = read_card(output)
-    kept = None if card is None else card.get("template_date")
-    return date.today() if kept is None else date.fromisoformat(kept)
+    day = None if card is None else card.get("template_date")
+    return date.today() if day is None else date.fromisoformat(day)
 
 
 def split_version(output: Path) -> int:
-    """How prompts are held out: as now, or as the run that the output holds has begun with."""
+    """The version of the held-out split: the newest, or the one that the run in the output folder started with."""
     from prefopt.data import split
 
     card = read_card(output)
@@ -87,6 +88,6 @@ def split_version(output: Path) -> int:
 
 
 def described_method(config: RunConfig) -> str:
-    """The method's name with its variant and main settings."""
+    """The method's name with its variant and main settings, such as `dpo (sigmoid, beta 0.1)`."""
     more = config.method.describe()
     return f"{config.method_name} ({more})" if more else config.method_name

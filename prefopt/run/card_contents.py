@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
 
 def run_card(config: RunConfig, runtime: rt.Runtime, task: Task) -> dict[str, Any]:
-    """What a reader needs to trust and repeat the run."""
+    """The card of a training run."""
 
-    @functools.cache  # the reference is the policy's start unless another is named
+    @functools.cache  # the reference is usually the policy's starting weights
     def digest(path: str, revision: str | None) -> str:
         if Path(path).is_dir():
             return model_hashes.fingerprint(path, None)
@@ -58,25 +58,25 @@ def run_card(config: RunConfig, runtime: rt.Runtime, task: Task) -> dict[str, An
         "model": card(task.start),
         "reference": reference_card(),
         "template_date": None if task.day is None else task.day.isoformat(),
-        **_circumstances(runtime),
+        **_environment(runtime),
     }
 
 
 def _batch_card(train: settings.TrainConfig, world: int) -> dict[str, int]:
-    """What a step takes. Where tokens bound it, how many pairs and passes that are differs from step to step."""
-    card = {"processes": world}
+    """The effective batch. Where tokens bound a step, its numbers of pairs and micro-batches vary between steps."""
+    card = {"world_size": world}
     if train.tokens_per_batch is not None:
-        return card | {"tokens_per_step": train.tokens_per_batch, "most_pairs_per_pass_and_process": train.micro_batch}
+        return card | {"tokens_per_step": train.tokens_per_batch, "max_pairs_per_micro_batch": train.micro_batch}
     return {
         "pairs_per_step": train.global_batch,
         **card,
-        "pairs_per_pass_and_process": min(train.micro_batch, -(-train.global_batch // world)),
-        "passes_per_step": -(-train.global_batch // (train.micro_batch * world)),
+        "pairs_per_micro_batch": min(train.micro_batch, -(-train.global_batch // world)),
+        "micro_batches_per_step": -(-train.global_batch // (train.micro_batch * world)),
     }
 
 
 def rounds_card(config: RunConfig, runtime: rt.Runtime, rounds: Rounds, report: list[str]) -> dict[str, Any]:
-    """The same of a run of rounds; each round's training has a card of its own beside it."""
+    """The card of a run of rounds; the training of each round has a card of its own in its folder."""
     return {
         "method": described_method(config),
         "config": config.to_dict(),
@@ -85,22 +85,23 @@ def rounds_card(config: RunConfig, runtime: rt.Runtime, rounds: Rounds, report: 
         "reference": None,
         "judge": {"sha256": rounds.judge_hash},
         "template_date": rounds.config.data.template_date,
-        **_circumstances(runtime),
+        **_environment(runtime),
     }
 
 
-def _circumstances(runtime: rt.Runtime) -> dict[str, Any]:
+def _environment(runtime: rt.Runtime) -> dict[str, Any]:
+    """Versions, backend, device and time."""
     return {
         "versions": versions.versions(),
         "git_commit": _git_commit(),
-        "engine": runtime.described_backend,
+        "backend": runtime.described_backend,
         "device": str(runtime.device),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
 
 
 def _git_commit() -> str | None:
-    """The commit of prefopt's own sources, with a plus sign if they were changed; None where they are no repository."""
+    """The commit of prefopt's sources, with a plus sign if they were changed; None outside a git repository."""
     try:
         run = subprocess.run(
             ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--dirty=+"],

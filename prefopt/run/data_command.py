@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 
 def preview_data(config: LookConfig) -> int:
+    """Print the report of the data and some examples, or write them as an HTML page. Returns: 0."""
     from prefopt import registry
     from prefopt.data.rows import open_source
     from prefopt.types import Needs

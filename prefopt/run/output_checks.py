@@ -58,7 +58,7 @@ def check_same_run(config: RunConfig, output: Path, but: Sequence[str] = ()) -> 
         more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
         raise ConfigError(
             f"--output {output}: holds a run with other settings ({'; '.join(changed[:3])}{more}); "
-            "choose another --output, or the settings of that run to continue it"
+            "choose another --output, or use the settings of that run to resume it"
         )
 
 

@@ -22,8 +22,7 @@ from prefopt.training.tracking import Trackers
 def print_results(
     config: RunConfig, runtime: rt.Runtime, task: Task, output: Path, trackers: Trackers | None = None
 ) -> None:
-    """What a finished run ends with: its figures, and on the testbed how far they are from the exact optimum."""
-
+    """Print the final figures of a run, and on the testbed their distance to the exact optimum."""
     lines = runtime.on_main(lambda: final_figures(config, output))
     if lines:
         print_rank_0("\n".join(lines))
@@ -35,8 +34,7 @@ def print_results(
 
 
 def _lines(output: Path, split: str) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl of one split."""
-
+    """Lines of metrics.jsonl with this split."""
     path = output / "metrics.jsonl"
     return [line for line in read_lines(path) if line["split"] == split] if path.exists() else []
 
@@ -44,20 +42,20 @@ def _lines(output: Path, split: str) -> list[dict[str, Any]]:
 def _print_testbed_results(
     config: RunConfig, runtime: rt.Runtime, task: Task, output: Path, trackers: Trackers | None = None
 ) -> None:
-    """The table at the end of a run on the testbed, and the frontier plot where there is a frontier."""
+    """Print the table of a run on the testbed, and plot the reward-KL frontier where the world has one."""
     lines = _lines(output, "eval") if task.world is not None and runtime.is_main else []
     if task.world is None or not lines:
         return
 
     chosen = None if config.eval.select is None else Selection.of(config.eval.select).best(lines)
-    end = next((line for line in lines if line["step"] == chosen), lines[-1])  # of the model that is exported
+    end = next((line for line in lines if line["step"] == chosen), lines[-1])  # the evaluation of the exported model
 
     if config.method.needs.output == "scores":
         won = [pair.columns["pair_win_prob"] for pair in task.eval_pairs]
         best = sum(1.0 if p > 0.5 else 0.5 * (p == 0.5) for p in won) / len(won)
         print_rank_0(
             f"held-out accuracy {end['rewards/accuracies']:.3f} at the end; "
-            f"of the true reward on the same pairs {best:.3f}"
+            f"the true reward has {best:.3f} on the same pairs"
         )
         return
     beta = target_beta(config)
@@ -75,5 +73,5 @@ def _print_testbed_results(
 
 
 def target_beta(config: RunConfig) -> float:
-    """The beta whose optimum a testbed run is measured against: the method's own, or the world's usual one."""
+    """The beta of the optimum that a testbed run is compared with: the method's own, or the world's default."""
     return float(getattr(config.method, "beta", settings.TESTBED_DEFAULTS["method"]["beta"]))

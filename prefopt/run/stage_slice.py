@@ -50,7 +50,7 @@ def parse_stage(argv: Sequence[str]) -> tuple[list[str], StageSlice | None]:
         return flags, StageSlice(name, int(number))
     which, _, of = part.partition("/")
     if not (which.isdigit() and of.isdigit() and int(which) < int(of)):
-        raise ConfigError(f"--part: found {part!r}, expected such as 0/4, 1/4, 2/4, 3/4")
+        raise ConfigError(f"--part: found {part!r}, expected I/N, such as 0/4, 1/4, 2/4, 3/4")
     if name not in SHARDED:
         raise ConfigError(f"--part: the {name} stage cannot be shared by separate processes; leave --part out")
     return flags, StageSlice(name, int(number), (int(which), int(of)))

@@ -1,4 +1,4 @@
-"""What a training run works on: model, reference, tokenizer and pairs, from files or from the testbed."""
+"""What a training run needs: model, reference, tokenizer and pairs, from files or from the testbed."""
 
 from __future__ import annotations
 
@@ -29,12 +29,24 @@ from prefopt.training.adapters import Frozen, Weights
 from prefopt.training.reference import Source
 from prefopt.types import EncodedPair
 
-_HELD_OUT = 2**31  # seed of the testbed's held-out pairs: the same for every run, and no training set's
+_HELD_OUT = 2**31  # seed of the testbed's held-out pairs: equal in every run, different from every training set's
 
 
 @dataclasses.dataclass
 class Task:
-    """What a run trains on, wherever it came from."""
+    """Model, reference, tokenizer and pairs of a training run.
+
+    Args:
+        start: the weights that training starts from.
+        reference: a frozen part of the policy, weights of its own, or None where the method needs no reference.
+        train: batches of training pairs.
+        eval_pairs: held-out pairs.
+        eval_fingerprint: identifies the held-out pairs in the run card.
+        sources: all encoded pairs by file, for the reference cache.
+        report: lines on the data that are printed before training.
+        world: the testbed world, None for data from files.
+        day: the date that the chat template receives, None where it asks for none.
+    """
 
     start: Weights
     reference: Frozen | Weights | None
@@ -45,10 +57,11 @@ class Task:
     sources: Sequence[Source]
     report: list[str]
     world: WordWorld | None = None
-    day: date | None = None  # that the chat template is told, where it asks
+    day: date | None = None
 
 
 def testbed_task(config: RunConfig) -> Task:
+    """The task of a run that names neither a model nor data. Raises: ConfigError."""
     test = config.testbed
     world = build_world(test.world, seed=test.seed, cache_dir=cache_root())
     assert isinstance(world, WordWorld), "the settings refuse a world without pairs"
@@ -67,13 +80,13 @@ def testbed_task(config: RunConfig) -> Task:
     if test.pairs is None:
         train: Batches = world.stream(batch, seed)
         train = train if both is None else Converted(train, both.reread, needs.sequences)
-        what = "a fresh stream of pairs"
+        what = "an unlimited stream of pairs"
     else:
         fingerprint = f"{world.fingerprint}-{test.pairs}-{seed}"
         pairs = world.file_pairs(test.pairs, seed)
         pairs = pairs if both is None else [both.reread(pair) for pair in pairs]
         group, tokens = config.train.group_by_length, config.train.tokens_per_batch
-        if tokens is not None and needs.rows == "chosen_only":  # it counts what is fed
+        if tokens is not None and needs.rows == "chosen_only":  # it counts processed tokens
             pairs = [dataclasses.replace(pair, rejected_ids=None, rejected_mask=None) for pair in pairs]
         train = FileBatches(pairs, batch, seed, fingerprint, group, tokens)
         sources.append(Source(pairs, fingerprint))
@@ -86,12 +99,17 @@ def testbed_task(config: RunConfig) -> Task:
         eval_pairs=eval_pairs,
         eval_fingerprint=f"{world.fingerprint}-{test.eval_pairs}",
         sources=sources,
-        report=[f"no model and no data named: training on the testbed world '{test.world}', {what}"],
+        report=[f"no model or data given: training on the testbed world '{test.world}' with {what}"],
         world=world,
     )
 
 
 def file_task(config: RunConfig, day: date) -> Task:
+    """The task of a run on a model and on data files; the data is encoded, or found encoded in the cache.
+
+    Args: day: the date that a chat template receives where it asks for one.
+    Raises: ConfigError, DataError or TrainError for whatever can be found out before a model is loaded.
+    """
     assert config.model.path is not None
     start = adapters.find(config.model.path, config.model)
     architecture = models.load_config(start.base, start.base_settings(config.model))
@@ -146,7 +164,8 @@ def file_task(config: RunConfig, day: date) -> Task:
         shared = shared_prompts(pairs, eval_pairs)
         if shared:
             report.append(
-                f"warning: {shared:,} of {len(eval_pairs):,} eval pairs have a prompt that is in the training data"
+                f"warning: {shared:,} of {len(eval_pairs):,} held-out pairs have a prompt that is also in the "
+                "training data"
             )
     elif config.data.eval_fraction == 0:
         eval_pairs, eval_fingerprint = [], "none"
@@ -177,23 +196,25 @@ def file_task(config: RunConfig, day: date) -> Task:
 
 
 def without_thoughts(pairs: Sequence[EncodedPair], tokenizer: Any, marker: str, most: int = 64) -> list[str]:
-    """A warning where a policy that is to think would be trained on pairs without thoughts."""
-    first = [pairs[i] for i in range(min(most, len(pairs)))]
-    if any(marker in tokenizer.decode(pair.chosen_ids) for pair in first):
+    """A warning for a method with thoughts whose pairs have none.
+
+    Args: marker: begins the response, after the thought. most: number of pairs that are looked at.
+    """
+    examined = [pairs[i] for i in range(min(most, len(pairs)))]
+    if any(marker in tokenizer.decode(pair.chosen_ids) for pair in examined):
         return []
     return [
-        f"warning: none of the first {len(first)} chosen completions holds the response marker '{marker}': they are "
-        "trained on as they stand, without a thought (--rounds.count, or the pairs.jsonl of a round)"
+        f"warning: none of the first {len(examined)} chosen completions contains the response marker '{marker}', so "
+        "the policy is trained on completions without a thought (use --rounds.count, or the pairs.jsonl of a round)"
     ]
 
 
 def limit_held_out(config: RunConfig, task: Task) -> None:
-    """Keep eval.max_pairs of the held-out pairs, and put into the report what so many can decide."""
-
+    """Sample eval.max_pairs of the held-out pairs; the report warns where they are too few to tell models apart."""
     most, there = config.eval.max_pairs, len(task.eval_pairs)
     if most is not None and most < there:
         task.eval_pairs = sample(task.eval_pairs, most)
-        task.eval_fingerprint = f"{most}-of-{task.eval_fingerprint}"  # its end tells the version of a split
-        task.report.append(f"eval.max_pairs: {most:,} of {there:,} held-out pairs are scored, a random sample")
+        task.eval_fingerprint = f"{most}-of-{task.eval_fingerprint}"  # it must end with the version of the split
+        task.report.append(f"eval.max_pairs: {most:,} of {there:,} held-out pairs are evaluated, a random sample")
     warning = too_few(config, len(task.eval_pairs))
     task.report += [warning] if warning is not None else []

@@ -1,4 +1,4 @@
-"""One training run, from its data to its model."""
+"""A training run, from its data to the exported model."""
 
 from __future__ import annotations
 
@@ -49,12 +49,12 @@ def train_run(config: RunConfig, runtime: rt.Runtime, evaluators: Sequence[Evalu
         return 0
     resume_from = checkpoint.latest(output / "checkpoints", print_rank_0, runtime)
 
-    def keep() -> dict[str, str] | None:
+    def write_card() -> dict[str, str] | None:
         card = run_card(config, runtime, task)
         write_or_check_card(card, output)
         return card["reference"]
 
-    hashes = runtime.on_main(keep)  # hashing weights reads all of them: once, on one process
+    hashes = runtime.on_main(write_card)  # hashing reads all weights, so only rank 0 does it
     note = runtime.on_main(lambda: _begin_extension(config, task, output))
     if note is not None:
         print_rank_0(note)
@@ -75,7 +75,7 @@ def train_run(config: RunConfig, runtime: rt.Runtime, evaluators: Sequence[Evalu
 
 
 def _begin_extension(config: RunConfig, task: Task, output: Path) -> str | None:
-    """Make a finished run one that goes on, where its length was raised. Returns: a line on its schedule, or None."""
+    """Let a finished run resume where its length was raised. Returns: a line on its schedule, or None."""
     steps = None if task.train.steps_per_epoch is None else task.train.steps
 
     def rate(settings: RunConfig, step: int) -> float | None:
@@ -85,7 +85,7 @@ def _begin_extension(config: RunConfig, task: Task, output: Path) -> str | None:
 
 
 def _check_memory(config: RunConfig, runtime: rt.Runtime) -> None:
-    """Say it where the run may not fit on its GPUs. Raises: TrainError where it cannot."""
+    """Warn where the run may not fit into GPU memory. Raises: TrainError where it cannot fit."""
     total = preflight.gpu_memory(runtime.device)
     if total is None:
         return
@@ -125,19 +125,18 @@ def _fit(
     if second:
         with runtime.sharded_loading():
             reference = adapters.load_frozen(reference, config.model, key)
-    # drawn numbers are dropout's: each process has its own, whatever was drawn until here
+    # dropout differs between ranks, and must not depend on what was drawn while the model was loaded
     random_state.set_seed(config.seed + runtime.rank)
     parameters = sum(sharding.numel(p) for p in lm.parameters())
     threads = rt.set_threads(config.train.threads, parameters)
     if resume_from is not None:
-        print_rank_0(f"continuing from {resume_from}")
+        print_rank_0(f"resuming from {resume_from}")
     name, adapter = type(adapters.base_of(lm)).__name__, adapters.describe_policy(lm)
-    of_them = f", {adapter}" if adapter else ""
-    print_rank_0(
-        f"policy: {name}, {parameters:,} parameters{of_them}, {threads} thread(s) per process; output: {output}"
-    )
+    adapted = f", {adapter}" if adapter else ""
+    cpu = f"{threads} CPU thread{'' if threads == 1 else 's'} per rank"
+    print_rank_0(f"policy: {name}, {parameters:,} parameters{adapted}, {cpu}; output: {output}")
     if config.model.attention == "sdpa" and adapters.base_of(lm).config._attn_implementation == "eager":
-        print_rank_0(f"attention: eager, since {name} computes what SDPA cannot (a soft-cap of attention, say)")
+        print_rank_0(f"attention: eager, since {name} needs what SDPA does not support (such as an attention soft-cap)")
     for line in adapters.remarks(lm):
         print_rank_0(line)
     if task.reference is not None:
@@ -156,7 +155,7 @@ def _fit(
     if scores:
         models.set_padding(adapters.base_of(lm), task.tokenizer)
     evaluators = [*evaluators]
-    if task.world is not None and not scores:  # a world's truth is about what a policy writes
+    if task.world is not None and not scores:  # the exact figures of a world are those of a policy that generates
         world, beta = task.world, target_beta(config)
         evaluators.append(lambda policy: world.evaluate(policy, beta))
     policy = Scorer(lm) if scores else PolicyWithReference(lm, reference, config.kernel, reference_head)
@@ -183,10 +182,14 @@ def _fit(
 def _cached_reference(
     config: RunConfig, runtime: rt.Runtime, task: Task, lm: Any, fresh: bool, key: str, hashes: Mapping[str, str]
 ) -> tuple[ReferenceValues, ReferenceHead | None]:
-    """(what is kept of the reference, its head where that is needed and the policy does not hold it).
+    """The reference cache, computed where it does not exist yet.
 
-    Args: lm: the policy, which answers for the reference as long as it is the same. fresh: whether it has not moved.
-        key: names the reference in errors. hashes: of the reference's weights.
+    Args:
+        lm: the policy, which computes the reference's values where both have the same weights.
+        fresh: whether the policy still has its starting weights.
+        key: the setting that names the reference, for errors.
+        hashes: of the reference's weights.
+    Returns: (cached values, the reference's output head where hidden states are cached and the policy's differs).
     """
     what = task.reference
     assert what is not None
@@ -209,9 +212,11 @@ def _cached_reference(
 
 
 def print_dry_run(config: RunConfig, plan: Sequence[str]) -> None:
-    """What `--dry_run` prints behind the report of the data. Args: plan: lines of what the run will do and need."""
-    whole = [] if config.dry_run != "config" else ["", "resolved config:", settings.yaml_of(hidden(config.to_dict()))]
+    """Print the end of a `--dry_run`: overrides, plan and settings. Args: plan: what the run would do and need."""
+    resolved = (
+        [] if config.dry_run != "config" else ["", "resolved config:", settings.yaml_of(hidden(config.to_dict()))]
+    )
     changed = [printable(line) for line in dry_run.differences(config)]
-    print_rank_0("\n".join(["", *changed, *plan, *whole]))
-    if not whole:
+    print_rank_0("\n".join(["", *changed, *plan, *resolved]))
+    if not resolved:
         print_rank_0("(--dry_run config prints every setting as YAML)")

@@ -30,7 +30,7 @@ def check(output: Path, old: RunConfig, changed: Mapping[str, tuple[Any, Any]]) 
         only = " (the length of a finished run can only be raised, in the setting that it was given by)"
         raise ConfigError(
             f"--output {output}: holds a run with other settings ({_words(changed)}); "
-            f"choose another --output, or the settings of that run to continue it{only if finished else ''}"
+            f"choose another --output, or use the settings of that run to resume it{only if finished else ''}"
         )
     if not finished:
         raise ConfigError(

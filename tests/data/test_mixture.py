@@ -116,6 +116,6 @@ def test_held_out_files_when_several_are_named_then_all_are_evaluated(server, co
     argv = command("dpo", tmp_path / "run", data__eval="a.jsonl,b.jsonl", train__max_steps=1)
     ended = server.train(argv, cwd=tmp_path)
     assert ended.status == 0, ended.err
-    assert "warning: 8 of 8 eval pairs have a prompt that is in the training data" in ended.out
+    assert "warning: 8 of 8 held-out pairs have a prompt that is also in the training data" in ended.out
     places = [json.loads(line)["where"] for line in (tmp_path / "run/eval_pairs.jsonl").read_text().splitlines()]
     assert places == ["a.jsonl:1", "a.jsonl:2", "a.jsonl:3", *(f"b.jsonl:{i}" for i in range(1, 6))]

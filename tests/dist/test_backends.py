@@ -54,7 +54,7 @@ def test_run_of_two_processes_is_the_run_of_one(backend, server, command, task, 
     ended = server.train(argv, ranks=2, backend=backend)
     assert ended.status == 0, ended.err
     assert f"world size 2, backend {backend}, device cpu" in ended.out
-    assert "continuing from" in ended.out
+    assert "resuming from" in ended.out
     for mine, other in zip(read_lines(tmp_path / "run/metrics.jsonl"), read_lines(straight / "metrics.jsonl"), strict=True):
         assert (mine["step"], mine["split"]) == (other["step"], other["split"])
         assert mine["loss"] == pytest.approx(other["loss"], rel=1e-5)

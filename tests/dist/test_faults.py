@@ -81,7 +81,7 @@ def test_run_when_torchrun_starts_it_again_after_a_process_was_killed_then_it_en
     finally:
         process.kill()
     assert process.returncode == 0, said
-    assert "continuing from" in said
+    assert "resuming from" in said
     straight = server.train(command("dpo", tmp_path / "straight", **settings), ranks=2)
     assert straight.status == 0, straight.err
     weights = [(folder / "model" / "model.safetensors").read_bytes() for folder in (output, tmp_path / "straight")]

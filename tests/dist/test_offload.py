@@ -32,7 +32,7 @@ def compared(server, command, tmp_path):
             ended = server.train(argv, **how)
             assert ended.status == 0, ended.err
         assert f"world size 2, backend {said}, device cpu" in ended.out
-        assert "continuing from" in ended.out
+        assert "resuming from" in ended.out
         assert json.loads((tmp_path / "killed/run_card.json").read_text())["backend"] == said
         lines = [read_lines(tmp_path / name / "metrics.jsonl") for name in ("alone", "killed")]
         for one, other in zip(*lines, strict=True):

@@ -384,8 +384,8 @@ def test_a_folder_with_other_answers_is_refused_and_so_is_what_is_not_ours(infer
     infer(argv(**flags, output="out"))
     said = refusal(infer, **flags, output="out", seed=1)
     assert said == (
-        "--output out: holds answers made with other settings (seed: 0 -> 1); choose another --output, or the settings "
-        "of that run to continue it"
+        "--output out: holds answers made with other settings (seed: 0 -> 1); choose another --output, or use the "
+        "settings of that run to resume it"
     )
     infer(argv(**flags, output="out", thought="show"))
     (tmp_path / "mine.jsonl").write_text("precious\n")

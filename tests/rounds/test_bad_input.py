@@ -259,8 +259,11 @@ def test_conductor_is_refused_before_it_starts_anything(server, rounds, tmp_path
     [
         (["--stage", "jude", "--round", "1"], "did you mean 'judge'?"),
         (["--stage", "judge"], "--round: found None, expected the number of a round"),
-        (["--stage", "judge", "--round", "1", "--part", "4/4"], "--part: found '4/4', expected such as 0/4"),
-        (["--stage", "train", "--round", "1", "--part", "0/4"], "the train stage is one process's work"),
+        (["--stage", "judge", "--round", "1", "--part", "4/4"], "--part: found '4/4', expected I/N, such as 0/4"),
+        (
+            ["--stage", "train", "--round", "1", "--part", "0/4"],
+            "the train stage cannot be shared by separate processes",
+        ),
     ],
 )
 def test_bad_name_of_a_stage_is_one_line(words, line, server, rounds, tmp_path):

@@ -37,7 +37,9 @@ def test_card_when_gone_from_a_folder_that_a_run_has_written_to_then_refused(lef
         (output / left / "manifest.json").write_text("{}")
     check_same_run(config, output)
     (output / CARD).unlink()
-    with pytest.raises(TrainError, match=f"holds '{left}' without a run_card.json, so which run it is of is not known"):
+    with pytest.raises(
+        TrainError, match=f"holds '{left}' without a run_card.json, so the run that wrote it is unknown"
+    ):
         check_same_run(config, output)
     with pytest.raises(TrainError):
         write_or_check_card({"config": config.to_dict()}, output)

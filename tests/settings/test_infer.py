@@ -96,7 +96,10 @@ def test_what_may_change_between_attempts_is_no_difference():
         (["--optim.lr", "1"], r"--optim.lr: unknown setting"),
         (["--strategy", "best_of_m"], r"unknown strategy 'best_of_m'; did you mean 'best_of_n'\?"),
         (["--strategy", "tpo"], r"'tpo' is ambiguous; it could mean thought_po or test_time_po"),
-        (["--method", "test_time_po"], r"trains nothing: .*scripts/infer.py --strategy test_time_po"),
+        (
+            ["--method", "test_time_po"],
+            r"answers prompts without training; use scripts/infer.py --strategy test_time_po",
+        ),
         (["--method", "dpo"], r"--method: nothing is trained here; name the trained model"),
         (["--generate.n", "3"], r"--generate.n: here the number of samples is called n"),
         (["--n", "0"], r"n: found 0, expected a number >= 1"),

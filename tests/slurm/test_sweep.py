@@ -105,7 +105,7 @@ def test_array_task_when_signalled_before_its_time_is_over_then_it_is_requeued_a
     assert "1 runs: 1 pending" in status(place, "one")
     place.shell(f"{SWEEP} one.yaml --launcher slurm")
     place.wait_for_all()
-    assert "continuing from" in (place.folder / f"runs/sweeps/one/logs/{run['id']}.log").read_text()
+    assert "resuming from" in (place.folder / f"runs/sweeps/one/logs/{run['id']}.log").read_text()
     assert place.weights(run["output"]) == straight
 
 

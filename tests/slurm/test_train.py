@@ -47,7 +47,7 @@ def test_job_when_signalled_before_its_time_is_over_then_it_is_requeued_and_ends
     assert about["Restarts"] == "1"
     out = (place.folder / "signalled.out").read_text()
     assert "SIGUSR1: saving, then leaving with exit status 75" in out
-    assert "continuing from" in out
+    assert "resuming from" in out
     assert place.weights("signalled") == place.weights(one_node)
 
 
@@ -58,7 +58,7 @@ def test_job_when_it_is_cancelled_then_it_does_not_come_back_and_the_same_comman
     place.wait_for_all()
     assert place.about(job)["JobState"] == "CANCELLED"
     place.wait(place.submit(ONE_NODE.format("cancelled")))
-    assert "continuing from" in (place.folder / "cancelled.out").read_text()
+    assert "resuming from" in (place.folder / "cancelled.out").read_text()
     assert place.weights("cancelled") == place.weights(one_node)
 
 
@@ -70,7 +70,7 @@ def test_job_when_a_node_goes_down_then_it_is_requeued_and_ends_with_the_same_we
     place.shell("scontrol update nodename=n2 state=resume || true")  # it may have come back by itself
     about = place.wait(job)
     assert about["Restarts"] == "1"
-    assert "continuing from" in (place.folder / "node.out").read_text()
+    assert "resuming from" in (place.folder / "node.out").read_text()
     assert place.weights("node") == place.weights(two_nodes)
 
 
@@ -95,6 +95,6 @@ def test_job_when_its_node_loses_its_power_then_it_goes_on_on_the_other_and_ends
         place.cluster.boot(node)
     assert about["Restarts"] == "1"
     assert about["NodeList"] != node
-    assert "continuing from" in (place.folder / "power.out").read_text()
+    assert "resuming from" in (place.folder / "power.out").read_text()
     assert place.weights("power") == place.weights(one_node)
     until(lambda: place.cluster.idle() == 2, 60, "both nodes are back")

@@ -299,6 +299,6 @@ def test_real_sweep_when_stopped_or_killed_then_the_same_command_ends_with_the_s
     subprocess.run([*sweep_of, "sweep.yaml", "--slots", "2"], env=environment, check=True)
     for run, path in zip(runs, metrics, strict=True):
         log = Path("runs/sweeps/sweep/logs") / f"{run.name}.log"
-        assert "continuing from" in log.read_text()
+        assert "resuming from" in log.read_text()
         weights = [folder / "model" / "model.safetensors" for folder in (run, path.parent)]
         assert weights[0].read_bytes() == weights[1].read_bytes()

@@ -312,7 +312,7 @@ def test_run_when_its_newest_checkpoint_is_damaged_then_continues_from_the_one_b
     ended = server.train(argv)
     assert ended.status == 0, ended.err
     assert f"{output}/checkpoints/step_00000006: damaged checkpoint passed over: {found}\n" in ended.out
-    assert f"continuing from {output}/checkpoints/step_00000003\n" in ended.out
+    assert f"resuming from {output}/checkpoints/step_00000003\n" in ended.out
     mine, theirs = (load_file(folder / "model" / "model.safetensors") for folder in (output, straight))
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]

@@ -16,7 +16,7 @@ def test_run_without_an_evaluation_at_the_start_scores_the_sample_and_ends_with_
     assert ended.status == 0, ended.err
     evaluations = [line for line in read_lines(tmp_path / "run/metrics.jsonl") if line["split"] == "eval"]
     assert [(line["step"], line["pairs"]) for line in evaluations] == [(2, 3)]
-    assert "held-out pairs are scored, a random sample" in ended.out
+    assert "held-out pairs are evaluated, a random sample" in ended.out
     assert "warning: 3 held-out pairs are few" in ended.out
     rows = [json.loads(line) for line in (tmp_path / "run/eval_pairs.jsonl").read_text().splitlines()]
     assert len({row["where"] for row in rows}) == 3

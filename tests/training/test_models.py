@@ -66,7 +66,7 @@ def test_run_when_a_family_has_no_sdpa_then_it_says_that_it_attends_eagerly(gemm
     task.tokenizer.save_pretrained(gemma2)
     ended = server.train(command("dpo", tmp_path / "run", model__path=gemma2, train__max_steps=1))
     assert ended.status == 0, ended.err
-    assert "attention: eager, since Gemma2ForCausalLM computes what SDPA cannot" in ended.out + ended.err
+    assert "attention: eager, since Gemma2ForCausalLM needs what SDPA does not support" in ended.out + ended.err
 
 
 # Configs

@@ -263,7 +263,7 @@ def test_run_when_killed_inside_the_export_then_exports_again(server, command, u
     ended = server.train(argv, {"at": "prefopt.storage:seal", "count": seals, "do": "SIGKILL"})
     assert ended.status == -signal.SIGKILL
     assert not (tmp_path / "run" / "model").exists()
-    assert "continuing from" in finish(server, argv).out
+    assert "resuming from" in finish(server, argv).out
     assert_same_run(tmp_path / "run", uninterrupted("dpo"))
 
 
@@ -313,7 +313,7 @@ def test_run_when_asked_to_stop_then_saves_and_continues_to_the_same_weights(
     assert ended.out.endswith(f"\nleft at step {step} of 24; the same command continues\n")
     assert (output / "checkpoints" / f"step_{step:08d}" / "manifest.json").exists()
     assert not (output / "model").exists()
-    assert f"continuing from {output}/checkpoints/step_{step:08d}\n" in finish(server, argv).out
+    assert f"resuming from {output}/checkpoints/step_{step:08d}\n" in finish(server, argv).out
     assert_same_run(output, uninterrupted("dpo"))
 
 
@@ -367,7 +367,7 @@ def test_finished_run_when_its_model_is_damaged_then_exports_it_again(server, co
 
 def test_run_prints_its_threads_and_uses_them(server, command, tmp_path):
     argv = command("dpo", tmp_path / "run", train__threads=2, train__max_steps=1)
-    assert ", 2 thread(s) per process; " in server.train(argv).out
+    assert ", 2 CPU threads per rank; " in server.train(argv).out
 
 
 # The launcher ---------------------------------------------------------------------------------------------------------
@@ -415,7 +415,7 @@ def test_run_when_its_launcher_dies_then_saves_and_leaves(name, server, command,
     assert ended.status == 2
     assert ended.err == (
         f"error: --output {output}: holds a run with other settings (train.max_steps: 2000 -> {done + 2}); "
-        "choose another --output, or the settings of that run to continue it\n"
+        "choose another --output, or use the settings of that run to resume it\n"
     )
     fault = {"at": ENGINE + "trainer:Trainer._step", "count": 3, "do": "SIGTERM"}
     ended = server.train(argv, fault)
