@@ -21,7 +21,7 @@ from measure import peak_bytes, ratio, seconds, write
 from prefopt import registry
 from prefopt.data.loader import FileBatches
 from prefopt.settings import LoraConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
-from prefopt.training import adapters, signals
+from prefopt.training import adapter_loading, model_sources, signals
 from prefopt.training import runtime as rt
 from prefopt.training.forward import PolicyWithReference
 from prefopt.training.trainer import Trainer
@@ -113,11 +113,11 @@ def make_trainer(runtime: rt.Runtime, path: Path, pairs: list[EncodedPair], sett
         optim=OptimConfig(**({"lr": 1e-6, "warmup_ratio": 0.0} | settings.get("optim", {}))),
         train=TrainConfig(**(train | settings.get("train", {}))),
     )
-    start = adapters.find(str(path), config.model)
-    reference: Any = adapters.reference(config, start)
-    lm = adapters.load_policy(config, start, reference)
-    if isinstance(reference, adapters.Weights):
-        reference = adapters.load_frozen(reference, config.model, "model.path")
+    start = model_sources.find(str(path), config.model)
+    reference: Any = model_sources.choose_reference(config, start)
+    lm = adapter_loading.load_policy(config, start, reference)
+    if isinstance(reference, model_sources.ModelSource):
+        reference = adapter_loading.load_frozen(reference, config.model, "model.path")
     trainer = Trainer(
         config=config,
         runtime=runtime,

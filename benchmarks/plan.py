@@ -75,7 +75,7 @@ def trainer_of(runtime: Any, case: Case, folder: str) -> Any:
     from step import fixed
 
     from prefopt.data.loader import FileBatches
-    from prefopt.training import adapters
+    from prefopt.training import adapter_loading, model_sources
     from prefopt.training.forward import PolicyWithReference
     from prefopt.training.trainer import Trainer
 
@@ -86,13 +86,15 @@ def trainer_of(runtime: Any, case: Case, folder: str) -> Any:
         # as accelerate fills in the `auto` of configs/deepspeed/zero3.json
         zero |= {"stage3_prefetch_bucket_size": int(0.9 * hidden**2)}
         zero |= {"stage3_param_persistence_threshold": 10 * hidden}
-    start = adapters.Weights(folder, folder)
-    of = adapters.reference(config, start)
+    start = model_sources.ModelSource(folder, folder)
+    of = model_sources.choose_reference(config, start)
     pairs = fixed(2 * config.train.global_batch, case.prompt, case.response, case.shape[4])
     batches = FileBatches(pairs, config.train.global_batch, 0, "rows", group_by_length=False)
     with runtime.sharded_loading():
-        lm = adapters.load_policy(config, start, of)
-        reference: Any = adapters.load_frozen(of, config.model, "x") if isinstance(of, adapters.Weights) else of
+        lm = adapter_loading.load_policy(config, start, of)
+        reference: Any = (
+            adapter_loading.load_frozen(of, config.model, "x") if isinstance(of, model_sources.ModelSource) else of
+        )
     policy = PolicyWithReference(lm, reference, config.kernel)
     for parameter in policy.parameters():  # the allocator does not record pages of a memory-mapped file
         if not hasattr(parameter, "ds_id"):

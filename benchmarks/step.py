@@ -34,7 +34,7 @@ from measure import peak_bytes, ratio, seconds, write
 from prefopt import registry
 from prefopt.data.loader import FileBatches
 from prefopt.settings import LoraConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
-from prefopt.training import adapters, signals
+from prefopt.training import adapter_loading, model_sources, signals
 from prefopt.training import runtime as rt
 from prefopt.training.forward import PolicyWithReference
 from prefopt.training.models import quiet_transformers
@@ -143,11 +143,11 @@ class Bench:
                 global_batch=self.batch, micro_batch=self.batch, mixed_precision=self.mixed, max_steps=10**6, **train
             ),
         )
-        start = adapters.Weights(config.model.path, config.model.path)
-        lm = adapters.load_policy(config, start, adapters.reference(config, start))
-        reference: Any = adapters.reference(config, start)
-        if isinstance(reference, adapters.Weights):
-            reference = adapters.load_frozen(reference, config.model, "model.path")
+        start = model_sources.ModelSource(config.model.path, config.model.path)
+        lm = adapter_loading.load_policy(config, start, model_sources.choose_reference(config, start))
+        reference: Any = model_sources.choose_reference(config, start)
+        if isinstance(reference, model_sources.ModelSource):
+            reference = adapter_loading.load_frozen(reference, config.model, "model.path")
         batches = FileBatches(pairs, self.batch, 0, "rows", group_by_length=config.train.group_by_length)
         trainer = Trainer(
             config=config,

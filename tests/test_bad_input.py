@@ -243,7 +243,7 @@ def test_reference_when_it_lacks_a_weight_then_is_refused_before_the_policy_is_l
     weights = load_file(path / "model.safetensors")
     del weights[name]
     save_file(weights, path / "model.safetensors", {"format": "pt"})
-    found = error(reference__path=path, fault={"at": "prefopt.training.adapters:load_policy", "do": "SIGKILL"})
+    found = error(reference__path=path, fault={"at": "prefopt.training.adapter_loading:load_policy", "do": "SIGKILL"})
     assert found.startswith(f"reference.path: '{path}' has no weights for {name}")
 
 

@@ -66,9 +66,9 @@ def make(
         from prefopt.generation.transformers_engine import TransformersEngine
 
         return TransformersEngine(load(), tokenizer, batch=settings.batch, continuous=settings.continuous)
-    from prefopt.training import adapters
+    from prefopt.training import model_sources
 
-    weights = adapters.find(path, model)
+    weights = model_sources.find(path, model)
     if settings.engine == "openai":
         from prefopt.generation.openai_engine import OpenAIEngine
 

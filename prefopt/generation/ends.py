@@ -10,7 +10,7 @@ from prefopt.settings import ModelConfig
 from prefopt.types import Completion
 
 if TYPE_CHECKING:
-    from prefopt.training.adapters import Weights
+    from prefopt.training.model_sources import ModelSource
 
 
 def terminators(generation_config: Any, tokenizer: Any) -> frozenset[int]:
@@ -23,7 +23,7 @@ def terminators(generation_config: Any, tokenizer: Any) -> frozenset[int]:
     return structure.terminators(tokenizer) | {int(token) for token in named if token is not None}
 
 
-def terminators_of(weights: Weights, model: ModelConfig, tokenizer: Any) -> frozenset[int]:
+def terminators_of(weights: ModelSource, model: ModelConfig, tokenizer: Any) -> frozenset[int]:
     """The same of a model that is not in this process, from its small files."""
     from transformers import GenerationConfig
 
@@ -37,7 +37,7 @@ def terminators_of(weights: Weights, model: ModelConfig, tokenizer: Any) -> froz
     return terminators(named, tokenizer)
 
 
-def positions_of(weights: Weights, model: ModelConfig) -> int | None:
+def positions_of(weights: ModelSource, model: ModelConfig) -> int | None:
     """Positions of a model that is not in this process; None where its config names no end."""
     from prefopt.training.models import load_config
 
@@ -45,7 +45,7 @@ def positions_of(weights: Weights, model: ModelConfig) -> int | None:
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
-def rows_of(weights: Weights, model: ModelConfig) -> int:
+def rows_of(weights: ModelSource, model: ModelConfig) -> int:
     """Token ids that a model which is not in this process has."""
     from prefopt.training.model_checks import vocabulary
     from prefopt.training.models import load_config

@@ -12,7 +12,7 @@ from prefopt.generation.base import Done, Sampling, limits
 from prefopt.generation.ends import Ends, positions_of, rows_of, terminators_of
 from prefopt.generation.server import Server, read
 from prefopt.settings import GenerateConfig, ModelConfig
-from prefopt.training.adapters import Weights
+from prefopt.training.model_sources import ModelSource
 from prefopt.training.versions import versions
 from prefopt.types import Completion
 
@@ -58,7 +58,7 @@ class OpenAIEngine:
     Raises: RoundError when the server cannot be reached, has another model, or drops `n`.
     """
 
-    def __init__(self, settings: GenerateConfig, weights: Weights, model: ModelConfig, tokenizer: Any) -> None:
+    def __init__(self, settings: GenerateConfig, weights: ModelSource, model: ModelConfig, tokenizer: Any) -> None:
         assert settings.url is not None, "`check` has been called"
         self.tokenizer = tokenizer
         self._terminators = terminators_of(weights, model, tokenizer)

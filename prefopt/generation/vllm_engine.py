@@ -18,8 +18,8 @@ from prefopt.generation import vllm_worker
 from prefopt.generation.base import Done, Sampling, limits
 from prefopt.generation.ends import Ends, positions_of, terminators_of
 from prefopt.settings import GenerateConfig, ModelConfig
-from prefopt.training import adapters
-from prefopt.training.adapters import Weights
+from prefopt.training import model_sources
+from prefopt.training.model_sources import ModelSource
 from prefopt.types import Completion
 
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # of adapters, for which vLLM has kernels
@@ -57,7 +57,7 @@ class VllmEngine:
     Raises: RoundError when a copy cannot be loaded.
     """
 
-    def __init__(self, settings: GenerateConfig, weights: Weights, model: ModelConfig, tokenizer: Any) -> None:
+    def __init__(self, settings: GenerateConfig, weights: ModelSource, model: ModelConfig, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         self._terminators = terminators_of(weights, model, tokenizer)
         self._args = _arguments(settings, weights, model)
@@ -136,9 +136,9 @@ class VllmEngine:
         return ends.completion(answer["token_ids"], answer["logps"], stopped=answer["finish_reason"] == "stop")
 
 
-def _arguments(settings: GenerateConfig, weights: Weights, model: ModelConfig) -> dict[str, Any]:
+def _arguments(settings: GenerateConfig, weights: ModelSource, model: ModelConfig) -> dict[str, Any]:
     """What vLLM's LLM class is told."""
-    tokenizer, _ = adapters.tokenizer_path(weights, model)
+    tokenizer, _ = model_sources.tokenizer_path(weights, model)
     base = weights.base_settings(model)
     args: dict[str, Any] = {
         "model": _absolute(weights.base),

@@ -17,7 +17,7 @@ from prefopt.generation.base import Engine
 from prefopt.generation.ends import terminators_of
 from prefopt.settings.infer import InferConfig
 from prefopt.thoughts import ThoughtFormat
-from prefopt.training import adapters, model_checks, model_hashes, models
+from prefopt.training import adapter_loading, model_checks, model_hashes, model_sources, models
 
 _SETTINGS = "generation_config.json"
 _THOUGHT = ("template", "thought_marker", "response_marker", "on_repeated_marker")
@@ -36,7 +36,7 @@ class UnloadedPolicy:
         note: a sentence to say once.
     """
 
-    weights: adapters.Weights
+    weights: model_sources.ModelSource
     tokenizer: Any
     thought: ThoughtFormat
     stop: tuple[str, ...]
@@ -49,7 +49,7 @@ class UnloadedPolicy:
         device = device_here()
 
         def load() -> Any:
-            lm: Any = adapters.load_frozen(self.weights, config.model, "model.path")
+            lm: Any = adapter_loading.load_frozen(self.weights, config.model, "model.path")
             return lm.to(device).eval()
 
         return generation.make(
@@ -66,9 +66,9 @@ def find(path: str, config: InferConfig) -> UnloadedPolicy:
 
     Raises: TrainError for what is no language model; ConfigError for a thought format that cannot be read.
     """
-    weights = adapters.find(path, config.model)
+    weights = model_sources.find(path, config.model)
     tokenizer = models.load_tokenizer(
-        *adapters.tokenizer_path(weights, config.model), config.chat_template, template_key="chat_template"
+        *model_sources.tokenizer_path(weights, config.model), config.chat_template, template_key="chat_template"
     )
     tokenizer.pad_token_id, note = pad_token(
         tokenizer, model_checks.vocabulary(models.load_config(weights.base, weights.base_settings(config.model)))
@@ -86,7 +86,7 @@ def find(path: str, config: InferConfig) -> UnloadedPolicy:
     )
 
 
-def _hash(place: str, weights: adapters.Weights, config: InferConfig) -> str:
+def _hash(place: str, weights: model_sources.ModelSource, config: InferConfig) -> str:
     if Path(place).is_dir():
         return model_hashes.fingerprint(place, None)
     return model_hashes.fingerprint(place, models.load_config(weights.base, weights.base_settings(config.model)))
@@ -130,7 +130,9 @@ def _thought(settings: dict[str, Any], path: str) -> ThoughtFormat:
     return form
 
 
-def _ends(settings: dict[str, Any], weights: adapters.Weights, config: InferConfig, tokenizer: Any) -> list[str]:
+def _ends(
+    settings: dict[str, Any], weights: model_sources.ModelSource, config: InferConfig, tokenizer: Any
+) -> list[str]:
     """What ends an answer by the generation config, and the engine would not know by itself.
 
     Stop strings, and the terminators of an adapter's own config: engines read that of its base.

@@ -15,7 +15,7 @@ from prefopt.data.encoder import CutPair, Encoder, pad_token
 from prefopt.data.rows import BadRow, Messages
 from prefopt.errors import DataError, RoundError, TrainError
 from prefopt.settings import ModelConfig
-from prefopt.training import adapters, model_hashes, models
+from prefopt.training import adapter_loading, adapters, model_hashes, model_sources, models
 from prefopt.training.versions import versions
 from prefopt.types import Judgement, PairRow, Question
 
@@ -49,7 +49,7 @@ class Classifier:
         kind: Callable[[Any], Any] = lambda config: None,
     ) -> None:
         settings = ModelConfig(trust_remote_code=trust_remote_code)
-        weights = adapters.find(path, settings, KEY)
+        weights = model_sources.find(path, settings, KEY)
         config = models.load_config(weights.base, weights.base_settings(settings), KEY)
         settings = dataclasses.replace(settings, dtype=dtype_on(device, config))
         self.path, self.device, self.batch, self.config, self._kind = path, device, batch, config, kind
@@ -65,11 +65,11 @@ class Classifier:
         self._pads = None if weights.adapter is not None else text.pad_token_id
         self._text = text
 
-    def _open(self, config: Any, weights: adapters.Weights, settings: ModelConfig) -> nn.Module:
+    def _open(self, config: Any, weights: model_sources.ModelSource, settings: ModelConfig) -> nn.Module:
         if weights.adapter is not None:
             if weights.adapter.task_type != adapters.CLASSIFIER:
                 raise TrainError(f"{KEY}: '{self.path}' is an adapter of a language model, expected a classifier's")
-            return adapters.load_frozen(weights, settings, KEY)
+            return adapter_loading.load_frozen(weights, settings, KEY)
         if not settings.trust_remote_code:
             models.check_scorer(config, self.path, KEY)
         return models.load_classifier(self.path, settings, KEY, self._kind(config))
@@ -162,7 +162,7 @@ def check_weights(path: str, trust_remote_code: bool, kind: Callable[[Any], Any]
     Args: as `Classifier`. Raises: TrainError.
     """
     settings = ModelConfig(trust_remote_code=trust_remote_code)
-    weights = adapters.find(path, settings, KEY)
+    weights = model_sources.find(path, settings, KEY)
     if weights.adapter is None and not trust_remote_code:
         config = models.load_config(path, settings, KEY)
         models.check_scorer(config, path, KEY)
@@ -172,7 +172,7 @@ def check_weights(path: str, trust_remote_code: bool, kind: Callable[[Any], Any]
 def check_conversations(path: str, trust_remote_code: bool) -> None:
     """Whether the classifier at `path` can read conversations, from its small files. Raises: DataError, TrainError."""
     settings = ModelConfig(trust_remote_code=trust_remote_code)
-    _check_template(_tokenizer(adapters.find(path, settings, KEY), settings), path)
+    _check_template(_tokenizer(model_sources.find(path, settings, KEY), settings), path)
 
 
 def _check_template(tokenizer: Any, path: str) -> None:
@@ -183,8 +183,8 @@ def _check_template(tokenizer: Any, path: str) -> None:
         )
 
 
-def _tokenizer(weights: adapters.Weights, settings: ModelConfig) -> Any:
-    return models.load_tokenizer(*adapters.tokenizer_path(weights, settings), key=KEY)
+def _tokenizer(weights: model_sources.ModelSource, settings: ModelConfig) -> Any:
+    return models.load_tokenizer(*model_sources.tokenizer_path(weights, settings), key=KEY)
 
 
 def joins(tokenizer: Any) -> bool:

@@ -16,7 +16,7 @@ from torch import nn
 from prefopt.errors import ConfigError
 from prefopt.kernels.token_stats import TILES
 from prefopt.settings import RunConfig
-from prefopt.training import adapters, layout_choice, models, towers
+from prefopt.training import adapter_checks, adapter_loading, adapters, layout_choice, model_sources, models, towers
 from prefopt.training.forward import statistics_for
 
 BACKENDS = ("single process", "ddp", "zero1", "zero2", "zero3", "zero3 offload", "fsdp2")
@@ -103,9 +103,9 @@ def read_model(config: RunConfig, batch: Batch) -> Model:
 
     Raises: TrainError or ConfigError in one line for a model or an adapter that cannot be trained.
     """
-    start = adapters.find(str(config.model.path), config.model)
+    start = model_sources.find(str(config.model.path), config.model)
     architecture = models.load_config(start.base, start.base_settings(config.model))
-    adapters.check(config, start, architecture)
+    adapter_checks.check(config, start, architecture)
     text: Any = architecture.get_text_config()
     with torch.device("meta"):
         lm = _hollow(architecture, config, config.model.dtype)
@@ -113,7 +113,7 @@ def read_model(config: RunConfig, batch: Batch) -> Model:
     embedding, head = lm.get_input_embeddings().weight, _head_of(lm).weight
     weights, layer = _numel(lm), max(_numel(layer) for layer in layers)
     with torch.device("meta"):
-        lm = adapters.attached(lm, config, start)
+        lm = adapter_loading.attach_like(lm, config, start)
     narrow = {"bf16": "bfloat16", "fp16": "bfloat16"}.get(config.train.mixed_precision, config.model.dtype)
     saved = _saved(architecture, config, start, batch, len(layers), config.model.dtype)
     return Model(
@@ -199,7 +199,7 @@ def _saved(
         return sum(size for size, _ in kept.values())
 
     with torch.device("meta"):
-        lm = adapters.attached(_hollow(short, config, dtype), config, start)
+        lm = adapter_loading.attach_like(_hollow(short, config, dtype), config, start)
     with FakeTensorMode(allow_non_fake_inputs=True):
         towers.off_meta(lm)
         weights = {p.untyped_storage()._cdata for p in lm.parameters()}

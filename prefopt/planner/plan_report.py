@@ -15,7 +15,7 @@ from prefopt.planner import plan
 from prefopt.planner.plan import GB, Batch, Memory, Model
 from prefopt.settings import RunConfig
 from prefopt.settings.plan import PlanConfig
-from prefopt.training import adapters, backends, layout_choice
+from prefopt.training import backends, layout_choice, model_sources
 
 ROOM = 0.9  # of a GPU that a plan may fill: allocators leave gaps, and rows differ
 TFLOPS = {2: (200.0, 450.0), 4: (20.0, 45.0)}  # of an H100 in training, by bytes of what products are made of
@@ -368,7 +368,7 @@ def changes(config: RunConfig) -> Iterator[tuple[str, RunConfig]]:
         kind = "logps" if needs == "sequence" else "hidden"
         config = put("reference", cache=kind)
         yield f"--reference.cache {kind}", config
-    start = adapters.find(str(config.model.path), config.model)
+    start = model_sources.find(str(config.model.path), config.model)
     if config.lora.r is None and start.adapter is None:
         config = put("lora", r=16)
         config = put("model", dtype="bfloat16")

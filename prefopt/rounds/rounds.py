@@ -35,7 +35,14 @@ from prefopt.rounds.shards import ShardProgress, Workers, do_shards
 from prefopt.rounds.stages import JudgedView
 from prefopt.rounds.store import Stage
 from prefopt.settings import FREE_TO_CHANGE, GenerateConfig, JudgeConfig, RoundsConfig, RunConfig
-from prefopt.training import adapters, checkpoint, model_card, model_hashes
+from prefopt.training import (
+    adapter_loading,
+    adapter_saving,
+    checkpoint,
+    model_card,
+    model_hashes,
+    model_sources,
+)
 from prefopt.training.export import describe_answers
 from prefopt.training.metrics import Evaluation, Evaluator
 from prefopt.training.signals import Stop
@@ -87,7 +94,7 @@ class Rounds:
     config: RunConfig
     output: Path
     tokenizer: Any
-    start: adapters.Weights
+    start: model_sources.ModelSource
     start_hash: str
     prompts: Sequence[Prompt]
     held_out: Sequence[Prompt] | None
@@ -196,7 +203,7 @@ class Rounds:
     def _policy_hash(self, number: int) -> str:
         return self.start_hash if number == 0 else storage.sha256(self.model(number) / storage.MANIFEST)
 
-    def _weights(self, number: int) -> adapters.Weights:
+    def _weights(self, number: int) -> model_sources.ModelSource:
         """Where the policy after a round is. Raises: RoundError where it is not as its training left it."""
         if number == 0:
             return self.start
@@ -209,7 +216,7 @@ class Rounds:
                     f"or delete {train} and run again: the round is trained again"
                 )
             self._verified.add(number)
-        return adapters.find(str(self.model(number)), self.config.model)
+        return model_sources.find(str(self.model(number)), self.config.model)
 
     # Stages -----------------------------------------------------------------------------------------------------------
 
@@ -631,7 +638,7 @@ class Rounds:
     def _open(self, number: int) -> Any:
         """The policy after a round, on its device."""
         key = "model.path"
-        lm: Any = adapters.load_frozen(self._weights(number), self.config.model, key)
+        lm: Any = adapter_loading.load_frozen(self._weights(number), self.config.model, key)
         return lm.to(self.device).eval()
 
     def _autocast(self) -> AbstractContextManager[Any]:
@@ -677,7 +684,7 @@ class Rounds:
             self._write_card(folder, adapter=adapted)
 
         def write_merged(folder: Path) -> None:
-            adapters.save_merged(lm, folder)
+            adapter_saving.save_merged(lm, folder)
             self.tokenizer.save_pretrained(folder)
             describe_answers(folder, self.tokenizer, self.config.method.card(), self.config.generate.stop)
             self._write_card(folder, adapter=False)
@@ -686,8 +693,8 @@ class Rounds:
             checkpoint.export(self.output / "model", write)
             return
         checkpoint.export(self.output / "adapter", write)
-        lm = adapters.load_frozen(self._weights(number), self.config.model, "model.path")
-        adapters.merge(lm, self.output / "adapter", self.config.model)
+        lm = adapter_loading.load_frozen(self._weights(number), self.config.model, "model.path")
+        adapter_saving.merge(lm, self.output / "adapter", self.config.model)
         checkpoint.export(self.output / "model", write_merged)
         self.say(f"merged: the adapter itself is in {self.output / 'adapter'}")
 

@@ -20,7 +20,7 @@ from prefopt.judges.base import Judge
 from prefopt.rounds.rounds import OtherRun, Rounds
 from prefopt.rounds.shards import Workers
 from prefopt.settings import RunConfig, from_dict, sources
-from prefopt.training import adapters, layout_choice, model_checks, model_hashes, models
+from prefopt.training import adapter_checks, layout_choice, model_checks, model_hashes, model_sources, models
 from prefopt.training.metrics import Evaluator
 from prefopt.training.runtime import set_threads
 from prefopt.training.signals import Stop
@@ -32,7 +32,7 @@ class _Asked:
     """What the policy is asked, and whose policy it is. `config` is the run's, with what the prompts have decided."""
 
     config: RunConfig
-    start: adapters.Weights
+    start: model_sources.ModelSource
     tokenizer: Any
     prompts: Sequence[Prompt]
     held_out: Sequence[Prompt] | None
@@ -116,7 +116,7 @@ def _from_testbed(config: RunConfig, cache: Path) -> _Asked:
     from prefopt.testbed import build_world
 
     world = build_world(config.testbed.world, seed=config.testbed.seed, cache_dir=cache)
-    start = adapters.Weights(str(world.base_model_path), str(world.base_model_path))
+    start = model_sources.ModelSource(str(world.base_model_path), str(world.base_model_path))
     each, beta = config.rounds.prompts, float(getattr(config.method, "beta", 1.0))
     assert each is not None, "the testbed's departures name it"
     render, more = config.method.render_prompt, config.rounds.eval_prompts + config.rounds.select_prompts
@@ -131,9 +131,9 @@ def _from_testbed(config: RunConfig, cache: Path) -> _Asked:
 def _from_files(config: RunConfig, day: date) -> _Asked:
     assert config.model.path is not None
     assert config.data.train is not None
-    start = adapters.find(config.model.path, config.model)
+    start = model_sources.find(config.model.path, config.model)
     architecture = models.load_config(start.base, start.base_settings(config.model))
-    adapters.check(config, start, architecture)
+    adapter_checks.check(config, start, architecture)
     layout_choice.check_architecture(config, architecture)
     limit = getattr(architecture.get_text_config(), "max_position_embeddings", None)
     if limit is not None and config.data.max_length > limit:
@@ -141,7 +141,7 @@ def _from_files(config: RunConfig, day: date) -> _Asked:
             f"data.max_length: found {config.data.max_length}, but the model has {limit} positions; "
             f"use --data.max_length {limit}"
         )
-    tokenizer = models.load_tokenizer(*adapters.tokenizer_path(start, config.model), config.data.chat_template)
+    tokenizer = models.load_tokenizer(*model_sources.tokenizer_path(start, config.model), config.data.chat_template)
     tokenizer.pad_token_id, note = pad_token(tokenizer, model_checks.vocabulary(architecture))
     rendering = Rendering.of(config.data, tokenizer, day)
     if rendering.date is not None:  # each round's training is told the same
@@ -184,7 +184,7 @@ def _from_files(config: RunConfig, day: date) -> _Asked:
     return _Asked(config, start, tokenizer, prompts, held_out, report)
 
 
-def _weights_hash(start: adapters.Weights, config: RunConfig) -> str:
+def _weights_hash(start: model_sources.ModelSource, config: RunConfig) -> str:
     """A hash of the first policy's weights, base and adapter."""
     parts = [start.base] + ([start.path] if start.adapter is not None else [])
     settings = start.base_settings(config.model)

@@ -13,7 +13,7 @@ from prefopt import settings
 from prefopt.run.card import described_method
 from prefopt.run.task import Task
 from prefopt.settings import RunConfig
-from prefopt.training import adapters, model_hashes, models, versions
+from prefopt.training import model_hashes, model_sources, models, versions
 from prefopt.training import runtime as rt
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def run_card(config: RunConfig, runtime: rt.Runtime, task: Task) -> dict[str, An
             path, models.load_config(path, dataclasses.replace(config.model, revision=revision))
         )
 
-    def card(weights: adapters.Weights) -> dict[str, str]:
+    def card(weights: model_sources.ModelSource) -> dict[str, str]:
         path, base = weights.path, digest(weights.base, weights.revision)
         if weights.adapter is None:
             return {"path": path, "sha256": base}
@@ -42,7 +42,10 @@ def run_card(config: RunConfig, runtime: rt.Runtime, task: Task) -> dict[str, An
         what, start = task.reference, task.start
         if what is None:
             return None
-        return {**card(adapters.weights_of(what, start)), "is": adapters.describe(what, start, config)}
+        return {
+            **card(model_sources.source_of(what, start)),
+            "is": model_sources.describe_reference(what, start, config),
+        }
 
     return {
         "method": described_method(config),

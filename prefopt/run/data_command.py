@@ -37,13 +37,13 @@ def preview_data(config: LookConfig) -> int:
     from prefopt.data.encoder import pad_token
     from prefopt.data.preview import page, shown, spread, terminal
     from prefopt.data.templates import Rendering
-    from prefopt.training import adapters, model_checks, models
+    from prefopt.training import model_checks, model_sources, models
 
     vocab_rows = None
     if config.model.path is not None:
-        start = adapters.find(config.model.path, config.model)
+        start = model_sources.find(config.model.path, config.model)
         vocab_rows = model_checks.vocabulary(models.load_config(start.base, start.base_settings(config.model)))
-        path, at = adapters.tokenizer_path(start, config.model)
+        path, at = model_sources.tokenizer_path(start, config.model)
         tokenizer = models.load_tokenizer(path, at, config.data.chat_template)
     else:
         assert config.tokenizer is not None

@@ -24,8 +24,9 @@ from prefopt.settings import RunConfig
 from prefopt.testbed import build_world
 from prefopt.testbed.cache import cache_root
 from prefopt.testbed.words import WordWorld
-from prefopt.training import adapters, layout_choice, model_checks, models
-from prefopt.training.adapters import Frozen, Weights
+from prefopt.training import adapter_checks, layout_choice, model_checks, model_sources, models
+from prefopt.training.adapters import Frozen
+from prefopt.training.model_sources import ModelSource
 from prefopt.training.reference import Source
 from prefopt.types import EncodedPair
 
@@ -48,8 +49,8 @@ class Task:
         day: the date that the chat template receives, None where it asks for none.
     """
 
-    start: Weights
-    reference: Frozen | Weights | None
+    start: ModelSource
+    reference: Frozen | ModelSource | None
     tokenizer: Any
     train: Batches
     eval_pairs: Sequence[EncodedPair]
@@ -65,8 +66,8 @@ def testbed_task(config: RunConfig) -> Task:
     test = config.testbed
     world = build_world(test.world, seed=test.seed, cache_dir=cache_root())
     assert isinstance(world, WordWorld), "the settings refuse a world without pairs"
-    start = adapters.Weights(str(world.base_model_path), str(world.base_model_path))
-    adapters.check(config, start, models.load_config(start.base, config.model))
+    start = model_sources.ModelSource(str(world.base_model_path), str(world.base_model_path))
+    adapter_checks.check(config, start, models.load_config(start.base, config.model))
     batch, seed = config.train.global_batch, config.seed
     needs = config.method.needs
     eval_pairs = world.file_pairs(test.eval_pairs, _HELD_OUT)
@@ -93,7 +94,7 @@ def testbed_task(config: RunConfig) -> Task:
         what = f"a fixed set of {test.pairs:,} pairs"
     return Task(
         start=start,
-        reference=adapters.reference(config, start),
+        reference=model_sources.choose_reference(config, start),
         tokenizer=world.tokenizer,
         train=train,
         eval_pairs=eval_pairs,
@@ -111,19 +112,19 @@ def file_task(config: RunConfig, day: date) -> Task:
     Raises: ConfigError, DataError or TrainError for whatever can be found out before a model is loaded.
     """
     assert config.model.path is not None
-    start = adapters.find(config.model.path, config.model)
+    start = model_sources.find(config.model.path, config.model)
     architecture = models.load_config(start.base, start.base_settings(config.model))
-    adapters.check(config, start, architecture)
+    adapter_checks.check(config, start, architecture)
     layout_choice.check_architecture(config, architecture)
-    reference = adapters.reference(config, start)
-    if isinstance(reference, adapters.Weights) and reference != start:
+    reference = model_sources.choose_reference(config, start)
+    if isinstance(reference, model_sources.ModelSource) and reference != start:
         other = models.load_config(reference.base, reference.base_settings(config.model), key="reference.path")
         model_checks.check_same_vocabulary(architecture, other, reference.path)
         if reference.adapter is None:
             models.check_model(reference.base, reference.base_settings(config.model), "reference.path")
-    tokenizer = models.load_tokenizer(*adapters.tokenizer_path(start, config.model), config.data.chat_template)
-    if isinstance(reference, adapters.Weights) and reference != start:
-        model_checks.check_same_tokens(tokenizer, *adapters.tokenizer_path(reference, config.model))
+    tokenizer = models.load_tokenizer(*model_sources.tokenizer_path(start, config.model), config.data.chat_template)
+    if isinstance(reference, model_sources.ModelSource) and reference != start:
+        model_checks.check_same_tokens(tokenizer, *model_sources.tokenizer_path(reference, config.model))
     tokenizer.pad_token_id, note = pad_token(tokenizer, model_checks.vocabulary(architecture))
     rendering = Rendering.of(config.data, tokenizer, day)
     needs = config.method.needs

@@ -18,7 +18,17 @@ from prefopt.run.results import print_results, target_beta
 from prefopt.run.task import Task, file_task, limit_held_out, testbed_task
 from prefopt.settings import RunConfig
 from prefopt.testbed.cache import cache_root
-from prefopt.training import adapters, checkpoint, extension, models, preflight, random_state, sharding
+from prefopt.training import (
+    adapter_loading,
+    adapters,
+    checkpoint,
+    extension,
+    model_sources,
+    models,
+    preflight,
+    random_state,
+    sharding,
+)
 from prefopt.training import runtime as rt
 from prefopt.training.forward import PolicyWithReference, ReferenceHead, Scorer
 from prefopt.training.launcher import print_rank_0
@@ -117,14 +127,14 @@ def _fit(
     reference: Any = task.reference
     key = "model.path" if config.reference.path is None else "reference.path"
     cached = reference is not None and config.reference.cache != "none"
-    second = isinstance(reference, adapters.Weights) and not cached
+    second = isinstance(reference, model_sources.ModelSource) and not cached
     if second:
         preflight.room_for_two_models(runtime)
     with runtime.sharded_loading():
-        lm = adapters.load_policy(config, task.start, task.reference, resume_from)
+        lm = adapter_loading.load_policy(config, task.start, task.reference, resume_from)
     if second:
         with runtime.sharded_loading():
-            reference = adapters.load_frozen(reference, config.model, key)
+            reference = adapter_loading.load_frozen(reference, config.model, key)
     # dropout differs between ranks, and must not depend on what was drawn while the model was loaded
     random_state.set_seed(config.seed + runtime.rank)
     parameters = sum(sharding.numel(p) for p in lm.parameters())
@@ -140,7 +150,7 @@ def _fit(
     for line in adapters.remarks(lm):
         print_rank_0(line)
     if task.reference is not None:
-        print_rank_0(f"reference: {adapters.describe(task.reference, task.start, config)}")
+        print_rank_0(f"reference: {model_sources.describe_reference(task.reference, task.start, config)}")
     if config.model.dtype == "bfloat16" and not adapter:
         print_rank_0(
             "warning: weights in bfloat16 lose updates smaller than 1/256 of a weight; "
@@ -199,7 +209,7 @@ def _cached_reference(
         oracle = Oracle(lm, None, hashes)
     else:
         with runtime.sharded_loading():
-            oracle = Oracle(adapters.load_frozen(what, config.model, key), None, hashes)
+            oracle = Oracle(adapter_loading.load_frozen(what, config.model, key), None, hashes)
     if not sharding.is_sharded(oracle.lm):
         torch.nn.Module.to(oracle.lm, runtime.device)
     cache_dir = Path(config.reference.cache_dir) if config.reference.cache_dir else cache_root() / "reference"

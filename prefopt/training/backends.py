@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from prefopt.errors import ConfigError, TrainError
-from prefopt.training import adapters, checkpoint, sharding
+from prefopt.training import adapter_saving, adapters, checkpoint, sharding
 from prefopt.training.checkpoint import State
 from prefopt.training.launcher import print_rank_0
 from prefopt.training.runtime import SHARDING
@@ -406,7 +406,7 @@ class ZeroBackend(Backend):
 
         super().load(folder)
         if self.config.train.mixed_precision != "no":  # the optimizer's own copy has more bits than the model
-            weights = adapters.saved_weights(self.policy.lm, folder)
+            weights = adapter_saving.saved_weights(self.policy.lm, folder)
             for name, parameter in zip(self._order, self.trained(), strict=True):
                 safe_set_full_fp32_param(parameter, weights[name].to(self.runtime.device, torch.float32))
 

@@ -178,7 +178,7 @@ class PolicyWithReference(Policy):
         if self.frozen is None:
             yield self.reference
         else:
-            with adapters.standing_still(self.lm, self.frozen):
+            with adapters.as_reference(self.lm, self.frozen):
                 yield self.lm
 
     def _outputs(

@@ -74,7 +74,7 @@ class Oracle:
 
     @contextlib.contextmanager
     def standing(self) -> Iterator[None]:
-        with adapters.standing_still(self.lm, self.frozen) if self.frozen else contextlib.nullcontext():
+        with adapters.as_reference(self.lm, self.frozen) if self.frozen else contextlib.nullcontext():
             yield
 
 

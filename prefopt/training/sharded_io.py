@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from prefopt.errors import TrainError
-from prefopt.training import adapters, checkpoint, sharding, weight_files
+from prefopt.training import adapter_saving, adapters, checkpoint, sharding, weight_files
 from prefopt.training.checkpoint import Processes
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def save_model(
     Raises: on all processes what failed on one of them.
     """
     lm, runtime = backend.policy.lm, backend.runtime
-    tensors = adapters.tensors(lm)
+    tensors = adapter_saving.tensors(lm)
 
     def gather(name: str) -> torch.Tensor:
         value = backend.gathered(tensors[name])
@@ -55,15 +55,15 @@ def save_model(
                 weights[name] = _in_host(value)
         with checkpoint.together(runtime):
             if runtime.is_main:
-                adapters.save(lm, folder, weights)
+                adapter_saving.save(lm, folder, weights)
         return []
     held = dtype or backend.config.model.dtype
     with checkpoint.together(runtime):
         if runtime.is_main:  # all but the weights; it would clear away what looks like theirs
-            adapters.save(lm, folder, {}, held)
+            adapter_saving.save(lm, folder, {}, held)
     # several weights of a layer may be one in the published files
     groups = _by_layer(tensors) if original else None
-    publish = functools.partial(adapters.as_published, lm) if original else None
+    publish = functools.partial(adapter_saving.as_published, lm) if original else None
     sizes = _sizes(tensors, held)
     written, where = _save_tensors(backend, folder, "model", sizes, gather, file_mb, groups, publish)
     if len(set(where.values())) > 1:

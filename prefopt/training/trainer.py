@@ -27,6 +27,8 @@ from prefopt.figures import NOTHING, readable
 from prefopt.settings import RunConfig
 from prefopt.storage import write_whole
 from prefopt.training import (
+    adapter_loading,
+    adapter_saving,
     adapters,
     checkpoint,
     compiling,
@@ -34,6 +36,7 @@ from prefopt.training import (
     export,
     extension,
     model_card,
+    model_sources,
     models,
     offload,
     sharded_io,
@@ -633,7 +636,7 @@ class Trainer:
         rounded = self.values is not None and self.values.in_bfloat16
         loose = max(tol, step0_check.tolerance(self.policy.lm, "bf16")) if rounded else tol
         named = config.reference.path
-        same = named is None or (config.model.path is not None and adapters.same_place(named, config.model.path))
+        same = named is None or (config.model.path is not None and model_sources.same_place(named, config.model.path))
         # every process runs every check, whatever it has found: a wrapped model's forward may wait for the others
         with runtime.accelerator.autocast():
             structure = (f"{p.where}: {w}" for p in few if (w := check_row_structure(p, promised)))
@@ -843,11 +846,11 @@ class Trainer:
         if self.runtime.is_main:
             lm: Any = self.policy.lm
             if self.backend.shards:  # a copy in the host's memory, of this process alone
-                lm = adapters.load_frozen(
-                    adapters.find(str(adapter), self.config.model), self.config.model, "lora.merge"
+                lm = adapter_loading.load_frozen(
+                    model_sources.find(str(adapter), self.config.model), self.config.model, "lora.merge"
                 )
-            adapters.merge(lm, adapter, self.config.model)
-            adapters.save_merged(lm, folder, self.config.model.export_dtype)
+            adapter_saving.merge(lm, adapter, self.config.model)
+            adapter_saving.save_merged(lm, folder, self.config.model.export_dtype)
             self._describe(folder, step, merged=True)
 
     def _describe(self, folder: Path, step: int | None = None, merged: bool = False) -> None:

@@ -5,6 +5,8 @@ import torch
 
 from prefopt.settings import parse
 from prefopt.training import adapters, models
+from prefopt.training import adapter_loading
+from prefopt.training import model_sources
 from prefopt.training import sharding
 from prefopt.training.reference import Oracle, Source, obtain
 from prefopt.types import EncodedPair
@@ -36,7 +38,7 @@ def most_at_once(runtime, path, cache, kind, shard):
     more = ["--reference.cache_dtype", "float32"] if kind == "hidden" else []
     config = parse(["--method", "tdpo" if kind == "hidden" else "dpo", *settings, *more])
     with runtime.sharded_loading():
-        lm = adapters.load_frozen(adapters.Weights(str(path), str(path)), config.model, "model.path")
+        lm = adapter_loading.load_frozen(model_sources.ModelSource(str(path), str(path)), config.model, "model.path")
     most = 0
 
     def count(*_):

@@ -14,6 +14,8 @@ import torch
 from prefopt.settings import ModelConfig, OptimConfig, ReferenceConfig, RunConfig, TrainConfig
 from prefopt.data.collate import collate
 from prefopt.training import adapters
+from prefopt.training import adapter_loading
+from prefopt.training import model_sources
 from prefopt.training.backends import make_backend
 from prefopt.training.forward import (
     ALL_STATISTICS,
@@ -110,12 +112,12 @@ UNCLIPPED = Case(left_out="gradient_clipping")
 def load(case, places, runtime):
     """(language model, reference) as a run loads them."""
     config = case.config(places)
-    start = adapters.find(config.model.path, config.model)
-    reference = adapters.reference(config, start)
+    start = model_sources.find(config.model.path, config.model)
+    reference = model_sources.choose_reference(config, start)
     with runtime.sharded_loading():
-        lm = adapters.load_policy(config, start, reference)
-        if isinstance(reference, adapters.Weights):
-            reference = adapters.load_frozen(reference, config.model, "reference.path")
+        lm = adapter_loading.load_policy(config, start, reference)
+        if isinstance(reference, model_sources.ModelSource):
+            reference = adapter_loading.load_frozen(reference, config.model, "reference.path")
     if case.frozen_head:
         lm.get_output_embeddings().requires_grad_(False)
     return lm, reference

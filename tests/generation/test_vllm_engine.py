@@ -19,7 +19,7 @@ from prefopt.generation.base import Sampling
 from prefopt.generation.transformers_engine import TransformersEngine
 from prefopt.generation.vllm_engine import _arguments, _Copy, _share_devices
 from prefopt.settings import GenerateConfig, ModelConfig
-from prefopt.training.adapters import Weights
+from prefopt.training.model_sources import ModelSource
 
 PYTHON = os.environ.get("PREFOPT_VLLM_PYTHON", "")
 
@@ -229,7 +229,7 @@ def test_room_for_the_highest_rank_of_an_adapter_is_asked_for(policy):
 
     for pattern, room in (({}, 8), ({"down_proj": 20}, 32)):
         lora = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], rank_pattern=pattern)
-        weights = Weights("adapter", str(policy.folder), adapter=lora)
+        weights = ModelSource("adapter", str(policy.folder), adapter=lora)
         assert _arguments(GenerateConfig(), weights, ModelConfig())["max_lora_rank"] == room
 
 

@@ -3,7 +3,7 @@
 import torch
 
 from prefopt.settings import LoraConfig, RunConfig
-from prefopt.training import adapters
+from prefopt.training import adapter_loading, model_sources
 
 
 def adapted_policy(method, model, **lora):
@@ -13,9 +13,9 @@ def adapted_policy(method, model, **lora):
     """
     lora = LoraConfig(**({"r": 4, "alpha": 6} | lora))
     settings = RunConfig(method=method, method_name="under_test", model=model, lora=lora)
-    start = adapters.find(model.path, model)
-    reference = adapters.reference(settings, start)
-    policy = adapters.load_policy(settings, start, reference)
+    start = model_sources.find(model.path, model)
+    reference = model_sources.choose_reference(settings, start)
+    policy = adapter_loading.load_policy(settings, start, reference)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in policy.parameters():

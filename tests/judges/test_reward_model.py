@@ -20,7 +20,7 @@ from prefopt.errors import ConfigError, DataError, RoundError, TrainError
 from prefopt.judges.reward_model import dtype_on
 from prefopt.methods.reward_model import RewardModel
 from prefopt.settings import JudgeConfig, LoraConfig, ModelConfig, RunConfig
-from prefopt.training import adapters
+from prefopt.training import adapter_loading, adapter_saving, model_sources
 from prefopt.training.models import set_padding
 from prefopt.types import PairRow
 from tests.helpers import byte_bpe_tokenizer, tiny_llama
@@ -106,13 +106,13 @@ def test_scores_when_the_judge_is_an_adapter_then_they_are_those_of_base_and_ada
     config = RunConfig(
         method=RewardModel(), method_name="m", model=ModelConfig(path=str(places.lm)), lora=LoraConfig(r=2)
     )
-    lm = adapters.load_policy(config, adapters.find(str(places.lm), config.model), None)
+    lm = adapter_loading.load_policy(config, model_sources.find(str(places.lm), config.model), None)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in lm.parameters():
             if parameter.requires_grad:
                 parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
-    adapters.save(lm, tmp_path)
+    adapter_saving.save(lm, tmp_path)
     merged = lm.eval().merge_and_unload()
     found = make(tmp_path).judge(QUESTIONS)
     assert scores(found) == pytest.approx(expected(merged, places.tokenizer, QUESTIONS), abs=1e-5)
@@ -316,7 +316,9 @@ def test_adapter_when_it_is_of_a_language_model_then_it_is_refused(places, tmp_p
     from prefopt.methods.sft import SFT
 
     config = RunConfig(method=SFT(), method_name="m", model=ModelConfig(path=str(places.lm)), lora=LoraConfig(r=2))
-    adapters.save(adapters.load_policy(config, adapters.find(str(places.lm), config.model), None), tmp_path)
+    adapter_saving.save(
+        adapter_loading.load_policy(config, model_sources.find(str(places.lm), config.model), None), tmp_path
+    )
     with pytest.raises(
         TrainError, match=r"^judge.path: '.*' is an adapter of a language model, expected a classifier's"
     ):

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from prefopt.errors import ConfigError, TrainError
 from prefopt.kernels.head import HeadRequest
 from prefopt.settings import KernelConfig, ModelConfig, parse
-from prefopt.training import adapters, models
+from prefopt.training import adapter_checks, adapter_loading, adapter_saving, adapters, model_sources, models
 from prefopt.training.adapters import Frozen
 from prefopt.training.forward import PolicyWithReference
 from tests.helpers import tiny_llama
@@ -28,7 +28,7 @@ def places(tmp_path_factory):
         torch.manual_seed(0)
         lm = models.load_model(str(root / name), ModelConfig())
         of = {"r": 2, "task_type": "CAUSAL_LM", "target_modules": ["q_proj"], "trainable_token_indices": [3, 5]}
-        with adapters._quiet():
+        with adapters.quiet_peft():
             adapted = peft.get_peft_model(lm, peft.LoraConfig(**of))
             with torch.no_grad():
                 for weight in adapted.parameters():
@@ -55,8 +55,8 @@ def settings(path, *more):
 
 def check(path, *more):
     config = settings(path, *more)
-    start = adapters.find(str(path), config.model)
-    adapters.check(config, start, models.load_config(start.base, config.model))
+    start = model_sources.find(str(path), config.model)
+    adapter_checks.check(config, start, models.load_config(start.base, config.model))
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def test_adapter_when_its_config_is_no_object_then_one_line(text, places, tmp_pa
 def test_adapter_when_its_alpha_trains_nothing_then_one_line(alpha, places, tmp_path):
     folder = write(places / "untied_tokens", tmp_path / "adapter", lora_alpha=alpha)
     with pytest.raises(TrainError, match=f"adapter '.*' has lora_alpha {alpha!r}, expected a number above 0"):
-        adapters.find(str(folder), ModelConfig())
+        model_sources.find(str(folder), ModelConfig())
 
 
 def test_adapter_when_its_weights_are_whole_numbers_then_it_is_refused(places, tmp_path):
@@ -116,7 +116,7 @@ def test_adapter_when_its_weights_are_whole_numbers_then_it_is_refused(places, t
     save_file({name: weight.to(torch.int8) for name, weight in load_file(file).items()}, file, {"format": "pt"})
     config = settings(folder)
     with pytest.raises(TrainError, match=r"does not fit .* holds whole numbers, expected floating-point weights"):
-        adapters.load_policy(config, adapters.find(str(folder), config.model), None)
+        adapter_loading.load_policy(config, model_sources.find(str(folder), config.model), None)
 
 
 def test_adapter_when_a_shape_in_its_file_is_anothers_then_it_is_named_before_weights_are_loaded(places, tmp_path):
@@ -136,8 +136,8 @@ def test_adapter_when_a_shape_in_its_file_is_anothers_then_it_is_named_before_we
 def test_trained_tokens_when_continued_then_statistics_gradients_and_files_are_pefts(name, which, places, tmp_path):
     config = settings(places / f"{name}_tokens")
     check(places / f"{name}_tokens")
-    start = adapters.find(config.model.path, config.model)
-    lm = adapters.load_policy(config, start, which)
+    start = model_sources.find(config.model.path, config.model)
+    lm = adapter_loading.load_policy(config, start, which)
     assert "and 2 rows of the embedding" in adapters.describe_policy(lm)
     logits = torch.load(places / f"{name}.pt")
     assert torch.allclose(lm(IDS).logits, logits, atol=1e-6)
@@ -162,11 +162,11 @@ def test_trained_tokens_when_continued_then_statistics_gradients_and_files_are_p
     with torch.no_grad():
         for weight in lm.parameters():
             weight += 0.1 * weight.requires_grad
-    adapters.save(lm, tmp_path, dict(adapters.tensors(lm)))
-    again = adapters.load_policy(config, start, which, tmp_path)
+    adapter_saving.save(lm, tmp_path, dict(adapter_saving.tensors(lm)))
+    again = adapter_loading.load_policy(config, start, which, tmp_path)
     assert torch.equal(again(IDS).logits, lm(IDS).logits)
-    adapters.merge(again, tmp_path, config.model)
-    adapters.save_merged(again, tmp_path / "merged")
+    adapter_saving.merge(again, tmp_path, config.model)
+    adapter_saving.save_merged(again, tmp_path / "merged")
     merged = models.load_model(str(tmp_path / "merged"), ModelConfig())
     assert torch.allclose(merged(IDS).logits, lm(IDS).logits, atol=1e-6)
 
@@ -179,7 +179,7 @@ def test_run_when_it_trains_tokens_of_a_tied_model_and_is_killed_then_it_ends_as
     task.tokenizer.save_pretrained(tmp_path / "base")
     lm = models.load_model(str(tmp_path / "base"), ModelConfig())
     of = {"r": 2, "task_type": "CAUSAL_LM", "target_modules": ["q_proj"], "trainable_token_indices": [1, 70, 71]}
-    with adapters._quiet():
+    with adapters.quiet_peft():
         peft.get_peft_model(lm, peft.LoraConfig(**of)).save_pretrained(tmp_path / "start", save_embedding_layers=False)
     made = {}
     for name in ("straight", "killed"):
@@ -206,7 +206,7 @@ def test_all_linear_when_named_then_it_is_all_layers_but_the_head(places):
     found = []
     for more in (("--lora.target_modules", "all-linear"), ()):
         config = settings(path, "--lora.r", "2", *more)
-        lm = adapters.load_policy(config, adapters.find(str(path), config.model), Frozen.BASE)
+        lm = adapter_loading.load_policy(config, model_sources.find(str(path), config.model), Frozen.BASE)
         found.append({name for name, weight in lm.named_parameters() if weight.requires_grad})
     assert found[0] == found[1]
     with pytest.raises(ConfigError, match="'all-linear' stands beside other names"):

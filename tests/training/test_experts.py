@@ -11,7 +11,7 @@ from prefopt.data.collate import collate
 from prefopt.data.layouts import LAYOUTS
 from prefopt.errors import ConfigError
 from prefopt.settings import LoraConfig, ModelConfig, RunConfig
-from prefopt.training import adapters, experts
+from prefopt.training import adapter_loading, adapters, experts, model_sources
 from tests.helpers import tiny_llama
 from tests.invariant.steps import VOCAB, Bench, difference, random_pairs
 from tests.invariant.two_terms import TwoTerms
@@ -120,10 +120,10 @@ def test_first_lines_say_that_an_adapter_leaves_routed_experts_out(tmp_path):
     config = RunConfig(
         method=METHOD, method_name="under_test", model=ModelConfig(path=str(tmp_path)), lora=LoraConfig(r=2)
     )
-    start = adapters.find(str(tmp_path), config.model)
-    lm = adapters.load_policy(config, start, adapters.reference(config, start))
+    start = model_sources.find(str(tmp_path), config.model)
+    lm = adapter_loading.load_policy(config, start, model_sources.choose_reference(config, start))
     count = sum(p.numel() for name, p in lm.named_parameters() if ".experts." in name)
     assert f"adapter: none on routed experts ({count:,} weights in 2 stacked modules)" in adapters.remarks(lm)[0]
     assert not any("experts" in name for name, p in lm.named_parameters() if p.requires_grad)
-    plain = adapters.load_policy(replace(config, lora=LoraConfig()), start, None)
+    plain = adapter_loading.load_policy(replace(config, lora=LoraConfig()), start, None)
     assert adapters.remarks(plain) == []

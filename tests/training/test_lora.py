@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from prefopt.errors import ConfigError, TrainError
 from prefopt.settings import KernelConfig, LoraConfig, ModelConfig, ReferenceConfig, RunConfig
-from prefopt.training import adapters, models
+from prefopt.training import adapter_checks, adapter_loading, adapter_saving, adapters, model_sources, models
 from prefopt.training.adapters import Frozen
 from prefopt.training.attention import Rows
 from prefopt.training.forward import PolicyWithReference
@@ -86,11 +86,11 @@ def config(method, path, reference=None, dtype="float64", seed=0, **lora):
 
 def both(settings):
     """(policy, reference) as a run with these settings starts, the policy some steps on."""
-    start = adapters.find(settings.model.path, settings.model)
-    reference = adapters.reference(settings, start)
-    policy = perturb(adapters.load_policy(settings, start, reference), seed=7)
-    if isinstance(reference, adapters.Weights):
-        reference = adapters.load_frozen(reference, settings.model, "reference.path")
+    start = model_sources.find(settings.model.path, settings.model)
+    reference = model_sources.choose_reference(settings, start)
+    policy = perturb(adapter_loading.load_policy(settings, start, reference), seed=7)
+    if isinstance(reference, model_sources.ModelSource):
+        reference = adapter_loading.load_frozen(reference, settings.model, "reference.path")
     return policy, reference
 
 
@@ -289,7 +289,7 @@ def test_new_adapter_when_made_again_then_it_depends_on_the_seed_alone(places):
     def weights(seed):
         torch.rand(3)
         settings = config(METHODS[TOKEN], places / "base", seed=seed, **LORA)
-        lm = adapters.load_policy(settings, adapters.find(settings.model.path, settings.model), Frozen.BASE)
+        lm = adapter_loading.load_policy(settings, model_sources.find(settings.model.path, settings.model), Frozen.BASE)
         return {name: p for name, p in lm.named_parameters() if "lora_A" in name}
 
     first, again, other = weights(0), weights(0), weights(1)
@@ -300,9 +300,9 @@ def test_new_adapter_when_made_again_then_it_depends_on_the_seed_alone(places):
 def test_policy_when_it_is_resumed_then_it_is_the_checkpoint_and_its_reference_is_not(places, tmp_path):
     settings = config(METHODS[TOKEN], places / "headed")
     lm, _ = both(settings)
-    adapters.save(lm, tmp_path)
-    start = adapters.find(settings.model.path, settings.model)
-    resumed = adapters.load_policy(settings, start, Frozen.SNAPSHOT, resume_from=tmp_path)
+    adapter_saving.save(lm, tmp_path)
+    start = model_sources.find(settings.model.path, settings.model)
+    resumed = adapter_loading.load_policy(settings, start, Frozen.SNAPSHOT, resume_from=tmp_path)
     ids = torch.tensor([[0, 7, 8]])
     assert torch.equal(resumed(input_ids=ids).logits, lm(input_ids=ids).logits)
     order = [name for name, p in lm.named_parameters() if p.requires_grad]  # the optimizer's state is kept by number
@@ -329,8 +329,8 @@ def test_step_0_when_the_policy_has_an_adapter_then_policy_and_reference_are_che
     method = next(m for m in METHODS.values() if m.needs.reference == "token" and m.loss_at_reference() is not None)
     tokenizer = byte_bpe_tokenizer(["any text"], vocab_size=300)
     settings = config(method, places / "headed")
-    start = adapters.find(settings.model.path, settings.model)
-    lm = adapters.load_policy(settings, start, Frozen.SNAPSHOT)
+    start = model_sources.find(settings.model.path, settings.model)
+    lm = adapter_loading.load_policy(settings, start, Frozen.SNAPSHOT)
     Bench(runtime, method, (lm, Frozen.SNAPSHOT), tokenizer=tokenizer).check_first_batch(random_pairs())
     assert f"loss {method.loss_at_reference():.4f} as it must be" in capsys.readouterr().out
     with pytest.raises(TrainError, match=r"^step 0: rows:\d: the loss is .* while policy and reference are the same"):
@@ -424,10 +424,10 @@ def test_run_when_it_starts_from_a_trained_adapter_then_policy_and_reference_hon
 def test_head_when_trained_whole_beside_a_tied_embedding_then_it_is_saved_and_continued(places, tmp_path):
     settings = config(METHODS[TOKEN], places / "tied", **LORA, modules_to_save=("lm_head",))
     lm, _ = both(settings)
-    adapters.save(lm, tmp_path)
+    adapter_saving.save(lm, tmp_path)
     again = config(METHODS[TOKEN], tmp_path)
-    start = adapters.find(again.model.path, again.model)
-    other = adapters.load_policy(again, start, adapters.reference(again, start))
+    start = model_sources.find(again.model.path, again.model)
+    other = adapter_loading.load_policy(again, start, model_sources.choose_reference(again, start))
     ids = torch.tensor([[0, 7, 8]])
     assert torch.equal(other(input_ids=ids).logits, lm(input_ids=ids).logits)
     model = PolicyWithReference(other, Frozen.SNAPSHOT, KernelConfig())
@@ -439,8 +439,8 @@ def test_head_when_trained_whole_beside_a_tied_embedding_then_it_is_saved_and_co
 
 
 def check(settings):
-    start = adapters.find(settings.model.path, settings.model)
-    adapters.check(settings, start, models.load_config(start.base, settings.model))
+    start = model_sources.find(settings.model.path, settings.model)
+    adapter_checks.check(settings, start, models.load_config(start.base, settings.model))
 
 
 @pytest.mark.parametrize(
@@ -527,7 +527,7 @@ def test_adapter_when_it_cannot_be_exact_then_it_is_refused_before_it_is_loaded(
     folder = edited(places / "adapter", tmp_path / "edited", **changes)
     for key in ("model.path", "reference.path"):
         with pytest.raises(TrainError, match=f"^{key}: ") as caught:
-            adapters.find(str(folder), ModelConfig(), key)
+            model_sources.find(str(folder), ModelConfig(), key)
         assert said in str(caught.value)
         assert "\n" not in str(caught.value)
 
@@ -535,14 +535,14 @@ def test_adapter_when_it_cannot_be_exact_then_it_is_refused_before_it_is_loaded(
 def test_adapter_when_it_is_of_another_kind_then_it_is_refused(places, tmp_path):
     peft.IA3Config(base_model_name_or_path=str(places / "base")).save_pretrained(tmp_path)
     with pytest.raises(TrainError, match=r"^model.path: the adapter '.*' is a IA3 adapter, expected a LoRA adapter$"):
-        adapters.find(str(tmp_path), ModelConfig())
+        model_sources.find(str(tmp_path), ModelConfig())
 
 
 def test_adapter_when_its_base_holds_an_adapter_too_then_it_is_refused(places, tmp_path):
     below = str(places / "second")
     folder = edited(places / "adapter", tmp_path / "above", base_model_name_or_path=below)
     with pytest.raises(TrainError, match=f"names '{below}' as its base model, which holds an adapter itself"):
-        adapters.find(str(folder), ModelConfig())
+        model_sources.find(str(folder), ModelConfig())
 
 
 def test_adapter_when_it_does_not_fit_its_base_then_it_is_refused(places, tmp_path):
@@ -557,7 +557,7 @@ def test_adapter_when_it_does_not_fit_its_base_then_it_is_refused(places, tmp_pa
     ):
         save_file(spoil, path)
         with pytest.raises(TrainError, match=r"^model.path: the adapter '.*' does not fit LlamaForCausalLM: .*") as e:
-            adapters.load_policy(settings, adapters.find(settings.model.path, settings.model), None)
+            adapter_loading.load_policy(settings, model_sources.find(settings.model.path, settings.model), None)
         assert said in str(e.value)
 
 
@@ -566,9 +566,9 @@ def test_adapter_when_a_part_of_it_is_on_the_head_then_it_is_refused(key, places
     for what in (["lm_head", "q_proj"], r".*\.(q_proj|v_proj)|lm_head"):
         folder = tmp_path / str(len(what))
         write_adapter(folder, places / "base", 4, target_modules=what)
-        weights = adapters.find(str(folder), ModelConfig())
+        weights = model_sources.find(str(folder), ModelConfig())
         with pytest.raises(TrainError, match=f"^{key}: the adapter .*the output head"):
-            adapters.load_frozen(weights, ModelConfig(dtype="float64"), key)
+            adapter_loading.load_frozen(weights, ModelConfig(dtype="float64"), key)
 
 
 def test_run_when_a_target_is_misspelt_then_it_stops_before_the_data_is_read(server, command, tmp_path):

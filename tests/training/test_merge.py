@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from prefopt import registry
 from prefopt.settings import ModelConfig
-from prefopt.training import adapters
+from prefopt.training import adapter_saving
 from prefopt.training.metrics import read_lines
 from tests.helpers import tiny_llama
 
@@ -68,7 +68,9 @@ def test_merged_model_is_the_best_one(server, command, tmp_path):
     assert not (tmp_path / "run/best").exists()
 
 
-@pytest.mark.parametrize("place", ["prefopt.training.adapters:merge", "prefopt.training.adapters:save_merged"])
+@pytest.mark.parametrize(
+    "place", ["prefopt.training.adapter_saving:merge", "prefopt.training.adapter_saving:save_merged"]
+)
 def test_run_when_killed_while_it_merges_then_ends_the_same(place, server, command, tmp_path):
     for name, status, fault in (
         ("straight", 0, None),
@@ -115,8 +117,8 @@ def test_head_that_was_trained_whole_stays_apart_from_a_tied_embedding(tmp_path)
     ids = torch.tensor([[5, 6, 7, 8]])
     with torch.no_grad():
         before = lm.eval()(input_ids=ids).logits
-    adapters.merge(lm, tmp_path / "adapter", ModelConfig())
-    adapters.save_merged(lm, tmp_path / "merged")
+    adapter_saving.merge(lm, tmp_path / "adapter", ModelConfig())
+    adapter_saving.save_merged(lm, tmp_path / "merged")
     with torch.no_grad():
         after = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()(input_ids=ids).logits
     assert (after - before).abs().max() < 2e-5 * before.abs().max()

@@ -23,7 +23,7 @@ from prefopt.data.collate import collate
 from prefopt.errors import TrainError
 from prefopt.settings import EvalConfig, ModelConfig, ReferenceConfig, RunConfig, TrainConfig
 from prefopt.storage import Unreadable
-from prefopt.training import adapters, reference
+from prefopt.training import adapter_loading, adapters, model_sources, reference
 from prefopt.training.forward import ReferenceHead
 from prefopt.training.metrics import read_lines
 from prefopt.training.reference import Oracle, Source, obtain
@@ -483,10 +483,10 @@ def test_reference_when_it_moves_with_an_adapter_then_the_snapshot_does(headed, 
             "reference": ReferenceConfig(sync_every=1, sync_weight=0.5),
         }
     )
-    start = adapters.find(str(base), moving.model)
-    frozen = adapters.reference(moving, start)
+    start = model_sources.find(str(base), moving.model)
+    frozen = model_sources.choose_reference(moving, start)
     assert frozen is adapters.Frozen.SNAPSHOT
-    policy = adapters.load_policy(moving, start, frozen)
+    policy = adapter_loading.load_policy(moving, start, frozen)
     pairs = adapters.snapshot_pairs(policy)
     assert len(pairs) == 2 * 2 * 7 + headed
     for mine, snapshot in pairs.values():

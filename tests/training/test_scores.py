@@ -15,7 +15,7 @@ from transformers import AutoModelForSequenceClassification, BertConfig, BertFor
 from prefopt.data.collate import collate
 from prefopt.errors import ConfigError, TrainError
 from prefopt.settings import LoraConfig, ModelConfig, RunConfig
-from prefopt.training import adapters, models
+from prefopt.training import adapter_checks, adapter_loading, adapter_saving, adapters, model_sources, models
 from prefopt.training import trainer as trainer_module
 from prefopt.training.forward import Scorer, scores_of
 from prefopt.training.metrics import read_lines
@@ -53,9 +53,9 @@ def settings(path, seed=0, dtype="float64", method=METHOD, **lora):
 
 def opened(config):
     """The model with which a run with these settings starts, with all checks of a run."""
-    start = adapters.find(config.model.path, config.model)
-    adapters.check(config, start, models.load_config(start.base, config.model))
-    return adapters.load_policy(config, start, adapters.reference(config, start))
+    start = model_sources.find(config.model.path, config.model)
+    adapter_checks.check(config, start, models.load_config(start.base, config.model))
+    return adapter_loading.load_policy(config, start, model_sources.choose_reference(config, start))
 
 
 # What is opened -------------------------------------------------------------------------------------------------------
@@ -112,7 +112,7 @@ def test_adapter_when_it_is_of_the_other_kind_then_it_is_refused(places, tmp_pat
     language = next(m for m in methods().values() if m.needs.output == "token_stats")
     for mine, other in ((METHOD, language), (language, METHOD)):
         folder = tmp_path / mine.needs.output
-        adapters.save(opened(settings(places / "lm", method=mine, r=2)), folder)
+        adapter_saving.save(opened(settings(places / "lm", method=mine, r=2)), folder)
         with pytest.raises(ConfigError, match=r"^model.path: '.*' is an adapter of a (classifier|language model), and"):
             opened(settings(folder, method=other))
 
@@ -220,7 +220,7 @@ def test_adapter_when_it_is_new_then_the_head_is_trained_whole_and_a_step_is_the
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 def test_adapter_when_it_is_saved_then_peft_opens_it_and_it_is_continued(places, tmp_path):
     lm = perturbed(opened(settings(places / "lm", r=2)))
-    adapters.save(lm, tmp_path)
+    adapter_saving.save(lm, tmp_path)
     ids = torch.tensor([[0, 7, 8]])
     with torch.no_grad():
         expected = lm(input_ids=ids).logits

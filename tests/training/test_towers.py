@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, Gemma3Config, LlamaConfig, LlamaF
 
 from prefopt.errors import ConfigError
 from prefopt.settings import LoraConfig, ModelConfig, RunConfig
-from prefopt.training import adapters, towers
+from prefopt.training import adapter_checks, adapter_loading, adapter_saving, model_sources, towers
 from prefopt.training.models import load_config
 from tests.helpers import tiny_llama
 from tests.invariant.two_terms import TwoTerms
@@ -42,8 +42,8 @@ def run_config(model, **lora):
 
 
 def policy(config):
-    start = adapters.find(config.model.path, config.model)
-    return adapters.load_policy(config, start, adapters.reference(config, start))
+    start = model_sources.find(config.model.path, config.model)
+    return adapter_loading.load_policy(config, start, model_sources.choose_reference(config, start))
 
 
 def test_towers_are_frozen_when_a_wrapper_is_loaded_and_the_text_model_is_trained(gemma3):
@@ -61,7 +61,7 @@ def test_towers_take_no_adapter_and_its_file_names_them(gemma3, tmp_path):
     names = [name for name, p in lm.named_parameters() if p.requires_grad]
     assert names
     assert not any("tower" in name or "projector" in name for name in names)
-    adapters.save(lm, tmp_path / "adapter")
+    adapter_saving.save(lm, tmp_path / "adapter")
     again = policy(run_config(tmp_path / "adapter"))  # continued
     assert [name for name, p in again.named_parameters() if p.requires_grad] == names
 
@@ -70,9 +70,9 @@ def test_towers_take_no_adapter_and_its_file_names_them(gemma3, tmp_path):
 def test_lora_setting_that_names_a_part_of_a_tower_is_refused(gemma3, setting):
     name = {"target_modules": "patch_embedding", "modules_to_save": "multi_modal_projector"}[setting]
     config = run_config(gemma3, r=2, **{setting: (name,)})
-    start = adapters.find(config.model.path, config.model)
+    start = model_sources.find(config.model.path, config.model)
     with pytest.raises(ConfigError, match=f"lora.{setting}: '{name}' is a part that text does not reach"):
-        adapters.check(config, start, load_config(str(gemma3), config.model))
+        adapter_checks.check(config, start, load_config(str(gemma3), config.model))
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # which peft asks for

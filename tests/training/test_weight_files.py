@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from prefopt import judges
 from prefopt.errors import TrainError
 from prefopt.settings import JudgeConfig, ModelConfig, parse
-from prefopt.training import adapters, models, sharded_io, weight_files
+from prefopt.training import adapter_loading, adapter_saving, model_sources, models, sharded_io, weight_files
 from tests.dist.ranks import run_ranks
 from tests.helpers import tiny_llama
 
@@ -194,10 +194,10 @@ def test_find_when_an_index_names_what_is_not_there_then_one_line_before_anythin
     where = sharded(base, tmp_path / "sharded")
     (tmp_path / "sharded/model.safetensors.index.json").write_text(index(where))
     if says is None:
-        adapters.find(str(tmp_path / "sharded"), ModelConfig())
+        model_sources.find(str(tmp_path / "sharded"), ModelConfig())
         return
     with pytest.raises(TrainError, match=f"^model.path: .*{says}"):
-        adapters.find(str(tmp_path / "sharded"), ModelConfig())
+        model_sources.find(str(tmp_path / "sharded"), ModelConfig())
 
 
 @pytest.mark.parametrize("keep", [0, 4, 200, -1])
@@ -205,7 +205,7 @@ def test_find_when_a_file_is_cut_short_then_it_is_named(keep, base, tmp_path):
     file = shutil.copytree(base, tmp_path / "cut") / "model.safetensors"
     file.write_bytes(file.read_bytes()[:keep])
     with pytest.raises(TrainError, match=r"^model.path: .*model.safetensors' is damaged or cut short"):
-        adapters.find(str(tmp_path / "cut"), ModelConfig())
+        model_sources.find(str(tmp_path / "cut"), ModelConfig())
 
 
 def test_load_when_weights_are_whole_numbers_then_they_are_refused_by_name(base, changed):
@@ -229,7 +229,7 @@ def test_find_when_a_file_is_a_pipe_or_a_link_to_nothing_then_it_is_named_and_no
     (folder / name).unlink(missing_ok=True)
     make(folder / name)
     with pytest.raises(TrainError, match=f"^model.path: '.*{name}' cannot be read: {says}$"):
-        adapters.find(str(folder), ModelConfig())
+        model_sources.find(str(folder), ModelConfig())
 
 
 def test_names_when_a_file_cannot_be_read_then_the_reason_is_the_systems(base, monkeypatch):
@@ -253,8 +253,8 @@ def test_moving_reference_when_its_file_lacks_a_weight_then_it_is_named(tmp_path
 
 def test_adapter_when_its_names_have_a_wrapper_then_it_is_named(base, tmp_path):
     config = parse(["--method", "sft", "--model.path", str(base), "--data.train", "x", "--lora.r", "2"])
-    start = adapters.find(str(base), config.model)
-    adapters.save(adapters.load_policy(config, start, None), tmp_path)
+    start = model_sources.find(str(base), config.model)
+    adapter_saving.save(adapter_loading.load_policy(config, start, None), tmp_path)
     weights = load_file(tmp_path / "adapter_model.safetensors")
     inside = "base_model.model."
     save_file(
@@ -262,7 +262,7 @@ def test_adapter_when_its_names_have_a_wrapper_then_it_is_named(base, tmp_path):
         tmp_path / "adapter_model.safetensors",
     )
     with pytest.raises(TrainError, match=r"'_orig_mod.' is what torch.compile puts"):
-        adapters.find(str(tmp_path), config.model)
+        model_sources.find(str(tmp_path), config.model)
 
 
 def _load_sharded(runtime, paths):
