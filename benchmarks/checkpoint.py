@@ -35,7 +35,7 @@ def measured(runtime: Any, case: plan.Case, folder: str) -> dict[float, dict[str
     found = {}
     for size in FILES:
         trainer.config = dataclasses.replace(
-            trainer.config, train=dataclasses.replace(trainer.config.train, file_mb=size, keep_last=1)
+            trainer.config, train=dataclasses.replace(trainer.config.train, max_shard_mb=size, keep_last=1)
         )
         held = measure.peak_bytes(lambda: trainer._save(1), "cpu")
         seconds = []
@@ -66,7 +66,7 @@ def main() -> None:
         whole = ranks[0].pop(0)["held"]
         for size in FILES:
             row: dict[str, Any] = {"weights": args.shape, "engine": engine, "checkpoint MB": round(whole / 1e6)}
-            row |= {"file_mb": size if size < whole / 1e6 else "one file"}
+            row |= {"max_shard_mb": size if size < whole / 1e6 else "one file"}
             row |= {f"rank {rank} holds MB": round(found[size]["held"] / 1e6) for rank, found in enumerate(ranks)}
             rows.append(row | {"seconds": round(ranks[0][size]["seconds"], 2)})
             print(rows[-1], flush=True)

@@ -119,7 +119,7 @@ def train_sft(base: Path, data: Sequence[str], output: Path, lr: float) -> tuple
     """Train on the chosen side while the held-out loss falls; returns the best epoch's checkpoint and its metrics."""
     rows = sum(1 for line in Path(data[1]).read_text().splitlines() if line.strip())
     flags = ["--method", "sft", "--model.path", str(base), *data, "--optim.lr", str(lr), "--optim.schedule", "cosine"]
-    flags += ["--train.global_batch", "8", "--train.micro_batch", "8", "--train.train_epochs", str(EPOCHS)]
+    flags += ["--train.global_batch", "8", "--train.micro_batch", "8", "--train.epochs", str(EPOCHS)]
     steps = -(-(rows - bad_rows(base, data)) // 8)
     flags += ["--eval.every", str(steps), "--train.save_every", str(steps), "--train.keep_last", str(EPOCHS)]
     train_all({output.name: flags}, output.parent, 1)

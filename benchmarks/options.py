@@ -51,7 +51,13 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     args = parser.parse_args()
     runtime = rt.start(
-        signals.Stop(), seed=0, mixed_precision="no", deterministic=False, trackers=(), output=Path(), join_seconds=60
+        signals.Stop(),
+        seed=0,
+        mixed_precision="no",
+        deterministic=False,
+        trackers=(),
+        output=Path(),
+        rendezvous_timeout=60,
     )
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:

@@ -165,7 +165,7 @@ def run(case: Case) -> dict[str, int]:
             deterministic=False,
             trackers=(),
             output=Path(folder),
-            join_seconds=60,
+            rendezvous_timeout=60,
         )
         found = measured(runtime, case, folder)
         runtime.accelerator.free_memory()

@@ -74,7 +74,7 @@ def measured(case: plan.Case) -> dict[str, Any]:
         model = memory.read_model(config, memory.batch_of(config, case.response / (case.prompt + case.response)))
         runtime.accelerator.free_memory()
     speeds = sorted((statistics.median(low), statistics.median(high)))
-    own = PlanConfig(gpus=1, tflops=tuple(speeds), prompt_tokens=case.prompt, response_tokens=case.response)
+    own = PlanConfig(gpus=1, tflops=tuple(speeds), prompt_tokens=case.prompt, completion_tokens=case.response)
     fast, slow = plan_report.seconds(own, config, model, "single process")
     took = statistics.median(seconds)
     return {

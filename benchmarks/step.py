@@ -107,7 +107,7 @@ class Bench:
             deterministic=False,
             trackers=(),
             output=folder,
-            join_seconds=60,
+            rendezvous_timeout=60,
         )
         self.shape = SHAPES[shape]
         from transformers import LlamaConfig, LlamaForCausalLM

@@ -45,7 +45,7 @@ def main() -> None:
         data_train=show_form(args.train, folder / "form_train.jsonl"),
         data_eval=show_form(args.eval, folder / "form_eval.jsonl"),
     )
-    form += ["--method", "sft", "--optim.lr", str(args.form_lr), "--train.train_epochs", str(args.form_epochs)]
+    form += ["--method", "sft", "--optim.lr", str(args.form_lr), "--train.epochs", str(args.form_epochs)]
     train_all({"form": [*form, "--eval.select", "loss", "--eval.every", "125"]}, folder, 1)
 
     common = flags_with(flags, model_path=folder / "form" / "model")

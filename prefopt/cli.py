@@ -70,16 +70,16 @@ def infer(argv: Sequence[str]) -> int:
 
 def data(argv: Sequence[str]) -> int:
     """`prefopt data`: what training would report of data files, and some examples with their masks."""
-    from prefopt.settings.data import look_help, parse_look
+    from prefopt.settings.data import data_help, parse_data
 
     def run(argv: Sequence[str]) -> int:
         from prefopt.run.data_command import preview_data
 
-        config = parse_look(argv)
+        config = parse_data(argv)
         about(dataclasses.asdict(config))
         return preview_data(config)
 
-    return _command("data", argv, look_help, run)
+    return _command("data", argv, data_help, run)
 
 
 def sweep(argv: Sequence[str]) -> int:

@@ -10,7 +10,7 @@ import pytest
 
 from prefopt import registry
 from prefopt.errors import ConfigError
-from prefopt.settings.data import look_help, parse_look
+from prefopt.settings.data import data_help, parse_data
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -26,7 +26,7 @@ def data(server, tmp_path):
 
 
 def test_data_prints_what_training_prints_and_some_rows(data, server, command, task, tmp_path):
-    ended = data(task.pairs, "--model.path", task.model, "--rows", 2)
+    ended = data(task.pairs, "--model.path", task.model, "--examples", 2)
     assert ended.status == 0, ended.err
     report, _, rows = ended.out.partition("\n\n")
     dry = server.train(command("dpo", tmp_path / "run", dry_run="true"))
@@ -41,7 +41,7 @@ def test_data_when_several_sources_are_named_then_reports_each(data, task, tmp_p
     lines = task.pairs.read_text().splitlines(keepends=True)
     for name, part in (("a.jsonl", lines[:20]), ("b.jsonl", [*lines[20:], "{\n"])):
         (tmp_path / name).write_text("".join(part))
-    ended = data("a.jsonl,b.jsonl", "--tokenizer", task.model, "--rows", 0)
+    ended = data("a.jsonl,b.jsonl", "--tokenizer", task.model, "--examples", 0)
     assert ended.status == 0, ended.err
     assert "data a.jsonl: 20 rows read, 20 kept, 0 dropped\n" in ended.out
     assert "data b.jsonl: 31 rows read, 30 kept, 1 dropped\n" in ended.out
@@ -61,7 +61,7 @@ def test_data_when_a_page_is_asked_for_then_it_is_written_whole(data, task, tmp_
 
 @pytest.mark.parametrize("method", registry.names())
 def test_data_when_a_method_is_named_then_rows_are_what_it_reads(method, data, task):
-    ended = data(task.pairs, "--model.path", task.model, "--method", method, "--rows", 1)
+    ended = data(task.pairs, "--model.path", task.model, "--method", method, "--examples", 1)
     assert ended.status == 0, ended.err
     needs = registry.get(method)().needs
     assert ("\n rejected " in ended.out) == (needs.rows == "pairs")
@@ -73,7 +73,7 @@ def test_data_when_in_a_terminal_then_has_colours_unless_none_are_wanted(no_colo
     ours, theirs = pty.openpty()
     env = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "NO_COLOR": no_color, "TERM": "xterm"}
     env["PREFOPT_CACHE"] = str(task.folder / "cache")
-    command = [sys.executable, "-m", "prefopt", "data", task.pairs, "--tokenizer", task.model, "--rows", "1"]
+    command = [sys.executable, "-m", "prefopt", "data", task.pairs, "--tokenizer", task.model, "--examples", "1"]
     process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=theirs, stderr=subprocess.PIPE, text=True)
     os.close(theirs)
     out = b""
@@ -103,7 +103,7 @@ def test_data_when_in_a_terminal_then_has_colours_unless_none_are_wanted(no_colo
             "--tokenizer DIR",
         ),
         (["{d}", "--tokeniser", "{m}"], "--tokeniser: unknown setting; did you mean 'tokenizer'?"),
-        (["{d}", "--model.path", "{m}", "--rows", "-1"], "--rows: found -1, expected a number >= 0"),
+        (["{d}", "--model.path", "{m}", "--examples", "-1"], "--examples: found -1, expected a number >= 0"),
         (["{d}", "--model.path", "{m}", "--html", "page.txt"],
          "--html: found 'page.txt', expected the name of a page such as page.html"),
         (["{d}", "--model.path", "{m}", "--html", "no/page.html"],
@@ -134,10 +134,10 @@ def test_data_when_a_row_is_bad_and_that_is_an_error_then_it_is_named(data, task
 
 
 def test_help_names_every_setting():
-    text = look_help()
+    text = data_help()
     for flag in (
         "--tokenizer",
-        "--rows",
+        "--examples",
         "--html",
         "--method",
         "--data.max_length",
@@ -159,11 +159,11 @@ def test_help_and_mistakes_cost_no_heavy_import():
 
 
 def test_settings_when_named_then_are_read():
-    found = parse_look(["a,b", "c.jsonl", "--tokenizer", "t", "--data.columns.chosen", "best", "--rows", "5"])
+    found = parse_data(["a,b", "c.jsonl", "--tokenizer", "t", "--data.columns.chosen", "best", "--examples", "5"])
     assert found.sources == ("a", "b", "c.jsonl")
-    assert (found.data.columns, found.rows) == ({"chosen": "best"}, 5)
+    assert (found.data.columns, found.examples) == ({"chosen": "best"}, 5)
     with pytest.raises(ConfigError, match=r"^found 'c.jsonl', expected a flag"):
-        parse_look(["a", "--rows", "5", "c.jsonl"])
+        parse_data(["a", "--examples", "5", "c.jsonl"])
 
 
 def test_split_of_a_run_when_its_card_is_of_the_first_version_then_is_kept(tmp_path):
@@ -185,8 +185,8 @@ def test_settings_of_rows_are_those_of_training_under_the_same_defaults():
     from dataclasses import asdict
 
     from prefopt.settings import DataConfig
-    from prefopt.settings.data import ReadConfig
+    from prefopt.settings.data import PreviewDataConfig
 
-    ours, theirs = asdict(ReadConfig()), asdict(DataConfig())
+    ours, theirs = asdict(PreviewDataConfig()), asdict(DataConfig())
     assert {key for key, value in ours.items() if theirs[key] != value} == {"on_bad_row"}
     assert {*theirs} - {*ours} <= {"train", "eval", "weights", "eval_fraction", "workers"}

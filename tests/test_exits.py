@@ -15,7 +15,7 @@ PARSERS = {
     "train": "prefopt.settings.parse",
     "rounds": "prefopt.settings.parse",
     "infer": "prefopt.settings.infer.parse_infer",
-    "data": "prefopt.settings.data.parse_look",
+    "data": "prefopt.settings.data.parse_data",
     "plan": "prefopt.settings.plan.parse_plan",
     "sweep": "prefopt.sweeps.command.sweep",
 }

@@ -38,7 +38,7 @@ class BothOrders(Encoder):
     What fits is left whole. Else the prompt loses its head until it has `PROMPT_SHARE`, or what the completions leave;
     the rest is theirs, half each, where a shorter one leaves the other what it does not need; they lose their tails.
 
-    `overlong: cut_completion` cuts as `cut_prompt` does, since each of the three has its share.
+    `overlong: truncate_completion` cuts as `truncate_prompt` does, since each of the three has its share.
 
     Args: as of Encoder. Raises: DataError when `max_length` leaves no token for each of the three.
     """

@@ -162,7 +162,7 @@ def encode_file(
     max_row_bytes: int = MAX_ROW_BYTES,
     dialogues: Dialogues = "text",
     rendering: Rendering | None = None,
-    overlong: Overlong = "cut_prompt",
+    overlong: Overlong = "truncate_prompt",
     special_tokens: Sequence[str] = (),
 ) -> Encoded:
     """Reads, tokenises and cuts a data file, or maps what an earlier call has made of the same content.

@@ -20,7 +20,7 @@ from prefopt.errors import DataError
 from prefopt.storage import text_hash
 from prefopt.types import EncodedPair, PairRow
 
-Overlong = Literal["cut_prompt", "drop", "cut_completion"]
+Overlong = Literal["truncate_prompt", "drop", "truncate_completion"]
 TOO_LONG = "longer than data.max_length"  # the reason of rows that `overlong: drop` drops
 _BATCH = 512  # rows tokenised at a time
 _SLOW = 3  # rows that may take their template too long before it is given up
@@ -61,7 +61,7 @@ class Encoder:
         max_length: int,
         *,
         rendering: Rendering | None = None,
-        overlong: Overlong = "cut_prompt",
+        overlong: Overlong = "truncate_prompt",
         special_tokens: Sequence[str] = (),
     ) -> None:
         if max_length < 2:
@@ -250,7 +250,7 @@ class Encoder:
         lengths = (len(prompt), *(len(ids) for ids in completions))
         self._check_length(len(prompt) + max(lengths[1:]))
         # Both sides keep one prompt: the longer of them decides what is left for it.
-        need = 1 if self.overlong == "cut_completion" else max(lengths[1:])
+        need = 1 if self.overlong == "truncate_completion" else max(lengths[1:])
         room = max(self.max_length - need, 1)
         cut_prompt = len(prompt) > room
         if cut_prompt:

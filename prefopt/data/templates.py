@@ -51,7 +51,7 @@ class Rendering:
         if named is not None:
             day = datetime.date.fromisoformat(named)
         clock = tokenizer is None or reads_clock(tokenizer)
-        return cls(settings.template_args, (day or datetime.date.today()) if clock else None, settings.template_seconds)
+        return cls(settings.template_args, (day or datetime.date.today()) if clock else None, settings.template_timeout)
 
     def lines(self, tokenizer: Any) -> list[str]:
         """What a run says of it once."""
@@ -113,7 +113,7 @@ class Rendering:
                 key,
                 f"the chat template takes longer than {self.seconds:g} s",
                 "one that comes to an end",
-                "use another one: --data.chat_template FILE, or --data.template_seconds",
+                "use another one: --data.chat_template FILE, or --data.template_timeout",
             ) from None
         except Exception as error:  # a template is a program of its own and raises what it likes
             if any("content" in turn and turn["content"] is None for turn in messages):

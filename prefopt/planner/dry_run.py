@@ -110,7 +110,7 @@ def of_rounds(
 ) -> list[str]:
     """The same of rounds. Args: prompts: of each round."""
     n, most, batch = config.generate.n, config.generate.max_tokens, config.train.global_batch
-    epochs = config.train.train_epochs
+    epochs = config.train.epochs
     steps = [config.train.max_steps or -(-int(count * epochs) // batch) for count in prompts]
     answers = sum(prompts) * n
     lengths = Lengths(0.0, 0.0, config.data.max_length - most, most, config.data.max_length)
@@ -195,7 +195,7 @@ def _memory_and_time(
         gpus=runtime.world,
         gpu_memory=80.0 if total is None else total / GB,
         prompt_tokens=max(1, round(lengths.prompt)),
-        response_tokens=max(1, round(lengths.completion)),
+        completion_tokens=max(1, round(lengths.completion)),
     )
     try:
         batch = plan_report.batch_of(own, config)

@@ -40,7 +40,7 @@ def check(config: RunConfig, backend: str, gpus: int, total: int) -> str | None:
     """
     half = config.data.max_length // 2
     own = PlanConfig(
-        gpus=gpus, gpu_memory=total / GB, prompt_tokens=config.data.max_length - half, response_tokens=half
+        gpus=gpus, gpu_memory=total / GB, prompt_tokens=config.data.max_length - half, completion_tokens=half
     )
     batch = plan_report.batch_of(own, config)
     try:

@@ -62,7 +62,7 @@ def report(own: PlanConfig, config: RunConfig) -> str:
 
 def batch_of(own: PlanConfig, config: RunConfig) -> Batch:
     """The largest micro-batch, scored as far as the mean row is."""
-    prompt, response = own.prompt_tokens or 1, own.response_tokens or 1
+    prompt, response = own.prompt_tokens or 1, own.completion_tokens or 1
     return plan.batch_of(config, response / (prompt + response))
 
 
@@ -112,7 +112,7 @@ def flops(own: PlanConfig, config: RunConfig, model: Model) -> float:
     not, one; recomputing costs another, a live reference one.
     """
     pairs, both = config.train.global_batch, config.method.needs.rows == "pairs"
-    prompt, response = own.prompt_tokens or 1, own.response_tokens or 1
+    prompt, response = own.prompt_tokens or 1, own.completion_tokens or 1
     parts = np.array([(prompt, response)] * (2 if both else 1), np.int64)
     shape = layout_choice.Shape(model.layers, model.width, model.matrices)
     asked = config.train.layout
@@ -260,7 +260,7 @@ def cache_lines(own: PlanConfig, config: RunConfig, model: Model) -> list[str]:
     if pairs is None:
         return ["cache of the reference: name --pairs for its size on disk"]
     sides = 2 if needs.rows == "pairs" else 1
-    tokens = pairs * sides * (own.response_tokens or 1)
+    tokens = pairs * sides * (own.completion_tokens or 1)
     stored = 8 if config.model.dtype == "float64" else 4
     hidden = tokens * model.hidden * plan._BYTES[config.reference.cache_dtype]
     said = f"cache of the reference for {pairs:,} pairs: hidden {number(hidden / GB)} GB on disk"
@@ -274,7 +274,7 @@ def steps_line(own: PlanConfig, config: RunConfig, model: Model) -> str:
     narrow = config.train.mixed_precision != "no" or config.model.dtype == "bfloat16"
     low, high = own.tflops or TFLOPS[2 if narrow else 4]
     return (
-        f"a step: {config.train.global_batch} pairs of {own.prompt_tokens} + {own.response_tokens} tokens, "
+        f"a step: {config.train.global_batch} pairs of {own.prompt_tokens} + {own.completion_tokens} tokens, "
         f"{number(flops(own, config, model) / 1e15)} PFLOP at {number(low)} to {number(high)} TFLOPS a GPU, "
         f"communication at {number(own.bandwidth)} GB/s beside it or after it"
     )
@@ -342,9 +342,9 @@ def what_to_change(own: PlanConfig, config: RunConfig) -> list[str]:
 
 def replace_lengths(own: PlanConfig, config: RunConfig) -> PlanConfig:
     """The mean lengths, where rows have become shorter than they were."""
-    prompt, response, longest = own.prompt_tokens or 1, own.response_tokens or 1, config.data.max_length
+    prompt, response, longest = own.prompt_tokens or 1, own.completion_tokens or 1, config.data.max_length
     share = min(1.0, longest / (prompt + response))
-    return replace(own, prompt_tokens=max(1, int(prompt * share)), response_tokens=max(1, int(response * share)))
+    return replace(own, prompt_tokens=max(1, int(prompt * share)), completion_tokens=max(1, int(response * share)))
 
 
 def changes(config: RunConfig) -> Iterator[tuple[str, RunConfig]]:

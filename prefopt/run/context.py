@@ -78,7 +78,7 @@ def _on_joined_ranks(config: RunConfig, output: Path, stop: signals.Stop, work: 
         deterministic=config.train.deterministic,
         trackers=() if config.dry_run else config.track.to,
         output=output,
-        join_seconds=config.train.join_seconds,
+        rendezvous_timeout=config.train.rendezvous_timeout,
         patience=_ROUNDS_TIMEOUT if config.rounds.count else None,
     )
     try:

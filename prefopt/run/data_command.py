@@ -15,10 +15,10 @@ from prefopt.testbed.cache import cache_root
 from prefopt.training import weight_files
 
 if TYPE_CHECKING:
-    from prefopt.settings.data import LookConfig
+    from prefopt.settings.data import PreviewConfig
 
 
-def preview_data(config: LookConfig) -> int:
+def preview_data(config: PreviewConfig) -> int:
     """Print the report of the data and some examples, or write them as an HTML page. Returns: 0."""
     from prefopt import registry
     from prefopt.data.rows import open_source
@@ -73,7 +73,7 @@ def preview_data(config: LookConfig) -> int:
     lines = [*rendering.lines(tokenizer), *(line for source in sources for line in source.report.lines())]
     report = [printable(line) for line in lines]
     pairs = joined(sources).pairs
-    rows = [shown(pairs[i], tokenizer) for i in spread(config.rows, len(pairs))]
+    rows = [shown(pairs[i], tokenizer) for i in spread(config.examples, len(pairs))]
     if config.html is not None:
         try:
             write_whole(Path(config.html), [hidden(page(", ".join(config.sources), report, rows))])

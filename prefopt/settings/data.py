@@ -20,7 +20,7 @@ from prefopt.settings.train import normalized
 
 
 @dataclass(frozen=True)
-class ReadConfig:
+class PreviewDataConfig:
     """How rows are read and cut, as in training."""
 
     columns: dict[str, str] = field(default_factory=dict)
@@ -29,7 +29,7 @@ class ReadConfig:
     """Stop at a bad row, or count it in the report."""
     max_length: int = 1024
     """Tokens of prompt and completion together; a longer prompt loses its head first."""
-    overlong: Literal["cut_prompt", "drop", "cut_completion"] = "cut_prompt"
+    overlong: Literal["truncate_prompt", "drop", "truncate_completion"] = "truncate_prompt"
     """Of a longer pair, what goes: the beginning of the prompt first, all of it, or the end of completions."""
     special_tokens: tuple[str, ...] = ()
     """Special tokens that the text of the data may hold, e.g. [THINK],[/THINK]; any other one makes a bad row."""
@@ -41,23 +41,23 @@ class ReadConfig:
     """Further arguments of the chat template, e.g. `--data.template_args.enable_thinking false`; those of a row win."""
     template_date: str | None = None
     """The date, e.g. 2026-11-30, that a chat template which asks for today's is told. None: today."""
-    template_seconds: float = 10.0
+    template_timeout: float = 10.0
     """Processor time, in seconds, that the chat template may take to render a conversation."""
 
 
 @dataclass(frozen=True)
-class LookConfig:
+class PreviewConfig:
     """What is looked at, and how."""
 
     method: str | None = None
     """Read the rows as this method does. None: as pairs, without further columns."""
     tokenizer: str | None = None
     """Folder or hub id of a tokenizer alone; model.path names one with its model, whose size is then checked too."""
-    rows: int = 3
+    examples: int = 3
     """Rows shown, spread over the pairs that are kept, the first one among them; 0 shows none."""
     html: str | None = None
     """Write report and rows to this page instead, which needs nothing beside itself."""
-    data: ReadConfig = field(default_factory=ReadConfig)
+    data: PreviewDataConfig = field(default_factory=PreviewDataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     sources: tuple[str, ...] = ()
 
@@ -66,7 +66,7 @@ _UNREAD = tuple(f"model.{name}" for name in ("dtype", "attention", "gradient_che
 _NOT_FLAGS = ("sources",)
 
 
-def parse_look(argv: Sequence[str]) -> LookConfig:
+def parse_data(argv: Sequence[str]) -> PreviewConfig:
     """The settings of the `data` command from its command line.
 
     Raises: ConfigError, one line that names the key, what was found, what was expected and the nearest mend.
@@ -82,7 +82,7 @@ def parse_look(argv: Sequence[str]) -> LookConfig:
     known = _known_keys()
     for key in unknown_keys(layer, known, ""):
         raise unknown_setting(key, known, "")
-    found: LookConfig = build(LookConfig, layer, "", {})
+    found: PreviewConfig = build(PreviewConfig, layer, "", {})
     sources = tuple(name for text in named for name in split_sources(text))
     found = dataclasses.replace(found, sources=sources, model=normalized(found.model, "path"))
     if not named:
@@ -94,8 +94,8 @@ def parse_look(argv: Sequence[str]) -> LookConfig:
     if (found.tokenizer is None) == (found.model.path is None):
         both = "named by both --tokenizer and --model.path" if found.tokenizer else "not named"
         raise ConfigError(f"the tokenizer is {both}, expected one of --model.path DIR and --tokenizer DIR")
-    if found.rows < 0:
-        raise ConfigError(f"--rows: found {found.rows}, expected a number >= 0")
+    if found.examples < 0:
+        raise ConfigError(f"--examples: found {found.examples}, expected a number >= 0")
     check_template_settings(found.data, "data.")
     if found.data.max_length < 2:
         raise ConfigError(f"--data.max_length: found {found.data.max_length}, expected at least 2")
@@ -111,13 +111,13 @@ def parse_look(argv: Sequence[str]) -> LookConfig:
 
 def _known_keys() -> list[str]:
     keys = ["help"]
-    for name, hint in type_hints(LookConfig).items():
+    for name, hint in type_hints(PreviewConfig).items():
         group = dataclasses.is_dataclass(hint)
         keys += [f"{name}.{leaf}" for leaf in type_hints(hint)] if group else [name]
     return [key for key in keys if key not in (*_UNREAD, *_NOT_FLAGS)]
 
 
-def look_help() -> str:
+def data_help() -> str:
     """The grouped `--help` of the command."""
     head = [
         "usage: prefopt data FILE[,FILE ...] --model.path DIR [--html PAGE] [--GROUP.SETTING VALUE ...]",
@@ -131,7 +131,7 @@ def look_help() -> str:
     def rows(cls: Any, prefix: str) -> list[Option]:
         return [row for row in options_of(cls, prefix) if row[0] not in hidden]
 
-    groups: list[tuple[str, str, list[Option]]] = [("look", "", rows(LookConfig, ""))]
-    groups.append(("data", (ReadConfig.__doc__ or "").strip(), rows(ReadConfig, "data.")))
+    groups: list[tuple[str, str, list[Option]]] = [("look", "", rows(PreviewConfig, ""))]
+    groups.append(("data", (PreviewDataConfig.__doc__ or "").strip(), rows(PreviewDataConfig, "data.")))
     groups.append(("model", "Whose tokenizer it is.", rows(ModelConfig, "model.")))
     return help_page(head, groups)

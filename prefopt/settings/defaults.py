@@ -25,7 +25,7 @@ TESTBED_DEFAULTS: dict[str, Any] = {
 TESTBED_ROUNDS_DEFAULTS: dict[str, Any] = {
     "method": {"beta": 0.2},
     "optim": {"lr": 3e-3, "schedule": "linear", "warmup_steps": 3},
-    "train": {"global_batch": 256, "micro_batch": 256, "max_steps": None, "train_epochs": 6},
+    "train": {"global_batch": 256, "micro_batch": 256, "max_steps": None, "epochs": 6},
     "eval": {"every": 1000},
     "rounds": {"prompts": 1024, "eval_prompts": 256, "shard": 512},
     "generate": {"max_tokens": 4, "batch": 2560},
@@ -40,7 +40,7 @@ WORLD_ROUNDS_DEFAULTS: dict[str, dict[str, Any]] = {
     "scratchpad": {
         "method": {"beta": 0.5, "thought_prompt": "scratchpad"},
         "optim": {"lr": 5e-4},
-        "train": {"global_batch": 128, "micro_batch": 128, "train_epochs": 2},
+        "train": {"global_batch": 128, "micro_batch": 128, "epochs": 2},
         "rounds": {"prompts": 1000, "shard": 500},
         "generate": {"n": 8, "max_tokens": 20, "batch": 4000},
     },
@@ -50,7 +50,7 @@ WORLD_ROUNDS_DEFAULTS: dict[str, dict[str, Any]] = {
 # A departure gives way when the user names the setting that it would silently overrule.
 _GIVES_WAY = {
     "optim.warmup_ratio": "optim.warmup_steps",
-    **{f"train.{name}": "train.max_steps" for name in ("train_epochs", "max_tokens", "max_seconds")},
+    **{f"train.{name}": "train.max_steps" for name in ("epochs", "max_tokens", "max_seconds")},
 }
 
 

@@ -94,7 +94,7 @@ class DataConfig:
     """Stop at a bad row, or drop it and count it in the report."""
     max_length: int = 1024
     """Tokens of prompt and completion together; a longer prompt loses its head first."""
-    overlong: Literal["cut_prompt", "drop", "cut_completion"] = "cut_prompt"
+    overlong: Literal["truncate_prompt", "drop", "truncate_completion"] = "truncate_prompt"
     """Of a longer pair, what goes: the beginning of the prompt first, all of it, or the end of completions."""
     special_tokens: tuple[str, ...] = ()
     """Special tokens that the text of the data may hold, e.g. [THINK],[/THINK]; any other one makes a bad row."""
@@ -106,7 +106,7 @@ class DataConfig:
     """Further arguments of the chat template, e.g. `--data.template_args.enable_thinking false`; those of a row win."""
     template_date: str | None = None
     """The date, e.g. 2026-11-30, that a chat template which asks for today's is told. None: that of the run's start."""
-    template_seconds: float = 10.0
+    template_timeout: float = 10.0
     """Processor time, in seconds, that the chat template may take to render a conversation."""
 
 
@@ -146,12 +146,12 @@ class TrainConfig:
     """How sequences stand in rows: memory and speed only. auto: the fastest exact one for each micro-batch."""
     group_by_length: bool = False
     """Put pairs of like length into one step: less padding, the same expected gradient."""
-    train_epochs: float = 1.0
+    epochs: float = 1.0
     """Passes over the training pairs."""
     schedule_epochs: float | None = None
     """Passes that the learning-rate schedule is laid out for. None: the run's own length."""
     max_steps: int | None = None
-    """Optimizer steps; takes the place of train_epochs. Required for an endless stream."""
+    """Optimizer steps; takes the place of train.epochs. Required for an endless stream."""
     max_tokens: int | None = None
     """Train until so many tokens are processed (`tokens_processed`), in place of epochs or steps, schedule included."""
     max_seconds: float | None = None
@@ -164,11 +164,11 @@ class TrainConfig:
     """Optimizer steps between checkpoints."""
     keep_last: int = 2
     """Checkpoints kept."""
-    file_mb: float = 2000
+    max_shard_mb: float = 2000
     """MB of a file of weights; each process holds and writes one at a time."""
     check_memory: bool = True
     """On a GPU, refuse before any model is loaded what cannot fit there by the plan of its memory."""
-    join_seconds: float = 300.0
+    rendezvous_timeout: float = 300.0
     """Seconds that processes wait for each other at the start."""
     threads: int | None = None
     """CPU threads per process. None: OMP_NUM_THREADS, else 1 for models under 3M parameters, else cores / processes."""
@@ -252,7 +252,7 @@ class TemplateSettings(Protocol):
     @property
     def template_date(self) -> str | None: ...
     @property
-    def template_seconds(self) -> float: ...
+    def template_timeout(self) -> float: ...
 
 
 # Arguments of `apply_chat_template` that decide what is rendered, or how it comes back, and are not the template's.
@@ -272,9 +272,9 @@ def check_template_settings(settings: TemplateSettings, prefix: str) -> None:
     reserved = next((name for name in settings.template_args if name in RESERVED_ARGS), None)
     if reserved is not None:
         raise ConfigError(f"{prefix}template_args.{reserved}: is decided here, expected an argument of the template")
-    if not 0 < settings.template_seconds < float("inf"):
+    if not 0 < settings.template_timeout < float("inf"):
         raise ConfigError(
-            f"{prefix}template_seconds: found {settings.template_seconds}, expected a number of seconds above 0"
+            f"{prefix}template_timeout: found {settings.template_timeout}, expected a number of seconds above 0"
         )
     try:
         if settings.template_date is not None:

@@ -12,25 +12,19 @@ from prefopt.settings.schema import RunConfig, all_defaults, sources
 from prefopt.storage import text_hash
 
 # Settings of a run's length: a finished run is trained on where they are raised.
-LENGTHS = ("train.max_steps", "train.train_epochs", "train.max_tokens", "train.max_seconds")
+LENGTHS = ("train.max_steps", "train.epochs", "train.max_tokens", "train.max_seconds")
 
 
 # Settings that may change between the attempts at one run: they do not move the trajectory by more than rounding.
 FREE_TO_CHANGE = (
-    *("dry_run", "output", "track", "kernel", "eval.batch", "model.gradient_checkpointing", "reference.cache_dir"),
-    *("model.offload_activations", "train.compile", "train.check_memory", "train.join_seconds"),
-    *("train.show_batch", "train.keep_last", "train.file_mb", "train.save_every", "train.micro_batch", "train.threads"),
-    *(
-        "train.layout",
-        "rounds.launcher",
-        "rounds.compare",
-        "rounds.candidates",
-        "generate.python",
-        "generate.url",
-        "generate.api_key_env",
-    ),
-    *("generate.concurrency", "generate.retries", "generate.timeout", "judge.url", "judge.api_key_env"),
-    *("judge.concurrency", "judge.retries", "judge.timeout"),
+    *("dry_run", "output", "track", "kernel", "eval.batch", "reference.cache_dir"),
+    *("model.gradient_checkpointing", "model.offload_activations"),
+    *("train.compile", "train.check_memory", "train.rendezvous_timeout", "train.show_batch", "train.keep_last"),
+    *("train.max_shard_mb", "train.save_every", "train.micro_batch", "train.threads", "train.layout"),
+    *("rounds.launcher", "rounds.compare", "rounds.candidates"),
+    *("generate.python", "generate.url", "generate.api_key_env"),
+    *("generate.concurrency", "generate.retries", "generate.timeout"),
+    *("judge.url", "judge.api_key_env", "judge.concurrency", "judge.retries", "judge.timeout"),
 )
 
 

@@ -59,7 +59,7 @@ class InferConfig:
     """Further arguments of the chat template, e.g. `--template_args.enable_thinking false`; those of a row win."""
     template_date: str | None = None
     """The date, e.g. 2026-11-30, that a chat template which asks for today's is told. None: that of the run's start."""
-    template_seconds: float = 10.0
+    template_timeout: float = 10.0
     """Processor time, in seconds, that the chat template may take to render a conversation."""
     output: str = ""
     """JSONL file or folder. None: the terminal for strategy plain with a model, else a folder named by the settings."""

@@ -62,7 +62,7 @@ _TABLE: dict[str, str] = {
     "train_micro_batch_size_per_gpu device_batch_size batch_size_per_device",
     "train.global_batch": "gradient_accumulation_steps batch_size train_batch_size total_batch_size global_batch_size "
     "batch effective_batch_size accumulation_steps grad_accum_steps gradient_accumulation",
-    "train.train_epochs": "num_train_epochs num_epochs epochs n_epochs max_epochs train_epochs epoch",
+    "train.epochs": "num_train_epochs num_epochs epochs n_epochs max_epochs train_epochs epoch",
     "train.max_steps": "max_steps max_train_steps total_steps num_steps max_iters num_training_steps train_steps",
     "train.save_every": "save_steps save_strategy checkpointing_steps save_interval saves_per_epoch",
     "train.keep_last": "save_total_limit keep_last_n_checkpoints",
@@ -103,6 +103,16 @@ _TABLE: dict[str, str] = {
     # other commands
     "prompts": "prompts_file input_file",
     "model": "model_name_or_path model_path",
+}
+# Names that settings of ours had before -> what they are called now.
+RENAMED: dict[str, str] = {
+    "train.train_epochs": "train.epochs",
+    "train.file_mb": "train.max_shard_mb",
+    "train.join_seconds": "train.rendezvous_timeout",
+    "data.template_seconds": "data.template_timeout",
+    "template_seconds": "template_timeout",  # of `infer`
+    "rows": "examples",  # of `data`
+    "response_tokens": "completion_tokens",  # of `plan`
 }
 _KEYS: dict[str, list[str]] = {}
 for _ours, _theirs in _TABLE.items():

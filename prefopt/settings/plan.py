@@ -32,7 +32,7 @@ class PlanConfig:
     """GB/s that a GPU sends to the others and gets from them: some 200 in one node, 25 to 50 between nodes."""
     prompt_tokens: int | None = None
     """Mean tokens of a prompt. None: what is left of data.max_length, the longest that a row can be."""
-    response_tokens: int | None = None
+    completion_tokens: int | None = None
     """Mean tokens of a completion. None: half of data.max_length."""
     pairs: int | None = None
     """Pairs of data.train, for hours per epoch and the size of a reference's cache. None: lines of a JSONL file, else
@@ -51,7 +51,7 @@ def parse_plan(argv: Sequence[str]) -> tuple[PlanConfig, RunConfig]:
     flags = split_flags(argv)
     own = {name: flags.pop(name) for name in list(flags) if name in names}
     plan: PlanConfig = build(PlanConfig, own, "", {})
-    for name in ("gpus", "gpus_per_node", "prompt_tokens", "response_tokens", "pairs"):
+    for name in ("gpus", "gpus_per_node", "prompt_tokens", "completion_tokens", "pairs"):
         value = getattr(plan, name)
         if value is not None and value < 1:
             raise ConfigError(f"--{name}: found {value}, expected a number >= 1")
@@ -74,18 +74,18 @@ def parse_plan(argv: Sequence[str]) -> tuple[PlanConfig, RunConfig]:
     words = [part for key, value in flags.items() for part in ((f"--{key}",) if value is True else (f"--{key}", value))]
     words = ["--method" if word == "--method.name" else word for word in words]
     run = parse(words)
-    for name in ("prompt_tokens", "response_tokens"):
+    for name in ("prompt_tokens", "completion_tokens"):
         value = getattr(plan, name)
         if value is not None and value >= run.data.max_length:
             raise ConfigError(f"--{name}: found {value}, expected less than data.max_length ({run.data.max_length})")
-    response = plan.response_tokens or run.data.max_length // 2
+    response = plan.completion_tokens or run.data.max_length // 2
     prompt = plan.prompt_tokens or run.data.max_length - response
     if prompt + response > run.data.max_length:
         raise ConfigError(
             f"--prompt_tokens: found {prompt} with {response} of a completion, expected no more than data.max_length "
             f"({run.data.max_length}) together"
         )
-    return dataclasses.replace(plan, prompt_tokens=prompt, response_tokens=response), run
+    return dataclasses.replace(plan, prompt_tokens=prompt, completion_tokens=response), run
 
 
 def plan_help() -> str:

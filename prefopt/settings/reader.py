@@ -134,6 +134,9 @@ def unknown_keys(layer: Mapping[str, Any], known: Sequence[str], where: str) -> 
 
 def unknown_setting(key: str, known: Sequence[str], where: str) -> ConfigError:
     same_name = [k for k in known if "." in k and k.rpartition(".")[2] == key.rpartition(".")[2]]
+    renamed = other_names.RENAMED.get(key)
+    if renamed in known:
+        return ConfigError(f"{origin(where, key)}: unknown setting; did you mean '{renamed}'?")
     near = other_names.ours(key, known)
     if near is None or (len(same_name) == 1 and not other_names.is_whole(key)):
         near = f"; did you mean '{same_name[0]}'?" if same_name else did_you_mean(key, known)

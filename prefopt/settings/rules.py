@@ -22,13 +22,13 @@ def check_run(config: RunConfig) -> None:
         "train.micro_batch",
         "train.save_every",
         "train.keep_last",
-        "train.file_mb",
-        "train.join_seconds",
+        "train.max_shard_mb",
+        "train.rendezvous_timeout",
         "eval.every",
         "eval.batch",
         "testbed.eval_pairs",
         "optim.lr",
-        "train.train_epochs",
+        "train.epochs",
     )
     optional = (
         *("train.schedule_epochs", "train.max_steps", "train.max_tokens", "train.max_seconds"),
@@ -111,10 +111,10 @@ def check_run(config: RunConfig) -> None:
     if len(ends) > 1:
         raise ConfigError(f"train.{ends[1]}: given with train.{ends[0]}, and one thing ends a run; leave one out")
     need(
-        schedule is None or schedule >= config.train.train_epochs or bool(ends),
+        schedule is None or schedule >= config.train.epochs or bool(ends),
         "train.schedule_epochs",
         schedule,
-        f"at least train.train_epochs ({config.train.train_epochs})",
+        f"at least train.epochs ({config.train.epochs})",
     )
     if config.optim.name not in OPTIMIZERS and not re.fullmatch(r"\w+(\.\w+)+", config.optim.name):
         raise ConfigError(

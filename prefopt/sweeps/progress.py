@@ -61,7 +61,7 @@ def of(run_config: RunConfig, output: Path) -> RunProgress:
     elif train.max_seconds is not None:
         share = trained / train.max_seconds
     else:
-        share = steps[-1].get("epoch", 0.0) / train.train_epochs
+        share = steps[-1].get("epoch", 0.0) / train.epochs
     share = min(share, 1.0)
     seconds = sum(line["seconds"] for line in lines)
     return RunProgress(step, share, seconds, seconds * (1 - share) / share if share else None)

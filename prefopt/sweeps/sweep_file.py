@@ -15,7 +15,7 @@ Settings = dict[str, Any]  # flat: dotted key -> value
 _KEYS = ("output", "fixed", "grid", "list", "random", "where", "start", "budget", "search", "minimize", "maximize")
 _OWN = ("output", "dry_run", "help")  # what the sweep itself decides for each run
 _MATCHES = ("steps", "pairs", "tokens", "wall")
-_ENDS = ("train.max_steps", "train.max_tokens", "train.max_seconds", "train.train_epochs")
+_ENDS = ("train.max_steps", "train.max_tokens", "train.max_seconds", "train.epochs")
 
 
 @dataclass(frozen=True)

@@ -76,7 +76,7 @@ def meet(rank: int, world: int, seconds: float) -> Store:
         others = str(error) if isinstance(error, _Missing) else "process 0 of this run does not answer there"
         raise RendezvousError(
             f"{who} waited {seconds:g} s at {host}:{port}: {others}; start all of them with the same MASTER_ADDR and "
-            "MASTER_PORT, or give them longer (--train.join_seconds)"
+            "MASTER_PORT, or give them longer (--train.rendezvous_timeout)"
         ) from error
 
 
@@ -122,7 +122,7 @@ def _wait_for_listener(who: str, host: str, port: int, seconds: float) -> None:
                 raise RendezvousError(
                     f"{who} cannot reach process 0 at {host}:{port} within {seconds:g} s ({error.strerror or error}); "
                     "expected it running there, and the same MASTER_ADDR and MASTER_PORT for all (or give it longer, "
-                    "--train.join_seconds)"
+                    "--train.rendezvous_timeout)"
                 ) from error
         time.sleep(_PAUSE)
 

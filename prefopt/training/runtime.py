@@ -189,13 +189,13 @@ def start(
     deterministic: bool,
     trackers: tuple[str, ...],
     output: Path,
-    join_seconds: float,
+    rendezvous_timeout: float,
     patience: timedelta | None = None,
 ) -> Runtime:
     """Join the processes that a launcher started, or be one process; then seed everything.
 
     Args:
-        join_seconds: how long processes wait for each other here.
+        rendezvous_timeout: how long processes wait for each other here.
         patience: how long they do later; None: as long as torch would.
     Raises: RendezvousError if they do not come together; TrainError if the launcher promised more processes than
         accelerate joined, or another backend.
@@ -208,7 +208,7 @@ def start(
     promised = world_size()
     on_cpu = not torch.cuda.is_available()
     wanted = requested_backend()
-    joined: dict[str, Any] = {"init_method": rendezvous.init_method(join_seconds)}
+    joined: dict[str, Any] = {"init_method": rendezvous.init_method(rendezvous_timeout)}
     if patience is not None:
         joined["timeout"] = patience
     if on_cpu and wanted == "zero":

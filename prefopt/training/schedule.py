@@ -21,7 +21,7 @@ def total_steps(config: RunConfig, steps: Callable[[float], int] | None) -> int 
         return config.train.max_steps
     if steps is None:
         raise ConfigError("train.max_steps: found none, expected a number of steps for an endless stream of pairs")
-    return steps(config.train.train_epochs)
+    return steps(config.train.epochs)
 
 
 def learning_rate(

@@ -29,7 +29,7 @@ _STATE_BYTES = 8  # what AdamW keeps of a parameter's entry; other optimizers' f
 
 
 def save_model(
-    backend: Backend, folder: Path, file_mb: float, dtype: str | None = None, original: bool = False
+    backend: Backend, folder: Path, max_shard_mb: float, dtype: str | None = None, original: bool = False
 ) -> list[Path]:
     """Write what `from_pretrained` of transformers or peft opens. On all processes together.
 
@@ -65,7 +65,7 @@ def save_model(
     groups = _by_layer(tensors) if original else None
     publish = functools.partial(adapter_saving.as_published, lm) if original else None
     sizes = _sizes(tensors, held)
-    written, where = _save_tensors(backend, folder, "model", sizes, gather, file_mb, groups, publish)
+    written, where = _save_tensors(backend, folder, "model", sizes, gather, max_shard_mb, groups, publish)
     if len(set(where.values())) > 1:
         with checkpoint.together(runtime):
             if runtime.is_main:
@@ -75,11 +75,11 @@ def save_model(
 
 
 def save_frozen(
-    backend: Backend, folder: Path, stem: str, weights: Mapping[str, torch.Tensor], file_mb: float
+    backend: Backend, folder: Path, stem: str, weights: Mapping[str, torch.Tensor], max_shard_mb: float
 ) -> list[Path]:
     """Write weights that are not the policy's, such as a reference's. As `save_model`."""
     sizes = _sizes(weights, backend.config.model.dtype)
-    return _save_tensors(backend, folder, stem, sizes, lambda name: backend.gathered(weights[name]), file_mb)[0]
+    return _save_tensors(backend, folder, stem, sizes, lambda name: backend.gathered(weights[name]), max_shard_mb)[0]
 
 
 def load_frozen(backend: Backend, folder: Path, stem: str, weights: Mapping[str, nn.Parameter]) -> None:
@@ -107,7 +107,7 @@ def _save_tensors(
     stem: str,
     sizes: Mapping[str, int],
     gather: Callable[[str], torch.Tensor],
-    file_mb: float,
+    max_shard_mb: float,
     groups: Mapping[str, list[str]] | None = None,
     publish: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]] | None = None,
 ) -> tuple[list[Path], dict[str, str]]:
@@ -117,7 +117,7 @@ def _save_tensors(
     """
     groups = groups or {name: [name] for name in sizes}
     together = {group: sum(sizes[name] for name in names) for group, names in groups.items()}
-    runs = [[name for group in run for name in groups[group]] for run in cut(together, int(file_mb * 1e6))]
+    runs = [[name for group in run for name in groups[group]] for run in cut(together, int(max_shard_mb * 1e6))]
     mine: dict[str, str] = {}
 
     def save(number: int, values: dict[str, torch.Tensor]) -> Path:
@@ -133,11 +133,11 @@ def _save_tensors(
     return written, dict(backend.runtime.gather_objects([*mine.items()]))
 
 
-def save_optimizer(backend: Backend, folder: Path, file_mb: float) -> list[Path]:
+def save_optimizer(backend: Backend, folder: Path, max_shard_mb: float) -> list[Path]:
     """Write what the optimizer keeps, by the number of the parameter. As `save_model`."""
     state = backend.optimizer_state()
     sizes = {number: _STATE_BYTES * sharding.numel(p) for number, p in enumerate(backend.trained())}
-    runs = cut(sizes, int(file_mb * 1e6))
+    runs = cut(sizes, int(max_shard_mb * 1e6))
 
     def save(number: int, values: dict[int, dict[str, Any]]) -> Path:
         path = folder / _file("optimizer", number, len(runs))

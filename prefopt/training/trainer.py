@@ -718,7 +718,7 @@ class Trainer:
         }
 
         def write(folder: Path) -> list[Path]:
-            size = self.config.train.file_mb
+            size = self.config.train.max_shard_mb
             mine = sharded_io.save_model(self.backend, folder, size) + sharded_io.save_optimizer(
                 self.backend, folder, size
             )
@@ -835,7 +835,7 @@ class Trainer:
     def _write_export(self, folder: Path) -> list[Path]:
         config = self.config
         mine = sharded_io.save_model(
-            self.backend, folder, config.train.file_mb, config.model.export_dtype, original=True
+            self.backend, folder, config.train.max_shard_mb, config.model.export_dtype, original=True
         )
         if self.runtime.is_main:
             self._describe(folder)

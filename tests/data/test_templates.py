@@ -219,7 +219,7 @@ def test_a_chat_row_whose_token_would_span_the_boundary_is_tokenised_as_at_infer
 
 @pytest.mark.parametrize(
     ("overlong", "prompt", "chosen", "rejected"),
-    [("cut_prompt", 1, 9, 2), ("cut_completion", 7, 3, 2), ("drop", None, None, None)],
+    [("truncate_prompt", 1, 9, 2), ("truncate_completion", 7, 3, 2), ("drop", None, None, None)],
 )
 def test_what_goes_of_a_longer_pair_is_what_the_setting_says(bare_tokenizer, write, overlong, prompt, chosen, rejected):
     ids = [9, 10, 11, 12, 13, 14, 15], [20] * 11, [21] * 2
@@ -235,7 +235,7 @@ def test_what_goes_of_a_longer_pair_is_what_the_setting_says(bare_tokenizer, wri
     notes = "".join(report.notes)
     assert report.dropped == ({"longer than data.max_length": 1} if overlong == "drop" else {})
     assert ("warning: 16.7% of the pairs are cut" in notes) == (overlong != "drop")
-    assert ("the prompt is cut to one token" in notes) == (overlong == "cut_prompt")
+    assert ("the prompt is cut to one token" in notes) == (overlong == "truncate_prompt")
 
 
 def test_what_pads_has_a_row_in_the_model(tokenizer):

@@ -71,7 +71,7 @@ def _rank(pipe, rank, world, port, mixed_precision, backend, work, args):
 
         torch.set_num_threads(1)
         runtime = rt.start(
-            signals.Stop(), seed=0, mixed_precision=mixed_precision, deterministic=False, trackers=(), output="", join_seconds=60
+            signals.Stop(), seed=0, mixed_precision=mixed_precision, deterministic=False, trackers=(), output="", rendezvous_timeout=60
         )
         # the failure to join is silent: each rank would train alone
         assert (runtime.world, runtime.rank, runtime.backend) == (world, rank, backend), runtime

@@ -46,7 +46,7 @@ def alone(server, command, tmp_path_factory):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_run_of_two_processes_is_the_run_of_one(backend, server, command, task, alone, tmp_path):
-    adam = {**SHORT, "train__file_mb": 0.02, "optim__name": "adamw", "optim__lr": 1e-3, "optim__args.eps": 1e-6}
+    adam = {**SHORT, "train__max_shard_mb": 0.02, "optim__name": "adamw", "optim__lr": 1e-3, "optim__args.eps": 1e-6}
     straight = alone("tdpo", **adam)
     argv = command("tdpo", tmp_path / "run", **adam)
     stop = {"at": "prefopt.training.trainer:Trainer._step", "count": 5, "do": "SIGKILL"}

@@ -96,7 +96,7 @@ def test_run_in_bf16_is_near_the_run_of_one_process(backend, server, command, ta
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "lora",
-    [{}, LORA, {"reference__sync_every": 2, "train__file_mb": 0.02}, {"train__mixed_precision": "bf16"}],
+    [{}, LORA, {"reference__sync_every": 2, "train__max_shard_mb": 0.02}, {"train__mixed_precision": "bf16"}],
     ids=["full", "lora", "moving", "bf16"],
 )
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -78,7 +78,7 @@ def start(argv, rank, port, address="127.0.0.1"):
 
 
 def alone(command, tmp_path):
-    return command("dpo", tmp_path / "run", train__join_seconds=3)
+    return command("dpo", tmp_path / "run", train__rendezvous_timeout=3)
 
 
 def ends_in_one_line(process):
@@ -116,7 +116,7 @@ def test_process_that_is_started_alone_says_whom_it_misses(rank, expected, comma
 
 
 def test_process_that_comes_before_the_first_one_waits_for_it(command, tmp_path):
-    argv, port = command("dpo", tmp_path / "run", train__max_steps=1, train__join_seconds=60), free_port()
+    argv, port = command("dpo", tmp_path / "run", train__max_steps=1, train__rendezvous_timeout=60), free_port()
     early = start(argv, 1, port)
     time.sleep(6)
     first = start(argv, 0, port)

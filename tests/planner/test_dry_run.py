@@ -47,7 +47,7 @@ def test_differences_on_the_testbed_keep_its_own_defaults_apart():
 
 
 def test_plan_when_the_data_is_read_then_counts_steps_rates_and_tokens_by_hand(task):
-    flags = ["dpo", "--train.global_batch", "4", "--train.micro_batch", "2", "--train.train_epochs", "2"]
+    flags = ["dpo", "--train.global_batch", "4", "--train.micro_batch", "2", "--train.epochs", "2"]
     found = lines_of([*flags, "--optim.lr", "1e-3", "--eval.every", "4"], task)
     assert found["steps"] == "6 of 4 pairs, 2 epochs of 3 steps, 2 forward passes a step and process"
     # warm-up of ceil(0.1 x 6) = 1 step, then 5 steps down from the peak: the last one at 1/5 of it
@@ -62,7 +62,7 @@ def test_plan_when_the_data_is_read_then_counts_steps_rates_and_tokens_by_hand(t
 
 
 def test_plan_when_a_run_is_longer_than_anybody_waits_then_it_is_there_at_once(task):
-    found = lines_of(["dpo", "--train.global_batch", "4", "--train.train_epochs", "1e15"], task)
+    found = lines_of(["dpo", "--train.global_batch", "4", "--train.epochs", "1e15"], task)
     assert " from step 300,000,000,000,000, " in found["schedule"]  # a tenth of 3e15
 
 

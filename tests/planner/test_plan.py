@@ -229,8 +229,8 @@ def test_command_prints_a_row_for_each_backend_and_the_cache(server, models, tmp
         (("--tflops", "450,200"), "--tflops: found 450,200, expected the lowest and the highest, e.g. 200,450"),
         (("--gpu_memmory", "80"), "--gpu_memmory: unknown setting; did you mean 'gpu_memory'?"),
         (("--train.micro_bach", "2"), "did you mean"),
-        (("--response_tokens", "1024"), "--response_tokens: found 1024, expected less than data.max_length (1024)"),
-        (("--prompt_tokens", "900", "--response_tokens", "500"), "no more than data.max_length (1024) together"),
+        (("--completion_tokens", "1024"), "--completion_tokens: found 1024, expected less than data.max_length (1024)"),
+        (("--prompt_tokens", "900", "--completion_tokens", "500"), "no more than data.max_length (1024) together"),
     ],
 )
 def test_bad_input_is_one_line(server, models, tmp_path, flags, expected):

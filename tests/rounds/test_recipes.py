@@ -59,7 +59,7 @@ def judge_itself(server, tmp_path_factory):
     tiny_llama(len(tokenizer), hidden=16, layers=1).save_pretrained(folder / "untaught")
     tokenizer.save_pretrained(folder / "untaught")
     teach = {"method": "sft", "model.path": folder / "untaught", "data.train": folder / "answers.jsonl"}
-    teach |= {"output": folder / "taught", "optim.lr": 3e-2, "train.global_batch": 30, "train.train_epochs": 15}
+    teach |= {"output": folder / "taught", "optim.lr": 3e-2, "train.global_batch": 30, "train.epochs": 15}
     teach |= {"data.eval_fraction": 0, "eval.every": 1000, "train.save_every": 1000, "train.micro_batch": 30}
     ended = server.train([word for name, value in teach.items() for word in (f"--{name}", str(value))])
     assert ended.status == 0, ended.err

@@ -7,7 +7,7 @@ import pytest
 from prefopt.errors import ConfigError
 from prefopt.registry import get, names
 from prefopt.settings import other_names, parse
-from prefopt.settings.reader import known_keys
+from prefopt.settings.reader import known_keys, unknown_setting
 
 REAL = ["--method", "dpo", "--model.path", "m", "--data.train", "d.jsonl"]
 
@@ -44,7 +44,7 @@ def test_every_name_of_another_framework_is_answered(name):
         ("learning-rate", "optim.lr"),
         ("per_device_train_batch_size", "train.micro_batch"),
         ("gradient_accumulation_steps", "train.global_batch; it counts the pairs of an optimizer step"),
-        ("num_train_epochs", "train.train_epochs"),
+        ("num_train_epochs", "train.epochs"),
         ("max_prompt_length", "data.max_length bounds prompt and completion together"),
         ("loss_type", "method.variant"),
         ("ref_model", "reference.path"),
@@ -54,7 +54,7 @@ def test_every_name_of_another_framework_is_answered(name):
         ("warmup_ratio", "optim.warmup_ratio"),
         ("lr_scheduler_type", "optim.schedule"),
         ("lora_alpha", "lora.alpha"),
-        ("train.epochs", "train.train_epochs"),
+        ("train.num_epochs", "train.epochs"),
         ("method.learning_rate", "optim.lr"),
     ],
 )
@@ -76,3 +76,13 @@ def test_names_of_training_are_not_offered_where_a_command_does_not_have_them():
     assert other_names.ours("learning_rate", ["model", "prompts"]) is None
     assert other_names.ours("max_prompt_length", ["model", "prompts"]) is None
     assert "; here it is model" in other_names.ours("model_name_or_path", ["model", "prompts"])
+
+
+@pytest.mark.parametrize(("old", "new"), other_names.RENAMED.items())
+def test_name_that_a_setting_had_before_is_answered_with_the_new_one(old, new, tmp_path):
+    error = unknown_setting(old, [new, "output"], "")
+    assert str(error) == f"--{old}: unknown setting; did you mean '{new}'?"
+    if "." in old:
+        assert refused(f"--{old}", "1") == str(error)
+        (tmp_path / "x.yaml").write_text(f"{old}: 1\n")
+        assert refused("--config", str(tmp_path / "x.yaml")).endswith(f"{old}: unknown setting; did you mean '{new}'?")

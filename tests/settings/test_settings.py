@@ -222,7 +222,7 @@ def test_differences_when_an_adapter_has_dropout_then_the_cut_of_a_step_is_among
         ([*REAL, "--data.eval_fraction", "1"], "data.eval_fraction: found 1.0, expected a share from 0 to below 1"),
         (
             [*REAL, "--train.schedule_epochs", "0.5"],
-            "train.schedule_epochs: found 0.5, expected at least train.train_epochs (1.0)",
+            "train.schedule_epochs: found 0.5, expected at least train.epochs (1.0)",
         ),
         (
             REAL[:4],
@@ -339,9 +339,7 @@ def test_help_and_config_errors_import_nothing_heavy(argv):
 
 
 def test_testbed_departures_when_the_user_names_the_alternative_then_give_way():
-    found = parse(
-        ["--method", "dpo", "--testbed.pairs", "100", "--train.train_epochs", "3", "--optim.warmup_ratio", "0.3"]
-    )
+    found = parse(["--method", "dpo", "--testbed.pairs", "100", "--train.epochs", "3", "--optim.warmup_ratio", "0.3"])
     assert (found.train.max_steps, found.optim.warmup_steps) == (None, None)
     usual = parse(["--method", "dpo"])
     assert (usual.train.max_steps, usual.optim.warmup_steps) == (600, 20)
@@ -351,7 +349,7 @@ def test_testbed_departures_when_the_user_names_the_alternative_then_give_way():
     ("flags", "message"),
     [
         (
-            ["--train.train_epochs", "2"],
+            ["--train.epochs", "2"],
             "train.max_steps: found none, expected a number of steps: the testbed's stream",
         ),
         (["--train.schedule_epochs", "3"], "train.schedule_epochs: the testbed's stream of pairs has no epochs"),

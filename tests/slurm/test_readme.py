@@ -10,7 +10,7 @@ pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1200)]
 SMALL = "--train.max_steps 3 --train.global_batch 8 --train.micro_batch 4 --testbed.eval_pairs 8 --train.threads 1"
 SMALL_ROUNDS = (
     "--rounds.prompts 4 --rounds.eval_prompts 4 --rounds.shard 2 --generate.batch 20 --train.global_batch 4 "
-    "--train.micro_batch 2 --train.train_epochs 1 --train.threads 1"
+    "--train.micro_batch 2 --train.epochs 1 --train.threads 1"
 )
 
 

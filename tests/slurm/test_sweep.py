@@ -111,7 +111,7 @@ def test_array_task_when_signalled_before_its_time_is_over_then_it_is_requeued_a
 
 ROUNDS = (
     "--method sppo --rounds.count 2 --rounds.prompts 8 --rounds.eval_prompts 4 --rounds.shard 2 --generate.batch 40 "
-    "--train.global_batch 4 --train.micro_batch 4 --train.train_epochs 1 --train.threads 1"
+    "--train.global_batch 4 --train.micro_batch 4 --train.epochs 1 --train.threads 1"
 )
 
 

@@ -93,7 +93,7 @@ def test_status_says_how_far_each_run_is_and_what_went_wrong(some):
         (["--train.max_tokens", "400"], 0.5),
         (["--train.max_seconds", "4"], 0.25),
         (["--train.max_steps", "8"], 0.25),
-        (["--model.path", "m", "--data.train", "p.jsonl", "--train.train_epochs", "2"], 0.2),
+        (["--model.path", "m", "--data.train", "p.jsonl", "--train.epochs", "2"], 0.2),
     ],
     ids=["tokens", "seconds", "steps", "epochs"],
 )

@@ -154,7 +154,7 @@ def test_run_when_steps_have_a_token_budget_and_sources_weights_and_killed_then_
     (tmp_path / "few.jsonl").write_text("".join(lines[:15]))
     (tmp_path / "many.jsonl").write_text("".join(lines[15:]))
     settings = {"data__train": f"{tmp_path}/few.jsonl,{tmp_path}/many.jsonl", "data__weights": "2,1"}
-    settings |= {"train__tokens_per_batch": 300, "train__group_by_length": grouped, "train__train_epochs": 2.5}
+    settings |= {"train__tokens_per_batch": 300, "train__group_by_length": grouped, "train__epochs": 2.5}
     straight, killed = (
         command("dpo", tmp_path / name, without=("train.max_steps",), **settings) for name in ("straight", "killed")
     )

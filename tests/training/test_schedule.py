@@ -16,7 +16,7 @@ def per_epoch(steps):
 
 def run(steps=None, epochs=1.0, schedule_epochs=None, **optim):
     config = parse(["--method", "dpo", "--model.path", "m", "--data.train", "d"])
-    train = TrainConfig(max_steps=steps, train_epochs=epochs, schedule_epochs=schedule_epochs)
+    train = TrainConfig(max_steps=steps, epochs=epochs, schedule_epochs=schedule_epochs)
     return dataclasses.replace(config, optim=OptimConfig(**optim), train=train)
 
 
