@@ -95,7 +95,10 @@ def works(server: ForkServer, base: dict[str, object], root: Path) -> Iterator[C
         ("model/model.safetensors", "model/manifest.json", "model/config.json"),
     )
     cached = {"method": "dpo", **base, "train.max_steps": 6, "reference.cache": "logps"}
-    for name, at in (("passing", {"at": "prefopt.training.reference:_finish"}), ("passed", {"at": _STEP, "count": 4})):
+    for name, at in (
+        ("passing", {"at": "prefopt.training.reference_cache:_finish"}),
+        ("passed", {"at": _STEP, "count": 4}),
+    ):
         of = ("reference/*/pairs_*.safetensors",) + (
             ("reference/*/cache.json", "reference/*/index.safetensors", "reference/tokens/*.json")
             if name == "passed"

@@ -33,7 +33,8 @@ from prefopt.training import runtime as rt
 from prefopt.training.forward import PolicyWithReference, ReferenceHead, Scorer
 from prefopt.training.launcher import print_rank_0
 from prefopt.training.metrics import Evaluator
-from prefopt.training.reference import Oracle, ReferenceValues, obtain
+from prefopt.training.reference import ReferenceModel, obtain
+from prefopt.training.reference_cache import ReferenceValues
 from prefopt.training.schedule import learning_rate, total_steps
 from prefopt.training.tracking import Trackers
 from prefopt.training.trainer import Trainer
@@ -204,12 +205,12 @@ def _cached_reference(
     what = task.reference
     assert what is not None
     if isinstance(what, adapters.Frozen):
-        oracle = Oracle(lm, what, hashes)
+        oracle = ReferenceModel(lm, what, hashes)
     elif fresh and what == task.start:
-        oracle = Oracle(lm, None, hashes)
+        oracle = ReferenceModel(lm, None, hashes)
     else:
         with runtime.sharded_loading():
-            oracle = Oracle(adapter_loading.load_frozen(what, config.model, key), None, hashes)
+            oracle = ReferenceModel(adapter_loading.load_frozen(what, config.model, key), None, hashes)
     if not sharding.is_sharded(oracle.lm):
         torch.nn.Module.to(oracle.lm, runtime.device)
     cache_dir = Path(config.reference.cache_dir) if config.reference.cache_dir else cache_root() / "reference"

@@ -61,7 +61,7 @@ from prefopt.training.micro_batches import micro_batches
 from prefopt.training.moving_reference import MovingReference
 from prefopt.training.optimizers import make_optimizer
 from prefopt.training.random_state import preserved_random_state, random_state, set_random_state
-from prefopt.training.reference import ReferenceValues
+from prefopt.training.reference_cache import ReferenceValues
 from prefopt.training.run_length import RunLength
 from prefopt.training.runtime import Runtime
 from prefopt.training.schedule import learning_rate, total_steps

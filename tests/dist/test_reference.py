@@ -8,7 +8,7 @@ from prefopt.training import adapters, models
 from prefopt.training import adapter_loading
 from prefopt.training import model_sources
 from prefopt.training import sharding
-from prefopt.training.reference import Oracle, Source, obtain
+from prefopt.training.reference import ReferenceModel, Source, obtain
 from prefopt.types import EncodedPair
 from tests.dist.ranks import run_ranks
 from tests.helpers import tiny_llama
@@ -30,8 +30,8 @@ def pairs():
 
 
 def most_at_once(runtime, path, cache, kind, shard):
-    """(the kept values, how many entries were whole at most, of how many)."""
-    from prefopt.training import reference
+    """(the cached values, the most entries gathered at once, of how many)."""
+    from prefopt.training import reference, reference_cache
 
     reference._SHARD_PAIRS = shard
     settings = ["--model.path", str(path), "--data.train", "x", "--eval.batch", "2", "--reference.cache", kind]
@@ -49,9 +49,10 @@ def most_at_once(runtime, path, cache, kind, shard):
     with sharding.gathered_by_layer(lm):
         for module in lm.modules():
             module.register_forward_pre_hook(count)  # after those that gather
-        for _ in range(2):  # computed, then found and compared with a sample that is computed again
-            values = obtain(config, runtime, Oracle(lm, None, {"sha256": "x"}), [Source(pairs(), "of-a-test")], cache, 0)
-    found = [values._of(key, pair).clone() for pair in pairs() for key, _ in reference._sequences(pair, True)]
+        for _ in range(2):  # computed, then found and compared with a recomputed sample
+            model = ReferenceModel(lm, None, {"sha256": "x"})
+            values = obtain(config, runtime, model, [Source(pairs(), "of-a-test")], cache, 0)
+    found = [values._of(key, pair).clone() for pair in pairs() for key, _ in reference_cache.sequences_of(pair, True)]
     return found, most, sum(sharding.numel(p) for p in lm.parameters())
 
 

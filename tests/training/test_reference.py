@@ -23,10 +23,10 @@ from prefopt.data.collate import collate
 from prefopt.errors import TrainError
 from prefopt.settings import EvalConfig, ModelConfig, ReferenceConfig, RunConfig, TrainConfig
 from prefopt.storage import Unreadable
-from prefopt.training import adapter_loading, adapters, model_sources, reference
+from prefopt.training import adapter_loading, adapters, model_sources, reference, reference_cache
 from prefopt.training.forward import ReferenceHead
 from prefopt.training.metrics import read_lines
-from prefopt.training.reference import Oracle, Source, obtain
+from prefopt.training.reference import ReferenceModel, Source, obtain
 from tests.dist.ranks import run_ranks
 from tests.fork_server import ROOT
 from tests.invariant.methods import methods
@@ -54,7 +54,7 @@ def settings(method, kind="logps", dtype="float32", **more):
 
 def keep(runtime, method, lm, rows, folder, kind="logps", dtype="float32", frozen=None, **more):
     """(what is kept of a reference for these rows, its head where that is needed)."""
-    oracle = Oracle(lm, frozen, {"sha256": "of the weights"})
+    oracle = ReferenceModel(lm, frozen, {"sha256": "of the weights"})
     values = obtain(settings(method, kind, dtype, **more), runtime, oracle, [source(rows)], folder, 2)
     return values, ReferenceHead(lm) if kind == "hidden" and frozen is None else None
 
@@ -237,7 +237,7 @@ def test_pass_when_killed_and_started_again_does_the_rest(runtime, tmp_path, mon
     assert not list(folder.glob(".*"))
     plain, _ = keep(runtime, method, lm, rows, tmp_path / "plain")
     for pair in rows:
-        (key, _), *_ = reference._sequences(pair, True)
+        (key, _), *_ = reference_cache.sequences_of(pair, True)
         assert torch.equal(values._of(key, pair), plain._of(key, pair))
 
 
@@ -247,7 +247,7 @@ def test_run_when_killed_in_its_pass_and_started_again_ends_as_one_that_was_not(
     for name in ("straight", "killed"):
         argv = command("dpo", tmp_path / name, **more, reference__cache_dir=tmp_path / f"cache-{name}")
         if name == "killed":
-            for place in ("_Pass._shard", "_finish"):
+            for place in ("_Pass._shard", "complete"):
                 at = {"at": f"prefopt.training.reference:{place}", "count": 1, "do": "SIGKILL"}
                 assert server.train(argv, at).status == -9
         ended = server.train(argv)
@@ -290,8 +290,8 @@ def test_cache_when_a_part_of_its_key_is_another_then_it_is_refused_by_name(part
     edit(kept.folder / "cache.json", lambda manifest: manifest["identity"].update({part: "tampered"}))
     with pytest.raises(TrainError) as error:
         kept.again()
-    assert f"{kept.folder} is of another {part}: tampered, expected" in str(error.value)
-    assert "delete the folder, and it is computed again" in str(error.value)
+    assert f"{kept.folder} was computed with another {part}: tampered, expected" in str(error.value)
+    assert "delete the folder, and it is recomputed" in str(error.value)
 
 
 class Capped(LlamaForCausalLM):
@@ -324,7 +324,7 @@ def test_cache_when_a_part_of_the_key_changes_then_another_one_is_made(change, r
         settings(kept.method), **{key: change[key] for key in ("model", "train") if key in change}
     )
     lm = lm.to(getattr(torch, config.model.dtype))
-    oracle = Oracle(lm, None, change.get("weights", {"sha256": "of the weights"}))
+    oracle = ReferenceModel(lm, None, change.get("weights", {"sha256": "of the weights"}))
     rows = kept.rows[: change.get("rows", 8)]
     obtain(config, runtime, oracle, [source(rows)], kept.folder.parent, 2)
     assert len(list(kept.folder.parent.glob("*/cache.json"))) == 2
@@ -379,7 +379,7 @@ def test_shard_of_an_unfinished_pass_when_a_bit_is_flipped_then_it_is_computed_a
         data[place] ^= 16
         shard.write_bytes(data)
         kept.again()
-        assert f"{shard}: damaged, it is computed again: " in capsys.readouterr().out
+        assert f"{shard}: damaged, it is recomputed: " in capsys.readouterr().out
         assert shard.read_bytes() == whole
         (kept.folder / "cache.json").unlink()
 
@@ -402,7 +402,7 @@ def test_cache_when_its_values_are_those_of_another_model_then_the_sample_finds_
         key = tensors["key"][row].numpy().tobytes()
         tensors["check"][row] = zlib.crc32(tensors["values"][begin:end].numpy().tobytes(), zlib.crc32(key))
     save_file(tensors, shard)
-    with pytest.raises(TrainError, match=r"says something else of rows:\d than the reference \(0\.0"):
+    with pytest.raises(TrainError, match=r"has other values for rows:\d than the reference \(difference 0\.0"):
         kept.again()
 
 
@@ -430,7 +430,7 @@ def test_hidden_states_in_bfloat16_move_the_loss_by_less_than_bfloat16_does(runt
     live = Bench(runtime, method, (policy, lm)).step(rows, 8)
     gaps = {}
     for dtype in ("float32", "bfloat16"):
-        oracle = Oracle(lm, None, {})
+        oracle = ReferenceModel(lm, None, {})
         config = settings(method, "hidden")
         config = RunConfig(
             method=method,
