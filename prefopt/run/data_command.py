@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 from prefopt.errors import TrainError
 from prefopt.redaction import hidden, printable
 from prefopt.storage import write_whole
-from prefopt.testbed.cache import cache_root
 from prefopt.training import weight_files
 
 if TYPE_CHECKING:
@@ -32,11 +31,11 @@ def preview_data(config: PreviewConfig) -> int:
         if Path(name).suffix or name.startswith((".", "/", "~")):
             open_source(name)
 
-    from prefopt.data.comparison import encoder_for
-    from prefopt.data.encode import encode_file, joined
+    from prefopt.data.encode import joined
     from prefopt.data.encoder import pad_token
     from prefopt.data.preview import page, shown, spread, terminal
     from prefopt.data.templates import Rendering
+    from prefopt.run.encoding import encode_source
     from prefopt.training import model_checks, model_sources, models
 
     vocab_rows = None
@@ -51,25 +50,7 @@ def preview_data(config: PreviewConfig) -> int:
     tokenizer.pad_token_id, _ = pad_token(tokenizer, vocab_rows)
     rendering = Rendering.of(config.data, tokenizer)
     needs = Needs(reference="none") if config.method is None else registry.get(config.method)().needs
-    sources = [
-        encode_file(
-            name,
-            tokenizer,
-            max_length=config.data.max_length,
-            kind=encoder_for(needs),
-            need_rejected=needs.rows == "pairs",
-            extra=needs.columns,
-            columns=config.data.columns,
-            on_bad_row=config.data.on_bad_row,
-            vocab_rows=vocab_rows,
-            cache_dir=cache_root() / "encoded",
-            dialogues=config.data.dialogues,
-            rendering=rendering,
-            overlong=config.data.overlong,
-            special_tokens=config.data.special_tokens,
-        )
-        for name in config.sources
-    ]
+    sources = [encode_source(name, tokenizer, config.data, needs, rendering, vocab_rows) for name in config.sources]
     lines = [*rendering.lines(tokenizer), *(line for source in sources for line in source.report.lines())]
     report = [printable(line) for line in lines]
     pairs = joined(sources).pairs

@@ -6,12 +6,12 @@ import dataclasses
 from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prefopt import settings
 from prefopt.data import split
-from prefopt.data.comparison import BothOrders, encoder_for
-from prefopt.data.encode import encode_file, joined
+from prefopt.data.comparison import BothOrders
+from prefopt.data.encode import Encoded, joined
 from prefopt.data.encoder import pad_token
 from prefopt.data.loader import Batches, Converted, FileBatches
 from prefopt.data.mixture import mixture_of
@@ -20,6 +20,7 @@ from prefopt.data.templates import Rendering
 from prefopt.errors import ConfigError
 from prefopt.evaluate.held_out import too_few
 from prefopt.run.card import described_method, split_version
+from prefopt.run.encoding import encode_source
 from prefopt.settings import RunConfig
 from prefopt.testbed import build_world
 from prefopt.testbed.cache import cache_root
@@ -29,6 +30,9 @@ from prefopt.training.adapters import Frozen
 from prefopt.training.model_sources import ModelSource
 from prefopt.training.reference import Source
 from prefopt.types import EncodedPair
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 _HELD_OUT = 2**31  # seed of the testbed's held-out pairs: equal in every run, different from every training set's
 
@@ -111,42 +115,14 @@ def file_task(config: RunConfig, day: date) -> Task:
     Args: day: the date that a chat template receives where it asks for one.
     Raises: ConfigError, DataError or TrainError for whatever can be found out before a model is loaded.
     """
-    assert config.model.path is not None
-    start = model_sources.find(config.model.path, config.model)
-    architecture = models.load_config(start.base, start.base_settings(config.model))
-    adapter_checks.check(config, start, architecture)
-    layout_choice.check_architecture(config, architecture)
-    reference = model_sources.choose_reference(config, start)
-    if isinstance(reference, model_sources.ModelSource) and reference != start:
-        other = models.load_config(reference.base, reference.base_settings(config.model), key="reference.path")
-        model_checks.check_same_vocabulary(architecture, other, reference.path)
-        if reference.adapter is None:
-            models.check_model(reference.base, reference.base_settings(config.model), "reference.path")
-    tokenizer = models.load_tokenizer(*model_sources.tokenizer_path(start, config.model), config.data.chat_template)
-    if isinstance(reference, model_sources.ModelSource) and reference != start:
-        model_checks.check_same_tokens(tokenizer, *model_sources.tokenizer_path(reference, config.model))
+    start, reference, architecture, tokenizer = _open_models(config)
     tokenizer.pad_token_id, note = pad_token(tokenizer, model_checks.vocabulary(architecture))
     rendering = Rendering.of(config.data, tokenizer, day)
     needs = config.method.needs
     report: list[str] = [*([note] if note else []), *rendering.lines(tokenizer)]
 
-    def encode(path: str) -> Any:
-        encoded = encode_file(
-            path,
-            tokenizer,
-            max_length=config.data.max_length,
-            kind=encoder_for(needs),
-            need_rejected=needs.rows == "pairs",
-            extra=needs.columns,
-            columns=config.data.columns,
-            on_bad_row=config.data.on_bad_row,
-            vocab_rows=model_checks.vocabulary(architecture),
-            cache_dir=cache_root() / "encoded",
-            dialogues=config.data.dialogues,
-            rendering=rendering,
-            overlong=config.data.overlong,
-            special_tokens=config.data.special_tokens,
-        )
+    def encode(name: str) -> Encoded:
+        encoded = encode_source(name, tokenizer, config.data, needs, rendering, model_checks.vocabulary(architecture))
         report.extend(encoded.report.lines())
         return encoded
 
@@ -194,6 +170,25 @@ def file_task(config: RunConfig, day: date) -> Task:
         report.append(batches.described())
     sources = [Source(encoded.pairs, encoded.fingerprint) for encoded in files]
     return Task(start, reference, tokenizer, batches, eval_pairs, eval_fingerprint, sources, report, day=rendering.date)
+
+
+def _open_models(config: RunConfig) -> tuple[ModelSource, Frozen | ModelSource | None, PretrainedConfig, Any]:
+    """Check policy and reference by their small files. Returns: (start, reference, the policy's config, tokenizer)."""
+    assert config.model.path is not None
+    start = model_sources.find(config.model.path, config.model)
+    architecture = models.load_config(start.base, start.base_settings(config.model))
+    adapter_checks.check(config, start, architecture)
+    layout_choice.check_architecture(config, architecture)
+    reference = model_sources.choose_reference(config, start)
+    if isinstance(reference, model_sources.ModelSource) and reference != start:
+        other = models.load_config(reference.base, reference.base_settings(config.model), key="reference.path")
+        model_checks.check_same_vocabulary(architecture, other, reference.path)
+        if reference.adapter is None:
+            models.check_model(reference.base, reference.base_settings(config.model), "reference.path")
+    tokenizer = models.load_tokenizer(*model_sources.tokenizer_path(start, config.model), config.data.chat_template)
+    if isinstance(reference, model_sources.ModelSource) and reference != start:
+        model_checks.check_same_tokens(tokenizer, *model_sources.tokenizer_path(reference, config.model))
+    return start, reference, architecture, tokenizer
 
 
 def without_thoughts(pairs: Sequence[EncodedPair], tokenizer: Any, marker: str, most: int = 64) -> list[str]:

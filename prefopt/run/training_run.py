@@ -118,49 +118,20 @@ def _fit(
     trackers: Trackers | None = None,
     hashes: Mapping[str, str] | None = None,
 ) -> int:
-    if config.lora.r is None and task.start.adapter is None:
-        base = task.start
-        runtime.on_main(
-            lambda: preflight.room_for_checkpoints(
-                config, models.parameter_count(base.base, base.base_settings(config.model)), output
-            )
-        )
-    reference: Any = task.reference
-    key = "model.path" if config.reference.path is None else "reference.path"
-    cached = reference is not None and config.reference.cache != "none"
-    second = isinstance(reference, model_sources.ModelSource) and not cached
-    if second:
-        preflight.room_for_two_models(runtime)
-    with runtime.sharded_loading():
-        lm = adapter_loading.load_policy(config, task.start, task.reference, resume_from)
-    if second:
-        with runtime.sharded_loading():
-            reference = adapter_loading.load_frozen(reference, config.model, key)
-    # dropout differs between ranks, and must not depend on what was drawn while the model was loaded
+    """Load the models and train. Returns: the exit status."""
+    _check_disk_space(config, runtime, task, output)
+    cached = task.reference is not None and config.reference.cache != "none"
+    lm, reference = _load_models(config, runtime, task, resume_from, cached)
+    # dropout differs between ranks, and must not depend on what was drawn while the models were loaded
     random_state.set_seed(config.seed + runtime.rank)
-    parameters = sum(sharding.numel(p) for p in lm.parameters())
-    threads = rt.set_threads(config.train.threads, parameters)
+    threads = rt.set_threads(config.train.threads, sum(sharding.numel(p) for p in lm.parameters()))
     if resume_from is not None:
         print_rank_0(f"resuming from {resume_from}")
-    name, adapter = type(adapters.base_of(lm)).__name__, adapters.describe_policy(lm)
-    adapted = f", {adapter}" if adapter else ""
-    cpu = f"{threads} CPU thread{'' if threads == 1 else 's'} per rank"
-    print_rank_0(f"policy: {name}, {parameters:,} parameters{adapted}, {cpu}; output: {output}")
-    if config.model.attention == "sdpa" and adapters.base_of(lm).config._attn_implementation == "eager":
-        print_rank_0(f"attention: eager, since {name} needs what SDPA does not support (such as an attention soft-cap)")
-    for line in adapters.remarks(lm):
-        print_rank_0(line)
-    if task.reference is not None:
-        print_rank_0(f"reference: {model_sources.describe_reference(task.reference, task.start, config)}")
-    if config.model.dtype == "bfloat16" and not adapter:
-        print_rank_0(
-            "warning: weights in bfloat16 lose updates smaller than 1/256 of a weight; "
-            "float32 weights with train.mixed_precision bf16 do not"
-        )
+    _print_models(config, task, lm, threads, output)
     values: ReferenceValues | None = None
     reference_head: ReferenceHead | None = None
     if cached:
-        values, reference_head = _cached_reference(config, runtime, task, lm, resume_from is None, key, hashes or {})
+        values, reference_head = _cached_reference(config, runtime, task, lm, resume_from is None, hashes or {})
         reference = reference if isinstance(reference, adapters.Frozen) else None
     scores = config.method.needs.output == "scores"
     if scores:
@@ -190,36 +161,93 @@ def _fit(
     return trainer.run()
 
 
+def _check_disk_space(config: RunConfig, runtime: rt.Runtime, task: Task, output: Path) -> None:
+    """Raises: TrainError where the disk has no space for the checkpoints of a full model."""
+    start = task.start
+    if config.lora.r is None and start.adapter is None:
+        runtime.on_main(
+            lambda: preflight.room_for_checkpoints(
+                config, models.parameter_count(start.base, start.base_settings(config.model)), output
+            )
+        )
+
+
+def _load_models(
+    config: RunConfig, runtime: rt.Runtime, task: Task, resume_from: Path | None, cached: bool
+) -> tuple[Any, Any]:
+    """The policy and its reference.
+
+    Args: cached: whether the reference is not needed during training, since its values are read from the cache.
+    Returns: (policy, the reference: a model of its own, a frozen part of the policy, None, or its source if cached).
+    """
+    reference: Any = task.reference
+    second = isinstance(reference, model_sources.ModelSource) and not cached
+    if second:
+        preflight.room_for_two_models(runtime)
+    with runtime.sharded_loading():
+        lm = adapter_loading.load_policy(config, task.start, task.reference, resume_from)
+    if second:
+        with runtime.sharded_loading():
+            reference = adapter_loading.load_frozen(reference, config.model, _reference_key(config))
+    return lm, reference
+
+
+def _reference_key(config: RunConfig) -> str:
+    """The setting that names the reference, for errors."""
+    return "model.path" if config.reference.path is None else "reference.path"
+
+
+def _print_models(config: RunConfig, task: Task, lm: Any, threads: int, output: Path) -> None:
+    """Print what the policy and the reference are, and warn of settings that cost accuracy or speed."""
+    name, adapter = type(adapters.base_of(lm)).__name__, adapters.describe_policy(lm)
+    parameters = sum(sharding.numel(p) for p in lm.parameters())
+    adapted = f", {adapter}" if adapter else ""
+    cpu = f"{threads} CPU thread{'' if threads == 1 else 's'} per rank"
+    print_rank_0(f"policy: {name}, {parameters:,} parameters{adapted}, {cpu}; output: {output}")
+    if config.model.attention == "sdpa" and adapters.base_of(lm).config._attn_implementation == "eager":
+        print_rank_0(f"attention: eager, since {name} needs what SDPA does not support (such as an attention soft-cap)")
+    for line in adapters.remarks(lm):
+        print_rank_0(line)
+    if task.reference is not None:
+        print_rank_0(f"reference: {model_sources.describe_reference(task.reference, task.start, config)}")
+    if config.model.dtype == "bfloat16" and not adapter:
+        print_rank_0(
+            "warning: weights in bfloat16 lose updates smaller than 1/256 of a weight; "
+            "float32 weights with train.mixed_precision bf16 do not"
+        )
+
+
 def _cached_reference(
-    config: RunConfig, runtime: rt.Runtime, task: Task, lm: Any, fresh: bool, key: str, hashes: Mapping[str, str]
+    config: RunConfig, runtime: rt.Runtime, task: Task, lm: Any, fresh: bool, hashes: Mapping[str, str]
 ) -> tuple[ReferenceValues, ReferenceHead | None]:
     """The reference cache, computed where it does not exist yet.
 
     Args:
         lm: the policy, which computes the reference's values where both have the same weights.
         fresh: whether the policy still has its starting weights.
-        key: the setting that names the reference, for errors.
         hashes: of the reference's weights.
     Returns: (cached values, the reference's output head where hidden states are cached and the policy's differs).
     """
     what = task.reference
     assert what is not None
     if isinstance(what, adapters.Frozen):
-        oracle = ReferenceModel(lm, what, hashes)
+        model = ReferenceModel(lm, what, hashes)
     elif fresh and what == task.start:
-        oracle = ReferenceModel(lm, None, hashes)
+        model = ReferenceModel(lm, None, hashes)
     else:
         with runtime.sharded_loading():
-            oracle = ReferenceModel(adapter_loading.load_frozen(what, config.model, key), None, hashes)
-    if not sharding.is_sharded(oracle.lm):
-        torch.nn.Module.to(oracle.lm, runtime.device)
+            model = ReferenceModel(
+                adapter_loading.load_frozen(what, config.model, _reference_key(config)), None, hashes
+            )
+    if not sharding.is_sharded(model.lm):
+        torch.nn.Module.to(model.lm, runtime.device)
     cache_dir = Path(config.reference.cache_dir) if config.reference.cache_dir else cache_root() / "reference"
-    with sharding.gathered_by_layer(oracle.lm):
-        values = obtain(config, runtime, oracle, task.sources, cache_dir, int(task.tokenizer.pad_token_id))
-    if config.reference.cache != "hidden" or oracle.frozen is not None:
+    with sharding.gathered_by_layer(model.lm):
+        values = obtain(config, runtime, model, task.sources, cache_dir, int(task.tokenizer.pad_token_id))
+    if config.reference.cache != "hidden" or model.frozen is not None:
         return values, None
-    with sharding.gathered(oracle.lm.get_output_embeddings()):
-        return values, ReferenceHead(oracle.lm)
+    with sharding.gathered(model.lm.get_output_embeddings()):
+        return values, ReferenceHead(model.lm)
 
 
 def print_dry_run(config: RunConfig, plan: Sequence[str]) -> None:
