@@ -96,7 +96,7 @@ def works(server: ForkServer, base: dict[str, object], root: Path) -> Iterator[C
     )
     cached = {"method": "dpo", **base, "train.max_steps": 6, "reference.cache": "logps"}
     for name, at in (
-        ("passing", {"at": "prefopt.training.reference_cache:_finish"}),
+        ("passing", {"at": "prefopt.training.reference:complete"}),
         ("passed", {"at": _STEP, "count": 4}),
     ):
         of = ("reference/*/pairs_*.safetensors",) + (
