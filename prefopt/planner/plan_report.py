@@ -96,7 +96,7 @@ def refusal(own: PlanConfig, config: RunConfig, backend: str) -> str | None:
     if backend == "ddp":
         return None
     try:
-        backends._refuse(config, backend.partition(" ")[0])
+        backends.check_supported(config, backend.partition(" ")[0])
     except ConfigError as error:
         return str(error).partition(",")[0].replace("found ", "")
     return None

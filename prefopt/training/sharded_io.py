@@ -44,7 +44,7 @@ def save_model(
     tensors = adapter_saving.tensors(lm)
 
     def gather(name: str) -> torch.Tensor:
-        value = backend.gathered(tensors[name])
+        value = backend.full_tensor(tensors[name])
         return value.to(getattr(torch, dtype)) if dtype is not None and value.is_floating_point() else value
 
     if adapters.has_adapter(lm):  # small, and written by peft
@@ -79,7 +79,7 @@ def save_frozen(
 ) -> list[Path]:
     """Write weights that are not the policy's, such as a reference's. As `save_model`."""
     sizes = _sizes(weights, backend.config.model.dtype)
-    return _save_tensors(backend, folder, stem, sizes, lambda name: backend.gathered(weights[name]), max_shard_mb)[0]
+    return _save_tensors(backend, folder, stem, sizes, lambda name: backend.full_tensor(weights[name]), max_shard_mb)[0]
 
 
 def load_frozen(backend: Backend, folder: Path, stem: str, weights: Mapping[str, nn.Parameter]) -> None:
@@ -98,7 +98,7 @@ def load_frozen(backend: Backend, folder: Path, stem: str, weights: Mapping[str,
     for path in files:
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 - it is no mapping
-                backend.put(weights[name], file.get_tensor(name))
+                backend.set_full_tensor(weights[name], file.get_tensor(name))
 
 
 def _save_tensors(
@@ -136,7 +136,7 @@ def _save_tensors(
 def save_optimizer(backend: Backend, folder: Path, max_shard_mb: float) -> list[Path]:
     """Write what the optimizer keeps, by the number of the parameter. As `save_model`."""
     state = backend.optimizer_state()
-    sizes = {number: _STATE_BYTES * sharding.numel(p) for number, p in enumerate(backend.trained())}
+    sizes = {number: _STATE_BYTES * sharding.numel(p) for number, p in enumerate(backend.trained_parameters())}
     runs = cut(sizes, int(max_shard_mb * 1e6))
 
     def save(number: int, values: dict[int, dict[str, Any]]) -> Path:

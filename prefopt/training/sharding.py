@@ -75,10 +75,10 @@ def gathered(*some: nn.Module | None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def gathered_tensors(some: Sequence[nn.Parameter], from_first: bool = False) -> Iterator[None]:
+def gathered_tensors(some: Sequence[nn.Parameter], from_rank_0: bool = False) -> Iterator[None]:
     """The same of single weights.
 
-    Args: from_first: what the first process makes of them is what they are afterwards.
+    Args: from_rank_0: what the first process makes of them is what they are afterwards.
     """
     sharded = [p for p in some if hasattr(p, "ds_id")]
     if not sharded:
@@ -86,7 +86,7 @@ def gathered_tensors(some: Sequence[nn.Parameter], from_first: bool = False) -> 
         return
     import deepspeed
 
-    with deepspeed.zero.GatheredParameters(sharded, modifier_rank=0 if from_first else None):
+    with deepspeed.zero.GatheredParameters(sharded, modifier_rank=0 if from_rank_0 else None):
         yield
 
 

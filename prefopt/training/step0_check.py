@@ -17,7 +17,9 @@ from prefopt.training import adapters, compiling, quantized, sharding
 from prefopt.training.forward import Policy, pair_stats, scores_of, statistics_for, token_stats_of
 from prefopt.types import EncodedPair, PairBatch, PairStats, TokenStats
 
-Inside = Callable[[Callable[[], Any]], Any]  # how the unwrapped policy is to be called, see `Backend.inside`
+Inside = Callable[
+    [Callable[[], Any]], Any
+]  # how the unwrapped policy is to be called, see `Backend.run_inside_forward`
 ROWS = 4  # pairs that are checked
 # Largest difference of a token's log-probability, absolute and relative to it.
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}

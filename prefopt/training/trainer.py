@@ -148,7 +148,7 @@ class Trainer:
         self.model, self.optimizer = self.backend.prepare(self.policy, optimizer)
         if config.model.offload_activations:
             self.policy.saving = offload.Offloading(self.policy.lm, pin_memory=runtime.device.type == "cuda")
-        self.layouts, note = choose_layouts(config, self.policy, runtime.device, self.backend.inside)
+        self.layouts, note = choose_layouts(config, self.policy, runtime.device, self.backend.run_inside_forward)
         if note is not None:
             print_rank_0(note)
         self.router_weight = experts.router_weight(self.policy.config, config.model.router_aux_weight)
@@ -295,7 +295,7 @@ class Trainer:
         lr = learning_rate(config, self._steps, step, gone)
         self.backend.set_lr(lr)
         skipped, found = self.backend.step()
-        self.backend.forget_gradients()
+        self.backend.zero_grad()
         norm = found if norm is None else norm
         if not (math.isfinite(norm) or skipped):
             self._stop_on_nonfinite(step, norm, broken)
@@ -436,7 +436,7 @@ class Trainer:
         """Give up the step when any process was asked to stop; all of them hear it at the same point."""
         asked = torch.tensor(float(self.runtime.stop.requested is not None))
         if float(self.runtime.sum(asked)) > 0:
-            self.backend.forget_gradients()
+            self.backend.zero_grad()
             raise _Interrupted
 
     def _stop_on_nonfinite(self, step: int, norm: float, broken: Sequence[tuple[torch.Tensor, PairBatch]]) -> None:
@@ -481,7 +481,7 @@ class Trainer:
         Those that can be are called where the backend gathers weights as modules need them, by all processes together;
         they are not given up. The others are called by the first process, on the whole policy.
         """
-        inside = [one for one in self.evaluators if self.backend.shards and getattr(one, "inside", False)]
+        inside = [one for one in self.evaluators if self.backend.sharded and getattr(one, "inside", False)]
         alone = [one for one in self.evaluators if one not in inside]
 
         def ask(policy: Policy) -> list[Mapping[str, float] | Evaluation] | None:
@@ -494,13 +494,13 @@ class Trainer:
         found: list[Mapping[str, float] | Evaluation] = []
         if inside:
             with preserved_random_state():
-                found += self.backend.inside(lambda: [evaluator(self.policy.lm) for evaluator in inside])
+                found += self.backend.run_inside_forward(lambda: [evaluator(self.policy.lm) for evaluator in inside])
 
         def work(policy: Policy | None) -> dict[str, float] | None:
             more = [] if policy is None else ask(policy)
             return None if more is None else self._keep_evaluations(step, found + more)
 
-        with self.backend.whole() if alone else contextlib.nullcontext() as policy:
+        with self.backend.full_state() if alone else contextlib.nullcontext() as policy:
             figures = self.runtime.on_main_patiently(functools.partial(work, policy))
         if figures is None:
             raise _Interrupted
@@ -627,7 +627,7 @@ class Trainer:
         self.model.eval()
         few = chunk[: step0_check.ROWS]
         layout = self.layouts.of(chunk, self.needs.rows == "pairs")
-        if self.backend.shards:  # all processes must make the same calls
+        if self.backend.sharded:  # all processes must make the same calls
             few, layout = runtime.from_main((few, layout))
         batch = to_device(self._collate(few, layout), runtime.device)
         promised = Structure(self.tokenizer, Rendering(config.data.template_args))
@@ -643,7 +643,7 @@ class Trainer:
             problems = [
                 next(structure, None),
                 step0_check.first_difference(
-                    self.model, self.policy, self.method, few, batch, tol, self.backend.inside
+                    self.model, self.policy, self.method, few, batch, tol, self.backend.run_inside_forward
                 ),
             ]
             if same:
@@ -662,13 +662,13 @@ class Trainer:
     def _check_in_float32(self, pairs: Sequence[EncodedPair], batch: PairBatch) -> tuple[str | None, str]:
         """(what is wrong with the scores of the same rows without rounding, what is to be said of it)."""
         runtime = self.runtime
-        needed = step0_check.float32_bytes(self.policy, self.backend.shards)
+        needed = step0_check.float32_bytes(self.policy, self.backend.sharded)
         short = [1] if needed > step0_check.free_bytes(runtime.device, runtime.world) // 2 else []
         if runtime.gather_objects(short):
             return None, " (not in float32, for want of memory)"
         if "varlen" in (self.policy.attention, self.policy.reference_attention):
             return None, " (not in float32, which flash attention does not know)"
-        with self.backend.whole() as policy, step0_check.in_float32(policy), compiling.eagerly(policy):
+        with self.backend.full_state() as policy, step0_check.in_float32(policy), compiling.eagerly(policy):
             try:
                 problem = step0_check.first_difference(
                     policy, policy, self.method, pairs, batch, step0_check.IN_FLOAT32
@@ -845,7 +845,7 @@ class Trainer:
         """The policy with an exported adapter in its weights. Args: step: of the adapter, None for the last one."""
         if self.runtime.is_main:
             lm: Any = self.policy.lm
-            if self.backend.shards:  # a copy in the host's memory, of this process alone
+            if self.backend.sharded:  # a copy in the host's memory, of this process alone
                 lm = adapter_loading.load_frozen(
                     model_sources.find(str(adapter), self.config.model), self.config.model, "lora.merge"
                 )

@@ -34,7 +34,7 @@ def _gradient(runtime, places, many, dtype, mixed, own):  # noqa: F811
     backend = make_backend(runtime, config)
     wrapped, _ = backend.prepare(policy, make_optimizer(config.optim, lm, fused=False))
     if runtime.backend == "zero3":
-        before = {name: backend.gathered(w).clone() for name, w in lm.state_dict(keep_vars=True).items()}
+        before = {name: backend.full_tensor(w).clone() for name, w in lm.state_dict(keep_vars=True).items()}
     backend.set_lr(1.0)
     wrapped.train()
     found = {}
@@ -51,7 +51,7 @@ def _gradient(runtime, places, many, dtype, mixed, own):  # noqa: F811
     backend.step = kept
     with runtime.accelerator.autocast():
         _step(runtime, backend, lambda batch: _through(wrapped, policy, batch), [[SHORT[:1]] * many, [LONG[:1]] * many])
-    return found or {n: before[n] - backend.gathered(w) for n, w in lm.state_dict(keep_vars=True).items()}
+    return found or {n: before[n] - backend.full_tensor(w) for n, w in lm.state_dict(keep_vars=True).items()}
 
 
 def _once_and_often(runtime, places, dtype, mixed, own):  # noqa: F811

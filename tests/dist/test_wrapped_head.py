@@ -163,7 +163,7 @@ def _trained(runtime, case, places, calls):
                 CALLS[calls](wrapped, policy, collate(SHORT, pad_id=2, columns=("trust",)))
         wrapped.train()
         _step(runtime, backend, lambda batch: CALLS[calls](wrapped, policy, batch), case.shares)
-    return {name: backend.gathered(w).clone() for name, w in lm.state_dict(keep_vars=True).items()}
+    return {name: backend.full_tensor(w).clone() for name, w in lm.state_dict(keep_vars=True).items()}
 
 
 def _through(wrapped, policy, batch):
@@ -203,7 +203,7 @@ def _step(runtime, backend, stats_of, shares):
             loss = sum(term.weight * term.value.sum() / counts[term.name] for term in terms)
             backend.backward(loss * runtime.world, last)
     backend.step()
-    backend.forget_gradients()
+    backend.zero_grad()
 
 
 def _all(runtime, places):
