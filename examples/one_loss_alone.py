@@ -1,4 +1,4 @@
-"""One loss in your own loop: the functions of prefopt.losses take plain tensors and need torch alone.
+"""A prefopt loss in your own training loop: the functions of prefopt.losses take tensors and need torch alone.
 
 Run it: python examples/one_loss_alone.py
 """
@@ -25,7 +25,7 @@ def logps(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
 
 optimizer = torch.optim.Adam([policy], lr=0.05)
 for step in range(51):
-    losses = dpo(  # (pairs,), unreduced: the mean is yours to take
+    losses = dpo(  # (pairs,), unreduced; the caller takes the mean
         logps(policy, chosen) - logps(reference, chosen),
         logps(policy, rejected) - logps(reference, rejected),
         beta=0.5,

@@ -1,4 +1,4 @@
-"""TDPO2 written out from logits as in the paper, beside what prefopt computes: the same loss and the same gradient.
+"""TDPO2 computed from full logits as in the paper, and by prefopt: the loss and the gradient are equal.
 
 Run it: python examples/tdpo_by_hand.py
 """
@@ -13,14 +13,15 @@ torch.set_default_dtype(torch.float64)
 PAIRS, LENGTH, WIDTH, VOCAB = 4, 7, 16, 100
 BETA, ALPHA = 0.1, 0.5
 
-# Hidden states of policy and reference at every position that predicts a completion token; rows: chosen, then rejected.
+# Hidden states of policy and reference at every position that predicts a completion token, (sequences, tokens, width):
+# first the chosen sequences, then the rejected ones.
 hidden = torch.randn(2 * PAIRS, LENGTH, WIDTH)
 ref_hidden = hidden + 0.3 * torch.randn_like(hidden)
 head = torch.randn(VOCAB, WIDTH).requires_grad_()
 ref_head = head.detach().clone()
 tokens = torch.randint(VOCAB, (2 * PAIRS, LENGTH))
 
-# 1. By hand, with all the logits in memory.
+# 1. By hand, with all logits in memory.
 logp = (hidden @ head.T).log_softmax(-1)  # (sequences, tokens, vocabulary)
 ref_logp = (ref_hidden @ ref_head.T).log_softmax(-1)
 logratios = (logp - ref_logp).gather(-1, tokens[..., None]).squeeze(-1).sum(-1)  # (sequences,)
@@ -29,7 +30,7 @@ logit = logratios[:PAIRS] - logratios[PAIRS:] - ALPHA * (seq_kl[PAIRS:] - seq_kl
 by_hand = -torch.sigmoid(BETA * logit).log()
 (hand_gradient,) = torch.autograd.grad(by_hand.mean(), head)
 
-# 2. With prefopt: the kernel never holds the logits, the loss is a function of four vectors.
+# 2. With prefopt: the kernel does not hold all logits, and the loss is a function of four vectors of shape (pairs,).
 stats = token_stats(
     hidden.flatten(0, 1),
     head,
