@@ -5,7 +5,7 @@
 
 A case is a Llama of some shape, with random weights, whose trainer takes two steps over pairs of one length; the peak
 is that of both steps, from torch's record of its CPU allocator. Cases of kind `fit` were used to set the constants of
-`prefopt.planner.plan` and the form of some terms; the others have kind `prediction`.
+`prefopt.planner.memory` and the form of some terms; the others have kind `prediction`.
 """
 
 from __future__ import annotations
@@ -240,27 +240,20 @@ def main() -> None:
 def compared(case: Case, peak: int) -> dict[str, Any]:
     """A row of the table."""
     from prefopt.kernels.token_stats import TILES
-    from prefopt.planner import plan
+    from prefopt.planner.activations import largest_micro_batch
+    from prefopt.planner.memory import Assumptions, memory_of
+    from prefopt.planner.model_counts import read_model
 
     with tempfile.TemporaryDirectory() as folder:
         llama(case.shape).save_pretrained(folder)
         config = case.config(folder)
-        batch = plan.batch_of(config, case.response / (case.prompt + case.response))
-        model = plan.read_model(config, batch)
-    found = plan.memory(
-        config,
-        model,
-        batch,
-        case.engine,
-        case.world,
-        reduce_bucket=BUCKET,
-        overhead=0.0,
-        tiles=TILES["cpu"],
-        overlap=False,
-    )
+        batch = largest_micro_batch(config, case.response / (case.prompt + case.response))
+        model = read_model(config, batch)
+    assumed = Assumptions(reduce_bucket=BUCKET, overhead=0.0, tiles=TILES["cpu"], overlap=False)
+    found = memory_of(config, model, batch, case.engine, case.world, assumed)
     return {
         "used": "fit" if case.fitted else "prediction",
-        "weights": f"{model.weights / 1e6:.1f}M",
+        "weights": f"{model.parameters / 1e6:.1f}M",
         "engine": case.engine,
         "method": case.method,
         "micro_batch": case.micro,

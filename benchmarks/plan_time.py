@@ -48,8 +48,9 @@ def measured(case: plan.Case) -> dict[str, Any]:
     """A row of the table."""
     import torch
 
-    from prefopt.planner import plan as memory
-    from prefopt.planner import plan_report
+    from prefopt.planner.activations import largest_micro_batch
+    from prefopt.planner.model_counts import read_model
+    from prefopt.planner.step_time import seconds as planned_seconds
     from prefopt.settings.plan import PlanConfig
     from prefopt.training import runtime as rt
     from prefopt.training import signals
@@ -71,14 +72,14 @@ def measured(case: plan.Case) -> dict[str, Any]:
             low.append(tflops(tokens, case.shape[0], case.shape[1]))
             high.append(tflops(1024, 1024, 1024))
         config = case.config(folder)
-        model = memory.read_model(config, memory.batch_of(config, case.response / (case.prompt + case.response)))
+        model = read_model(config, largest_micro_batch(config, case.response / (case.prompt + case.response)))
         runtime.accelerator.free_memory()
     speeds = sorted((statistics.median(low), statistics.median(high)))
     own = PlanConfig(gpus=1, tflops=tuple(speeds), prompt_tokens=case.prompt, completion_tokens=case.response)
-    fast, slow = plan_report.seconds(own, config, model, "single process")
+    fast, slow = planned_seconds(own, config, model, "single process")
     took = statistics.median(seconds)
     return {
-        "weights": f"{model.weights / 1e6:.1f}M",
+        "weights": f"{model.parameters / 1e6:.1f}M",
         "method": case.method,
         "pairs": config.train.global_batch,
         "micro_batch": case.micro,

@@ -45,4 +45,4 @@ def test_run_when_started_then_only_what_it_needs_is_imported(command, tmp_path)
     code = "import sys\nfrom prefopt.cli import train\nsys.exit(train(sys.argv[1:]))"
     found, said = loaded(code, *command("dpo", tmp_path / "run", dry_run=True), among=UNUSED, cache=tmp_path)
     assert found == []
-    assert "differs from the defaults:" in said
+    assert "settings that differ from the defaults:" in said

@@ -1,4 +1,4 @@
-"""Whether a run fits on its GPUs, before any model is loaded: the plan of memory against what a GPU has."""
+"""Whether a run fits on its GPUs, before any model is loaded: planned memory against the memory of one GPU."""
 
 from __future__ import annotations
 
@@ -6,19 +6,22 @@ import os
 from typing import TYPE_CHECKING
 
 from prefopt.errors import TrainError
-from prefopt.planner import plan, plan_report
-from prefopt.planner.plan import GB
+from prefopt.planner.advice import advice
+from prefopt.planner.backend_plans import USABLE, micro_batch_of, plans_of
+from prefopt.planner.memory import GB, OPTIMIZER_STATES, memory_of
+from prefopt.planner.model_counts import read_model
+from prefopt.planner.numbers import number
 from prefopt.settings import RunConfig
 from prefopt.settings.plan import PlanConfig
 
 if TYPE_CHECKING:
     from prefopt.training.runtime import Runtime
 
-CERTAIN = 0.85  # of a plan, which was within 15% of what runs held: less than this is not there
+CERTAIN = 0.85  # of a plan: measured runs were within 15% of it, so less than this does not suffice
 
 
 def backend_of(runtime: Runtime) -> str | None:
-    """The backend by the name that a plan has for it, or None for one that it does not know."""
+    """The planner's name of the run's parallel backend, or None for one that it has no formula for."""
     name = runtime.backend
     if name == "fsdp2" and os.environ.get("FSDP_OFFLOAD_PARAMS", "false").lower() == "true":
         return None
@@ -30,39 +33,40 @@ def backend_of(runtime: Runtime) -> str | None:
 
 
 def check(config: RunConfig, backend: str, gpus: int, total: int) -> str | None:
-    """Hold the plan of one rank to the bytes of its GPU.
+    """Compare one rank's plan with the memory of its GPU.
 
-    What is refused is what no length of the rows changes: weights, gradients, the optimizer's state and the reference.
-    Activations are planned for rows of data.max_length, which real ones may be far from, so those only warn.
+    The run is refused for what no length of the sequences changes: weights, gradients, optimizer states and the
+    reference. Activations are planned for sequences of data.max_length, which real ones may be far below, so they only
+    cause a warning.
 
-    Args: backend: one of `plan.BACKENDS`; gpus: ranks; total: bytes of one GPU.
-    Returns: a line to say where it may not fit. Raises: TrainError where it cannot, with what to change.
+    Args: backend: one of `memory.BACKENDS`; gpus: ranks; total: bytes of one GPU.
+    Returns: a warning where the run may not fit. Raises: TrainError where it cannot, with the settings to change.
     """
     half = config.data.max_length // 2
     own = PlanConfig(
         gpus=gpus, gpu_memory=total / GB, prompt_tokens=config.data.max_length - half, completion_tokens=half
     )
-    batch = plan_report.batch_of(own, config)
+    batch = micro_batch_of(own, config)
     try:
-        model = plan.read_model(config, batch)
-    except Exception as error:  # the run says what is wrong with its model; one that no plan knows may be right
-        return f"memory is not planned for this model: {str(error).partition(chr(10))[0]}"
-    found = plan.memory(config, model, batch, backend, gpus)
+        model = read_model(config, batch)
+    except Exception as error:  # the run reports what is wrong with its model; one without a plan may be right
+        return f"warning: the memory of this model cannot be planned: {str(error).partition(chr(10))[0]}"
+    found = memory_of(config, model, batch, backend, gpus)
     held = found.weights + found.gradients + found.reference
-    if config.optim.name in plan._STATES and not config.optim.name.startswith("paged"):
+    if config.optim.name in OPTIMIZER_STATES and not config.optim.name.startswith("paged"):
         held += found.optimizer
-    has = f"found {plan_report.number(total / GB)} GB on its GPU"
     if held * CERTAIN > total:
-        _, rows = plan_report.planned(own, config)
+        _, plans = plans_of(own, config)
         raise TrainError(
-            f"model.path: a rank holds {plan_report.number(held / GB)} GB under {backend} before the first row, {has}; "
-            f"{'; '.join(plan_report.advice(own, config, rows))} (--train.check_memory false goes on regardless)"
+            f"model.path: weights, gradients, optimizer states and reference take {number(held / GB)} GB per rank "
+            f"under {backend}, the GPU has {number(total / GB)} GB; {'; '.join(advice(own, config, plans))} "
+            "(--train.check_memory false starts regardless)"
         )
-    if found.total > plan_report.ROOM * total:
-        _, rows = plan_report.planned(own, config)
+    if found.total > USABLE * total:
+        _, plans = plans_of(own, config)
         return (
-            f"warning: rows of data.max_length need about {plan_report.number(found.total / GB)} GB of a rank under "
-            f"{backend}, {has}; "
-            f"should it not fit: {'; '.join(plan_report.advice(own, config, rows))}"
+            f"warning: with sequences of data.max_length a rank needs about {number(found.total / GB)} GB under "
+            f"{backend}, the GPU has {number(total / GB)} GB; if the run is out of memory: "
+            f"{'; '.join(advice(own, config, plans))}"
         )
     return None

@@ -100,7 +100,9 @@ def test_run_when_sources_have_weights_then_its_report_says_what_an_epoch_takes(
     settings |= {"train__tokens_per_batch": 400, "dry_run": "true"}
     ended = server.train(command("dpo", tmp_path / "run", **settings), cwd=tmp_path)
     assert ended.status == 0, ended.err
-    assert "none.jsonl" not in ended.out.partition("differs from the defaults")[0], "a source of weight 0 is left out"
+    assert "none.jsonl" not in ended.out.partition("settings that differ from the defaults")[0], (
+        "a source of weight 0 is left out"
+    )
     assert (
         "an epoch takes 40 pairs by weight:\n"
         "  few.jsonl: 30 (75.0%), each of its 10 3 times\n"

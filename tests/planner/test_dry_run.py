@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import pytest
 
 from prefopt.data.loader import FileBatches
-from prefopt.planner import dry_run, plan
+from prefopt.planner import dry_run
+from prefopt.planner.memory import GB
 from prefopt.settings import from_dict, parse, rate_source
 from prefopt.types import EncodedPair
 
@@ -30,7 +31,7 @@ def lines_of(argv, task, runtime=CPU, total=None, count=10):
 def test_differences_when_settings_are_given_then_stand_with_their_defaults_and_nothing_else():
     config = parse(["--method", "tdpo", *REAL, "--optim.lr", "2e-5", "--method.alpha", "0.3", "--track.to", "wandb"])
     assert dry_run.differences(config) == [
-        "differs from the defaults:",
+        "settings that differ from the defaults:",
         "  method.alpha: 0.3 (default none)",
         "  model.path: m (default none)",
         "  data.train: d.jsonl (default none)",
@@ -42,23 +43,26 @@ def test_differences_when_settings_are_given_then_stand_with_their_defaults_and_
 def test_differences_on_the_testbed_keep_its_own_defaults_apart():
     _, *lines = dry_run.differences(parse(["--method", "dpo", "--seed", "3"]))
     assert lines[0] == "  seed: 3 (default 0)"
-    assert lines[1].startswith("  the testbed's own: method.beta 1, optim.lr 0.002, ")
+    assert lines[1].startswith("  testbed defaults: method.beta 1, optim.lr 0.002, ")
     assert len(lines) == 2
 
 
 def test_plan_when_the_data_is_read_then_counts_steps_rates_and_tokens_by_hand(task):
     flags = ["dpo", "--train.global_batch", "4", "--train.micro_batch", "2", "--train.epochs", "2"]
     found = lines_of([*flags, "--optim.lr", "1e-3", "--eval.every", "4"], task)
-    assert found["steps"] == "6 of 4 pairs, 2 epochs of 3 steps, 2 forward passes a step and process"
+    assert found["steps"] == "6 of 4 pairs, 2 epochs of 3 steps, 2 forward passes per step and rank"
     # warm-up of ceil(0.1 x 6) = 1 step, then 5 steps down from the peak: the last one at 1/5 of it
     assert found["schedule"] == (
         "linear, peak 0.001 (given as optim.lr) from step 1, 0.001 at step 1, 0.0002 at step 6"
     )
-    assert found["evaluations"] == "3: one before step 1, every 4 steps and at the end, of 7 held-out pairs"
-    # (4 + 3) + (4 + 5) input tokens, 2 + 5 of them scored; 10 pairs, twice
-    assert found["tokens"] == "16 input and 7 completion tokens a pair on average; about 320 input tokens in the run"
-    assert re.match(r"[\d.]+ (kB|MB) for one rank \(single process\): ", found["memory"])
-    assert found["time"].startswith("no plan for a CPU; under 1 ms a step")
+    assert found["evaluations"] == "3: one before step 1, every 4 steps and at the end, on 7 held-out pairs"
+    # (4 + 3) + (4 + 5) input tokens, 2 + 5 of them in completions; 10 pairs, twice
+    assert (
+        found["tokens"]
+        == "16 input tokens and 7 completion tokens per pair on average; about 320 input tokens in the run"
+    )
+    assert re.match(r"[\d.]+ (kB|MB) per rank \(single process\): ", found["memory"])
+    assert found["time"].startswith("not estimated for a CPU; under 1 ms per step")
 
 
 def test_plan_when_a_run_is_longer_than_anybody_waits_then_it_is_there_at_once(task):
@@ -68,15 +72,15 @@ def test_plan_when_a_run_is_longer_than_anybody_waits_then_it_is_there_at_once(t
 
 def test_plan_when_only_the_chosen_side_is_read_then_counts_that(task):
     found = lines_of(["sft", "--eval.at_start", "false", "--train.max_steps", "100"], task)
-    assert found["tokens"].startswith("7 input and 2 completion tokens a pair")
+    assert found["tokens"].startswith("7 input tokens and 2 completion tokens per pair")
     assert "peak 2e-5 (the default of method sft: Tülu 2, arXiv 2311.10702)" in found["schedule"]
-    assert found["evaluations"] == "1: every 100 steps and at the end, of 7 held-out pairs"
+    assert found["evaluations"] == "1: every 100 steps and at the end, on 7 held-out pairs"
 
 
 def test_plan_when_there_is_a_gpu_then_holds_the_memory_to_it_and_has_a_time(task):
-    found = lines_of(["tdpo"], task, total=int(80 * plan.GB))
-    assert " of the GPU's 80 GB for one rank" in found["memory"]
-    assert found["time"].startswith("under 1 ms a step, ")
+    found = lines_of(["tdpo"], task, total=int(80 * GB))
+    assert " of the GPU's 80 GB per rank" in found["memory"]
+    assert found["time"].startswith("under 1 ms per step, ")
     assert found["time"].endswith("on 1 GPU(s) of 20 to 45 TFLOPS")
 
 
@@ -84,21 +88,21 @@ def test_plan_when_there_is_a_gpu_then_holds_the_memory_to_it_and_has_a_time(tas
 def test_plan_when_a_budget_ends_the_run_then_says_so(flags, task):
     found = lines_of(["dpo", *flags], task)
     assert found["steps"].startswith(("until 5,000 input tokens are spent", "until 60 s are spent"))
-    assert found["schedule"].endswith("over the share of the budget that is spent")
+    assert found["schedule"].endswith("as a function of the fraction of the budget that is spent")
 
 
 def test_plan_where_none_can_be_made_is_one_line_with_the_reason(task, monkeypatch):
     unknown = SimpleNamespace(**vars(CPU) | {"backend": "zero2", "described_backend": "ZeRO-2 + offload"})
     unknown.offloaded = ("optimizer",)
     assert lines_of(["dpo"], task, runtime=unknown)["memory and time"] == (
-        "no plan for the parallel backend ZeRO-2 + offload"
+        "not estimated for the parallel backend ZeRO-2 + offload"
     )
 
     def refuse(*_):
         raise ValueError("no list of layers\nmore")
 
-    monkeypatch.setattr(plan, "read_model", refuse)
-    assert lines_of(["dpo"], task)["memory and time"] == "no plan for this model: no list of layers"
+    monkeypatch.setattr(dry_run, "read_model", refuse)
+    assert lines_of(["dpo"], task)["memory and time"] == "not estimated for this model: no list of layers"
 
 
 def test_plan_of_rounds_counts_what_is_sampled_at_most(task):
@@ -107,18 +111,18 @@ def test_plan_of_rounds_counts_what_is_sampled_at_most(task):
     found = dry_run.of_rounds(config, CPU, [20, 21], str(task.model), None)
     assert found[1:5] == [
         "  rounds: 2, of 20 to 21 prompts with 3 completions each",
-        "  steps: at most 3 a round, 8 pairs each: a prompt gives one pair or none",
+        "  steps: at most 3 per round, of 8 pairs each; each prompt gives at most one pair",
         "  schedule: linear, peak 1e-6 (prefopt's default for all methods without one of their own), in each round",
         "  tokens: at most 738 sampled in 123 completions",
     ]
-    assert found[-1].startswith("  time: no plan, since")
+    assert found[-1].startswith("  time: not estimated; ")
 
 
 def test_dry_run_prints_the_plan_and_every_setting_only_where_asked(server, command, tmp_path):
     ended = server.train(command("sft", tmp_path / "run", dry_run="config", without=("optim.lr",)))
     assert ended.status == 0, ended.err
     shown, _, resolved = ended.out.partition("resolved config:\n")
-    assert "differs from the defaults:" in shown
+    assert "settings that differ from the defaults:" in shown
     assert "schedule: linear, peak 2e-5 (the default of method sft" in shown
     assert "kernel:" in resolved
     assert not (tmp_path / "run").exists()

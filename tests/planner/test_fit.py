@@ -1,4 +1,4 @@
-"""Whether a run fits: what is refused, what is only said, and that both come before any model is loaded."""
+"""Whether a run fits: what is refused, what is only warned of, and that both come before any model is loaded."""
 
 import json
 import os
@@ -10,7 +10,7 @@ import pytest
 
 from prefopt.errors import TrainError
 from prefopt.planner import fit
-from prefopt.planner.plan import GB
+from prefopt.planner.memory import GB
 from prefopt.settings import parse
 from prefopt.training.runtime import Runtime
 from tests.fork_server import ROOT
@@ -33,16 +33,17 @@ def test_run_whose_weights_and_state_alone_are_more_than_the_gpu_is_refused_with
         fit.check(config(big, *flags), "ddp", 8, int(80 * GB))
     # 4 bytes each of weights, gradients and reference, 8 of AdamW's state
     assert str(error.value).startswith(
-        "model.path: a rank holds 161 GB under ddp before the first row, found 80 GB on "
+        "model.path: weights, gradients, optimizer states and reference take 161 GB per rank under ddp, "
+        "the GPU has 80 GB; "
     )
     assert "; recommended: zero" in str(error.value)
     assert "(--config_file configs/accelerate/zero" in str(error.value)
-    assert str(error.value).endswith("(--train.check_memory false goes on regardless)")
+    assert str(error.value).endswith("(--train.check_memory false starts regardless)")
     assert "\n" not in str(error.value)
 
 
-def test_run_that_no_backend_fits_is_told_the_settings_to_change(big):
-    with pytest.raises(TrainError, match=r"nothing fits as it is; change --train.micro_batch 1, .*: .* then needs"):
+def test_run_that_no_backend_fits_is_refused_with_the_settings_to_change(big):
+    with pytest.raises(TrainError, match=r"no backend fits; change --train.micro_batch 1, .*: .* then needs"):
         fit.check(config(big), "single process", 1, int(24 * GB))
 
 
@@ -55,13 +56,13 @@ def test_refusal_leaves_room_for_what_a_plan_may_be_off(big):
 
 def test_rows_as_long_as_they_may_be_are_no_reason_to_refuse_but_to_warn(big):
     flags = ("--lora.r", "8", "--model.dtype", "bfloat16", "--data.max_length", "8192", "--train.micro_batch", "16")
-    said = fit.check(config(big, *flags), "ddp", 8, int(80 * GB))
-    assert said.startswith("warning: rows of data.max_length need about ")
-    assert "should it not fit: " in said
-    assert "--train.micro_batch 1" in said
+    warning = fit.check(config(big, *flags), "ddp", 8, int(80 * GB))
+    assert warning.startswith("warning: with sequences of data.max_length a rank needs about ")
+    assert "; if the run is out of memory: " in warning
+    assert "--train.micro_batch 1" in warning
 
 
-def test_run_that_fits_is_not_spoken_of(big):
+def test_run_that_fits_has_no_warning(big):
     flags = ("--train.mixed_precision", "bf16", "--model.gradient_checkpointing", "true", "--train.micro_batch", "2")
     assert fit.check(config(big, *flags), "zero3", 8, int(80 * GB)) is None
 
@@ -76,9 +77,9 @@ def test_state_that_may_be_elsewhere_is_not_held_against_a_run(big):
 
 def test_model_that_no_plan_can_be_made_of_is_left_to_the_run(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "no_such_type"}')
-    said = fit.check(config(str(tmp_path)), "ddp", 8, int(80 * GB))
-    assert said.startswith("memory is not planned for this model: ")
-    assert "\n" not in said
+    warning = fit.check(config(str(tmp_path)), "ddp", 8, int(80 * GB))
+    assert warning.startswith("warning: the memory of this model cannot be planned: ")
+    assert "\n" not in warning
 
 
 def deepspeed(backend, settings):
@@ -117,6 +118,8 @@ def test_run_on_a_gpu_that_is_too_small_ends_in_one_line_before_any_model_is_loa
 
     refused = ended()
     assert refused.returncode == 2
-    assert refused.stderr.splitlines()[-1].startswith("error: model.path: a rank holds ")
+    assert refused.stderr.splitlines()[-1].startswith(
+        "error: model.path: weights, gradients, optimizer states and reference take "
+    )
     assert "policy: " not in refused.stdout
     assert ended("--train.check_memory", "false").returncode == 0

@@ -2,8 +2,13 @@
 
 import pytest
 
-from prefopt.planner import plan, plan_report
-from prefopt.planner.plan import GB
+from prefopt.planner import plan_report
+from prefopt.planner.advice import advice, in_16_bits, recommended
+from prefopt.planner.backend_plans import micro_batch_of, plans_of
+from prefopt.planner.memory import BACKENDS, GB
+from prefopt.planner.model_counts import read_model
+from prefopt.planner.numbers import number, span
+from prefopt.planner.step_time import flops
 from prefopt.settings.plan import parse_plan
 
 SMALL = (256, 688, 6, 4, 4, 8192, False)
@@ -36,20 +41,18 @@ def models(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def planned(models):
-    """(the model, {backend: row}) of a run with these flags."""
+    """(the model, {backend: plan}) of a run with these flags."""
 
     def planned(*flags, model="small", method="tdpo", **own):
         words = [word for name, value in own.items() for word in (f"--{name}", str(value))]
-        found, rows = plan_report.planned(
-            *parse_plan(["--method", method, "--model.path", models[model], *words, *flags])
-        )
-        return found, {row.memory.backend: row for row in rows}
+        found, plans = plans_of(*parse_plan(["--method", method, "--model.path", models[model], *words, *flags]))
+        return found, {plan.memory.backend: plan for plan in plans}
 
     return planned
 
 
 def backends(planned, *flags, **own):
-    return {name: row.memory for name, row in planned(*flags, **own)[1].items()}
+    return {name: plan.memory for name, plan in planned(*flags, **own)[1].items()}
 
 
 BF16 = ("--train.mixed_precision", "bf16")
@@ -63,16 +66,16 @@ def test_parameters_are_those_of_the_formula(planned):
     hidden, intermediate, layers, _, _, vocabulary, _ = SMALL
     layer = 4 * hidden**2 + 3 * hidden * intermediate
     assert model.matrices == layers * layer
-    assert model.layer == layer + 2 * hidden
-    assert model.weights == 2 * vocabulary * hidden + layers * (layer + 2 * hidden) + hidden
+    assert model.largest_layer == layer + 2 * hidden
+    assert model.parameters == 2 * vocabulary * hidden + layers * (layer + 2 * hidden) + hidden
     assert planned(*LORA)[0].trained == layers * 8 * (8 * hidden + 3 * (hidden + intermediate))
-    assert planned(model="big")[0].weights == 8_030_261_248
+    assert planned(model="big")[0].parameters == 8_030_261_248
 
 
 def test_a_tied_head_counts_once(planned):
     model, _ = planned(model="middle")
     assert model.tied
-    assert model.weights == 1_235_814_400
+    assert model.parameters == 1_235_814_400
 
 
 def test_bytes_at_rest_are_those_of_the_papers_arithmetic(planned):
@@ -80,7 +83,7 @@ def test_bytes_at_rest_are_those_of_the_papers_arithmetic(planned):
 
     Gradients add up in float32: 4 bytes in place of 2, beside the 2 of the last micro-batch where ZeRO-1 holds them.
     """
-    weights = planned()[0].weights
+    weights = planned()[0].parameters
     one, zero1, zero2, zero3, fsdp2 = (
         backends(planned, *flags, gpus=4)[name]
         for name, flags in (
@@ -151,8 +154,8 @@ def test_a_method_that_reads_no_reference_holds_none(planned):
 
 def test_a_classifier_has_one_row_of_head_and_no_logits(planned):
     model, rows = planned(method="reward_model")
-    assert model.head == model.hidden
-    assert model.weights == planned()[0].weights - (model.vocabulary - 1) * model.hidden
+    assert model.head == model.hidden_size
+    assert model.parameters == planned()[0].parameters - (model.vocabulary - 1) * model.hidden_size
     assert rows["ddp"].memory.head == rows["ddp"].memory.reference == 0
     assert planned(*LORA, method="reward_model")[0].trained < model.trained
 
@@ -176,7 +179,7 @@ def test_activations_grow_with_rows_and_layers_as_they_do(planned):
 )
 def test_recommended_backend(planned, flags, own, expected):
     rows = list(planned(*flags, **own)[1].values())
-    assert plan_report.recommended(rows).memory.backend in expected
+    assert recommended(rows).memory.backend in expected
 
 
 def test_communication_slows_what_communicates(planned):
@@ -192,16 +195,16 @@ def test_flops_are_six_for_each_weight_and_token_and_two_for_the_reference(model
     own, config = parse_plan(
         ["--method", "dpo", "--model.path", models["small"], "--data.max_length", "4", "--train.layout", "padded"]
     )
-    model = plan.read_model(config, plan_report.batch_of(own, config))
-    backbone, head = 8 * 4 * model.matrices, 2 * model.vocabulary * model.hidden * (1 + 2 + 1)
-    assert plan_report.flops(own, config, model) == pytest.approx(64 * 2 * (backbone + 2 * head), rel=0.01)
+    model = read_model(config, micro_batch_of(own, config))
+    backbone, head = 8 * 4 * model.matrices, 2 * model.vocabulary * model.hidden_size * (1 + 2 + 1)
+    assert flops(own, config, model) == pytest.approx(64 * 2 * (backbone + 2 * head), rel=0.01)
 
 
-def test_page_when_nothing_fits_then_says_what_to_change(models):
+def test_page_when_nothing_fits_then_names_the_settings_to_change(models):
     page = plan_report.report(*parse_plan(["--method", "dpo", "--model.path", models["big"], "--gpus", "1"]))
     assert "recommended" not in page
     last = page.splitlines()[-1]
-    assert last.startswith("nothing fits as it is; change --train.micro_batch 1, --model.gradient_checkpointing true")
+    assert last.startswith("no backend fits; change --train.micro_batch 1, --model.gradient_checkpointing true")
     assert "single process then needs" in last
 
 
@@ -213,9 +216,12 @@ def test_command_prints_a_row_for_each_backend_and_the_cache(server, models, tmp
     )
     assert ended.status == 0, ended.err
     table = {line.partition("  ")[0]: line for line in ended.out.splitlines()}
-    assert [*plan.BACKENDS] == [name for name in table if name in plan.BACKENDS]
+    assert [*BACKENDS] == [name for name in table if name in BACKENDS]
     # 1000 pairs, two sides, 512 tokens each, 256 wide in two bytes
-    assert f"cache of the reference for 1,000 pairs: hidden {1000 * 2 * 512 * 256 * 2 / GB:.3g} GB" in ended.out
+    assert (
+        f"reference cache of 1,000 pairs on disk: {1000 * 2 * 512 * 256 * 2 / GB:.3g} GB with reference.cache hidden"
+        in ended.out
+    )
     assert ended.out.splitlines()[-1].startswith("recommended: ")
     assert list(tmp_path.iterdir()) == []
 
@@ -253,26 +259,23 @@ def test_a_model_that_is_not_there_is_one_line(server, tmp_path, flags, expected
     assert expected in ended.err
 
 
-def test_a_run_in_float32_is_told_of_bf16_where_that_is_much_faster(models):
+def test_a_run_in_float32_when_bf16_is_much_faster_then_is_advised_to_take_it(models):
     words = ["--method", "tdpo", "--model.path", models["middle"], "--gpus", "8"]
     own, config = parse_plan(words)
-    lines = plan_report.advice(own, config, plan_report.planned(own, config)[1])
+    lines = advice(own, config, plans_of(own, config)[1])
     assert lines[1].startswith("recommended: --train.mixed_precision bf16 with ")
-    assert lines[0].startswith("as it is, in float32: ")
-    slow, fast = (
-        plan_report.recommended(plan_report.planned(own, c)[1]).seconds
-        for c in (config, plan_report.in_16_bits(own, config))
-    )
+    assert lines[0].startswith("with these settings, in float32: ")
+    slow, fast = (recommended(plans_of(own, c)[1]).seconds for c in (config, in_16_bits(own, config)))
     assert slow[1] > 3 * fast[1]
-    assert f"{plan_report.span(fast)} s a step in place of {plan_report.span(slow)}" in lines[1]
-    for flags in (BF16, ("--tflops", "10,20")):  # nothing is left to say, or speeds are the user's
+    assert f"{span(fast)} s per step instead of {span(slow)}" in lines[1]
+    for flags in (BF16, ("--tflops", "10,20")):  # it is bf16 already, or the speeds are the user's
         own, config = parse_plan([*words, *flags])
-        assert plan_report.in_16_bits(own, config) is None
+        assert in_16_bits(own, config) is None
 
 
 def test_hosts_memory_of_a_node_is_that_of_the_ranks_on_it(planned):
     model, rows = planned(model="middle", gpus=16, gpus_per_node=4)
-    both = 4 * 2 * model.weights  # policy and reference in float32, as they are read
+    both = 4 * 2 * model.parameters  # policy and reference in float32, as they are read
     assert rows["single process"].host == both
     assert rows["ddp"].host == rows["fsdp2"].host == 4 * both
     assert rows["zero3"].host == 4 * both / 16
@@ -287,7 +290,7 @@ def test_hours_of_an_epoch_are_its_steps(planned):
 
 
 @pytest.mark.parametrize(
-    ("value", "said"),
+    ("value", "text"),
     [
         (1224.4, "1,224"),
         (999.7, "1,000"),
@@ -298,5 +301,5 @@ def test_hours_of_an_epoch_are_its_steps(planned):
         (1e9, "1,000,000,000"),
     ],
 )
-def test_numbers_have_no_exponent(value, said):
-    assert plan_report.number(value) == said
+def test_numbers_have_no_exponent(value, text):
+    assert number(value) == text
