@@ -63,8 +63,9 @@ def count_saved(
 
     A model of two layers is run; its second layer stands for each of the `layers` of the model.
 
-    Args: start: what training starts from (`model_sources.find`). autocast: whether mixed precision is autocast's, and not
-        a backend's that holds 16-bit weights.
+    Args:
+        start: what training starts from (`model_sources.find`).
+        autocast: whether mixed precision is autocast's, and not a backend's that holds 16-bit weights.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from prefopt.planner.activations import BYTES
 from prefopt.planner.advice import advice
 from prefopt.planner.backend_plans import BackendPlan, micro_batch_of, pairs_of, plans_of
-from prefopt.planner.memory import GB
+from prefopt.planner.memory import GB, GPU_OVERHEAD
 from prefopt.planner.model_counts import ModelCounts
 from prefopt.planner.numbers import gigabytes, number, span
 from prefopt.planner.step_time import flops, speeds
@@ -44,9 +44,10 @@ def report(own: PlanConfig, config: RunConfig) -> str:
         f"micro-batch: {batch.rows} sequences of up to {batch.width} tokens, {batch.completion_tokens} of them in "
         "completions" + ("; gradient checkpointing" if config.model.gradient_checkpointing else ""),
         f"reference: {reference_line(config, model)}",
-        f"GB per GPU, for {own.gpus} GPU(s) of {number(own.gpu_memory)} GB; total is the peak, which is less than the "
-        "sum of the columns since they do not peak together;",
-        f"host is the peak of one node's host memory, in GB, with {node_ranks} rank(s) per node",
+        "",
+        f"GB per GPU, for {own.gpus} GPU(s) of {number(own.gpu_memory)} GB; total: the largest sum at one time, with "
+        f"{number(GPU_OVERHEAD / GB)} GB for CUDA and NCCL (the columns do not peak together);",
+        f"host: GB of host memory that a node of {node_ranks} rank(s) needs at most",
         "",
         *table(plans),
         "",
