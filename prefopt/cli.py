@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from prefopt import settings
-from prefopt.exits import about, exit_status
+from prefopt.exits import exit_status, record_settings
 from prefopt.redaction import printable
 from prefopt.training import weight_files
 from prefopt.training.runtime import Runtime, silence_deepspeed
@@ -29,7 +29,7 @@ def _train(argv: Sequence[str]) -> int:
 
     join_step()
     config = settings.parse(argv)
-    about(config.to_dict(), Path(config.output))
+    record_settings(config.to_dict(), Path(config.output))
     if config.rounds.count:
         from prefopt.run.rounds_command import rounds_here
 
@@ -60,7 +60,7 @@ def infer(argv: Sequence[str]) -> int:
 
     def run(argv: Sequence[str]) -> int:
         config = parse_infer(argv)
-        about(dataclasses.asdict(config), Path(config.output) if config.output else None)
+        record_settings(dataclasses.asdict(config), Path(config.output) if config.output else None)
         from prefopt.inference import infer as inference
 
         return inference.run(config)
@@ -76,7 +76,7 @@ def data(argv: Sequence[str]) -> int:
         from prefopt.run.data_command import preview_data
 
         config = parse_data(argv)
-        about(dataclasses.asdict(config))
+        record_settings(dataclasses.asdict(config))
         return preview_data(config)
 
     return _command("data", argv, data_help, run)
@@ -95,7 +95,7 @@ def plan(argv: Sequence[str]) -> int:
 
     def run(argv: Sequence[str]) -> int:
         own, config = parse_plan(argv)
-        about(config.to_dict())
+        record_settings(config.to_dict())
         weight_files.check_path("model.path", str(config.model.path))
         from prefopt.planner.plan_report import report
 

@@ -30,12 +30,12 @@ _HINTS = {
     **dict.fromkeys((errno.EIO, errno.ESTALE), "the disk or the file server failed; run the same command again"),
     **dict.fromkeys((errno.ENXIO, errno.ENODEV), "expected a regular file"),
 }
-_about: contextvars.ContextVar[dict[str, Any]] = contextvars.ContextVar("about")
+_recorded: contextvars.ContextVar[dict[str, Any]] = contextvars.ContextVar("recorded")
 
 
-def about(settings: Mapping[str, Any], output: Path | None = None) -> None:
+def record_settings(settings: Mapping[str, Any], output: Path | None = None) -> None:
     """Record the command's settings and output folder, for the report of an unexpected error."""
-    found = _about.get(None)
+    found = _recorded.get(None)
     if found is not None:
         found |= {"settings": settings, "output": output}
 
@@ -45,7 +45,7 @@ def exit_status(command: str, argv: Sequence[str], run: Callable[[], int]) -> in
 
     Returns: the status of `run`; 2 for an error that a user can fix; 1 for any other error.
     """
-    token = _about.set({})
+    token = _recorded.set({})
     with guarded_output():
         try:
             return run()
@@ -62,7 +62,7 @@ def exit_status(command: str, argv: Sequence[str], run: Callable[[], int]) -> in
         except Exception as error:
             return _unexpected(command, argv, error)
         finally:
-            _about.reset(token)
+            _recorded.reset(token)
 
 
 def _text(name: Any) -> str:
@@ -80,9 +80,8 @@ def _traceback(error: BaseException) -> str:
 
 def _unexpected(command: str, argv: Sequence[str], error: Exception) -> int:
     if isinstance(error, BrokenPipeError) and error.filename is None:
-        with contextlib.suppress(
-            OSError, ValueError, AttributeError
-        ):  # so that Python does not write there when it exits
+        # so that Python does not write there when it exits
+        with contextlib.suppress(OSError, ValueError, AttributeError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         _print_line("standard output or a connection was closed by the other end")
         return _FAILED
@@ -97,7 +96,7 @@ def _unexpected(command: str, argv: Sequence[str], error: Exception) -> int:
     elif isinstance(error, MemoryError):
         fix = "; host memory is exhausted"
     found = printable(str(error).strip())[:300]
-    _print_line(f"{command} failed: {type(error).__name__}{f': {found}' if found else ''} (unforeseen; {where}){fix}")
+    _print_line(f"{command} failed: {type(error).__name__}{f': {found}' if found else ''} (unexpected; {where}){fix}")
     return _FAILED
 
 
@@ -114,7 +113,7 @@ def _report(command: str, argv: Sequence[str]) -> str:
     """Command, settings, versions and environment of the failed run, with secrets removed."""
     import yaml
 
-    found = _about.get({})
+    found = _recorded.get({})
     arguments = list(argv)
     for i, argument in enumerate(arguments):
         name, equals, _ = argument.partition("=")
@@ -142,7 +141,7 @@ def _write(text: str) -> str | None:
     """
     from prefopt.testbed.cache import cache_root
 
-    output = _about.get({}).get("output")
+    output = _recorded.get({}).get("output")
     places = [output] if output is not None and output.is_dir() else []
     name = f"crash-{time.strftime('%Y%m%d-%H%M%S')}-rank{launcher.rank()}-{os.getpid()}.txt"
     for folder in (*places, cache_root() / "crashes", Path(tempfile.gettempdir())):

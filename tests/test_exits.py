@@ -73,16 +73,16 @@ def test_the_report_lies_in_the_output_folder_with_the_settings(monkeypatch, cap
 
 def test_the_traceback_is_printed_where_debugging_is_asked_for(monkeypatch, capsys):
     monkeypatch.setenv(exits.DEBUG, "1")
-    assert exits.answered("train", [], raises(RuntimeError("odd"))) == 1
+    assert exits.exit_status("train", [], raises(RuntimeError("odd"))) == 1
     assert "Traceback (most recent call last)" in capsys.readouterr().err
-    assert exits.answered("train", [], raises(ConfigError("odd"))) == 2
+    assert exits.exit_status("train", [], raises(ConfigError("odd"))) == 2
     assert "Traceback (most recent call last)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("leaves", [KeyboardInterrupt, SystemExit(75), SystemExit(0)])
 def test_what_asks_to_leave_is_no_failure(leaves):
     with pytest.raises((KeyboardInterrupt, SystemExit)) as caught:
-        exits.answered("train", [], raises(leaves))
+        exits.exit_status("train", [], raises(leaves))
     assert getattr(caught.value, "code", 75) in (0, 75)
 
 
@@ -91,7 +91,7 @@ def test_what_asks_to_leave_is_no_failure(leaves):
 )
 def test_a_file_that_cannot_be_used_is_a_users_line(capsys, number):
     code = getattr(errno, number)
-    assert exits.answered("train", [], raises(OSError(code, os.strerror(code), "a\nb.txt"))) == 2
+    assert exits.exit_status("train", [], raises(OSError(code, os.strerror(code), "a\nb.txt"))) == 2
     _, err = capsys.readouterr()
     assert err.startswith(f"error: a\\nb.txt: {os.strerror(code)}; ")
     assert err.count("\n") == 1
@@ -100,7 +100,7 @@ def test_a_file_that_cannot_be_used_is_a_users_line(capsys, number):
 def test_no_report_can_be_written_then_the_line_says_how_to_see_it(monkeypatch, capsys):
     monkeypatch.setenv("PREFOPT_CACHE", "/proc/none")
     monkeypatch.setattr("tempfile.gettempdir", lambda: "/proc/none")
-    assert exits.answered("plan", [], raises(ValueError())) == 1
+    assert exits.exit_status("plan", [], raises(ValueError())) == 1
     assert capsys.readouterr().err == (
         "error: plan failed: ValueError (unexpected; no report could be written; PREFOPT_DEBUG=1 shows the traceback)\n"
     )

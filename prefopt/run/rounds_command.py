@@ -7,7 +7,7 @@ from pathlib import Path
 
 from prefopt import settings
 from prefopt.errors import ConfigError
-from prefopt.exits import about
+from prefopt.exits import record_settings
 from prefopt.run.context import run_in_context
 from prefopt.run.rounds_processes import run_stages
 from prefopt.run.stage_slice import StageSlice, parse_stage
@@ -38,7 +38,7 @@ def run_rounds(argv: Sequence[str]) -> int:
     flags, jobs = rounds_jobs.options_of(argv)
     flags, stage = parse_stage(flags)
     config = settings.parse(flags)
-    about(config.to_dict(), Path(config.output))
+    record_settings(config.to_dict(), Path(config.output))
     if config.rounds.count == 0:
         raise ConfigError("--rounds.count: not given, expected how many rounds")
     if stage is not None and stage.round > config.rounds.count:
