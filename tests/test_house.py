@@ -178,6 +178,14 @@ def test_the_public_pages_name_no_path_outside_the_repository():
         assert "../shared" not in text, page.name
 
 
+def test_files_are_locked_hashed_and_renamed_by_storage_alone():
+    own = re.compile(r"\b(?:hashlib|fcntl|os\.replace|os\.rename|mkdtemp)\b")
+    for path in FILES:
+        if room_of(name_of(path)) != "storage":
+            found = [line for line in path.read_text().splitlines() if own.search(line.partition("#")[0])]
+            assert not found, f"{path.relative_to(ROOT)}: {found}"
+
+
 def test_links_between_the_pages_lead_somewhere():
     pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")]
     for page in pages:

@@ -12,12 +12,10 @@ import pytest
 import torch
 
 from prefopt.errors import TrainError
-from prefopt.run.rounds_processes import run_stage
 from prefopt.training.launcher import check_launcher
 from prefopt.training.output_folder import OutputLock, prepare_output
 from prefopt.training.random_state import random_state, set_random_state
 from prefopt.training.runtime import set_threads, silence_deepspeed
-from prefopt.training.signals import SAVE_SIGNALS, Stop
 from prefopt.training.weight_files import check_path
 
 HOLD = (
@@ -223,23 +221,6 @@ def test_work_of_the_first_process_may_outlast_what_others_usually_wait_and_move
     from tests.dist.ranks import run_ranks
 
     assert run_ranks(_waits) == [("done no", True)] * 2
-
-
-def test_signals_when_the_command_runs_in_another_thread_then_none_is_handled_and_it_runs_all_the_same():
-    before = {number: signal.getsignal(number) for number in SAVE_SIGNALS}
-    done = []
-
-    def run():
-        stop = Stop()
-        stop.install(1)
-        stop.ignore_late_signal()
-        done.append(run_stage([sys.executable, "-c", "raise SystemExit(3)"], os.environ))
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    thread.join()
-    assert done == [3]
-    assert {number: signal.getsignal(number) for number in SAVE_SIGNALS} == before
 
 
 @pytest.mark.parametrize(

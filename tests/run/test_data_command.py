@@ -12,7 +12,7 @@ from prefopt import registry
 from prefopt.errors import ConfigError
 from prefopt.settings.data import data_help, parse_data
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
