@@ -178,10 +178,10 @@ def test_the_public_pages_name_no_path_outside_the_repository():
         assert "../shared" not in text, page.name
 
 
-def test_files_are_locked_hashed_and_renamed_by_storage_alone():
+def test_only_storage_locks_hashes_and_renames_files():
     own = re.compile(r"\b(?:hashlib|fcntl|os\.replace|os\.rename|mkdtemp)\b")
     for path in FILES:
-        if room_of(name_of(path)) != "storage":
+        if part_of(name_of(path)) != "storage":
             found = [line for line in path.read_text().splitlines() if own.search(line.partition("#")[0])]
             assert not found, f"{path.relative_to(ROOT)}: {found}"
 
