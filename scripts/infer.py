@@ -1,4 +1,4 @@
-"""Answer prompts with a model, its thoughts hidden: `python scripts/infer.py --model DIR --prompts prompts.jsonl`."""
+"""Answer prompts with a model and hide its thoughts: `python scripts/infer.py --model DIR --prompts prompts.jsonl`."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Memory and time of a run before it starts: `python scripts/plan.py --method dpo --model.path DIR --gpus 8`."""
+"""Estimate memory and time of a run: `python scripts/plan.py --method dpo --model.path DIR --gpus 8`."""
 
 import sys
 from pathlib import Path

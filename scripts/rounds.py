@@ -1,4 +1,4 @@
-"""Rounds, each stage in a process of its own: `python scripts/rounds.py --method sppo --rounds.count 3`."""
+"""Run rounds, each stage in a process of its own: `python scripts/rounds.py --method sppo --rounds.count 3`."""
 
 import sys
 from pathlib import Path

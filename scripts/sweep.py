@@ -1,4 +1,4 @@
-"""Many runs from one file: `python scripts/sweep.py configs/sweeps/losses.yaml --launcher local`."""
+"""Run all runs of a sweep file: `python scripts/sweep.py configs/sweeps/losses.yaml --launcher local`."""
 
 import sys
 from pathlib import Path
