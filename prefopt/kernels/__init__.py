@@ -1,1 +1,1 @@
-"""Loss kernels: torch only. Knows nothing of models, methods or data."""
+"""Loss kernels: torch only, independent of models, methods and data."""

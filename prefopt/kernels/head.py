@@ -1,7 +1,7 @@
-"""A language model's own head, made able to return token statistics instead of logits.
+"""A language model's own output head, changed in place so that it can return token statistics instead of logits.
 
-The statistics are computed inside the call of the head module, because that is where DDP, DeepSpeed and FSDP hang
-their hooks: a head that is computed beside its module may read a sharded weight or miss the gradient all-reduce.
+The statistics are computed inside the call of the head module, because DDP, DeepSpeed and FSDP attach their hooks
+there: computed outside its module, a head might read a sharded weight or miss the gradient all-reduce.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from prefopt.kernels.token_stats import CACHE_MB, ORDER, token_stats
 
 @dataclass(frozen=True, eq=False)
 class HeadRequest:
-    """What to compute of the states that the head is called with; see `token_stats` for the members.
+    """The statistics to compute from the hidden states of a call of the head; see `token_stats` for the members.
 
-    Pass it by keyword: DeepSpeed wraps the tensors among a module's positional inputs, and a sharded reference weight
-    would lose its identity.
+    Pass it by keyword: DeepSpeed wraps tensors among a module's positional inputs, and a sharded reference weight would
+    lose its identity.
     """
 
     labels: torch.Tensor  # (N,)
@@ -39,22 +39,22 @@ class HeadRequest:
 
 
 class StatsLinear(nn.Linear):
-    """An nn.Linear that answers a request with token statistics, and is the stock head without one."""
+    """An nn.Linear that returns token statistics when it is called with a request, and logits without one."""
 
     def forward(self, x: torch.Tensor, request: HeadRequest | None = None) -> Any:
         """Logits without a request, else the tuple (logp, ref_logp, kl, reverse_kl, entropy).
 
         Args:
             x: hidden states, `(..., H)` without a request and `(N, H)` with one.
-            request: labels, what is wanted, and the reference.
+            request: labels, the statistics to compute, and the reference.
         Returns: with a request, a plain tuple of `(N,)` vectors in float32 or better, None where not wanted. It is a
-            tuple because engines look for tensors in tuples only.
+            tuple because the hooks of parallel backends look for tensors in tuples only.
         """
-        return super().forward(x) if request is None else answer(request, x, self.weight, self.bias)
+        return super().forward(x) if request is None else stats_of_request(request, x, self.weight, self.bias)
 
 
-def answer(request: HeadRequest, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> Any:
-    """What a head of this weight, (V, H), and bias, (V,) or None, says of states `x`, (N, H): see `StatsLinear`."""
+def stats_of_request(request: HeadRequest, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> Any:
+    """The statistics of hidden states `x` (N, H) under a head of weight (V, H) and bias (V,): see `StatsLinear`."""
     stats = token_stats(
         x,
         weight,
@@ -76,9 +76,9 @@ def answer(request: HeadRequest, x: torch.Tensor, weight: torch.Tensor, bias: to
 
 
 class ScoreLinear(nn.Linear):
-    """An nn.Linear that computes in float32 or better where it is asked to, whatever is autocast around it.
+    """An nn.Linear that computes in float32 or better when `precise` is set, also under autocast.
 
-    Two scores are compared by their difference, of which bfloat16 would leave little.
+    A loss compares two scores by their difference, which bfloat16 would round away.
     """
 
     def forward(self, x: torch.Tensor, precise: bool = False) -> torch.Tensor:
@@ -91,15 +91,15 @@ class ScoreLinear(nn.Linear):
 
 
 class HasHead(Protocol):
-    """A language model, as far as this floor knows one."""
+    """A language model, as far as this module needs to know it."""
 
     def get_output_embeddings(self) -> nn.Module | None: ...
 
 
 def make_head_aware(lm: HasHead) -> StatsLinear:
-    """Turns the output embedding of `lm` into a StatsLinear in place and returns it; call it before adding adapters.
+    """Turn the output embedding of `lm` into a StatsLinear in place and return it; call it before adding adapters.
 
-    Weights, parameter names, tying, saving and generation are untouched: only the module's class changes.
+    Weights, parameter names, tying, saving and generation do not change: only the module's class does.
 
     Raises: TrainError if the head is not a plain nn.Linear (an adapter on the head, a quantised head).
     """
@@ -116,7 +116,7 @@ def make_head_aware(lm: HasHead) -> StatsLinear:
 
 
 def make_score_precise(classifier: nn.Module) -> None:
-    """Turns the linear layer `score` of a classifier into a ScoreLinear in place; call it before adding adapters."""
+    """Turn the linear layer `score` of a classifier into a ScoreLinear in place; call it before adding adapters."""
     head = classifier.get_submodule("score")
     if type(head) is nn.Linear:
         head.__class__ = ScoreLinear

@@ -1,6 +1,7 @@
-"""One tile of logits (some tokens by some of the vocabulary) in torch operations: its statistics and its gradient.
+"""One tile of logits, n tokens by v entries of the vocabulary, in torch operations: its statistics and its gradient.
 
-`measure` treats the tile as if it were the whole vocabulary; how tiles combine is the business of `token_stats`.
+`statistics` treats the tile as if it were the whole vocabulary; `token_stats` combines tiles. All (n, v) tensors are
+scratch buffers that are reused for every tile, so most operations are in place.
 """
 
 from __future__ import annotations
@@ -15,18 +16,19 @@ Tensor = torch.Tensor
 
 @dataclass(frozen=True)
 class Head:
-    """How a model turns its hidden states into logits, and in which precision that is computed."""
+    """How a model computes logits from hidden states, and in which precision."""
 
-    dtype: torch.dtype  # to which hidden states and weights are rounded
-    gemm: torch.dtype  # of the operands of the matrix products, which are summed and returned in float32 or better
+    dtype: torch.dtype  # hidden states and weights are rounded to it
+    gemm: torch.dtype  # dtype of the matmul's operands; products are accumulated and returned in float32 or better
     scale: float
     softcap: float | None
 
     def operand(self, x: Tensor) -> Tensor:
+        """Hidden states or weights as an operand of the matmul."""
         return x.to(self.dtype).to(self.gemm)
 
     def logits(self, product: Tensor, bias: Tensor | None, scratch: Tensor) -> Tensor:
-        """(n, v) logits of the product hidden @ weight.T, which is left as it is; the result may be the product."""
+        """The logits (n, v) of the product hidden @ weight.T, which is not written to but may be returned."""
         if bias is None and self.scale == 1.0 and self.softcap is None:
             return product
         z = scratch.copy_(product)
@@ -39,7 +41,10 @@ class Head:
         return z
 
     def chain_(self, grad: Tensor, z: Tensor, scratch: Tensor) -> Tensor:
-        """Gradient of the logits -> gradient of `hidden @ weight.T + bias`, in place."""
+        """Gradient of the logits z -> gradient of u = `hidden @ weight.T + bias`, in place.
+
+        z = c tanh(s u / c), so dz/du = s (1 - (z / c)^2).
+        """
         if self.softcap is not None:
             grad -= torch.div(z, self.softcap, out=scratch).square_().mul_(grad)
         if self.scale != 1.0:
@@ -48,14 +53,14 @@ class Head:
 
 
 class Scratch:
-    """Buffers that are used again for each tile: fresh memory costs more than the arithmetic that fills it."""
+    """Named buffers that are reused for each tile: allocating memory costs more than the arithmetic that fills it."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         self.dtype, self.device = dtype, device
         self._buffers: dict[str, Tensor] = {}
 
     def __call__(self, name: str, rows: int, columns: int, dtype: torch.dtype | None = None) -> Tensor:
-        """The (rows, columns) buffer `name`, with what was last left in it."""
+        """The (rows, columns) buffer `name`, with the content of its last use."""
         size = rows * columns
         if name not in self._buffers or self._buffers[name].numel() < size:
             self._buffers[name] = torch.empty(size, dtype=dtype or self.dtype, device=self.device)
@@ -64,21 +69,24 @@ class Scratch:
 
 @dataclass(frozen=True)
 class Side:
-    """One model's part of a tile."""
+    """A tile of one model, policy or reference."""
 
     head: Head
     product: Tensor  # (n, v) hidden @ weight.T; never written to
     bias: Tensor | None  # (v,)
 
 
-def measure(
+def statistics(
     policy: Side, reference: Side | None, index: Tensor, want: frozenset[str], scratch: Scratch
 ) -> dict[str, Tensor]:
     """Statistics of n tokens as if the tile's v columns were the whole vocabulary.
 
+    mass = lse(z)    logp = log_softmax(z)_y    entropy = -sum_v p log p
+    kl = sum_v q (log q - log p)                reverse_kl = sum_v p (log p - log q)
+
     Args:
         index: column of each label, or any column where the label lies in another tile. Shape `(n,)`.
-        want: statistics beside `logp`; those of the reference need it.
+        want: statistics beside `logp`; `kl` and `reverse_kl` need the reference.
     Returns: `mass` (log-sum-exp of the logits), `logp` and, as asked for, `ref_mass`, `ref_logp`, `kl`, `reverse_kl`,
         `entropy`; each `(n,)`. In a tile where every logit is -inf, mass is -inf and the others are NaN.
     """
@@ -91,15 +99,15 @@ def measure(
         r = reference.head.logits(reference.product, reference.bias, scratch("logits", *shape))
         ref_logp = torch.log_softmax(r, -1, out=scratch("ref_logp", *shape))
         out |= {"ref_mass": _mass(r, ref_logp, index), "ref_logp": _at(ref_logp, index)}
-    if "entropy" in want:
+    if "entropy" in want:  # before `logp` is overwritten below
         p = torch.exp(logp, out=scratch("work", *shape))
         out["entropy"] = -_expectation(p, logp, scratch("term", *shape))
     if ref_logp is not None and want & {"kl", "reverse_kl"}:
         if "reverse_kl" in want:
             p = torch.exp(logp, out=scratch("work", *shape))
-            gap = torch.sub(logp, ref_logp, out=logp)
+            gap = torch.sub(logp, ref_logp, out=logp)  # log p - log q
             out["reverse_kl"] = _expectation(p, gap, scratch("term", *shape))
-            gap.neg_()
+            gap.neg_()  # log q - log p, for the forward KL
         else:
             gap = torch.sub(ref_logp, logp, out=logp)
         if "kl" in want:
@@ -107,7 +115,7 @@ def measure(
     return out
 
 
-def slope(
+def gradient(
     policy: Side,
     reference: Side | None,
     lse: Tensor,
@@ -118,23 +126,27 @@ def slope(
     means: Mapping[str, Tensor],
     scratch: Scratch,
 ) -> Tensor:
-    """Gradient of sum_n sum_s grads[s][n] * s[n] with respect to `policy.product + policy.bias`, (n, v).
+    """Gradient of sum_n sum_s grads[s][n] * s[n] with respect to u = `policy.product + policy.bias`, (n, v).
+
+    With g_s = grads[s] the gradient of each statistic s with respect to the logits z is
 
     d logp / dz = onehot - p        d reverse_kl / dz = p (log p - log q - reverse_kl)
     d kl / dz = p - q               d entropy / dz = -p (log p + entropy)
+    Collected: p * (per_token - g_entropy log p + g_reverse (log p - log q)) - g_kl q + g_logp onehot, where per_token
+    holds the terms that are one number per token.
 
     Args:
         lse, ref_lse: log-sum-exp over the whole vocabulary, `(n,)`.
         index, inside: column of each label and whether the tile holds it, `(n,)`.
-        grads: of the statistics that have a gradient, `(n,)` each.
-        means: values of `reverse_kl` and `entropy` where they are in `grads`.
+        grads: incoming gradients of the statistics, `(n,)` each.
+        means: the values of `reverse_kl` and `entropy` where they are in `grads`.
     """
     shape = policy.product.shape
     z = policy.head.logits(policy.product, policy.bias, scratch("logits", *shape))
     logp = torch.sub(z, lse[:, None], out=scratch("logp", *shape))
     g_logp, g_kl, g_reverse, g_entropy = (grads.get(name) for name in ("logp", "kl", "reverse_kl", "entropy"))
-    grad = torch.exp(logp, out=scratch("grad", *shape))
-    per_token = of_p(grads, means, lse)
+    grad = torch.exp(logp, out=scratch("grad", *shape))  # p
+    per_token = per_token_factor(grads, means, lse)
     ref_logp = None
     if reference is not None and ref_lse is not None:
         r = reference.head.logits(reference.product, reference.bias, scratch("ref_logits", *shape))
@@ -147,6 +159,7 @@ def slope(
             factor.addcmul_(logp, g_entropy[:, None], value=-1)
         if g_reverse is not None and ref_logp is not None:
             factor.addcmul_(logp.sub_(ref_logp), g_reverse[:, None])
+        # where p = 0 the factor may be infinite; the limit of p log p is 0
         grad = torch.mul(grad, factor, out=factor).masked_fill_(grad == 0, 0)
     if g_kl is not None and ref_logp is not None:
         grad.addcmul_(ref_logp.exp_(), g_kl[:, None], value=-1)
@@ -155,8 +168,11 @@ def slope(
     return policy.head.chain_(grad, z, scratch("logp", *shape))
 
 
-def of_p(grads: Mapping[str, Tensor], means: Mapping[str, Tensor], like: Tensor) -> Tensor:
-    """What multiplies p in the gradient and is one number per token, (n,)."""
+def per_token_factor(grads: Mapping[str, Tensor], means: Mapping[str, Tensor], like: Tensor) -> Tensor:
+    """The part of the factor of p that is one number per token, (n,): g_kl - g_logp - g_reverse KL_r - g_entropy H.
+
+    KL_r is the reverse KL and H the entropy, which `means` holds.
+    """
     total = torch.zeros_like(like)
     if "logp" in grads:
         total -= grads["logp"]
@@ -169,21 +185,22 @@ def of_p(grads: Mapping[str, Tensor], means: Mapping[str, Tensor], like: Tensor)
 
 
 def _mass(z: Tensor, logp: Tensor, index: Tensor) -> Tensor:
-    """log-sum-exp of each row, from its log-softmax: any entry gives it that has a probability worth the name."""
+    """log-sum-exp of each row as z_y - logp_y, from any entry whose probability is not tiny."""
     mass = _at(z, index) - _at(logp, index)
-    if not bool((_at(logp, index) > -100).all()):  # a smaller one is large beside the mass, and would swallow it
+    if not bool((_at(logp, index) > -100).all()):  # z_y and logp_y would cancel; take the largest entry
         top = z.amax(-1)
         mass = torch.where(top == float("-inf"), top, top - logp.amax(-1))
     return mass
 
 
 def _at(logp: Tensor, index: Tensor) -> Tensor:
+    """The entry of each row at its index, (n,)."""
     return logp.gather(1, index[:, None]).squeeze(1)
 
 
 def _expectation(weights: Tensor, values: Tensor, scratch: Tensor) -> Tensor:
-    """sum_v weights * values, (n,); entries of weight 0 count 0 even where `values` is infinite."""
+    """sum_v weights * values, (n,); entries of weight 0 contribute 0 even where `values` is infinite."""
     total = torch.mul(weights, values, out=scratch).sum(-1)
-    if bool(total.isnan().any()):
+    if bool(total.isnan().any()):  # 0 * inf; masking always would cost another pass over the tile
         total = scratch.masked_fill_(weights == 0, 0).sum(-1)
     return total

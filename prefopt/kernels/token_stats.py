@@ -1,9 +1,10 @@
-"""Hidden states and a head -> log-probability, KL and entropy of each token, without ever holding all the logits.
+"""Hidden states and an output head -> log-probability, KL and entropy per token, without materialising all logits.
 
-The logits exist one tile at a time (some tokens by some of the vocabulary). The forward pass measures each tile as if
-it were the whole vocabulary and puts the tiles together by the chain rule: a token's distribution is that over tiles
-and, within each, that over its entries. The backward pass has the gradient of a tile in closed form, from the logits
-that were kept where memory allowed and from a second product elsewhere. Knows nothing of models.
+The logits (N, V) exist one tile at a time: n tokens by v entries of the vocabulary. The forward pass computes the
+statistics of each tile as if it were the whole vocabulary and combines tiles by the chain rule: a token's distribution
+is a distribution over tiles and, within each tile, one over its entries. The backward pass computes the gradient of a
+tile in closed form, from logits that were cached where memory allowed and from a recomputed product elsewhere.
+Independent of models.
 """
 
 from __future__ import annotations
@@ -23,21 +24,21 @@ from prefopt.kernels.tile import Head, Scratch, Side
 from prefopt.types import TokenStats
 
 ORDER = ("logp", "ref_logp", "kl", "reverse_kl", "entropy")  # the order of statistics wherever they are a tuple
-CACHE_MB = 1024
-TILES = {"cpu": (1024, 2048), "cuda": (4096, 16384)}  # tokens by vocabulary, where none is asked for
+CACHE_MB = 1024  # MiB of products that are cached for the backward pass by default
+TILES = {"cpu": (1024, 2048), "cuda": (4096, 16384)}  # default tile by device: (tokens n, vocabulary entries v)
 
 Tensor = torch.Tensor
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """Everything about a call that is not a tensor."""
+    """The arguments of a call that are not tensors."""
 
-    tile: ModuleType  # the arithmetic of one tile: `tile`, or `triton_stats` where Triton runs
-    want: frozenset[str]
+    tile: ModuleType  # implementation of one tile: `tile`, or `triton_stats` where Triton runs
+    want: frozenset[str]  # statistics beside `logp`
     policy: Head
     reference: Head | None
-    stat_dtype: torch.dtype
+    stat_dtype: torch.dtype  # of logits and statistics: float32, or float64 if a head computes in it
     shared_head: bool  # policy and reference read the same weight tensor
     token_tile: int
     vocab_tile: int
@@ -49,44 +50,46 @@ class _Plan:
         return bool(self.want & {"kl", "reverse_kl"})
 
     def token_slices(self, tokens: int, vocab: int) -> list[slice]:
-        # a tile is a budget of logits: a vocabulary smaller than one tile leaves room for more tokens
+        """The tokens of each row of tiles."""
+        # a tile is a memory budget of n * v logits: with a vocabulary smaller than v it may have more tokens
         rows = self.token_tile * max(1, self.vocab_tile // max(1, vocab))
         return [slice(start, min(start + rows, tokens)) for start in range(0, tokens, rows)]
 
     def vocab_slices(self, vocab: int) -> Iterator[tuple[int, slice]]:
+        """(index, vocabulary entries) of each column of tiles."""
         for i, start in enumerate(range(0, vocab, self.vocab_tile)):
             yield i, slice(start, min(start + self.vocab_tile, vocab))
 
 
 class _Products:
-    """hidden @ weight.T of one model, tile by tile; kept for the backward pass while the budget lasts."""
+    """hidden @ weight.T of one model, tile by tile; tiles are cached for the backward pass within a memory budget."""
 
     def __init__(self, name: str, head: Head, hidden: Tensor, scratch: Scratch) -> None:
         self.name, self.head, self.hidden, self.scratch = name, head, head.operand(hidden), scratch
-        self.kept: dict[tuple[int, int], Tensor] = {}
+        self.cached: dict[tuple[int, int], Tensor] = {}
 
-    def __call__(self, key: tuple[int, int], rows: slice, weight: Tensor, *, keep: bool = False) -> Tensor:
-        """The tile `key`, (n, v); `weight` (v, H) is in the head's operand dtype already."""
-        if key in self.kept:
-            return self.kept[key]
+    def __call__(self, key: tuple[int, int], rows: slice, weight: Tensor, *, cache: bool = False) -> Tensor:
+        """The product of tile `key`, (n, v). Args: weight: (v, H), in the head's operand dtype already."""
+        if key in self.cached:
+            return self.cached[key]
         hidden = self.hidden[rows]
         shape = hidden.shape[0], weight.shape[0]
-        if keep:
-            self.kept[key] = out = torch.empty(shape, dtype=self.scratch.dtype, device=hidden.device)
+        if cache:
+            self.cached[key] = out = torch.empty(shape, dtype=self.scratch.dtype, device=hidden.device)
         else:
             out = self.scratch(self.name, *shape)
         return _multiply(hidden, weight.T, out)
 
 
 def _multiply(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
-    """out = left @ right in out's dtype, without rounding to the operands' dtype in between."""
+    """out = left @ right, accumulated and returned in out's dtype, also for 16-bit operands (CUDA)."""
     if left.dtype == out.dtype:
         return torch.mm(left, right, out=out)
     return torch.mm(left, right, out_dtype=out.dtype, out=out)
 
 
 def _accumulate(total: Tensor, left: Tensor, right: Tensor, *, first: bool) -> None:
-    """total += left @ right, summed in total's dtype; the first product overwrites what is there."""
+    """total += left @ right, accumulated in total's dtype; the first product overwrites uninitialised memory."""
     if first:
         _multiply(left, right, total)
     elif left.dtype == total.dtype:
@@ -96,6 +99,11 @@ def _accumulate(total: Tensor, left: Tensor, right: Tensor, *, first: bool) -> N
 
 
 class _TokenStats(torch.autograd.Function):
+    """The loop over tiles. The outer loop is over the vocabulary, so that each slice of the weight is cast once.
+
+    Shapes: hidden (N, H), weight (V, H), bias (V,), labels (N,); tile (i, j) has tokens `r` and entries `columns`.
+    """
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -108,12 +116,13 @@ class _TokenStats(torch.autograd.Function):
         ref_bias: Tensor | None,
         plan: _Plan,
     ) -> tuple[Tensor | None, ...]:
-        ctx.set_materialize_grads(False)
+        ctx.set_materialize_grads(False)  # statistics that a loss does not read have no gradient, instead of zeros
         ctx.plan = plan
         tokens, vocab = hidden.shape[0], weight.shape[0]
         rows = plan.token_slices(tokens, vocab)
         tiles = -(-vocab // plan.vocab_tile)
         names = {"mass", "logp", *plan.want} | ({"ref_mass", "ref_logp"} if plan.reference is not None else set())
+        # per tile, (tiles, N): mass and expectations; per token, (N,): log-probability of the label within its own tile
         parts = {
             name: hidden.new_full((tiles, tokens), float("nan"), dtype=plan.stat_dtype)
             for name in names - {"logp", "ref_logp"}
@@ -124,26 +133,27 @@ class _TokenStats(torch.autograd.Function):
         }
         scratch = Scratch(plan.stat_dtype, hidden.device)
         budget = plan.cache_bytes
+        # operands are cast explicitly; autocast would round the float32 products again
         with torch.autocast(hidden.device.type, enabled=False):
             products = _Products("product", plan.policy, hidden, scratch)
             ref_products = None
             if plan.reference is not None and ref_hidden is not None:
                 ref_products = _Products("ref_product", plan.reference, ref_hidden, scratch)
             for j, columns in plan.vocab_slices(vocab):
-                w, b = plan.policy.operand(weight[columns]), _part(bias, columns)
+                w, b = plan.policy.operand(weight[columns]), _slice_of(bias, columns)
                 ref_w, ref_b = _reference_tile(plan, w, ref_weight, ref_bias, columns)
                 for i, r in enumerate(rows):
                     size = (r.stop - r.start) * (columns.stop - columns.start) * plan.stat_dtype.itemsize
-                    budget -= size * (1 + plan.pairwise)
-                    keep = budget >= 0
-                    policy = Side(plan.policy, products((i, j), r, w, keep=keep), b)
+                    budget -= size * (1 + plan.pairwise)  # the backward pass of KL needs both models' logits
+                    cache = budget >= 0
+                    policy = Side(plan.policy, products((i, j), r, w, cache=cache), b)
                     reference = None
                     if ref_products is not None and plan.reference is not None and ref_w is not None:
-                        product = ref_products((i, j), r, ref_w, keep=keep and plan.pairwise)
+                        product = ref_products((i, j), r, ref_w, cache=cache and plan.pairwise)
                         reference = Side(plan.reference, product, ref_b)
                     index, inside = _columns_of(labels[r], columns)
-                    for name, value in plan.tile.measure(policy, reference, index, plan.want, scratch).items():
-                        if name in picked:
+                    for name, value in plan.tile.statistics(policy, reference, index, plan.want, scratch).items():
+                        if name in picked:  # only the tile that holds the label knows its log-probability
                             picked[name][r] = torch.where(inside, value, picked[name][r])
                         else:
                             parts[name][j, r] = value
@@ -151,17 +161,17 @@ class _TokenStats(torch.autograd.Function):
         result = tuple(out.get(name) if name == "logp" or name in plan.want else None for name in ORDER)
         if any(ctx.needs_input_grad[:3]):
             pairwise = plan.pairwise
-            kept, ref_kept = products.kept, {} if ref_products is None else ref_products.kept
-            ctx.kept = tuple(kept), tuple(ref_kept)
+            cached, ref_cached = products.cached, {} if ref_products is None else ref_products.cached
+            ctx.cached = tuple(cached), tuple(ref_cached)
             ctx.save_for_backward(
                 hidden, weight, bias, labels, lse,
                 ref_hidden if pairwise else None,
                 ref_weight if pairwise else None,
                 ref_bias if pairwise else None,
                 ref_lse if pairwise else None,
-                result[3], result[4], *kept.values(), *ref_kept.values(),
+                result[3], result[4], *cached.values(), *ref_cached.values(),
             )  # fmt: skip
-        if result[1] is not None:
+        if result[1] is not None:  # the reference's log-probability is a constant
             ctx.mark_non_differentiable(result[1])
         return result
 
@@ -171,51 +181,55 @@ class _TokenStats(torch.autograd.Function):
         plan: _Plan = ctx.plan
         saved = ctx.saved_tensors
         hidden, weight, bias, labels, lse, ref_hidden, ref_weight, ref_bias, ref_lse, reverse_kl, entropy = saved[:11]
-        kept, ref_kept = ctx.kept
+        cached, ref_cached = ctx.cached
         grads = {name: g for name, g in zip(ORDER, incoming, strict=True) if g is not None and name != "ref_logp"}
-        means = {"reverse_kl": reverse_kl, "entropy": entropy}
+        means = {"reverse_kl": reverse_kl, "entropy": entropy}  # expectations that occur in their own gradients
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         tokens, vocab = hidden.shape[0], weight.shape[0]
-        rows, wide = plan.token_slices(tokens, vocab), plan.stat_dtype
-        d_hidden = torch.zeros_like(hidden, dtype=wide) if need_hidden else None
+        rows, dtype = plan.token_slices(tokens, vocab), plan.stat_dtype
+        # accumulated over tiles in float32 or better, and rounded to the dtype of the inputs at the end
+        d_hidden = torch.zeros_like(hidden, dtype=dtype) if need_hidden else None
         d_weight = (torch.empty_like if tokens else torch.zeros_like)(weight) if need_weight else None
-        d_bias = torch.zeros_like(bias, dtype=wide) if need_bias else None
-        scratch = Scratch(wide, hidden.device)
+        d_bias = torch.zeros_like(bias, dtype=dtype) if need_bias else None
+        scratch = Scratch(dtype, hidden.device)
         with torch.autocast(hidden.device.type, enabled=False):
             products = _Products("product", plan.policy, hidden, scratch)
-            products.kept = dict(zip(kept, saved[11:], strict=False))
+            products.cached = dict(zip(cached, saved[11:], strict=False))
             ref_products = None
             if plan.reference is not None and grads.keys() & {"kl", "reverse_kl"}:
                 ref_products = _Products("ref_product", plan.reference, ref_hidden, scratch)
-                ref_products.kept = dict(zip(ref_kept, saved[11 + len(kept) :], strict=True))
+                ref_products.cached = dict(zip(ref_cached, saved[11 + len(cached) :], strict=True))
             for j, columns in plan.vocab_slices(vocab):
-                w, b = plan.policy.operand(weight[columns]), _part(bias, columns)
+                w, b = plan.policy.operand(weight[columns]), _slice_of(bias, columns)
                 ref_w, ref_b = None, None
                 if ref_products is not None:
                     ref_w, ref_b = _reference_tile(plan, w, ref_weight, ref_bias, columns)
+                # a slice of the weight's gradient in float32: in place where d_weight has this dtype, else a buffer
                 d_w = None
                 if d_weight is not None:
-                    d_w = d_weight[columns] if d_weight.dtype == wide else torch.empty_like(w, dtype=wide)
+                    d_w = d_weight[columns] if d_weight.dtype == dtype else torch.empty_like(w, dtype=dtype)
                 for i, r in enumerate(rows):
                     policy = Side(plan.policy, products((i, j), r, w), b)
                     reference = None
                     if ref_products is not None and plan.reference is not None and ref_w is not None:
                         reference = Side(plan.reference, ref_products((i, j), r, ref_w), ref_b)
                     index, inside = _columns_of(labels[r], columns)
-                    grad = plan.tile.slope(
+                    # dL/dz of the tile, (n, v), with respect to the logits before scale, soft-cap and bias
+                    grad = plan.tile.gradient(
                         policy, reference, lse[r], None if ref_lse is None else ref_lse[r], index, inside,
                         {name: g[r] for name, g in grads.items()},
                         {name: value[r] for name, value in means.items() if name in grads},
                         scratch,
                     )  # fmt: skip
                     if d_bias is not None:
-                        d_bias[columns] += grad.sum(0, dtype=wide)
+                        d_bias[columns] += grad.sum(0, dtype=dtype)
+                    # z = h W^T + b:  dL/dh = dL/dz W, (n, H);  dL/dW = dL/dz^T h, (v, H)
                     grad = grad.to(plan.policy.gemm)
                     if d_hidden is not None:
                         _accumulate(d_hidden[r], grad, w, first=j == 0)
                     if d_w is not None:
                         _accumulate(d_w, grad.T, products.hidden[r], first=i == 0)
-                if d_weight is not None and d_w is not None and d_weight.dtype != wide:
+                if d_weight is not None and d_w is not None and d_weight.dtype != dtype:
                     d_weight[columns] = d_w
         return (
             None if d_hidden is None else d_hidden.to(hidden.dtype),
@@ -226,36 +240,39 @@ class _TokenStats(torch.autograd.Function):
 
 
 def _combine(
-    parts: dict[str, Tensor], picked: dict[str, Tensor], home: Tensor
+    parts: dict[str, Tensor], picked: dict[str, Tensor], label_tile: Tensor
 ) -> tuple[dict[str, Tensor], Tensor, Tensor | None]:
-    """Statistics of each token from those of the tiles, by the chain rule.
+    """Statistics of each token from those of its tiles, by the chain rule.
 
-    With P_t and Q_t the mass that policy and reference give to tile t:
-    KL = sum_t Q_t (KL_t + log Q_t - log P_t) and entropy = sum_t P_t (entropy_t - log P_t).
+    Let P_t and Q_t be the probabilities that policy and reference give to tile t, and KL_t, H_t the statistics of the
+    distributions within the tile. Then
+    logp = log P_t + logp_t of the label's tile          entropy = sum_t P_t (H_t - log P_t)
+    kl = sum_t Q_t (KL_t + log Q_t - log P_t)            reverse_kl = sum_t P_t (KL_t + log P_t - log Q_t)
 
     Args:
-        parts: per tile, `(tiles, N)`; picked: log-probability of the label within its tile, `(N,)`.
-        home: the tile of each label, `(N,)`; a label outside the vocabulary has NaN in `picked`.
+        parts: statistics per tile, `(tiles, N)`; picked: log-probability of the label within its tile, `(N,)`.
+        label_tile: the tile of each label, `(N,)`; a label outside the vocabulary has NaN in `picked`.
     Returns: statistics `(N,)`, and the log-sum-exps of policy and reference `(N,)`.
     """
     tiles = parts["mass"].shape[0]
-    home = home.clamp(0, tiles - 1)[None]
+    label_tile = label_tile.clamp(0, tiles - 1)[None]
     out: dict[str, Tensor] = {}
     log_mass: dict[str, Tensor] = {}
     lse: dict[str, Tensor] = {}
     for prefix in ("", "ref_"):
         if f"{prefix}mass" not in parts:
             continue
-        mass = parts[f"{prefix}mass"]
+        mass = parts[f"{prefix}mass"]  # log-sum-exp of the logits of each tile, (tiles, N)
         lse[prefix] = mass.logsumexp(0)
-        log_mass[prefix] = mass - lse[prefix]
-        at_home = log_mass[prefix].gather(0, home)[0]
+        log_mass[prefix] = mass - lse[prefix]  # log P_t
+        of_tile = log_mass[prefix].gather(0, label_tile)[0]
         name = f"{prefix}logp"
-        out[name] = torch.where(at_home == float("-inf"), at_home, picked[name] + at_home)
+        out[name] = torch.where(of_tile == float("-inf"), of_tile, picked[name] + of_tile)  # -inf, not NaN
 
     def average(prefix: str, values: Tensor) -> Tensor:
-        share = log_mass[prefix].exp()
-        return (share * values).masked_fill_(share == 0, 0).sum(0)
+        # tiles of probability 0 have NaN or infinite values and contribute 0
+        weight = log_mass[prefix].exp()
+        return (weight * values).masked_fill_(weight == 0, 0).sum(0)
 
     if "entropy" in parts:
         out["entropy"] = average("", parts["entropy"] - log_mass[""])
@@ -267,24 +284,24 @@ def _combine(
 
 
 def _columns_of(labels: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
-    """A column of the tile that may be read in any case, and whether the label lies in the tile; both (n,)."""
+    """(column of each label, clamped to the tile so that it can be read; whether it is in the tile), each (n,)."""
     inside = (labels >= columns.start) & (labels < columns.stop)
     return (labels - columns.start).clamp_(0, columns.stop - columns.start - 1), inside
 
 
-def _part(bias: Tensor | None, columns: slice) -> Tensor | None:
+def _slice_of(bias: Tensor | None, columns: slice) -> Tensor | None:
     return None if bias is None else bias[columns]
 
 
 def _reference_tile(
     plan: _Plan, policy_tile: Tensor, ref_weight: Tensor | None, ref_bias: Tensor | None, columns: slice
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The reference head's part for these columns; a head that both models share is read and cast once."""
+    """The reference head's weight and bias for these columns; a head that both models share is read and cast once."""
     if plan.reference is None or ref_weight is None:
         return None, None
     if plan.shared_head and plan.reference.dtype == plan.policy.dtype:
-        return policy_tile, _part(ref_bias, columns)
-    return plan.reference.operand(ref_weight[columns]), _part(ref_bias, columns)
+        return policy_tile, _slice_of(ref_bias, columns)
+    return plan.reference.operand(ref_weight[columns]), _slice_of(ref_bias, columns)
 
 
 def token_stats(
@@ -305,27 +322,27 @@ def token_stats(
     vocab_tile: int | None = None,
     cache_mb: int = CACHE_MB,
 ) -> TokenStats:
-    """The log-probability of each label, and what else is wanted of the distribution that it was drawn from.
+    """The log-probability of each label, and statistics of the next-token distribution that it was drawn from.
 
-    z = c tanh(s (h W^T + b) / c) without a soft-cap c: s (h W^T + b);  p = softmax(z), q = softmax of the reference's
+    z = s (h W^T + b), with a soft-cap c: z = c tanh(s (h W^T + b) / c);  p = softmax(z), q the same of the reference
     logp = z_y - lse(z)                          entropy = -sum_v p log p
     kl = sum_v q (log q - log p)                 reverse_kl = sum_v p (log p - log q)
 
-    Statistics are float32 or better whatever the inputs are. The matmul runs in the autocast dtype where autocast is
-    on, else in the dtype of the weight, and the backward pass uses the same dtype. An entry that has no probability
-    contributes 0, also where a logit is -inf. A label outside the vocabulary gives NaN.
+    Statistics are float32 or better for inputs of any dtype. Operands of the matmul have the autocast dtype where
+    autocast is on, else the dtype of the weight, also in the backward pass. An entry of probability 0 contributes 0,
+    also where a logit is -inf. A label outside the vocabulary gives NaN.
 
     Args:
-        hidden: states that predict the labels. Shape `(N, H)`; N = 0 is legal and keeps the graph.
-        weight: of the head. Shape `(V, H)`. Its gradient is computed only if it requires one.
+        hidden: final hidden states that predict the labels. Shape `(N, H)`; N = 0 is legal and keeps the graph.
+        weight: weight of the head. Shape `(V, H)`. Its gradient is computed only if it requires one.
         labels: token ids. Shape `(N,)`, int64.
-        bias: of the head. Shape `(V,)`.
+        bias: bias of the head. Shape `(V,)`.
         scale, softcap: the head's logit scale (1 for none) and soft-cap (None for none).
-        ref_hidden, ref_weight, ref_bias, ref_scale, ref_softcap: the same of the reference, whose width may differ.
-            They are constants: no gradient flows to them. `ref_weight` may be `weight` itself.
-        want: any of `ref_logp`, `kl`, `reverse_kl`, `entropy`; `logp` always comes.
-        token_tile, vocab_tile: one tile is `token_tile` tokens by `vocab_tile` entries; None: what suits the device.
-        cache_mb: MiB of logits that may be kept for the backward pass, which needs no second product for them.
+        ref_hidden, ref_weight, ref_bias, ref_scale, ref_softcap: the same of the reference, whose hidden size may
+            differ. They are constants without gradient. `ref_weight` may be `weight` itself.
+        want: any of `ref_logp`, `kl`, `reverse_kl`, `entropy`; `logp` is always computed.
+        token_tile, vocab_tile: a tile is `token_tile` tokens by `vocab_tile` entries; None: the default of the device.
+        cache_mb: MiB of logits that may be cached for the backward pass, which recomputes the others.
     Returns: TokenStats; each statistic of shape `(N,)`, None where not wanted.
     Raises: ValueError for an unknown statistic, a missing reference, or heads over different vocabularies.
     """
@@ -355,7 +372,7 @@ def token_stats(
     policy = _head(weight, scale, softcap, stat_dtype)
     cache_bytes = cache_mb * 2**20 if torch.is_grad_enabled() else 0
     plan = _Plan(
-        _arithmetic(hidden.device),
+        _implementation(hidden.device),
         wanted,
         policy,
         reference,
@@ -371,14 +388,15 @@ def token_stats(
 
 def _head(weight: Tensor, scale: float, softcap: float | None, stat_dtype: torch.dtype) -> Head:
     dtype = _compute_dtype(weight)
-    # a GPU multiplies 16-bit operands into float32; elsewhere the operands are widened after they were rounded
-    narrow = weight.is_cuda and dtype.itemsize == 2 and stat_dtype == torch.float32
-    return Head(dtype, dtype if narrow else stat_dtype, float(scale), softcap)
+    # a GPU multiplies 16-bit operands with float32 accumulation and output; elsewhere operands are rounded to 16 bits
+    # and then cast to float32, and have the same products
+    in_16_bits = weight.is_cuda and dtype.itemsize == 2 and stat_dtype == torch.float32
+    return Head(dtype, dtype if in_16_bits else stat_dtype, float(scale), softcap)
 
 
 @functools.cache
-def _arithmetic(device: torch.device) -> ModuleType:
-    """Triton's kernels on a GPU (or under its interpreter), torch operations elsewhere."""
+def _implementation(device: torch.device) -> ModuleType:
+    """The module that computes a tile: Triton's kernels on a GPU (or under its interpreter), else torch operations."""
     if importlib.util.find_spec("triton") is not None and (device.type == "cuda" or "TRITON_INTERPRET" in os.environ):
         from prefopt.kernels import triton_stats
 
@@ -388,7 +406,8 @@ def _arithmetic(device: torch.device) -> ModuleType:
 
 
 def _compute_dtype(weight: Tensor) -> torch.dtype:
+    """The dtype to which operands of the matmul are rounded."""
     device = weight.device.type
-    if weight.dtype != torch.float64 and torch.is_autocast_enabled(device):  # autocast leaves float64 alone
+    if weight.dtype != torch.float64 and torch.is_autocast_enabled(device):  # autocast ignores float64
         return torch.get_autocast_dtype(device)
     return weight.dtype

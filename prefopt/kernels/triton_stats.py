@@ -1,8 +1,8 @@
-"""The arithmetic of `tile`, for a GPU: each logit is read once and no (n, v) tensor but the products is made.
+"""Triton kernels for a tile on a GPU: each logit is read once, and no (n, v) tensor but the products is materialised.
 
-`measure` and `slope` have the signatures, meanings and numbers of their namesakes in `tile`. One program of the forward
-kernel is one token: it folds the tile's columns, block by block, into running log-sum-exps of both models and into
-sums that are weighted by them. One program of the backward kernel is one block of one token.
+`statistics` and `gradient` have the signatures, meanings and values of those in `tile`. One program of the forward
+kernel handles one token: it reduces the tile's columns, block by block, into an online softmax of both models (running
+maximum and sum) and into expectations under it. One program of the backward kernel handles one block of one token.
 """
 
 from __future__ import annotations
@@ -13,24 +13,24 @@ import torch
 import triton
 import triton.language as tl
 
-from prefopt.kernels.tile import Scratch, Side, of_p
+from prefopt.kernels.tile import Scratch, Side, per_token_factor
 
 Tensor = torch.Tensor
 
-_BLOCK = 2048  # columns that a program holds at a time
+_BLOCK = 2048  # columns per block of a program
 _ROWS = ("mass", "logp", "ref_mass", "ref_logp", "kl", "reverse_kl", "entropy")  # rows of the forward kernel's output
 
 
 def interpreted() -> bool:
     """Whether Triton runs its kernels in Python, on any device (TRITON_INTERPRET=1)."""
-    return not isinstance(_measure, triton.runtime.JITFunction)
+    return not isinstance(_forward, triton.runtime.JITFunction)
 
 
 @triton.jit
 def _logits(
     product, bias_ptr, columns, mask, HAS_BIAS: tl.constexpr, SCALE: tl.constexpr, CAP: tl.constexpr, STAT: tl.constexpr
 ):
-    """Entries of hidden @ weight.T -> logits, in STAT."""
+    """Entries of hidden @ weight.T -> logits z = CAP tanh(SCALE (product + bias) / CAP), in dtype STAT."""
     z = product.to(STAT)
     if HAS_BIAS:
         z += tl.load(bias_ptr + columns, mask=mask, other=0.0).to(STAT)
@@ -43,6 +43,7 @@ def _logits(
 
 @triton.jit
 def _tanh(x):
+    # by exp(-2 |x|), which does not overflow; tl has no tanh for float64
     small = tl.exp(-2.0 * tl.abs(x))
     size = (1.0 - small) / (1.0 + small)
     return tl.where(x < 0.0, -size, size)
@@ -50,13 +51,13 @@ def _tanh(x):
 
 @triton.jit
 def _finite(top):
-    """A running maximum that may be subtracted: 0 while nothing but -inf was seen."""
+    """The running maximum, or 0 while all entries were -inf: -inf - -inf would be NaN."""
     return tl.where(top == -float("inf"), 0.0, top)
 
 
 @triton.jit
-def _grow(top, total, z):
-    """A log-sum-exp with the block `z` taken in; also what sums kept along with it shrink by, and exp(z - top)."""
+def _online_softmax(top, total, z):
+    """One step of the online softmax: (new maximum, new sum, factor for the old sums, exp(z - new maximum))."""
     new_top = tl.maximum(top, tl.max(z, axis=0))
     shrink = tl.exp(top - _finite(new_top))
     e = tl.exp(z - _finite(new_top))
@@ -64,7 +65,7 @@ def _grow(top, total, z):
 
 
 @triton.jit
-def _measure(
+def _forward(
     z_ptr, bias_ptr, ref_ptr, ref_bias_ptr, index_ptr, out_ptr, tokens, columns,
     HAS_BIAS: tl.constexpr, SCALE: tl.constexpr, CAP: tl.constexpr,
     HAS_REF: tl.constexpr, REF_HAS_BIAS: tl.constexpr, REF_SCALE: tl.constexpr, REF_CAP: tl.constexpr,
@@ -75,13 +76,15 @@ def _measure(
     zero = tl.zeros((), dtype=STAT)
     top, total, z_sum, gap_sum, picked = zero - float("inf"), zero, zero, zero, zero
     ref_top, ref_total, ref_gap_sum, ref_picked = zero - float("inf"), zero, zero, zero
+    # Running sums under exp(z - top): total = sum e, z_sum = sum e z, gap_sum = sum e (z - r); of the reference, under
+    # exp(r - ref_top): ref_total, ref_gap_sum = sum e (r - z). Each is rescaled when the maximum grows.
     for start in range(0, columns, BLOCK):
         at = start + tl.arange(0, BLOCK)
         mask = at < columns
         product = tl.load(z_ptr + token * columns + at, mask=mask, other=0.0)
         z = tl.where(mask, _logits(product, bias_ptr, at, mask, HAS_BIAS, SCALE, CAP, STAT), -float("inf"))
         picked += tl.sum(tl.where(at == label, z, 0.0), axis=0)
-        top, total, shrink, e = _grow(top, total, z)
+        top, total, shrink, e = _online_softmax(top, total, z)
         if ENTROPY:
             z_sum = z_sum * shrink + tl.sum(tl.where(e > 0.0, e * z, 0.0), axis=0)
         if HAS_REF:
@@ -89,11 +92,13 @@ def _measure(
             r = _logits(ref_product, ref_bias_ptr, at, mask, REF_HAS_BIAS, REF_SCALE, REF_CAP, STAT)
             r = tl.where(mask, r, -float("inf"))
             ref_picked += tl.sum(tl.where(at == label, r, 0.0), axis=0)
-            ref_top, ref_total, ref_shrink, ref_e = _grow(ref_top, ref_total, r)
+            ref_top, ref_total, ref_shrink, ref_e = _online_softmax(ref_top, ref_total, r)
             if KL:
                 ref_gap_sum = ref_gap_sum * ref_shrink + tl.sum(tl.where(ref_e > 0.0, ref_e * (r - z), 0.0), axis=0)
             if REVERSE:
                 gap_sum = gap_sum * shrink + tl.sum(tl.where(e > 0.0, e * (z - r), 0.0), axis=0)
+    # lse = top + log total;  E_p[x] = sum e x / total;  log p - log q = (z - r) - (lse - ref_lse), and E_p of it is
+    # gap_sum / total - (lse - ref_lse). The rows of `out` are those of _ROWS.
     lse = top + tl.log(total)
     tl.store(out_ptr + token, lse)
     tl.store(out_ptr + tokens + token, picked - lse)
@@ -110,14 +115,15 @@ def _measure(
 
 
 @triton.jit
-def _slope(
+def _backward(
     z_ptr, bias_ptr, ref_ptr, ref_bias_ptr, grad_ptr, lse_ptr, ref_lse_ptr, index_ptr,
-    of_p_ptr, g_logp_ptr, g_kl_ptr, g_reverse_ptr, g_entropy_ptr, columns,
+    per_token_ptr, g_logp_ptr, g_kl_ptr, g_reverse_ptr, g_entropy_ptr, columns,
     HAS_BIAS: tl.constexpr, SCALE: tl.constexpr, CAP: tl.constexpr,
     REF_HAS_BIAS: tl.constexpr, REF_SCALE: tl.constexpr, REF_CAP: tl.constexpr,
     LOGP: tl.constexpr, KL: tl.constexpr, REVERSE: tl.constexpr, ENTROPY: tl.constexpr,
     STAT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    # dL/dz = p (per_token - g_entropy log p + g_reverse (log p - log q)) - g_kl q + g_logp onehot, see `tile.gradient`
     token = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = at < columns
@@ -125,7 +131,7 @@ def _slope(
     z = _logits(product, bias_ptr, at, mask, HAS_BIAS, SCALE, CAP, STAT)
     logp = z - tl.load(lse_ptr + token)
     p = tl.exp(logp)
-    factor = tl.zeros((BLOCK,), dtype=STAT) + tl.load(of_p_ptr + token)
+    factor = tl.zeros((BLOCK,), dtype=STAT) + tl.load(per_token_ptr + token)
     ref_logp = logp
     if KL or REVERSE:
         ref_product = tl.load(ref_ptr + token * columns + at, mask=mask, other=0.0)
@@ -135,29 +141,29 @@ def _slope(
         factor -= tl.load(g_entropy_ptr + token) * logp
     if REVERSE:
         factor += tl.load(g_reverse_ptr + token) * (logp - ref_logp)
-    grad = tl.where(p > 0.0, p * factor, p)
+    grad = tl.where(p > 0.0, p * factor, p)  # the factor may be infinite where p is 0
     if KL:
         grad -= tl.load(g_kl_ptr + token) * tl.exp(ref_logp)
     if LOGP:
         grad += tl.where(at == tl.load(index_ptr + token), tl.load(g_logp_ptr + token), 0.0)
-    if CAP > 0.0:
+    if CAP > 0.0:  # dz/du = SCALE (1 - (z / CAP)^2)
         grad *= 1.0 - (z / CAP) * (z / CAP)
     if SCALE != 1.0:
         grad *= SCALE
     tl.store(grad_ptr + token * columns + at, grad.to(grad_ptr.dtype.element_ty), mask=mask)
 
 
-def measure(
+def statistics(
     policy: Side, reference: Side | None, index: Tensor, want: frozenset[str], scratch: Scratch
 ) -> dict[str, Tensor]:
-    """As `tile.measure`."""
+    """As `tile.statistics`."""
     tokens, columns = policy.product.shape
     names = {"mass", "logp", *want} | ({"ref_mass", "ref_logp"} if reference is not None else set())
     out = policy.product.new_empty((len(_ROWS), tokens), dtype=scratch.dtype)
     if tokens:
-        other = reference or policy
+        other = reference or policy  # pointers must be valid even where a kernel does not read them
         with torch.cuda.device_of(policy.product):
-            _measure[(tokens,)](
+            _forward[(tokens,)](
                 policy.product, _or(policy.bias, index), other.product, _or(other.bias, index), index, out,
                 tokens, columns,
                 **_head(policy, ""), HAS_REF=reference is not None, **_head(other, "REF_"),
@@ -167,7 +173,7 @@ def measure(
     return {name: out[_ROWS.index(name)] for name in names}
 
 
-def slope(
+def gradient(
     policy: Side,
     reference: Side | None,
     lse: Tensor,
@@ -178,19 +184,19 @@ def slope(
     means: Mapping[str, Tensor],
     scratch: Scratch,
 ) -> Tensor:
-    """As `tile.slope`, in the precision of the matrix products that follow."""
+    """As `tile.gradient`, in the dtype of the matmuls that follow."""
     tokens, columns = policy.product.shape
     grad = scratch("grad", tokens, columns, dtype=policy.head.gemm)
     if not tokens:
         return grad
     other = reference or policy
-    lent = {name: g.contiguous() for name, g in grads.items()}
+    incoming = {name: g.contiguous() for name, g in grads.items()}
     block = _block(columns)
     with torch.cuda.device_of(policy.product):
-        _slope[(tokens, triton.cdiv(columns, block))](
+        _backward[(tokens, triton.cdiv(columns, block))](
             policy.product, _or(policy.bias, index), other.product, _or(other.bias, index), grad,
-            lse, _or(ref_lse, lse), torch.where(inside, index, -1), of_p(grads, means, lse),
-            *(lent.get(name, lse) for name in ("logp", "kl", "reverse_kl", "entropy")), columns,
+            lse, _or(ref_lse, lse), torch.where(inside, index, -1), per_token_factor(grads, means, lse),
+            *(incoming.get(name, lse) for name in ("logp", "kl", "reverse_kl", "entropy")), columns,
             **_head(policy, ""), **_head(other, "REF_"),
             LOGP="logp" in grads, KL="kl" in grads, REVERSE="reverse_kl" in grads, ENTROPY="entropy" in grads,
             STAT=_TYPES[scratch.dtype], BLOCK=block, num_warps=8,
@@ -202,12 +208,13 @@ _TYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
 def _head(side: Side, prefix: str) -> dict[str, object]:
+    """The compile-time arguments of a model's head."""
     head = {"HAS_BIAS": side.bias is not None, "SCALE": side.head.scale, "CAP": side.head.softcap or 0.0}
     return {prefix + name: value for name, value in head.items()}
 
 
 def _or(given: Tensor | None, other: Tensor) -> Tensor:
-    """A pointer that a kernel must be given even where it does not read it."""
+    """The tensor, or another one as a valid pointer that the kernel does not read."""
     return other if given is None else given
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from prefopt.errors import ConfigError, TrainError
-from prefopt.kernels.head import HeadRequest, answer, make_head_aware, make_score_precise
+from prefopt.kernels.head import HeadRequest, make_head_aware, make_score_precise, stats_of_request
 from prefopt.settings import LoraConfig, ModelConfig, RunConfig
 from prefopt.training import models, quantized, towers
 from prefopt.training.adapters import (
@@ -158,12 +158,12 @@ def attach(
 
 @functools.cache
 def _stats_tokens() -> type:
-    """A class of heads tied to an embedding of which peft trains some rows, that answer requests as a StatsLinear."""
+    """A StatsLinear of heads that are tied to an embedding of which peft trains some rows."""
     from peft.utils import TrainableTokensWrapper
 
     class StatsTokens(TrainableTokensWrapper):
         def forward(self, x: torch.Tensor, request: HeadRequest | None = None) -> Any:
-            return super().forward(x) if request is None else answer(request, x, self.weight, self.bias)
+            return super().forward(x) if request is None else stats_of_request(request, x, self.weight, self.bias)
 
         @property
         def bias(self) -> torch.Tensor | None:

@@ -17,7 +17,7 @@ TILES = {"one_tile": {}, "uneven_tiles": {"token_tile": 7, "vocab_tile": 12}}
 def small_blocks(monkeypatch):
     """A tile is several blocks, the last of them not full."""
     monkeypatch.setattr(triton_stats, "_BLOCK", 8)
-    assert module._arithmetic(torch.device("cpu")) is triton_stats
+    assert module._implementation(torch.device("cpu")) is triton_stats
 
 
 @pytest.mark.parametrize("tiles", TILES.values(), ids=TILES)
