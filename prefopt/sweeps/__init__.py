@@ -1,1 +1,1 @@
-"""Many runs: a sweep file becomes a manifest of runs, started here or handed to Slurm; and the plan of one run."""
+"""Sweeps: a sweep file is expanded into a manifest of runs, which are started on this machine or on Slurm."""

@@ -1,4 +1,4 @@
-"""The command `sweep`: start the runs of a sweep file here or on Slurm, look at them, cancel them, tabulate them."""
+"""The command `sweep`: start the runs of a sweep file, show their status, cancel them, write their results."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from prefopt.settings.schema import type_hints
 from prefopt.storage import owner_of
 from prefopt.sweeps import expand, manifest, results, search, slurm, sweep_file
 from prefopt.sweeps.local import Local, describe, machine, slots_of
-from prefopt.sweeps.manifest import Forgiving, Ledger, SweepRun
+from prefopt.sweeps.manifest import RetryView, RunStates, SweepRun
 from prefopt.sweeps.sweep_file import SweepFile
 from prefopt.training import output_folder, signals
 
@@ -32,82 +32,83 @@ MANIFEST = "manifest.jsonl"
 
 
 @dataclass(frozen=True)
-class Options:
+class SweepOptions:
     """How the runs are started."""
 
     launcher: Literal["local", "slurm"] = "local"
-    """Processes of this machine, or array jobs of Slurm."""
+    """Where runs are started: as processes of this machine, or as Slurm array jobs."""
     slots: int | None = None
-    """Runs at a time. None: local, one for each gpus_per_run GPUs, or one; Slurm, as many as there is room for."""
+    """Number of runs at a time. None: one per gpus_per_run GPUs (one without GPUs); on Slurm, no limit."""
     gpus_per_run: int = 1
-    """local: GPUs that a run gets, where there are any."""
+    """local: GPUs per run, on a machine that has any."""
     start_with: str = ""
-    """local: what starts a run, e.g. "torchrun --nproc_per_node 2". None: python."""
+    """local: launcher of a run, e.g. "torchrun --nproc_per_node 2". None: python."""
     sbatch: str = ""
-    """slurm: further flags of sbatch, e.g. "--partition=gpu --gpus-per-node=8 --ntasks-per-node=8"."""
+    """slurm: additional sbatch flags, e.g. "--partition=gpu --gpus-per-node=8 --ntasks-per-node=8"."""
     script: str | None = None
-    """slurm: job script of an array task. None: slurm/sweep.sbatch."""
+    """slurm: job script of one array task. None: slurm/sweep.sbatch."""
     retry: bool = False
-    """Start runs that have failed again."""
+    """Restart failed runs."""
     watch: float | None = None
-    """status: show the table again every so many seconds until no run waits or runs."""
+    """status: print the table again every WATCH seconds until no run is queued or running."""
     dry_run: bool = False
-    """Print the runs, and what would be started or submitted, and stop."""
+    """Print the runs and the commands that would start them; start nothing."""
 
 
-USAGE = """usage: sweep.py FILE.yaml [--launcher local|slurm] [--slots N] [--retry true] [--dry_run true]
-       sweep.py status|results|cancel FILE.yaml
+USAGE = """usage: prefopt sweep FILE.yaml [--launcher local|slurm] [--slots N] [--retry true] [--dry_run true]
+       prefopt sweep status|results|cancel FILE.yaml
 
-FILE.yaml names the settings of all runs; docs/sweeps.md says how. Runs that are done are skipped, runs that were
-stopped are continued, runs that have failed are left alone without --retry. Exit status 0: all runs are done, or
-submitted; 1: some have failed; 2: a mistake that one line explains; 75: stopped, the same command continues.
+FILE.yaml holds the settings of all runs (docs/sweeps.md). Finished runs are skipped, interrupted runs are resumed,
+and failed runs are restarted only with --retry. Exit status 0: all runs are finished, or submitted; 1: some runs have
+failed; 2: an error in the command or the file, which one line explains; 75: interrupted, the same command resumes.
 """
 _ACTIONS = ("status", "results", "cancel", "task")
 
 
 def sweep(argv: Sequence[str]) -> int:
-    """Do what the command line says. Returns the exit status. Raises: PrefoptError."""
+    """Run the command. Returns: the exit status. Raises: PrefoptError."""
     if not argv or "--help" in argv or "-h" in argv:
         with contextlib.suppress(BrokenPipeError):
-            print(help_page([USAGE], [("options", "", options_of(Options, ""))]))
+            print(help_page([USAGE], [("options", "", options_of(SweepOptions, ""))]))
         return 0 if argv else 2
-    places = list(itertools.takewhile(lambda word: not word.startswith("--"), argv))
-    action = places.pop(0) if places and places[0] in _ACTIONS else "start"
+    positional = list(itertools.takewhile(lambda word: not word.startswith("--"), argv))
+    action = positional.pop(0) if positional and positional[0] in _ACTIONS else "start"
     if action == "task":
-        return _task(places)
-    if len(places) != 1:
-        near = did_you_mean(places[0], _ACTIONS[:-1]) if len(places) == 2 else ""
-        raise ConfigError(f"sweep: found {shlex.join(places) or 'no file'}, expected one sweep file{near}")
-    options = _options(argv[len(places) + (action != "start") :], action)
-    file = sweep_file.read(Path(places[0]))
+        return _task(positional)
+    if len(positional) != 1:
+        near = did_you_mean(positional[0], _ACTIONS[:-1]) if len(positional) == 2 else ""
+        raise ConfigError(f"sweep: found {shlex.join(positional) or 'no file'}, expected one sweep file{near}")
+    options = _options(argv[len(positional) + (action != "start") :], action)
+    file = sweep_file.read(Path(positional[0]))
     if action in ("start", "results"):
         _refuse_another_folder(file)
     if action == "start":
         return _start(file, options)
-    runs = _known(file)
+    runs = _runs(file)
     if action == "status":
         return _status(file, runs, options.watch)
     if action == "results":
         path, count = results.write_results(file.output, runs)
-        _say(f"{count} finished runs: {path}, {path.with_suffix('.csv')}")
+        _print(f"{count} finished runs: {path}, {path.with_suffix('.csv')}")
         return 0
     return _cancel(file)
 
 
-def _options(argv: Sequence[str], action: str) -> Options:
-    words = list(argv)
-    for index in range(len(words) - 2, -1, -1):
-        if words[index] in ("--sbatch", "--start_with"):  # whose values are flags themselves
-            words[index : index + 2] = [f"{words[index]}={words[index + 1]}"]
-    flags = split_flags(words)
-    hints = type_hints(Options)
+def _options(argv: Sequence[str], action: str) -> SweepOptions:
+    arguments = list(argv)
+    for index in range(len(arguments) - 2, -1, -1):
+        if arguments[index] in ("--sbatch", "--start_with"):  # their values begin with -- too
+            arguments[index : index + 2] = [f"{arguments[index]}={arguments[index + 1]}"]
+    flags = split_flags(arguments)
+    hints = type_hints(SweepOptions)
     for key in flags:
         if key not in hints:
-            raise ConfigError(f"--{key}: unknown option of sweep{did_you_mean(key, hints) or '; --help lists them'}")
+            hint = did_you_mean(key, hints) or "; --help lists the options"
+            raise ConfigError(f"--{key}: unknown option of sweep{hint}")
         allowed = ("watch",) if action == "status" else () if action != "start" else {*hints} - {"watch"}
         if key not in allowed:
-            raise ConfigError(f"--{key}: not read by '{action}'; leave it out")
-    options: Options = build(Options, flags, "", {})
+            raise ConfigError(f"--{key}: '{action}' does not read it; remove it")
+    options: SweepOptions = build(SweepOptions, flags, "", {})
     for key in ("slots", "gpus_per_run", "watch"):
         value = getattr(options, key)
         if value is not None and value <= 0:
@@ -115,12 +116,12 @@ def _options(argv: Sequence[str], action: str) -> Options:
     others = {"local": ("sbatch", "script"), "slurm": ("gpus_per_run", "start_with")}[options.launcher]
     for key in others:
         if key in flags:
-            raise ConfigError(f"--{key}: not read by --launcher {options.launcher}; leave it out")
+            raise ConfigError(f"--{key}: --launcher {options.launcher} does not read it; remove it")
     return options
 
 
-def _known(file: SweepFile) -> list[SweepRun]:
-    """The runs of a sweep that was started, or those of its file."""
+def _runs(file: SweepFile) -> list[SweepRun]:
+    """The runs of the manifest if the sweep was started before, else those of the sweep file."""
     path = file.output / MANIFEST
     return manifest.read(path) if path.exists() else expand.runs_of(file)
 
@@ -134,32 +135,33 @@ def _refuse_another_folder(file: SweepFile) -> None:
         for table in results.TABLES:
             if (file.output / table).exists():
                 raise ConfigError(
-                    f"{file.path}: output: {file.output / table} is there, and no sweep wrote it; choose another output"
+                    f"{file.path}: output: {file.output / table} exists, and no sweep wrote it; choose another output"
                 )
 
 
 # Starting -------------------------------------------------------------------------------------------------------------
 
 
-def _start(file: SweepFile, options: Options) -> int:
+def _start(file: SweepFile, options: SweepOptions) -> int:
     if file.search is not None:
         search.require(file)
         if options.launcher == "slurm":
             raise ConfigError(f"{file.path}: search: its runs depend on each other's results; use --launcher local")
-    runs = expand.runs_of(file)  # of a search: draws of the same spaces, to find mistakes before anything starts
-    ledger = (Forgiving if options.retry and options.dry_run else Ledger)(file.output)
+    runs = expand.runs_of(file)  # for a search: random draws from its spaces, to find errors before anything starts
+    states = (RetryView if options.retry and options.dry_run else RunStates)(file.output)
     if options.launcher == "slurm":
-        script, flags = slurm.script("sweep.sbatch", options.script), slurm.words_of("--sbatch", options.sbatch)
-        launcher: slurm.Slurm | Local = slurm.Slurm(ledger, script, flags, options.slots, _say)
+        script = slurm.script("sweep.sbatch", options.script)
+        flags = slurm.split_command_line("--sbatch", options.sbatch)
+        launcher: slurm.Slurm | Local = slurm.Slurm(states, script, flags, options.slots, _print)
     else:
         slots = slots_of(options.slots, options.gpus_per_run, *machine())
         plan: Callable[[], Sequence[SweepRun]] = lambda: runs  # noqa: E731
         if file.search is not None:
-            plan = search.Searched(
-                file, ledger, len(slots), lambda new: manifest.write(file.output / MANIFEST, new)
+            plan = search.SearchedRuns(
+                file, states, len(slots), lambda new: manifest.write(file.output / MANIFEST, new)
             ).plan
-        launcher = Local(ledger, slots, _start_with(options.start_with), plan, _say)
-    _say(f"{file.path}: {len(runs)} runs in {file.output}")
+        launcher = Local(states, slots, _start_with(options.start_with), plan, _print)
+    _print(f"{file.path}: {len(runs)} runs in {file.output}")
     if options.dry_run:
         launcher.show(runs)
         return 0
@@ -170,12 +172,12 @@ def _start(file: SweepFile, options: Options) -> int:
         if file.search is None:
             manifest.write(file.output / MANIFEST, runs)
         if options.retry:
-            for run in _known(file):
-                ledger.forgive(run)
+            for run in _runs(file):
+                states.retry(run)
         if isinstance(launcher, Local):
             return _run_here(file, launcher)
         count = launcher.submit(runs)
-        _say(f"submitted {count} of {len(runs)} runs; the others are done, failed, or in the queue")
+        _print(f"submitted {count} of {len(runs)} runs; the others are finished, failed, or in the queue")
         return 0
     finally:
         lock.release()
@@ -183,79 +185,80 @@ def _start(file: SweepFile, options: Options) -> int:
 
 def _run_here(file: SweepFile, launcher: Local) -> int:
     status = launcher.run()
-    runs = _known(file)
-    states = [launcher.ledger.state(run, {}) for run in runs]
+    runs = _runs(file)
+    state_of = {run.id: launcher.states.state(run, {}) for run in runs}
     path, _ = results.write_results(file.output, runs)
-    failed = [run for run, state in zip(runs, states, strict=True) if state == "failed"]
+    failed = [run for run in runs if state_of[run.id] == "failed"]
+    finished = [run for run in runs if state_of[run.id] == "done"]
     for run in failed:
-        _say(f"failed: {run.id}{describe(run)}: {launcher.ledger.get(run).error}")
-    counts = f"{states.count('done')} of {len(runs)} runs are done" + (f", {len(failed)} failed" if failed else "")
-    more = "; the same command continues" if status == signals.EXIT_UNFINISHED else ""
-    more = "; --retry true starts them again" if failed and not more else more
-    _say(f"{counts}{more}; results: {path}")
+        _print(f"failed: {run.id}{describe(run)}: {launcher.states.get(run).error}")
+    counts = f"{len(finished)} of {len(runs)} runs are finished" + (f", {len(failed)} failed" if failed else "")
+    more = "; the same command resumes" if status == signals.EXIT_UNFINISHED else ""
+    more = "; --retry true restarts them" if failed and not more else more
+    _print(f"{counts}{more}; results: {path}")
     return status
 
 
 def _start_with(text: str) -> list[str]:
-    words = slurm.words_of("--start_with", text)
-    if words and shutil.which(words[0]) is None:
-        raise ConfigError(f"--start_with: there is no program '{words[0]}' here")
-    return words
+    launcher = slurm.split_command_line("--start_with", text)
+    if launcher and shutil.which(launcher[0]) is None:
+        raise ConfigError(f"--start_with: found '{launcher[0]}', which is not a program on this machine")
+    return launcher
 
 
-def _say(text: str) -> None:
+def _print(text: str) -> None:
     print(printable(text, lines=True), flush=True)
 
 
-# Looking and stopping -------------------------------------------------------------------------------------------------
+# Status and cancel ----------------------------------------------------------------------------------------------------
 
 
 def _status(file: SweepFile, runs: Sequence[SweepRun], watch: float | None) -> int:
-    ledger = Ledger(file.output)
+    states = RunStates(file.output)
     while True:
         queue = slurm.queue_states(file.output)
-        table = results.status_table(runs, ledger, queue)
+        table = results.status_table(runs, states, queue)
         clear = "\x1b[H\x1b[2J" if watch is not None and sys.stdout.isatty() else ""
         with contextlib.suppress(BrokenPipeError):
             print(clear + printable(table, lines=True), flush=True)
-        states = {ledger.state(run, queue) for run in runs}
-        if watch is None or not states & {"running", "queued"}:
+        active = any(states.state(run, queue) in ("running", "queued") for run in runs)
+        if watch is None or not active:
             return 0
         time.sleep(watch)
-        runs = _known(file)
+        runs = _runs(file)
 
 
 def _cancel(file: SweepFile) -> int:
-    """Stop the launcher of this machine, whose runs then save, and cancel jobs in the queue."""
+    """Request the launcher on this machine to stop, whose runs then save, and cancel jobs in the queue."""
     found = slurm.cancel(file.output)
     if found:
-        _say(f"cancelled {len(found)} jobs: {', '.join(found)}")
+        _print(f"cancelled {len(found)} jobs: {', '.join(found)}")
     owner = _owner(file.output)
     if owner is not None:
         pid, host = owner
         if host != socket.gethostname():
-            raise ConfigError(f"sweep cancel: the sweep runs on {host} (process {pid}); say it there")
+            raise ConfigError(f"sweep cancel: the sweep runs on {host} (process {pid}); cancel it there")
         os.kill(pid, signal.SIGTERM)
-        _say(f"asked process {pid} to stop; its runs save, the same sweep continues them")
+        _print(f"requested process {pid} to stop; its runs save, and the same sweep command resumes them")
     if not found and owner is None:
-        _say(f"{file.output}: nothing runs and nothing is in the queue")
+        _print(f"{file.output}: no run is running or in the queue")
     return 0
 
 
 def _owner(folder: Path) -> tuple[int, str] | None:
-    """(process, host) of the launcher that works on the sweep now."""
-    if not SweepRun("", (), str(folder)).held:
+    """(process id, host) of the launcher that runs the sweep now."""
+    if not SweepRun("", (), str(folder)).locked:
         return None
     return owner_of(folder / ".lock")
 
 
-def _task(words: Sequence[Any]) -> int:
-    """What slurm/sweep.sbatch starts: `sweep task MANIFEST LINE`."""
-    if len(words) != 2 or not str(words[1]).isdigit():
-        raise ConfigError(f"sweep task: found {shlex.join(words)}, expected a manifest and the number of its line")
-    path = Path(words[0])
-    status = slurm.task(path, int(words[1]), _say)
-    whole = path.parent.parent / MANIFEST
-    if status == 0 and whole.exists():
-        results.write_results(whole.parent, manifest.read(whole))
+def _task(arguments: Sequence[Any]) -> int:
+    """The command that slurm/sweep.sbatch runs: `sweep task MANIFEST LINE`."""
+    if len(arguments) != 2 or not str(arguments[1]).isdigit():
+        raise ConfigError(f"sweep task: found {shlex.join(arguments)}, expected a manifest and a line number")
+    path = Path(arguments[0])
+    status = slurm.task(path, int(arguments[1]), _print)
+    whole_sweep = path.parent.parent / MANIFEST  # `path` holds the runs of one array job
+    if status == 0 and whole_sweep.exists():
+        results.write_results(whole_sweep.parent, manifest.read(whole_sweep))
     return status

@@ -1,4 +1,4 @@
-"""From a sweep file to its runs, each of them parsed as the run itself will parse it, before anything starts."""
+"""Expand a sweep file into runs. The settings of each are parsed as the run itself will parse them."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from prefopt.storage import text_hash
 from prefopt.sweeps.manifest import SweepRun
 from prefopt.sweeps.sweep_file import Settings, SweepFile
 
-_MOST_RUNS = 100_000  # each has its settings read before anything starts
-_YAML_VALUES = ("optim.args.", "generate.args.")  # read as YAML, also from a flag
+_MOST_RUNS = 100_000  # the settings of each are parsed before anything starts
+_YAML_VALUES = ("optim.args.", "generate.args.")  # parsed as YAML, also from a flag
 
 
 def runs_of(file: SweepFile) -> list[SweepRun]:
-    """All runs, those that others start from first; combinations that come to the same are one run.
+    """All runs, start runs first; equal combinations are one run.
 
-    Every combination of the grid is made with every entry of the list and every draw. Draw number i is the same in all
-    combinations, so that methods are compared at the same draws.
+    Every combination of the grid is combined with every entry of the list and every draw. Draw number i is the same in
+    all combinations, so that methods are compared at the same draws.
 
     Raises: ConfigError that names the run and what is wrong with it.
     """
@@ -38,9 +38,9 @@ def runs_of(file: SweepFile) -> list[SweepRun]:
         raise ConfigError(f"{file.path}: {count:,} combinations and draws, expected at most {_MOST_RUNS:,}")
     points = list(_points(file))
     runs: dict[str, SweepRun] = {}
-    dropped = {key for key in file.where if not any(key in point for point in points)}
-    if dropped:
-        raise ConfigError(f"{file.path}: where.{min(dropped)}: no run meets these conditions")
+    unmet = {key for key in file.where if not any(key in point for point in points)}
+    if unmet:
+        raise ConfigError(f"{file.path}: where.{min(unmet)}: no run meets these conditions")
     for number, point in enumerate(points, 1):
         for run in runs_at(file, point, f"run {number} of {len(points)}"):
             runs.setdefault(run.id, run)
@@ -48,14 +48,14 @@ def runs_of(file: SweepFile) -> list[SweepRun]:
 
 
 def combinations(file: SweepFile) -> Iterator[Settings]:
-    """The settings that no draw decides, without conditions."""
+    """Every combination of fixed settings, grid and list; conditions of `where` are not applied."""
     for values in itertools.product(*file.grid.values()):
         for entry in file.entries:
             yield {**file.fixed, **dict(zip(file.grid, values, strict=True)), **entry}
 
 
 def draw(file: SweepFile, number: int) -> Settings:
-    """Draw `number`, which neither other keys nor more draws change."""
+    """Draw `number`: each value depends on the seed, the number and its own key only."""
     return {
         key: space.at(random.Random(f"{file.draw_seed} {number} {key}").random()) for key, space in file.random.items()
     }
@@ -64,11 +64,11 @@ def draw(file: SweepFile, number: int) -> Settings:
 def _points(file: SweepFile) -> Iterator[Settings]:
     for settings in combinations(file):
         for number in range(file.draws):
-            yield met(file, {**settings, **draw(file, number)})
+            yield apply_conditions(file, {**settings, **draw(file, number)})
 
 
-def met(file: SweepFile, settings: Settings) -> Settings:
-    """The settings whose conditions hold."""
+def apply_conditions(file: SweepFile, settings: Settings) -> Settings:
+    """The settings whose conditions in `where` hold."""
 
     def holds(key: str) -> bool:
         return key in settings and all(
@@ -79,7 +79,7 @@ def met(file: SweepFile, settings: Settings) -> Settings:
 
 
 def runs_at(file: SweepFile, settings: Settings, name: str) -> list[SweepRun]:
-    """The run with these settings, behind the run that it starts from. Args: name: for errors."""
+    """The run with these settings, after its start run if the file has one. Args: name: for errors."""
     before: list[SweepRun] = []
     if file.start is not None:
         base = {key: value for key, value in file.fixed.items() if not key.startswith("method")}
@@ -110,7 +110,7 @@ def _run(
 
 
 def _budget(file: SweepFile, settings: Settings) -> Settings:
-    """What ends the run where the sweep's budget does."""
+    """The setting that ends the run at the sweep's budget."""
     if file.budget is None:
         return {}
     match, value = file.budget.match, file.budget.value
@@ -123,11 +123,11 @@ def _budget(file: SweepFile, settings: Settings) -> Settings:
     train = config.parse(_flags(settings | {"train.max_steps": 1})).train
     batch = train.global_batch
     if train.tokens_per_batch is not None:
-        raise ConfigError("budget.match: found 'pairs', but with train.tokens_per_batch steps have now more, now fewer")
+        raise ConfigError("budget.match: found 'pairs', but train.tokens_per_batch varies the pairs per step")
     if value % batch:
         raise ConfigError(
-            f"budget.value: {int(value):,} pairs are no whole number of steps of train.global_batch {batch}, expected "
-            f"such as {max(1, round(value / batch)) * batch:,}"
+            f"budget.value: {int(value):,} pairs are not a whole number of steps of train.global_batch {batch}, "
+            f"expected e.g. {max(1, round(value / batch)) * batch:,}"
         )
     return {"train.max_steps": int(value) // batch}
 
@@ -137,7 +137,7 @@ def _flags(settings: Mapping[str, Any]) -> list[str]:
 
 
 def _text(key: str, value: Any) -> str:
-    """A value as a flag gives it."""
+    """A value as the text of a flag."""
     if value is None or isinstance(value, bool):
         return "none" if value is None else str(value).lower()
     if isinstance(value, (list, tuple)):
@@ -146,27 +146,27 @@ def _text(key: str, value: Any) -> str:
         items = [str(item) for item in value]
         if any(re.search(r"[,\s]", item) for item in items):
             raise ConfigError(
-                f"{key}: found {value!r}, whose items hold commas or spaces; put it into a file (config: FILE)"
+                f"{key}: found {value!r}, whose items contain commas or spaces; give it in a YAML file (config: FILE)"
             )
         return ",".join(items)
     return str(value)
 
 
 def _digest(parsed: RunConfig, before: Sequence[SweepRun]) -> str:
-    """Of all that decides the run and departs from the defaults, so that a new setting gives no run a new name.
+    """Hash of the overrides that determine the run: a setting that is added to prefopt later changes no run's id.
 
-    A model that another run of the sweep makes counts as that run, not as the folder where it lies.
+    A model that another run of the sweep trains counts as that run, not as its folder.
     """
     values = flatten(parsed.to_dict())
     plain = RunConfig(method=parsed.method, method_name=parsed.method_name).to_dict()
-    usual = flatten({key: value for key, value in plain.items() if key != "method"})
-    usual |= {f"method.{f.name}": as_plain(f.default) for f in dataclasses.fields(parsed.method)}
-    told = {
+    defaults = flatten({key: value for key, value in plain.items() if key != "method"})
+    defaults |= {f"method.{f.name}": as_plain(f.default) for f in dataclasses.fields(parsed.method)}
+    overrides = {
         key: value
         for key, value in values.items()
-        if not (key in usual and usual[key] == value)
+        if not (key in defaults and defaults[key] == value)
         and not any(key == free or key.startswith(f"{free}.") for free in FREE_TO_CHANGE)
     }
     if before:
-        told["model.path"] = f"run {before[0].id}"
-    return text_hash(json.dumps(told, sort_keys=True, default=str))[:10]
+        overrides["model.path"] = f"run {before[0].id}"
+    return text_hash(json.dumps(overrides, sort_keys=True, default=str))[:10]

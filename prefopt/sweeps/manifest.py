@@ -1,4 +1,4 @@
-"""The runs of a sweep: what each is started with, and what has become of it."""
+"""The runs of a sweep: the arguments of each, and the state of each."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class SweepRun:
     """One run, a line of the manifest.
 
     Args:
-        id: of the settings alone: the same run has the same id in every sweep, on every machine.
-        argv: the flags of `prefopt train`.
+        id: a hash of the settings alone: the same run has the same id in every sweep, on every machine.
+        argv: the command-line arguments of `prefopt train`.
         output: its folder.
-        after: ids of the runs that must be done before.
-        settings: those that the sweep file names, by dotted key.
+        after: ids of the runs that must be finished before it starts.
+        settings: the settings that the sweep file gives it, by dotted key.
     """
 
     id: str
@@ -40,17 +40,17 @@ class SweepRun:
 
     @property
     def done(self) -> bool:
-        """Whether its model is exported, which is the last thing that a run does."""
+        """Whether its model is exported, which is the last thing a run does."""
         return storage.is_there(Path(self.output) / "model" / storage.MANIFEST)
 
     @property
-    def held(self) -> bool:
-        """Whether a process writes to its folder now."""
+    def locked(self) -> bool:
+        """Whether a process is writing to its folder now."""
         return storage.is_held(Path(self.output) / ".lock")
 
 
 def write(path: Path, runs: Iterable[SweepRun]) -> None:
-    """Write a manifest, whole or not at all, where it is not there as it would be written."""
+    """Write a manifest atomically, unless the file has this content already."""
     text = "".join(json.dumps(storage.sealed(asdict(run))) + "\n" for run in runs)
     if storage.read_bytes(path) == text.encode():
         return
@@ -58,7 +58,7 @@ def write(path: Path, runs: Iterable[SweepRun]) -> None:
 
 
 def read(path: Path) -> list[SweepRun]:
-    """The runs of a manifest, in its order. Raises: TrainError for a file that is none."""
+    """The runs of a manifest, in its order. Raises: TrainError for a file that is not a manifest."""
     content = storage.read_bytes(path)
     if content is None:
         raise TrainError(f"{path}: No such file or directory; start the sweep first")
@@ -73,14 +73,14 @@ def read(path: Path) -> list[SweepRun]:
 
 
 @dataclass(frozen=True)
-class Record:
-    """What a launcher remembers of a run. Whether the run is done, or held, its own folder says.
+class AttemptRecord:
+    """What a launcher stores about the attempts of a run. Its own folder shows whether it is done or running.
 
     Args:
-        attempts: how often it was started.
-        status: exit status of the last attempt; None while there is none, or it is under way.
-        error: last line that a failed attempt wrote.
-        job: Slurm's number of the array task that ran the last attempt.
+        attempts: number of times it was started.
+        status: exit status of the last attempt; None before the first attempt and while one is running.
+        error: the error line of a failed attempt.
+        job: Slurm's id of the array task that ran the last attempt.
     """
 
     attempts: int = 0
@@ -93,11 +93,11 @@ class Record:
         return self.status not in (None, 0, EXIT_UNFINISHED)
 
 
-ATTEMPT = "=== attempt "  # begins the line in a log with which an attempt begins
+ATTEMPT = "=== attempt "  # the first line of each attempt in a log begins with this
 
 
-class Ledger:
-    """The records of a sweep: a small file for each run, so that array tasks write side by side."""
+class RunStates:
+    """The state of each run of a sweep: one small file per run, so that array tasks can write concurrently."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -108,8 +108,8 @@ class Ledger:
     def log(self, run: SweepRun) -> Path:
         return self.folder / "logs" / f"{run.id}.log"
 
-    def begin(self, run: SweepRun, job: str | None = None) -> Path:
-        """Note that an attempt begins. Returns the log to append to."""
+    def begin_attempt(self, run: SweepRun, job: str | None = None) -> Path:
+        """Record that an attempt begins. Returns: the log file to append to."""
         record = replace(self.get(run), attempts=self.get(run).attempts + 1, status=None, error=None, job=job)
         log = self.log(run)
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -118,8 +118,8 @@ class Ledger:
         self.put(run, record)
         return log
 
-    def end(self, run: SweepRun, status: int, error: str | None = None) -> Record:
-        """Note how an attempt ended. Args: status: as `subprocess` gives it, minus a signal's number."""
+    def end_attempt(self, run: SweepRun, status: int, error: str | None = None) -> AttemptRecord:
+        """Record how an attempt ended. Args: status: as `subprocess` returns it, negative for a signal."""
         if status not in (0, EXIT_UNFINISHED) and error is None:
             killed = f"killed by {signal.Signals(-status).name}" if status < 0 else None
             error = killed or last_line(self.log(run)) or f"exit status {status}"
@@ -127,47 +127,47 @@ class Ledger:
         self.put(run, record)
         return record
 
-    def forgive(self, run: SweepRun) -> None:
-        """Forget that a run has failed, so that it is started again."""
+    def retry(self, run: SweepRun) -> None:
+        """Clear the failure of a run, so that it is started again."""
         record = self.get(run)
         if record.failed:
             self.put(run, replace(record, status=None, error=None))
 
-    def get(self, run: SweepRun) -> Record:
-        """What is remembered of a run. Raises: Unreadable; Damaged."""
+    def get(self, run: SweepRun) -> AttemptRecord:
+        """The record of a run, an empty one if it was never started. Raises: Unreadable; Damaged."""
         path = self._path(run)
         try:
-            return Record(**(storage.read_sealed(path, unsealed=True) or {}))
+            return AttemptRecord(**(storage.read_sealed(path, unsealed=True) or {}))
         except (Damaged, TypeError):
             raise Damaged(
-                f"{path}: was edited or damaged, so how often the run was tried is not known; delete the file and "
-                "start the sweep again: the run continues where it was"
+                f"{path}: was edited or damaged, so the number of attempts is unknown; delete the file and start "
+                "the sweep again: the run resumes from its last checkpoint"
             ) from None
 
-    def put(self, run: SweepRun, record: Record) -> None:
+    def put(self, run: SweepRun, record: AttemptRecord) -> None:
         write_sealed(self._path(run), asdict(record))
 
     def state(self, run: SweepRun, queue: Mapping[str, str]) -> State:
-        """What has become of a run. Args: queue: run -> Slurm's state of it, of the runs that it has."""
+        """The state of a run. Args: queue: run id -> Slurm's state, for the runs in its queue."""
         if run.done:
             return "done"
-        if run.held:
+        if run.locked:
             return "running"
         if run.id in queue:
             return "running" if queue[run.id] == "RUNNING" else "queued"
         return "failed" if self.get(run).failed else "pending"
 
 
-class Forgiving(Ledger):
-    """The same, as it would be once failed runs are to be started again; nothing is written."""
+class RetryView(RunStates):
+    """The states as they would be under `--retry`, for a dry run: no run has failed, and nothing is written."""
 
-    def get(self, run: SweepRun) -> Record:
+    def get(self, run: SweepRun) -> AttemptRecord:
         record = super().get(run)
         return replace(record, status=None, error=None) if record.failed else record
 
 
 def last_line(log: Path, at_most: int = 400) -> str | None:
-    """The line that says why a program ended: the last `error:` line, else the last of all."""
+    """The line of a log that explains why a program ended: the last `error:` line, else the last line."""
     try:
         with log.open("rb") as file:
             file.seek(max(0, os.fstat(file.fileno()).st_size - 20_000))

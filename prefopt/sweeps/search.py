@@ -1,4 +1,4 @@
-"""Draws that learn from the runs before them, by Optuna's tree-structured Parzen estimator; Optuna is optional."""
+"""Search: draws that depend on the results of earlier runs, by Optuna's tree-structured Parzen estimator (optional)."""
 
 from __future__ import annotations
 
@@ -14,43 +14,43 @@ from typing import Any
 from prefopt.errors import ConfigError, did_you_mean
 from prefopt.storage import Damaged, read_sealed, text_hash, write_sealed
 from prefopt.sweeps import expand, progress
-from prefopt.sweeps.manifest import Ledger, SweepRun
+from prefopt.sweeps.manifest import RunStates, SweepRun
 from prefopt.sweeps.sweep_file import Search, Settings, Space, SweepFile
 
-Draws = dict[str, list[Settings]]  # study -> what was asked for, in order
+Draws = dict[str, list[Settings]]  # study -> its draws, in order
 
 
 def require(file: SweepFile) -> None:
     """Raises: ConfigError where Optuna is not installed."""
     if importlib.util.find_spec("optuna") is None:
         raise ConfigError(
-            f"{file.path}: search: 'optuna' is not installed; pip install 'prefopt[search]', or leave it out"
+            f"{file.path}: search: 'optuna' is not installed; pip install 'prefopt[search]', or remove search"
         )
 
 
 @dataclass
-class Searched:
-    """The runs of a sweep that searches, which become more as others end.
+class SearchedRuns:
+    """The runs of a search; new ones are added as earlier ones end.
 
-    Each combination of grid and list is a study of its own with `draws` trials, so that no method gets more of them
-    than another. What was asked for is kept in `search.json`, so a killed search goes on with the same trials.
+    Each combination of grid and list is a study of its own with `draws` trials, so that all methods have the same
+    number. Draws are stored in `search.json`, so a killed search resumes with the same trials.
 
-    Args: slots: most runs that are asked for and not at their end. keep: called with all runs whenever there are more.
+    Args: slots: most runs that are drawn and not ended. on_new_runs: called with all runs after some were added.
     """
 
     file: SweepFile
-    ledger: Ledger
+    states: RunStates
     slots: int
-    keep: Callable[[list[SweepRun]], None]
+    on_new_runs: Callable[[list[SweepRun]], None]
     _runs: list[SweepRun] = field(default_factory=list)
 
     def plan(self) -> list[SweepRun]:
-        """The runs so far, and new ones while there are slots for them."""
+        """The runs so far, and new ones while slots are free."""
         draws, studies = self._read(), list(map(self._key, expand.combinations(self.file)))
         combinations = dict(zip(studies, expand.combinations(self.file), strict=True))
         if not self._runs:
             self._runs = self._all(draws, combinations)
-        asked = False
+        added = False
         while self._open() < self.slots:
             study = min(studies, key=lambda key: len(draws.get(key, ())))
             if len(draws.get(study, ())) >= self.file.draws:
@@ -58,9 +58,9 @@ class Searched:
             draws.setdefault(study, []).append(self._ask(combinations[study], draws.get(study, [])))
             write_sealed(self._path, draws)
             self._runs = self._all(draws, combinations)
-            asked = True
-        if asked:
-            self.keep(self._runs)
+            added = True
+        if added:
+            self.on_new_runs(self._runs)
         return self._runs
 
     @property
@@ -71,10 +71,10 @@ class Searched:
         try:
             return read_sealed(self._path, unsealed=True) or {}
         except Damaged as error:
-            raise Damaged(f"{error}; put it back from a copy, or choose another output") from None
+            raise Damaged(f"{error}; restore it from a copy, or choose another output") from None
 
     def _key(self, combination: Settings) -> str:
-        """Of a study, which another space or another goal makes another one."""
+        """Hash of a study: of its settings, its spaces and its metric."""
         about = [combination, {key: (s.kind, s.values) for key, s in self.file.random.items()}, self._goal.metric]
         return text_hash(json.dumps(about, default=str))[:16]
 
@@ -91,14 +91,16 @@ class Searched:
         return sorted(runs.values(), key=lambda run: bool(run.after))
 
     def _at(self, combination: Settings, drawn: Settings, number: int) -> list[SweepRun]:
-        return expand.runs_at(self.file, expand.met(self.file, {**combination, **drawn}), f"trial {number + 1}")
+        return expand.runs_at(
+            self.file, expand.apply_conditions(self.file, {**combination, **drawn}), f"trial {number + 1}"
+        )
 
     def _open(self) -> int:
-        """Runs that are asked for and neither done nor failed."""
-        return sum(not run.done and not self.ledger.get(run).failed for run in self._runs)
+        """Number of runs that are neither done nor failed."""
+        return sum(not run.done and not self.states.get(run).failed for run in self._runs)
 
     def _ask(self, combination: Settings, before: list[Settings]) -> Settings:
-        """What to try next. The first third is drawn without looking back, as it is without a search."""
+        """The next draw of a study. The first third is random, as without a search."""
         number = len(before)
         if number < max(1, min(10, self.file.draws // 3)):
             return expand.draw(self.file, number)
@@ -115,21 +117,21 @@ class Searched:
             if run.done:
                 value = self._value(run)
                 state = optuna.trial.TrialState.FAIL if value is None else optuna.trial.TrialState.COMPLETE
-            elif self.ledger.get(run).failed:
+            elif self.states.get(run).failed:
                 state = optuna.trial.TrialState.FAIL
             params = {key: _inside(self.file.random[key], drawn[key]) for key in drawn}
             study.add_trial(
                 optuna.trial.create_trial(params=params, distributions=distributions, value=value, state=state)
             )
-        asked = study.ask(distributions).params
+        params = study.ask(distributions).params
         return {
-            key: space.values[asked[key]] if space.kind == "choice" else float(f"{asked[key]:.4g}")
+            key: space.values[params[key]] if space.kind == "choice" else float(f"{params[key]:.4g}")
             for key, space in self.file.random.items()
         }
 
     def _value(self, run: SweepRun) -> float | None:
-        """What the run is judged by; None where it came to nothing finite."""
-        figures, metric = progress.last_figures(Path(run.output)), self._goal.metric
+        """The metric that is optimised; None where it is not finite."""
+        figures, metric = progress.last_metrics(Path(run.output)), self._goal.metric
         if metric not in figures:
             known = sorted(figures)
             raise ConfigError(
@@ -142,14 +144,14 @@ class Searched:
 def _distribution(space: Space) -> Any:
     import optuna
 
-    if space.kind == "choice":  # by number: Optuna takes plain values only
+    if space.kind == "choice":  # by index: Optuna accepts plain values only
         return optuna.distributions.CategoricalDistribution(range(len(space.values)))
     low, high = map(float, space.values)
     return optuna.distributions.FloatDistribution(low, high, log=space.kind == "loguniform")
 
 
 def _inside(space: Space, value: Any) -> Any:
-    """A value that was drawn, as its distribution knows it: rounding may have put it just outside."""
+    """A drawn value inside its distribution: rounding to four digits may have put it just outside."""
     if space.kind == "choice":
         return space.values.index(value)
     low, high = map(float, space.values)

@@ -1,4 +1,4 @@
-"""What a sweep file says, checked: settings that are fixed, and the spaces that the others come from."""
+"""The sweep file: fixed settings and the values or spaces of the others, parsed and checked."""
 
 from __future__ import annotations
 
@@ -13,30 +13,33 @@ from prefopt.errors import ConfigError, did_you_mean
 
 Settings = dict[str, Any]  # flat: dotted key -> value
 _KEYS = ("output", "fixed", "grid", "list", "random", "where", "start", "budget", "search", "minimize", "maximize")
-_OWN = ("output", "dry_run", "help")  # what the sweep itself decides for each run
+_SET_BY_SWEEP = ("output", "dry_run", "help")
 _MATCHES = ("steps", "pairs", "tokens", "wall")
 _ENDS = ("train.max_steps", "train.max_tokens", "train.max_seconds", "train.epochs")
 
 
 @dataclass(frozen=True)
 class Space:
-    """Where a setting is drawn from: between two numbers, evenly in themselves or in their logarithm, or a list."""
+    """The distribution of a setting: uniform or log-uniform between two numbers, or a uniform choice from a list."""
 
     kind: Literal["uniform", "loguniform", "choice"]
     values: tuple[Any, ...]
 
-    def at(self, share: float) -> Any:
-        """The value that lies at `share`, from 0 to 1, of the space; numbers to four digits."""
+    def at(self, quantile: float) -> Any:
+        """The value at this quantile, from 0 to 1; numbers are rounded to four significant digits."""
         if self.kind == "choice":
-            return self.values[min(int(share * len(self.values)), len(self.values) - 1)]
+            return self.values[min(int(quantile * len(self.values)), len(self.values) - 1)]
         low, high = map(float, self.values)
-        value = low + share * (high - low) if self.kind == "uniform" else low * math.exp(share * math.log(high / low))
+        if self.kind == "uniform":
+            value = low + quantile * (high - low)
+        else:
+            value = low * math.exp(quantile * math.log(high / low))
         return float(f"{value:.4g}")
 
 
 @dataclass(frozen=True)
 class Start:
-    """The run that others begin from: its own settings, and those of theirs that it has too, one start for each."""
+    """The start run, whose model the other runs begin with. Args: per: settings of the others that it shares."""
 
     settings: Settings
     per: tuple[str, ...] = ()
@@ -44,7 +47,7 @@ class Start:
 
 @dataclass(frozen=True)
 class SweepBudget:
-    """What is the same for every run."""
+    """The budget that ends every run."""
 
     match: Literal["steps", "pairs", "tokens", "wall"]
     value: float
@@ -52,7 +55,7 @@ class SweepBudget:
 
 @dataclass(frozen=True)
 class Search:
-    """Draws that learn from the runs before them."""
+    """A search: the metric that draws optimise."""
 
     metric: str
     maximize: bool
@@ -60,16 +63,16 @@ class Search:
 
 @dataclass(frozen=True)
 class SweepFile:
-    """A sweep file as it is meant.
+    """A parsed sweep file.
 
     Args:
         path: for errors.
         output: the sweep's folder.
-        fixed: of every run.
-        grid: all combinations of these values.
-        entries: each of these, or one that is empty.
-        random: spaces, of which every combination gets the same `draws`.
-        where: key -> what other settings must be for a run to have it.
+        fixed: settings of every run.
+        grid: values whose combinations are all run.
+        entries: of `list`; one empty entry without it.
+        random: spaces, from which every combination gets the same `draws`.
+        where: key -> the values that other settings must have for a run to have this one.
     """
 
     path: Path
@@ -93,7 +96,7 @@ def read(path: Path) -> SweepFile:
         if key not in _KEYS:
             raise ConfigError(
                 f"{path}: {key}: unknown, expected {', '.join(_KEYS)}{did_you_mean(str(key), _KEYS)} "
-                "(settings of runs stand under fixed, grid, list or random)"
+                "(settings of runs go under fixed, grid, list or random)"
             )
     output = found.get("output", f"runs/sweeps/{path.stem}")
     if not isinstance(output, str) or not output:
@@ -135,7 +138,7 @@ def _mapping(path: Path, where: str, group: Any, expected: str) -> dict[str, Any
 
 
 def _flat(path: Path, where: str, group: Any, is_value: Callable[[Any], bool] = lambda value: False) -> Settings:
-    """Settings by dotted key, however they are nested. Args: is_value: whether a mapping is no group of settings."""
+    """Settings by dotted key, however they are nested. Args: is_value: whether a mapping is a value, not a group."""
     out: Settings = {}
 
     def walk(mapping: Mapping[Any, Any], prefix: str) -> None:
@@ -145,8 +148,8 @@ def _flat(path: Path, where: str, group: Any, is_value: Callable[[Any], bool] = 
                 walk(value, f"{key}.")
                 continue
             key = "method" if key == "method.name" else key
-            if key in _OWN:
-                raise ConfigError(f"{path}: {where}.{key}: the sweep sets it for each run; leave it out")
+            if key in _SET_BY_SWEEP:
+                raise ConfigError(f"{path}: {where}.{key}: the sweep sets it for each run; remove it")
             if key in out:
                 raise ConfigError(f"{path}: {where}.{key}: given twice")
             out[key] = value
@@ -196,7 +199,7 @@ def _random(path: Path, group: Any) -> tuple[dict[str, Space], int, int]:
 
 
 def _where(path: Path, group: Any) -> dict[str, dict[str, list[Any]]]:
-    """Keys are dotted here: a setting has conditions, not a group."""
+    """The conditions of settings, by dotted key."""
     out = {}
     for key, conditions in _mapping(path, "where", group, "such as 'method.alpha: {method: tdpo}'").items():
         if not isinstance(conditions, dict) or not conditions:
@@ -211,13 +214,13 @@ def _where(path: Path, group: Any) -> dict[str, dict[str, list[Any]]]:
 def _start(path: Path, group: Any) -> Start | None:
     if group is None:
         return None
-    found = _mapping(path, "start", group, "the settings of a run that the others start from")
+    found = _mapping(path, "start", group, "the settings of the start run")
     per = found.pop("per", [])
     if not isinstance(per, list) or not all(isinstance(key, str) for key in per):
         raise _refuse(path, "start.per", per, "a list of settings, such as [seed]")
     settings = _flat(path, "start", found)
     if "method" not in settings:
-        raise ConfigError(f"{path}: start.method: not given, expected the method of the start, such as sft")
+        raise ConfigError(f"{path}: start.method: not given, expected the method of the start run, such as sft")
     return Start(settings, tuple(per))
 
 
@@ -241,34 +244,34 @@ def _search(path: Path, found: Mapping[str, Any], spaces: Mapping[str, Space]) -
     goals = [name for name in ("minimize", "maximize") if name in found]
     if "search" not in found:
         if goals:
-            raise ConfigError(f"{path}: {goals[0]}: given without search; add 'search: optuna', or leave it out")
+            raise ConfigError(f"{path}: {goals[0]}: given without search; add 'search: optuna' or remove it")
         return None
     if found["search"] != "optuna":
         raise _refuse(path, "search", found["search"], "optuna")
     if len(goals) != 1 or not isinstance(found[goals[0]], str):
         raise ConfigError(f"{path}: search: expected one metric of the evaluations, such as 'maximize: exact/reward'")
     if not spaces:
-        raise ConfigError(f"{path}: search: there is nothing to search; name spaces under random")
+        raise ConfigError(f"{path}: search: found no spaces; give some under random")
     return Search(found[goals[0]], goals[0] == "maximize")
 
 
 def _check_together(file: SweepFile) -> None:
-    """What no group can know of itself."""
+    """Checks across groups."""
     places: dict[str, str] = {}
     listed = {key for entry in file.entries for key in entry}
     for where, keys in (("fixed", file.fixed), ("grid", file.grid), ("list", listed), ("random", file.random)):
         for key in keys:
             if key in places:
-                raise ConfigError(f"{file.path}: {where}.{key}: given in {places[key]} too; leave one out")
+                raise ConfigError(f"{file.path}: {where}.{key}: given in {places[key]} too; remove one")
             places[key] = where
     if "method" not in places and "config" not in places:
-        raise ConfigError(f"{file.path}: no run has a method; name it under fixed, grid or list")
+        raise ConfigError(f"{file.path}: no run has a method; give it under fixed, grid or list")
     for key, conditions in file.where.items():
         for name, what in ((key, "it"), *((other, f"where.{key}.{other}") for other in conditions)):
             if name not in places:
-                said = f"where.{key}" if what == "it" else what
+                place = f"where.{key}" if what == "it" else what
                 raise ConfigError(
-                    f"{file.path}: {said}: no run sets '{name}', expected a setting of fixed, grid, list or random"
+                    f"{file.path}: {place}: no run sets '{name}', expected a setting of fixed, grid, list or random"
                     f"{did_you_mean(name, places)}"
                 )
     _check_circles(file)
@@ -276,7 +279,7 @@ def _check_together(file: SweepFile) -> None:
         taken = next((key for key in _ENDS if key in places), None)
         if taken is not None:
             raise ConfigError(
-                f"{file.path}: {places[taken]}.{taken}: given with budget, which ends the runs; leave it out"
+                f"{file.path}: {places[taken]}.{taken}: given together with budget, which ends the runs; remove it"
             )
     if file.start is not None:
         _check_start(file, file.start, places)
@@ -301,9 +304,9 @@ def _check_start(file: SweepFile, start: Start, places: Mapping[str, str]) -> No
                 f"{did_you_mean(key, [k for k, where in places.items() if where != 'fixed'])}"
             )
         if key in start.settings:
-            raise ConfigError(f"{file.path}: start.{key}: given, and in start.per too; leave one out")
+            raise ConfigError(f"{file.path}: start.{key}: given here and in start.per; remove one")
     if places.get("model.path") in ("grid", "list", "random") and "model.path" not in start.per:
         raise ConfigError(
-            f"{file.path}: {places['model.path']}.model.path: the runs start from the start's model; name model.path "
-            "in start.per, or under fixed"
+            f"{file.path}: {places['model.path']}.model.path: the runs start from the start run's model; name "
+            "model.path in start.per, or give it under fixed"
         )

@@ -177,7 +177,7 @@ BASE = "fixed: {method: dpo}\n"
         ("- dpo", "found a list, expected keys such as 'fixed:' and 'grid:'"),
         ("grit: {seed: [1]}", "grit: unknown, expected output, fixed, grid, list, random, where, start, budget"),
         ("method: dpo", "method: unknown, expected output, fixed"),
-        ("grid: {seed: [0]}", "no run has a method; name it under fixed, grid or list"),
+        ("grid: {seed: [0]}", "no run has a method; give it under fixed, grid or list"),
         ("fixed: {method: dpo, seed: 1, seed: 2}", ":1: not readable as YAML: key 'seed' given twice"),
         ("fixed: {method: dpo, optim.lr: 1, optim: {lr: 2}}", "fixed.optim.lr: given twice"),
         (BASE + "fixed2: 3", "fixed2: unknown"),
@@ -185,8 +185,8 @@ BASE = "fixed: {method: dpo}\n"
         ("fixed: dpo", "fixed: found 'dpo', expected settings such as 'optim.lr: ...'"),
         (BASE + "grid: {seed: 3}", "grid.seed: found 3, expected a list of values"),
         (BASE + "grid: {seed: []}", "grid.seed: found [], expected a list of values"),
-        (BASE + "grid: {method: [sppo]}", "grid.method: given in fixed too; leave one out"),
-        (BASE + "grid: {output: [a]}", "grid.output: the sweep sets it for each run; leave it out"),
+        (BASE + "grid: {method: [sppo]}", "grid.method: given in fixed too; remove one"),
+        (BASE + "grid: {output: [a]}", "grid.output: the sweep sets it for each run; remove it"),
         (BASE + "list: {seed: 1}", "list: found {'seed': 1}, expected a list of settings, such as"),
         (BASE + "list: [3]", "list[0]: found 3, expected settings"),
         (BASE + "random: {optim.lr: {loguniform: [1, 2]}}", "random.draws: found None, expected a whole number"),
@@ -227,20 +227,20 @@ BASE = "fixed: {method: dpo}\n"
         (BASE + "budget: {match: wall, valve: 0}", "budget.valve: unknown, expected match and value"),
         (
             "fixed: {method: dpo, testbed.pairs: 99, train.tokens_per_batch: 64}\nbudget: {match: pairs, value: 99}",
-            "run 1 of 1: budget.match: found 'pairs', but with train.tokens_per_batch steps have now more, now fewer",
+            "run 1 of 1: budget.match: found 'pairs', but train.tokens_per_batch varies the pairs per step",
         ),
         (
             BASE + "budget: {match: pairs, value: 1000}",
-            "run 1 of 1: budget.value: 1,000 pairs are no whole number of steps of train.global_batch 512, expected "
-            "such as 1,024",
+            "run 1 of 1: budget.value: 1,000 pairs are not a whole number of steps of train.global_batch 512, "
+            "expected e.g. 1,024",
         ),
         (
             "fixed: {method: dpo, train.max_steps: 3}\nbudget: {match: steps, value: 2}",
-            "fixed.train.max_steps: given with budget, which ends the runs; leave it out",
+            "fixed.train.max_steps: given together with budget, which ends the runs; remove it",
         ),
         (
             BASE + "start: {train.max_steps: 3}",
-            "start.method: not given, expected the method of the start, such as sft",
+            "start.method: not given, expected the method of the start run, such as sft",
         ),
         (
             BASE + "start: {method: sft, per: [seeed]}\ngrid: {seed: [1]}",
@@ -248,17 +248,18 @@ BASE = "fixed: {method: dpo}\n"
         ),
         (
             BASE + "start: {method: sft, seed: 3, per: [seed]}\ngrid: {seed: [1]}",
-            "start.seed: given, and in start.per too; leave one out",
+            "start.seed: given here and in start.per; remove one",
         ),
         (
             "fixed: {method: dpo, data.train: p}\nstart: {method: sft}\ngrid: {model.path: [a, b]}",
-            "grid.model.path: the runs start from the start's model; name model.path in start.per, or under fixed",
+            "grid.model.path: the runs start from the start run's model; name model.path in start.per, "
+            "or give it under fixed",
         ),
         (BASE + "start: {method: sft}", "run 1 of 1: model.path is given without data.train"),
-        (BASE + "minimize: loss", "minimize: given without search; add 'search: optuna', or leave it out"),
+        (BASE + "minimize: loss", "minimize: given without search; add 'search: optuna' or remove it"),
         (BASE + "search: hyperband", "search: found 'hyperband', expected optuna"),
         (BASE + "search: optuna", "search: expected one metric of the evaluations, such as 'maximize: exact/reward'"),
-        (BASE + "search: optuna\nminimize: loss", "search: there is nothing to search; name spaces under random"),
+        (BASE + "search: optuna\nminimize: loss", "search: found no spaces; give some under random"),
         # settings, which the run itself would refuse
         (
             "fixed: {method: dpo}\ngrid: {seed: [0, 1], optim.lrr: [1]}",
@@ -279,7 +280,7 @@ BASE = "fixed: {method: dpo}\n"
         ("grid: {method: [dpo, tdpu]}", "run 2 of 2 (method=tdpu): unknown method 'tdpu'; did you mean 'tdpo'?"),
         (
             "fixed: {method: dpo, generate.stop: ['a b', c]}",
-            "run 1 of 1: generate.stop: found ['a b', 'c'], whose items hold commas or spaces; put it into a file",
+            "run 1 of 1: generate.stop: found ['a b', 'c'], whose items contain commas or spaces; give it in a",
         ),
     ],
 )

@@ -15,7 +15,7 @@ from prefopt.errors import ConfigError, PrefoptError
 from prefopt.sweeps import expand, sweep_file
 from prefopt.sweeps.command import sweep
 from prefopt.sweeps.local import Slot, slots_of
-from prefopt.sweeps.manifest import Ledger
+from prefopt.sweeps.manifest import RunStates
 from prefopt.training.output_folder import OutputLock
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -25,7 +25,7 @@ SWEEP = "fixed: {method: dpo, train.max_steps: 4}\ngrid: {seed: [0, 1, 2]}\n"
 
 @pytest.fixture
 def start(write, capfd):
-    """Start a sweep whose runs are stand-ins. Returns (exit status, what it said)."""
+    """Start a sweep whose runs are stand-ins. Returns (exit status, output)."""
 
     def start(text, *flags, plan=None):
         path = write(text)
@@ -52,7 +52,7 @@ def started():
 def test_sweep_when_all_runs_finish_then_each_was_started_once_and_another_time_adds_nothing(start):
     status, out = start(SWEEP)
     assert status == 0
-    assert "3 of 3 runs are done" in out
+    assert "3 of 3 runs are finished" in out
     assert [line["id"] for line in started()] == ids()
     assert started()[0]["argv"][:3] == ["-m", "prefopt", "train"]
     manifest = Path("runs/sweeps/sweep/manifest.jsonl")
@@ -90,7 +90,7 @@ def test_run_when_it_fails_then_the_others_finish_and_it_is_started_again_on_req
     status, out = start(SWEEP, plan={poisoned: [2, 0]})
     assert status == 1
     assert f"{poisoned}: failed: there is poison in the pairs" in out
-    assert "2 of 3 runs are done, 1 failed; --retry true starts them again" in out
+    assert "2 of 3 runs are finished, 1 failed; --retry true restarts them" in out
     assert start(SWEEP, plan={poisoned: [2, 0]})[0] == 1
     assert len(started()) == 3
     assert f"failed: {poisoned}: " in start(SWEEP, "--dry_run", "true", plan={poisoned: [2, 0]})[1]
@@ -113,7 +113,7 @@ def test_run_when_it_leaves_unfinished_then_it_is_started_again_but_not_for_ever
     assert status == 1
     counts = [sum(line["id"] == name for line in started()) for name in (first, second)]
     assert counts == [5, 4]
-    assert f"{second}: failed: left unfinished 3 times in a row, and saved nothing" in out
+    assert f"{second}: failed: exited unfinished 3 times in a row without having saved" in out
 
 
 STARTED = """
@@ -164,7 +164,7 @@ def test_dealing_of_a_machine():
     assert slots_of(None, 1, [0, 1, 2], []) == [Slot((0, 1, 2))]
     assert slots_of(2, 1, [0, 1, 2], []) == [Slot((0,)), Slot((1, 2))]
     assert slots_of(3, 1, [0, 1], ["a"]) == [Slot((0,), ("a",)), Slot((0,), ("a",)), Slot((1,), ("a",))]
-    with pytest.raises(ConfigError, match="--gpus_per_run: found 3, but there are 2 GPUs here"):
+    with pytest.raises(ConfigError, match="--gpus_per_run: found 3, but this machine has 2 GPUs"):
         slots_of(None, 3, [0], ["a", "b"])
 
 
@@ -198,10 +198,10 @@ def sweeping(write):
 def test_sweep_when_asked_to_stop_then_its_runs_save_and_the_same_command_continues(sweeping, start, capfd):
     assert sweep(["status", "sweep.yaml"]) == 0
     assert sweep(["cancel", "sweep.yaml"]) == 0
-    assert f"asked process {sweeping.pid} to stop" in capfd.readouterr().out
+    assert f"requested process {sweeping.pid} to stop" in capfd.readouterr().out
     out, _ = sweeping.communicate(timeout=30)
     assert sweeping.returncode == 75
-    assert "0 of 3 runs are done; the same command continues" in out
+    assert "0 of 3 runs are finished; the same command resumes" in out
     assert [line["status"] for line in started()] == [75, 75]
     status, _ = start(SWEEP, plan={name: ["wait", 0] for name in ids()[:2]})
     assert status == 0
@@ -218,12 +218,12 @@ def test_sweep_when_killed_then_it_goes_on_once_its_orphans_have_let_go(sweeping
     sweeping.wait()
     orphan = OutputLock(Path("runs/sweeps/sweep/runs") / ids()[0])
     orphan.acquire()
-    state = Ledger(Path("runs/sweeps/sweep")).state(known()[0], {})
+    state = RunStates(Path("runs/sweeps/sweep")).state(known()[0], {})
     assert state == "running"
     threading.Timer(1, orphan.release).start()
     status, out = start(SWEEP, plan={name: ["wait", 0] for name in ids()[:2]})
     assert status == 0
-    assert f"{ids()[0]}: a process of an earlier attempt still writes" in out
+    assert f"{ids()[0]}: waiting: a process of an earlier attempt still writes" in out
 
 
 @pytest.mark.parametrize(
@@ -232,9 +232,12 @@ def test_sweep_when_killed_then_it_goes_on_once_its_orphans_have_let_go(sweeping
         (["sweep.yaml", "--slot", "2"], "--slot: unknown option of sweep; did you mean 'slots'?"),
         (["sweep.yaml", "--slots", "0"], "--slots: found 0, expected a number > 0"),
         (["sweep.yaml", "--launcher", "k8s"], "--launcher: found 'k8s', expected one of local, slurm"),
-        (["sweep.yaml", "--sbatch", "--nodes=2"], "--sbatch: not read by --launcher local; leave it out"),
-        (["sweep.yaml", "--start_with", "torchrunn -x"], "--start_with: there is no program 'torchrunn' here"),
-        (["status", "sweep.yaml", "--retry", "true"], "--retry: not read by 'status'; leave it out"),
+        (["sweep.yaml", "--sbatch", "--nodes=2"], "--sbatch: --launcher local does not read it; remove it"),
+        (
+            ["sweep.yaml", "--start_with", "torchrunn -x"],
+            "--start_with: found 'torchrunn', which is not a program",
+        ),
+        (["status", "sweep.yaml", "--retry", "true"], "--retry: 'status' does not read it; remove it"),
         (["statsu", "sweep.yaml"], "sweep: found statsu sweep.yaml, expected one sweep file; did you mean 'status'?"),
         (["status"], "sweep: found no file, expected one sweep file"),
         (["swep.yaml"], "swep.yaml: No such file or directory; did you mean 'sweep.yaml'?"),

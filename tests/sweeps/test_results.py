@@ -10,7 +10,7 @@ import pytest
 
 from prefopt import settings as config
 from prefopt.sweeps import progress
-from prefopt.sweeps.manifest import ATTEMPT, Ledger, last_line
+from prefopt.sweeps.manifest import ATTEMPT, RunStates, last_line
 from prefopt.sweeps.results import status_table, write_results
 
 SWEEP = "grid: {method: [dpo, sppo], seed: [0, 1]}\nbudget: {match: steps, value: 8}\n"
@@ -71,12 +71,12 @@ def test_status_says_how_far_each_run_is_and_what_went_wrong(some):
     runs, trained = some
     trained(runs[0], 8)
     trained(runs[1], 2, done=False, loss=1.0)
-    ledger = Ledger(Path("runs/sweeps/sweep"))
-    ledger.begin(runs[1], job="7_1")
-    log = ledger.begin(runs[2])
+    states = RunStates(Path("runs/sweeps/sweep"))
+    states.begin_attempt(runs[1], job="7_1")
+    log = states.begin_attempt(runs[2])
     log.write_text(log.read_text() + "loading\nerror: there is poison\n")
-    ledger.end(runs[2], 2)
-    table = status_table(runs, ledger, {runs[1].id: "RUNNING", runs[3].id: "PENDING"})
+    states.end_attempt(runs[2], 2)
+    table = status_table(runs, states, {runs[1].id: "RUNNING", runs[3].id: "PENDING"})
     lines = [line.split() for line in table.splitlines()]
     assert table.startswith("4 runs: 1 done, 1 running, 1 queued, 1 failed; about ")
     # two of eight steps took 1 s, the evaluation another: 3 times 2 s are left, and 4 s of the run that waits
@@ -88,7 +88,7 @@ def test_status_says_how_far_each_run_is_and_what_went_wrong(some):
 
 
 @pytest.mark.parametrize(
-    ("flags", "share"),
+    ("flags", "fraction"),
     [
         (["--train.max_tokens", "400"], 0.5),
         (["--train.max_seconds", "4"], 0.25),
@@ -97,20 +97,20 @@ def test_status_says_how_far_each_run_is_and_what_went_wrong(some):
     ],
     ids=["tokens", "seconds", "steps", "epochs"],
 )
-def test_progress_goes_by_what_ends_the_run(tmp_path, flags, share):
+def test_progress_goes_by_what_ends_the_run(tmp_path, flags, fraction):
     lines = [{"step": s, "split": "train", "seconds": 0.5, "tokens_processed": 100, "epoch": 0.2 * s} for s in (1, 2)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 3, "sp')
-    found = progress.of(config.parse(["--method", "dpo", *flags]), tmp_path)
+    found = progress.progress_of(config.parse(["--method", "dpo", *flags]), tmp_path)
     assert found.step == 2
-    assert found.share == pytest.approx(share)
-    assert found.left == pytest.approx(1 / share - 1)
+    assert found.fraction == pytest.approx(fraction)
+    assert found.left == pytest.approx(1 / fraction - 1)
 
 
 def test_figures_of_rounds_come_from_their_table(tmp_path):
     (tmp_path / "rounds.jsonl").write_text('{"round": 0, "score": 1.0}\n{"round": 1, "score": 2.0, "tokens": 9}\n')
-    assert progress.last_figures(tmp_path) == {"score": 2.0, "tokens": 9}
+    assert progress.last_metrics(tmp_path) == {"score": 2.0, "tokens": 9}
     config_of_rounds = config.parse(["--method", "sppo", "--rounds.count", "3"])
-    assert progress.of(config_of_rounds, tmp_path).share == 0.5
+    assert progress.progress_of(config_of_rounds, tmp_path).fraction == 0.5
 
 
 def test_last_line_is_the_error_of_the_last_attempt(tmp_path):
@@ -125,16 +125,16 @@ def test_last_line_is_the_error_of_the_last_attempt(tmp_path):
 def test_what_a_run_wrote_last_is_shown_without_its_key_and_without_what_steers(some, monkeypatch):
     monkeypatch.setenv("LAB_API_KEY", "sk-of-mine-1234")
     runs, _ = some
-    ledger = Ledger(Path("runs/sweeps/sweep"))
-    log = ledger.begin(runs[0])
+    states = RunStates(Path("runs/sweeps/sweep"))
+    log = states.begin_attempt(runs[0])
     with log.open("a") as file:
         file.write("x" * 390 + "\nerror: \x1b[2J\u202e refused " + "y" * 380 + " sk-of-mine-1234\n")
-    record = ledger.end(runs[0], 1)
+    record = states.end_attempt(runs[0], 1)
     assert record.error.startswith(r"\x1b[2J\u202e refused yyy")
     state = Path("runs/sweeps/sweep/state") / f"{runs[0].id}.json"
-    assert "sk-of" not in record.error + state.read_text() + status_table(runs, ledger, {})
+    assert "sk-of" not in record.error + state.read_text() + status_table(runs, states, {})
     state.write_text(json.dumps({"attempts": 1, "status": 1, "error": "of an older version: \x1b sk-of-mine-1234 a|b"}))
-    assert r"of an older version: \x1b *** a|b" in status_table(runs, ledger, {})
+    assert r"of an older version: \x1b *** a|b" in status_table(runs, states, {})
 
 
 def test_settings_stay_in_their_cells(some):

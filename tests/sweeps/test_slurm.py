@@ -77,28 +77,30 @@ def test_rounds_are_a_chain_of_stages(capfd, monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        (["--launcher", "k8s"], "--launcher: expected slurm, or none for the processes of this machine"),
+        (["--launcher", "k8s"], "--launcher: expected slurm; leave it out to run on this machine"),
         (["--launcher", "slurm", "--parts", "0"], "--parts: found 0, expected a number >= 1"),
         (
             ["--launcher", "slurm", "--sbatch.trian", "-N2"],
             "--sbatch.trian: expected the flags of one of generate, judge, pair, train, evaluate; did you mean 'train'",
         ),
         (["--launcher", "slurm", "--script", "no.sbatch"], "--script: found no no.sbatch; expected the job script"),
-        (["--launcher", "slurm", "--stage", "pair", "--round", "1"], "--launcher: given with --stage; a stage that is"),
+        (["--launcher", "slurm", "--stage", "pair", "--round", "1"], "--launcher: given with --stage, which runs the stage here"),
         (["--sbatch"], "--sbatch: found no value"),
         (["--sbatch", "--comment='x"], '--sbatch: found "--comment=\'x": No closing quotation'),
     ],
 )
 def test_mistake_in_the_flags_of_rounds_is_one_line(capfd, flags, expected):
     assert rounds(["--method", "sppo", "--rounds.count", "2", *flags]) == 2
-    said = capfd.readouterr().err
-    assert said.startswith(f"error: {expected}")
-    assert said.count("\n") == 1
+    error = capfd.readouterr().err
+    assert error.startswith(f"error: {expected}")
+    assert error.count("\n") == 1
 
 
-def test_slurm_when_it_is_not_here_then_one_line_says_so(write, capfd, monkeypatch):
+def test_slurm_when_it_is_not_installed_then_is_one_line(write, capfd, monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
-    with pytest.raises(slurm.TrainError, match="squeue: there is no such program here; run this on a login node"):
+    with pytest.raises(
+        slurm.TrainError, match="squeue: there is no such program on this machine; run this on a login node"
+    ):
         slurm.jobs()
 
 
