@@ -33,7 +33,7 @@ def script(name: str, given: str | None = None) -> Path:
     for path in places:
         if path.is_file():
             return path
-    raise ConfigError(f"--script: found no {places[0]}; expected the job script (slurm/{name} of the repository)")
+    raise ConfigError(f"--script: found no file {places[0]}; expected the job script (slurm/{name} of the repository)")
 
 
 def split_command_line(flag: str, text: str) -> list[str]:
