@@ -83,7 +83,7 @@ def test_rounds_are_a_chain_of_stages(capfd, monkeypatch, tmp_path):
             ["--launcher", "slurm", "--sbatch.trian", "-N2"],
             "--sbatch.trian: expected the flags of one of generate, judge, pair, train, evaluate; did you mean 'train'",
         ),
-        (["--launcher", "slurm", "--script", "no.sbatch"], "--script: found no file no.sbatch; expected the job script"),
+        (["--launcher", "slurm", "--script", "no.sbatch"], "--script: found no file no.sbatch; expected the job"),
         (["--launcher", "slurm", "--stage", "pair", "--round", "1"], "--launcher: given with --stage, which runs the"),
         (["--sbatch"], "--sbatch: found no value"),
         (["--sbatch", "--comment='x"], '--sbatch: found "--comment=\'x": No closing quotation'),
