@@ -8,6 +8,7 @@ from pathlib import Path
 from prefopt import settings
 from prefopt.errors import ConfigError
 from prefopt.exits import record_settings
+from prefopt.rounds.store import SHARDED, STAGES
 from prefopt.run.context import run_in_context
 from prefopt.run.rounds_processes import run_stages
 from prefopt.run.stage_slice import StageSlice, parse_stage
@@ -16,14 +17,14 @@ from prefopt.sweeps import rounds_jobs
 from prefopt.training.launcher import print_rank_0
 from prefopt.training.runtime import Runtime
 
-USAGE = """usage: rounds.py --method NAME --rounds.count N [--GROUP.SETTING VALUE ...]
-       rounds.py --stage generate|judge|pair|train|evaluate --round K [--part I/N] (the same flags)
+USAGE = f"""usage: rounds.py --method NAME --rounds.count N [--GROUP.SETTING VALUE ...]
+       rounds.py --stage {"|".join(STAGES)} --round K [--part I/N] (the same flags)
        rounds.py --launcher slurm [--parts N] [--sbatch FLAGS] [--sbatch.STAGE FLAGS] (the same flags)
 
 Without --stage: runs every stage of every round that is not done yet, each in a process of its own; the train stage is
 started by --rounds.launcher. With --stage: runs that stage; --part 0/4 to 3/4 share its shards among four processes.
 With --launcher slurm: submits a job for each stage, each after the one before; N array tasks share the shards of
-generate and judge.
+{" and ".join(SHARDED)}.
 """
 
 
