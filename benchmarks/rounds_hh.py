@@ -122,11 +122,11 @@ def compare(folder: Path, policy: Path, args: argparse.Namespace) -> dict[str, A
 
     from prefopt import judges
     from prefopt.data.round_prompts import hold_out, read_prompts
-    from prefopt.method import Method
     from prefopt.rounds.stages import completions_of
     from prefopt.rounds.store import read_rows
+    from prefopt.rounds_method import RoundsMethod
 
-    method, names = Method(), [f"sppo-{kind}" for kind in JUDGES]
+    method, names = RoundsMethod(), [f"sppo-{kind}" for kind in JUDGES]
     read = read_prompts(
         str(args.eval),
         AutoTokenizer.from_pretrained(policy),

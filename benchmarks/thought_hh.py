@@ -141,7 +141,7 @@ def render(result: Mapping[str, Any]) -> str:
     out += ["|---" * 8 + "|"]
     for arm, rounds in result["runs"].items():
         for number, row in enumerate(rounds):
-            cells = [spread(row, name) for name in ("score", "win_rate/vs_start", "win_rate/vs_other")]
+            cells = [spread(row, name) for name in ("score", "win_probability/vs_start", "win_probability/vs_other")]
             cells += [f"{row['parsed']:.1%}", f"{row.get('thought_characters', 0):.0f}"]
             out.append(f"| {arm} | {number} | {' | '.join(cells)} | {row['response_characters']:.0f} |")
     out += [

@@ -6,12 +6,11 @@ import inspect
 import math
 import re
 import sys
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, get_args
 
 from prefopt.errors import ConfigError, did_you_mean
-from prefopt.types import ChosenPair, LossOutput, Needs, PairBatch, PairStats, Response, ScoredGroup, Term, WinProb
+from prefopt.types import LossOutput, Needs, PairBatch, PairStats, Term
 
 if TYPE_CHECKING:
     import torch
@@ -28,7 +27,6 @@ class Method:
     """
 
     ambiguous: ClassVar[tuple[str, ...]] = ()  # names that could mean this method or another one; they are rejected
-    testbed_world: ClassVar[str | None] = None  # the testbed world of its rounds; None: the default world
     default_lr: ClassVar[float | None] = None  # default of optim.lr; None: the default of all methods
     default_lr_source: ClassVar[str] = ""  # where default_lr comes from, such as a paper
 
@@ -62,57 +60,6 @@ class Method:
         The testbed, where pi* is known, prints this line below its table.
         """
         return ""
-
-    # In rounds -------------------------------------------------------------------------------------------------------
-
-    @property
-    def ranks_by(self) -> WinProb:
-        """How judge scores become an order and win probabilities, see `prefopt.ranking`."""
-        return "pairwise_sigmoid"
-
-    def render_prompt(self, prompt: str | list[dict[str, Any]]) -> str | list[dict[str, Any]]:
-        """The prompt that the policy receives, made from the one that a judge sees."""
-        return prompt
-
-    @property
-    def thinks(self) -> bool:
-        """Whether completions contain a thought beside the response, which judges and users must not see."""
-        return False
-
-    def judge_view(self, text: str) -> Response | str:
-        """The part of a completion that a judge may see, or a short reason why there is none."""
-        return Response(text)
-
-    def tuned(self, groups: Sequence[ScoredGroup]) -> Method:
-        """This method with hyper-parameters set from all groups of a round, before it makes pairs. Default: itself."""
-        return self
-
-    def order(self, group: ScoredGroup) -> Any:
-        """Scores that rank the judged completions of a group, best highest, NaN if unknown. Shape `(judged,)`."""
-        from prefopt.ranking import order_scores
-
-        return order_scores(group.judgement, self.ranks_by)
-
-    def make_pairs(self, group: ScoredGroup) -> Sequence[ChosenPair] | str:
-        """The training pairs of a group, or a short reason why there are none. Default: the best against the worst."""
-        from prefopt.ranking import best_and_worst
-
-        ends = best_and_worst(self.order(group))
-        return ends if isinstance(ends, str) else [ChosenPair(group.judged[ends[0]], group.judged[ends[1]])]
-
-    def round_figures(
-        self, groups: Sequence[ScoredGroup], pairs: Sequence[Sequence[ChosenPair]]
-    ) -> Mapping[str, float]:
-        """Figures of a round's candidates and pairs for the round report. Args: pairs: one sequence per group."""
-        return {}
-
-    def text_figures(self, texts: Sequence[str]) -> Mapping[str, float]:
-        """Figures of completions of any policy for the round report."""
-        return {}
-
-    def card(self) -> Mapping[str, Any]:
-        """How prompts and responses were formatted, which a user of the exported model needs; JSON values by name."""
-        return {}
 
     def equation(self) -> str:
         """The equation of the loss, for the card of an exported model; "" where the docstring has none.

@@ -1,7 +1,8 @@
-"""Finds methods by name: a file in methods/ is a method of that name; a dotted path is imported.
+"""Finds methods, judges and inference engines by name: each is one file of its folder, or a dotted path.
 
-Strategies, which answer prompts without training, are declared in the files of inference/, which are parsed here
-without importing them.
+A file in methods/ is a method and its name is the key. A file in judges/ or generation/ is a judge or an inference
+engine where it holds a class that inherits from `JudgeKind` or `EngineKind`. Ways of answering that train nothing are
+named by the files of inference/. Files are read for their names and declarations, and imported when they are used.
 """
 
 from __future__ import annotations
@@ -12,13 +13,15 @@ import sys
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from prefopt.errors import ConfigError, did_you_mean
 from prefopt.method import Method
+from prefopt.rounds_method import overlooked
 
 _FOLDER = Path(__file__).parent / "methods"
 _INFERENCE = Path(__file__).parent / "inference"
+T = TypeVar("T")
 
 
 def names() -> list[str]:
@@ -64,15 +67,106 @@ def check_strategy(name: str, where: str = "--strategy") -> None:
     raise ConfigError(f"{where}: unknown strategy '{name}'{near} known: {', '.join(strategies())}")
 
 
+@dataclass(frozen=True)
+class Kinds:
+    """The files of a folder that each hold one class that inherits from `base`: judges, or inference engines.
+
+    Args:
+        folder: of the package.
+        base: the class that a file's class inherits from.
+        suffix: of file names, which is no part of the kind's name.
+        key: the setting that names one.
+        what: one of them, in a message.
+    """
+
+    folder: str
+    base: str
+    suffix: str
+    key: str
+    what: str
+
+    def names(self) -> list[str]:
+        """All kinds, sorted."""
+        return sorted(_classes_by_base(self.folder, self.base, self.suffix))
+
+    def about(self, name: str) -> str:
+        """The first sentence of the file's docstring, for `--help`."""
+        text = ast.get_docstring(ast.parse(self._path(name).read_text())) or ""
+        return text.partition("\n")[0].rstrip(".")
+
+    def declared(self, name: str, attribute: str, default: Any) -> Any:
+        """What a kind's class declares, as a literal; the default where it declares nothing, or is a dotted path."""
+        found = _declared(self._path(name), attribute) if name in self.names() else None
+        return default if found is None else found
+
+    def check(self, name: str) -> None:
+        """Raises: ConfigError for a name that is neither a file of the folder nor a dotted path."""
+        if name in self.names() or "." in name:
+            return
+        lacks = f"; {self._path(name)} has no class that inherits from {self.base}" if self._path(name).exists() else ""
+        raise ConfigError(
+            f"{self.key}: found {name!r}, expected one of {', '.join(self.names())} or a dotted module path"
+            f"{did_you_mean(name, self.names())}{lacks}"
+        )
+
+    def load(self, name: str, base: type[T]) -> type[T]:
+        """The class of a kind. Raises: ConfigError for a name that is unknown, or holds not exactly one such class."""
+        self.check(name)
+        if name in self.names():
+            return _only_class(f"prefopt.{self.folder}.{name}{self.suffix}", name, base, self.what)
+        return _dotted(name, base, self.what)
+
+    def _path(self, name: str) -> Path:
+        return Path(__file__).parent / self.folder / f"{name}{self.suffix}.py"
+
+
+JUDGES = Kinds("judges", "JudgeKind", "", "judge.kind", "judge")
+ENGINES = Kinds("generation", "EngineKind", "_engine", "generate.engine", "inference engine")
+
+
+def testbed_judge() -> str:
+    """The kind of the judge that a run on the testbed has of its own."""
+    return next(name for name in JUDGES.names() if is_testbed_judge(name))
+
+
+def is_testbed_judge(name: str | None) -> bool:
+    """Whether the judge of this kind is the testbed's own."""
+    return name is not None and bool(JUDGES.declared(name, "testbed", False))
+
+
+def judges_of_files() -> list[str]:
+    """The kinds of judges that runs without the testbed may name."""
+    return [name for name in JUDGES.names() if not is_testbed_judge(name)]
+
+
+@cache
+def _classes_by_base(folder: str, base: str, suffix: str) -> list[str]:
+    """Names of the files in a folder that hold a class which inherits from `base`."""
+    paths = (Path(__file__).parent / folder).glob(f"*{suffix}.py")
+    return [path.stem.removesuffix(suffix) for path in paths if base in _bases(path)]
+
+
+def _bases(path: Path) -> set[str]:
+    """The bases of the classes that a source file holds, by the names that it has for them."""
+    classes = (node for node in ast.parse(path.read_text()).body if isinstance(node, ast.ClassDef))
+    return {base.id for node in classes for base in node.bases if isinstance(base, ast.Name)}
+
+
 def get(name: str) -> type[Method]:
     """The Method class called `name`: a built-in method, or a dotted path to a module or to a class in it.
 
     Raises: ConfigError for a name that is unknown or ambiguous, cannot be imported, or has not exactly one Method.
     """
     if name in names():
-        return _only_method(f"prefopt.methods.{name}", name)
+        return _only_class(f"prefopt.methods.{name}", name, Method, "method")
     if "." in name:
-        return _dotted(name)
+        found = _dotted(name, Method, "method")
+        if unread := overlooked(found):
+            raise ConfigError(
+                f"method '{name}': it defines {', '.join(unread)}, which only rounds read, expected a class that "
+                f"inherits from both: class {found.__name__}(RoundsMethod, Method)"
+            )
+        return found
     claimed = ambiguous_names().get(name)
     if claimed:
         raise ConfigError(f"method '{name}' is ambiguous; it could mean {' or '.join(claimed)}: name one of them")
@@ -85,51 +179,52 @@ def get(name: str) -> type[Method]:
     raise ConfigError(f"unknown method '{name}'{near} known: {', '.join(names())} (or a dotted module path)")
 
 
-def _dotted(path: str) -> type[Method]:
+def _dotted(path: str, base: type[T], what: str) -> type[T]:
+    """The one class that inherits from `base` in the module that a dotted path names, or the class that it names."""
     if "" not in sys.path:
         sys.path.insert(0, "")  # so that a user's file in the working directory is found
     try:
-        return _only_method(path, path)
+        return _only_class(path, path, base, what)
     except ModuleNotFoundError as error:
         head, _, attribute = path.rpartition(".")
         if error.name not in (path, path.partition(".")[0], head):
-            raise ConfigError(f"method '{path}': importing it failed: no module named '{error.name}'") from error
+            raise ConfigError(f"{what} '{path}': importing it failed: no module named '{error.name}'") from error
         try:
             module = importlib.import_module(head)
         except ModuleNotFoundError as inner:
-            raise _no_module(path, inner.name or head) from inner
+            raise _no_module(path, inner.name or head, what) from inner
         found = getattr(module, attribute, None)
-        if found is None and hasattr(
-            module, "__path__"
-        ):  # `head` is a package, so a missing file was meant, not a class
-            raise _no_module(path, path) from error
-        if not (isinstance(found, type) and issubclass(found, Method)):
-            raise ConfigError(f"method '{path}': module '{head}' has no Method class '{attribute}'") from error
+        if found is None and hasattr(module, "__path__"):  # `head` is a package: a file is missing
+            raise _no_module(path, path, what) from error
+        if not (isinstance(found, type) and issubclass(found, base)):
+            raise ConfigError(f"{what} '{path}': module '{head}' has no {base.__name__} class '{attribute}'") from error
         return found
 
 
-def _no_module(path: str, missing: str) -> ConfigError:
+def _no_module(path: str, missing: str, what: str) -> ConfigError:
     dotted = path.removesuffix(".py").replace("/", ".")
     hint = f"; did you mean '{dotted}'?" if dotted != path else ""
-    return ConfigError(f"method '{path}': no module named '{missing}' (looked in {Path.cwd()} too){hint}")
+    return ConfigError(f"{what} '{path}': no module named '{missing}' (looked in {Path.cwd()} too){hint}")
 
 
-def _only_method(module_name: str, shown: str) -> type[Method]:
+def _only_class(module_name: str, shown: str, base: type[T], what: str) -> type[T]:
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError:
         raise
     except Exception as error:
-        raise ConfigError(f"method '{shown}': importing it failed: {type(error).__name__}: {error}") from error
+        raise ConfigError(f"{what} '{shown}': importing it failed: {type(error).__name__}: {error}") from error
     found = [
         value
         for value in vars(module).values()
-        if isinstance(value, type) and issubclass(value, Method) and value.__module__ == module.__name__
+        if isinstance(value, type) and issubclass(value, base) and value.__module__ == module.__name__
     ]
     if len(found) != 1:
         classes = ", ".join(cls.__name__ for cls in found)
         found_here = f"{len(found)}: {classes} (name one: {shown}.{found[0].__name__})" if found else "none"
-        raise ConfigError(f"method '{shown}': expected exactly one Method class in the file, found {found_here}")
+        raise ConfigError(
+            f"{what} '{shown}': expected exactly one {base.__name__} class in the file, found {found_here}"
+        )
     return found[0]
 
 
@@ -143,6 +238,7 @@ def ambiguous_names() -> dict[str, list[str]]:
     return claims
 
 
+@cache
 def _declared(path: Path, name: str) -> Any:
     """The literal that a source file assigns to `name`, without importing the file; None where it does not."""
     for node in ast.walk(ast.parse(path.read_text())):

@@ -14,6 +14,7 @@ from prefopt.ranking import (
     safe_mean,
     win_probabilities,
 )
+from prefopt.rounds_method import in_rounds
 from prefopt.types import Completion, Judgement, Prompt, ScoredGroup
 
 NAN = math.nan
@@ -62,7 +63,7 @@ def test_what_a_judge_did_not_say_is_left_out_and_never_chosen():
 
 @pytest.mark.parametrize("name", ["dpo", "sppo"])
 def test_a_pair_is_best_against_worst_by_the_numbers_of_all_completions(name):
-    method = registry.get(name)()
+    method = in_rounds(registry.get(name)())
     (pair,) = method.make_pairs(group(Judgement(scores=(0.0, 2.0, 1.0)), judged=(0, 2, 4)))
     assert (pair.chosen, pair.rejected) == (2, 0)
     assert method.make_pairs(group(Judgement(scores=(1.0, 1.0, 1.0)))) == "all scores equal"

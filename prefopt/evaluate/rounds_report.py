@@ -23,7 +23,7 @@ from prefopt.types import Prompt
 if TYPE_CHECKING:
     from prefopt.evaluate.samples import SampleFigures
     from prefopt.judges.base import Judge
-    from prefopt.method import Method
+    from prefopt.rounds_method import RoundsMethod
 
 
 @dataclass(frozen=True)
@@ -59,15 +59,15 @@ class RoundFigures:
     vs_other: WinRate | None = None
 
     def metrics(self) -> dict[str, float]:
-        """All of it under one name each, for metrics files and trackers; what is not known is left out."""
+        """All of it under one name each, for metrics files and trackers; what is not known is omitted."""
         out: dict[str, float] = {"prompts": self.prompts}
         rates = {"vs_start": self.vs_start, "vs_previous": self.vs_previous, "vs_other": self.vs_other}
         for name, rate in rates.items():
             if rate is not None:
-                out |= _spread(f"win_rate/{name}", rate.rate)
+                out |= _spread(f"win_probability/{name}", rate.rate)
                 counts = ("wins", "ties", "losses", "left_out")
                 out |= {f"win_rate/{name}_{count}": getattr(rate, count) for count in counts}
-                out |= {} if rate.won is None else _spread(f"won/{name}", rate.won)
+                out |= {} if rate.won is None else _spread(f"win_rate/{name}", rate.won)
         if self.score is not None:
             out |= _spread("score", self.score)
         out |= {name: getattr(self.texts, name) for name in ("tokens", "characters", "cut", "empty", "duplicates")}
@@ -119,10 +119,10 @@ def evaluate_round(
     prompts: Sequence[Prompt],
     completions: Mapping[str, Groups],
     judge: Judge | None,
-    method: Method,
+    method: RoundsMethod,
     kl: Mapping[str, SampleFigures] | None = None,
     more: Mapping[str, float] | None = None,
-    other: Method | None = None,
+    other: RoundsMethod | None = None,
 ) -> RoundFigures:
     """The figures of the policy at the end of a round.
 
@@ -133,9 +133,9 @@ def evaluate_round(
             and as many completions in it; none in `other` for a prompt that it was not asked. Where `previous` is
             `first` (the same object), it is judged once.
         judge: None: no score and no win rates.
-        method: says what of a completion a judge may see.
+        method: decides what of a completion a judge may see.
         kl: by name of the reference (`to_round_start`, `to_first`), the figures of the samples `now`, prompt by prompt.
-        more: further numbers to keep beside these.
+        more: further numbers to record beside these.
         other: the method of `other`, where that is another one.
     Raises: RoundError when the judge as a whole fails.
     """
@@ -144,7 +144,7 @@ def evaluate_round(
     rates: dict[str, WinRate] = {}
     problems: Counter[str] = Counter()
 
-    def scores_of(groups: Groups, of: Method = method) -> Scores | None:
+    def scores_of(groups: Groups, of: RoundsMethod = method) -> Scores | None:
         assert judge is not None
         if id(groups) not in known:
             known[id(groups)] = found = judge_scores(judge, prompts, groups, of)
@@ -161,7 +161,7 @@ def evaluate_round(
                 by = other if name == "other" and other is not None else method
                 their_scores = None if mine is None else scores_of(theirs, by)
                 both = None if mine is None or their_scores is None else (mine, their_scores)
-                where = [i for i, group in enumerate(theirs) if group]  # another run may have left out some prompts
+                where = [i for i, group in enumerate(theirs) if group]  # another run may not have answered some prompts
                 rates[name] = judged_win_rate(
                     judge,
                     [prompts[i] for i in where],
@@ -199,7 +199,7 @@ def _cut(values: np.ndarray, sizes: Sequence[int]) -> list[np.ndarray]:
 
 
 def _over_prompts(groups: Sequence[np.ndarray]) -> Interval:
-    """The mean over prompts of each prompt's mean; what is NaN is left out."""
+    """The mean over prompts of each prompt's mean; NaN is excluded."""
     means = [safe_mean(known) for group in groups if (known := group[~np.isnan(group)]).size]
     return bootstrap(means)
 
@@ -236,7 +236,7 @@ def _replace(path: Path, write: Callable[[Path], Any]) -> None:
 
 
 def rounds_table(figures: Sequence[RoundFigures]) -> str:
-    """Two tables in Markdown, a row per round: who is preferred, and what the completions are like."""
+    """Two tables in Markdown, a row per round: win rates and KL, and statistics of the completions."""
     compared = any(f.vs_other is not None for f in figures)
     named = ["start", "previous", *(["other run"] if compared else [])]
     judged = [["round", *(f"mean win probability vs {name} [95%]" for name in named)]]
@@ -261,15 +261,18 @@ def rounds_table(figures: Sequence[RoundFigures]) -> str:
         texts.append([str(f.round), *lengths, *(_cell(d, ".3f") for d in t.distinct), *shares, *others])
     prompts = sorted({f.prompts for f in figures})
     head = f"{' or '.join(map(str, prompts))} held-out prompts; intervals by bootstrap over prompts; KL in nats."
-    head += "\nMean win probability: of the judge's P(wins); win rate: prompts won, ties count a half."
+    head += (
+        "\nMean win probability: the judge's P(wins), averaged; win rate: fraction of prompts won, ties count a half."
+    )
     notes = [
-        f"Round {f.round}, judging: {', '.join(f'{markdown_cell(key)} {n}' for key, n in sorted(f.problems.items()))}."
+        f"Round {f.round}, failed judgements: "
+        f"{', '.join(f'{markdown_cell(key)} {n}' for key, n in sorted(f.problems.items()))}."
         for f in figures
         if f.problems
     ]
     every = [rate for f in figures for rate in (f.vs_start, f.vs_previous, f.vs_other) if rate is not None]
     left_out = sum(rate.left_out for rate in every)
-    notes += [f"Win rates leave out {left_out} prompts of which no comparison is known."] if left_out else []
+    notes += [f"Win rates exclude {left_out} prompts without a known comparison."] if left_out else []
     return "\n\n".join([head, _markdown(judged), _markdown(texts), *notes]) + "\n"
 
 
@@ -286,7 +289,7 @@ _DRAWN = 1e100  # larger figures are in the table only: axes cannot be laid out 
 
 
 def rounds_plot(path: Path | str, figures: Sequence[RoundFigures]) -> None:
-    """Draw the rounds as small multiples, one panel per kind of figure, to a PNG. Panels without figures are left out.
+    """Draw the rounds as small multiples, one panel per kind of figure, to a PNG. Panels without figures are omitted.
 
     Raises: OSError when the file cannot be written.
     """
@@ -318,7 +321,7 @@ def rounds_plot(path: Path | str, figures: Sequence[RoundFigures]) -> None:
         ("judge's score", {"": line(f.score for f in figures)}),
         ("tokens per completion", {"": line(f.texts.tokens for f in figures)}),
         ("distinct-n", {f"n = {n}": line(f.texts.distinct[i] for f in figures) for i, n in enumerate(ORDERS)}),
-        ("share with a response", {"": line(f.more.get("parsed") for f in figures)}),
+        ("fraction with a response", {"": line(f.more.get("parsed") for f in figures)}),
         (
             "characters per completion",
             {
@@ -353,7 +356,7 @@ def rounds_plot(path: Path | str, figures: Sequence[RoundFigures]) -> None:
         if title.startswith("P(wins)"):  # one scale, so that the two compare
             axes.axhline(0.5, color=GREY, linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
             axes.set_ylim(max(0.5 - reach, -0.03), min(0.5 + reach, 1.03))
-        if title.startswith(("KL", "tokens", "distinct", "share", "characters")):
+        if title.startswith(("KL", "tokens", "distinct", "fraction", "characters")):
             top = max(point[3] for points in lines.values() for point in points)
             axes.set_ylim(0, 1.08 * top if top > 0 else 1)
         axes.set_xlim(-0.15, last + 0.15)

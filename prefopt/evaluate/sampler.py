@@ -17,6 +17,7 @@ from prefopt.evaluate.samples import score_within
 from prefopt.evaluate.texts import ORDERS, describe_texts
 from prefopt.generation.base import Sampling, seeds_of
 from prefopt.generation.transformers_engine import TransformersEngine
+from prefopt.rounds_method import in_rounds
 from prefopt.settings import RunConfig
 from prefopt.thoughts import Answer, ThoughtFormat
 from prefopt.training.forward import PolicyWithReference
@@ -70,7 +71,7 @@ class Sampler:
         if reference is not None:
             figures["kl"] = float(found.kl.mean())
         figures |= {f"distinct_{n}": value for n, value in zip(ORDERS, texts.distinct, strict=True)}
-        figures |= dict(method.text_figures([completion.text for completion in said]))
+        figures |= dict(in_rounds(method).text_figures([completion.text for completion in said]))
         rows = [self._row(i, said[i], None if reference is None else found.kl) for i in range(len(said))]
         return Evaluation(
             figures={f"samples/{name}": value for name, value in figures.items() if math.isfinite(value)},
@@ -94,7 +95,7 @@ class Sampler:
         for side, completion in sides.items():
             text = completion.text if completion.finish_reason == "stop" else completion.text.rstrip(_HALF)
             row[side], thoughts[f"{side}_thought"] = self._seen(text)
-        row |= thoughts if self.config.method.thinks else {}
+        row |= thoughts if in_rounds(self.config.method).thinks else {}
         row |= {"tokens": len(said.token_ids), "ended": said.finish_reason == "stop"}
         row |= {} if kl is None else {"kl": float(kl[i])}
         row["prompt_ids"] = list(self.prompts[i].ids)
@@ -102,7 +103,7 @@ class Sampler:
 
     def _seen(self, text: str) -> tuple[str, str]:
         """The response as rounds show it, and the thought before it; where there is no response, why, and all of it."""
-        method = self.config.method
+        method = in_rounds(self.config.method)
         view = method.judge_view(text)
         if not isinstance(view, Response):
             return f"[{view}]", text

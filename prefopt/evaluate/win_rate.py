@@ -1,4 +1,4 @@
-"""Win rates of one policy over another, from a judge's numbers; ties are one half, nothing is dropped silently."""
+"""Win rates and mean win probabilities of one policy over another; ties are one half, what is unknown is counted."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from prefopt.types import Completion, Judgement, Prompt, Question, Response
 
 if TYPE_CHECKING:
     from prefopt.judges.base import Judge
-    from prefopt.method import Method
+    from prefopt.rounds_method import RoundsMethod
 
 Groups = Sequence[Sequence[Completion]]  # completions of each prompt
 
@@ -27,10 +27,10 @@ class WinRate:
     Args:
         rate: the mean win probability: mean over prompts of P(a beats b), in [0, 1], with its interval over prompts.
         wins, ties, losses: prompts whose mean is above, exactly at, and below one half.
-        left_out: prompts of which no comparison is known.
+        left_out: prompts without a known comparison.
         unknown: comparisons that are NaN, also of prompts that have others.
-        problems: what the judge says went wrong, by name.
-        won: the win rate: share of prompts won, ties counted a half, with its interval over prompts.
+        problems: failed judgements, by reason.
+        won: the win rate: fraction of prompts won, ties counted a half, with its interval over prompts.
     """
 
     rate: Interval
@@ -83,7 +83,7 @@ def win_rate(
 
 @dataclass(frozen=True)
 class Scores:
-    """What a judge that scores each response by itself says of a policy's completions.
+    """The scores of a policy's completions, from a judge that scores each response by itself.
 
     Args:
         values: of each completion, one list per prompt; NaN where the judge failed or the method left nothing to judge.
@@ -100,12 +100,12 @@ class Scores:
         return Scores(tuple(self.values[i] for i in where), self.problems, self.scale)
 
 
-def judge_scores(judge: Judge, prompts: Sequence[Prompt], groups: Groups, method: Method) -> Scores | None:
+def judge_scores(judge: Judge, prompts: Sequence[Prompt], groups: Groups, method: RoundsMethod) -> Scores | None:
     """The score of each completion by itself, or None from a judge that only compares.
 
     Each completion is a question of its own, which costs a judge that only compares nothing.
 
-    Args: groups: completions of each prompt. method: says what of a completion a judge may see.
+    Args: groups: completions of each prompt. method: decides what of a completion a judge may see.
     """
     views = [[method.judge_view(completion.text) for completion in group] for group in groups]
     questions = [
@@ -131,9 +131,9 @@ def judged_win_rate(
     prompts: Sequence[Prompt],
     a: Groups,
     b: Groups,
-    method: Method,
+    method: RoundsMethod,
     scores: tuple[Scores, Scores] | None = None,
-    other: Method | None = None,
+    other: RoundsMethod | None = None,
 ) -> WinRate:
     """The win rate of policy a over policy b: the i-th completion of a against the i-th of b, for each prompt.
 
@@ -143,9 +143,9 @@ def judged_win_rate(
     A completion in which the method finds nothing to judge loses, two of them tie, and so do two that a judge would see
     as the same text: no judge is asked then.
 
-    Args: a, b: as many completions per prompt as the other. method: says what of a completion a judge may see.
-        scores: what `judge_scores` has said of a and of b, if it has, so that no judge is asked again.
-        other: says it of b's, where those are of another method.
+    Args: a, b: as many completions per prompt as the other. method: decides what of a completion a judge may see.
+        scores: the results of `judge_scores` for a and b, where they exist, so that nothing is judged twice.
+        other: decides it for b's, where those are of another method.
     Raises: ValueError when the numbers of completions differ.
     """
     settled: dict[tuple[int, int], float] = {}

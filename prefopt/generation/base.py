@@ -1,15 +1,18 @@
-"""What every engine promises. Knows no model."""
+"""What every inference engine promises, and what a file of this folder declares to be one. Knows no model."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from prefopt.errors import RoundError
-from prefopt.settings import GenerateConfig
+from prefopt.settings import GenerateConfig, ModelConfig
 from prefopt.storage import text_number
 from prefopt.types import Completion
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 @dataclass(frozen=True)
@@ -18,11 +21,12 @@ class Sampling:
 
     Args:
         n: completions per prompt.
-        temperature: of the softmax; 0 takes the most likely token. Below 1e-5 it is 0: logits divided by less overflow.
-        top_p, top_k: what of the distribution is kept; 1 and 0 keep all of it.
-        max_tokens: most tokens per completion, the terminator included.
-        stop: texts that end a completion beside the model's own terminators.
-        logprobs: whether the log-probability of each token is wanted.
+        temperature: softmax temperature; 0 takes the most likely token. Below 1e-5 it is 0: logits divided by less
+            overflow.
+        top_p, top_k: nucleus and top-k sampling; 1 and 0 sample from the whole distribution.
+        max_tokens: most tokens per completion, the EOS or end-of-turn token included.
+        stop: texts that end a completion beside the model's own EOS and end-of-turn tokens.
+        logprobs: whether the log-probability of each token is returned.
     """
 
     n: int
@@ -44,12 +48,12 @@ class Sampling:
         return cls(**{name: getattr(settings, name) for name in names} | changed)
 
 
-# Told of a prompt, by its place in what was asked, and its completions, as soon as these are known.
+# Called with the index of a prompt and its completions, as soon as these are known.
 Done = Callable[[int, list[Completion]], None]
 
 
 class Engine(Protocol):
-    """A policy that answers.
+    """An inference engine with a policy: it samples completions of prompts.
 
     `context` is how many positions the model has for a prompt and its answer, None where it has no end.
     """
@@ -69,8 +73,8 @@ class Engine(Protocol):
             prompts: token ids.
             seeds: one per prompt, at least `n` apart: completion i draws with seed + i.
             done: called once for each prompt as soon as its completions are known, in any order and maybe from several
-                threads at once, so that they can be kept before all others are known. What it raises ends the call.
-        Raises: RoundError when the engine gives fewer than were asked for, or cannot be reached.
+                threads at once, so that they can be written before all others are known. What it raises ends the call.
+        Raises: RoundError when the engine returns fewer than requested, or cannot be reached.
         """
 
     def describe(self) -> dict[str, Any]:
@@ -78,6 +82,47 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Free what it holds."""
+
+
+@dataclass(frozen=True)
+class PolicySource:
+    """The policy that an inference engine is to have.
+
+    Args:
+        path: where it lies, a model or an adapter of one.
+        load: loads it into this process.
+        model: the settings with which it is loaded.
+        tokenizer: its tokenizer.
+    """
+
+    path: str
+    load: Callable[[], nn.Module]
+    model: ModelConfig
+    tokenizer: Any
+
+
+class EngineKind:
+    """An inference engine that `generate.engine` can name: one file NAME_engine.py of this folder with one subclass.
+
+    A subclass defines `open`, and `generate`, `describe` and `close` of `Engine`.
+    """
+
+    reads: ClassVar[tuple[str, ...]] = ()  # settings of the group `generate` that not every engine reads
+    in_ranks: ClassVar[bool] = False  # whether it can run inside the ranks of a training run
+
+    @classmethod
+    def check(cls, settings: GenerateConfig) -> None:
+        """Refuse what can be refused before anything is loaded. Raises: ConfigError naming the setting."""
+
+    @classmethod
+    def inputs(cls, settings: GenerateConfig) -> list[Any] | None:
+        """The settings in `reads` that completions depend on, by rounding at least; those of another are not reused."""
+        return None
+
+    @classmethod
+    def open(cls, settings: GenerateConfig, policy: PolicySource) -> Engine:
+        """The engine, ready to answer. Raises: RoundError or TrainError when it cannot be opened."""
+        raise NotImplementedError(f"{cls.__name__} must define open(settings, policy)")
 
 
 def limits(prompts: Sequence[Sequence[int]], context: int | None, max_tokens: int) -> list[int]:

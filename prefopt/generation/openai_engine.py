@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from prefopt.errors import RoundError
-from prefopt.generation.base import Done, Sampling, limits
+from prefopt.generation.base import Done, Engine, EngineKind, PolicySource, Sampling, limits
 from prefopt.generation.ends import Ends, positions_of, rows_of, terminators_of
-from prefopt.generation.server import Server, read
+from prefopt.generation.server import Server, check_server, read
 from prefopt.settings import GenerateConfig, ModelConfig
+from prefopt.training import model_sources
 from prefopt.training.model_sources import ModelSource
 from prefopt.training.versions import versions
 from prefopt.types import Completion
@@ -45,7 +46,7 @@ class _Choice:
         )
 
 
-class OpenAIEngine:
+class OpenAIEngine(EngineKind):
     """A policy that a server has.
 
     Which of its fields a server honours is asked of it once, in a request for two completions of one token, and
@@ -57,6 +58,18 @@ class OpenAIEngine:
 
     Raises: RoundError when the server cannot be reached, has another model, or drops `n`.
     """
+
+    reads: ClassVar[tuple[str, ...]] = ("url", "served_model", "api_key_env", "concurrency", "retries", "timeout")
+
+    @classmethod
+    def check(cls, settings: GenerateConfig) -> None:
+        """See `EngineKind`."""
+        check_server(settings.url, "generate")
+
+    @classmethod
+    def open(cls, settings: GenerateConfig, policy: PolicySource) -> Engine:
+        """See `EngineKind`."""
+        return cls(settings, model_sources.find(policy.path, policy.model), policy.model, policy.tokenizer)
 
     def __init__(self, settings: GenerateConfig, weights: ModelSource, model: ModelConfig, tokenizer: Any) -> None:
         assert settings.url is not None, "`check` has been called"
@@ -100,7 +113,7 @@ class OpenAIEngine:
         if sampling.stop and not self._gives_ids:
             raise RoundError(
                 f"generate.stop: {self._server.url} gives no token ids, so a stop text cannot be told from the model's "
-                "own terminator, expected a server that does, such as vLLM's (or leave it out)"
+                "own EOS token, expected a server that does, such as vLLM's (or leave it out)"
             )
         room = limits(prompts, self.context, sampling.max_tokens)
         ends = Ends(self.tokenizer, self._terminators, sampling.stop)

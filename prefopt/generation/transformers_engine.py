@@ -11,16 +11,17 @@ import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import nn
 
 from prefopt.errors import RoundError
-from prefopt.generation.base import Done, Sampling, limits
+from prefopt.generation.base import Done, Engine, EngineKind, PolicySource, Sampling, limits
 from prefopt.generation.ends import Ends, terminators
 from prefopt.generation.sampling import choose, uniforms
+from prefopt.settings import GenerateConfig
 from prefopt.training import adapters
 from prefopt.training.models import evaluation_mode
 from prefopt.training.versions import versions
@@ -59,7 +60,7 @@ class _Batch:
         self.rows = rows
 
 
-class TransformersEngine:
+class TransformersEngine(EngineKind):
     """A policy in this process.
 
     The same prompt and seed give the same completion whatever else is generated, up to ties within rounding: matrix
@@ -70,12 +71,25 @@ class TransformersEngine:
         tokenizer: the one of its vocabulary.
         batch: completions per forward pass.
         continuous: new completions take the places of those that have ended, instead of waiting for all of a batch.
-        agree: given the next tokens of a batch, what they are to be: several processes that share out a model's weights
-            must make the same calls of it, and a rounding of one may draw another token.
+        agree: given the next tokens of a batch, what they are to be: ranks that each hold a shard of a model's weights
+            must call it alike, and a rounding on one may draw another token.
 
     Raises: RoundError for a model without a key-value cache, or one whose cache cannot take in new rows when
         `continuous` is asked for.
     """
+
+    reads: ClassVar[tuple[str, ...]] = ("batch", "continuous")
+    in_ranks: ClassVar[bool] = True
+
+    @classmethod
+    def inputs(cls, settings: GenerateConfig) -> list[Any] | None:
+        """See `EngineKind`."""
+        return [settings.batch, settings.continuous]
+
+    @classmethod
+    def open(cls, settings: GenerateConfig, policy: PolicySource) -> Engine:
+        """See `EngineKind`."""
+        return cls(policy.load(), policy.tokenizer, batch=settings.batch, continuous=settings.continuous)
 
     def __init__(
         self,
@@ -104,7 +118,7 @@ class TransformersEngine:
         kinds = {type(layer) for layer in DynamicCache(config=self._base.config).layers}
         if continuous and not kinds <= {DynamicLayer, DynamicSlidingWindowLayer}:
             raise RoundError(
-                f"generate.continuous: {name} keeps states that new completions cannot join, expected a model whose "
+                f"generate.continuous: {name} has a cache that new completions cannot join, expected a model whose "
                 "layers all attend (leave it out)"
             )
 

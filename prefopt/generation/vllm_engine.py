@@ -11,14 +11,14 @@ import tempfile
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from prefopt.errors import ConfigError, RoundError
 from prefopt.generation import vllm_worker
-from prefopt.generation.base import Done, Sampling, limits
+from prefopt.generation.base import Done, Engine, EngineKind, PolicySource, Sampling, limits
 from prefopt.generation.ends import Ends, positions_of, terminators_of
 from prefopt.settings import GenerateConfig, ModelConfig
-from prefopt.training import model_sources
+from prefopt.training import model_sources, models
 from prefopt.training.model_sources import ModelSource
 from prefopt.types import Completion
 
@@ -44,7 +44,7 @@ def check_python(python: str | None) -> None:
         )
 
 
-class VllmEngine:
+class VllmEngine(EngineKind):
     """A policy that vLLM has loaded, once or several times.
 
     Prompts are dealt to the copies in turn. Every completion is a request with a seed of its own, so that it depends on
@@ -56,6 +56,20 @@ class VllmEngine:
 
     Raises: RoundError when a copy cannot be loaded.
     """
+
+    reads: ClassVar[tuple[str, ...]] = ("python", "tensor_parallel", "replicas", "args")
+
+    @classmethod
+    def check(cls, settings: GenerateConfig) -> None:
+        """See `EngineKind`."""
+        check_python(settings.python)
+
+    @classmethod
+    def open(cls, settings: GenerateConfig, policy: PolicySource) -> Engine:
+        """See `EngineKind`."""
+        weights = model_sources.find(policy.path, policy.model)
+        models.check_model(weights.base, weights.base_settings(policy.model), "generate")
+        return cls(settings, weights, policy.model, policy.tokenizer)
 
     def __init__(self, settings: GenerateConfig, weights: ModelSource, model: ModelConfig, tokenizer: Any) -> None:
         self.tokenizer = tokenizer

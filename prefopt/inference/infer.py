@@ -416,6 +416,8 @@ class _Run:
         config = self.config
         free = ("url", "api_key_env", "concurrency", "retries", "timeout", "batch")
         named = {key: value for key, value in config.to_dict()["judge"].items() if key not in free}
+        if not named["args"]:
+            del named["args"]  # as in files of older versions
         if config.on_testbed:
             named["testbed"] = config.to_dict()["testbed"]
         return named | {"content": judges.identity(config.judge) if config.judged else None}

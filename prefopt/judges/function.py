@@ -22,10 +22,12 @@ import sysconfig
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from prefopt import storage
 from prefopt.errors import ConfigError, RoundError, did_you_mean
+from prefopt.judges.base import Judge, JudgeContext, JudgeKind
+from prefopt.settings import JudgeConfig
 from prefopt.types import Judgement, Question
 
 _IMPORTS_WITHIN = 600.0  # seconds for the function's module, which may load a model
@@ -119,7 +121,7 @@ def _imports(tree: ast.AST, package: str) -> Iterator[str]:
             yield from filter(None, [base, *(f"{base}.{alias.name}".strip(".") for alias in node.names)])
 
 
-class FunctionJudge:
+class FunctionJudge(JudgeKind):
     """Scores responses by a function, which is called in a process of its own.
 
     A call that takes longer than `timeout` counts as lost, and so does a result that is no finite number. The process
@@ -131,6 +133,26 @@ class FunctionJudge:
 
     Raises: ConfigError when there is no such function.
     """
+
+    reads: ClassVar[tuple[str, ...]] = ("path", "reward_scale", "timeout")
+
+    @classmethod
+    def check(cls, settings: JudgeConfig) -> None:
+        """See `JudgeKind`."""
+        if settings.path is None:
+            raise ConfigError("judge.path: found none, expected module:function")
+        find(settings.path)
+
+    @classmethod
+    def content(cls, settings: JudgeConfig) -> list[Any]:
+        """See `JudgeKind`: the function's source."""
+        return [] if settings.path is None else [source_of(settings.path)]
+
+    @classmethod
+    def open(cls, settings: JudgeConfig, context: JudgeContext) -> Judge:
+        """See `JudgeKind`."""
+        assert settings.path is not None
+        return cls(settings.path, settings.timeout)
 
     def __init__(self, path: str, timeout: float) -> None:
         self.path, self.timeout = path, timeout

@@ -1,15 +1,18 @@
-"""The shorter response is better: a baseline that any judge worth asking must beat."""
+"""The shorter response is better: a baseline for other judges."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
+from prefopt.judges.base import JudgeKind
 from prefopt.types import Judgement, Question
 
 
-class LengthJudge:
+class LengthJudge(JudgeKind):
     """Scores a response by minus its characters."""
+
+    reads: ClassVar[tuple[str, ...]] = ("reward_scale",)
 
     def judge(self, questions: Sequence[Question]) -> list[Judgement]:
         """See `Judge`."""
@@ -21,6 +24,3 @@ class LengthJudge:
     def describe(self) -> dict[str, Any]:
         """See `Judge`."""
         return {"kind": "length", "better": "shorter, in characters"}
-
-    def close(self) -> None:
-        """Nothing is held."""

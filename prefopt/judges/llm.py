@@ -12,10 +12,10 @@ import math
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from prefopt import placeholders, storage
 from prefopt.data.comparison import plain_text
@@ -24,6 +24,7 @@ from prefopt.data.rows import RowProblem
 from prefopt.errors import ConfigError, RoundError
 from prefopt.generation.base import Sampling
 from prefopt.generation.server import Server, TimedOut, TooLong, UnreadableAnswer, check_server, read
+from prefopt.judges.base import Judge, JudgeContext, JudgeKind
 from prefopt.settings import JudgeConfig
 from prefopt.storage import Damaged, read_sealed, text_hash, text_number, write_sealed
 from prefopt.testbed.cache import cache_root
@@ -33,31 +34,13 @@ if TYPE_CHECKING:
     from prefopt.generation.base import Engine
 
 POLICY = "policy"
+_SERVER = ("url", "model", "api_key_env", "concurrency", "retries", "timeout")  # settings that only a server reads
 _TEMPLATES = Path(__file__).parent / "templates"
 _REQUIRED = {"pairwise": {"prompt", "response_a", "response_b"}, "score": {"prompt", "response"}}
 _ALLOWED = {"pairwise": _REQUIRED["pairwise"], "score": _REQUIRED["score"] | {"low", "high"}}
 _BRACKETS = re.compile(r"\[\[([^\[\]]+)\]\]")
 _VALUE = {"A": 1.0, "B": 0.0, "C": 0.5}  # of the response that stands first
 _SEEDS = 2**31
-
-
-def check(settings: JudgeConfig) -> None:
-    """Refuse settings that cannot work. Raises: ConfigError."""
-    found = ", ".join(f"{number:g}" for number in settings.scale)
-    if settings.mode != "score" and settings.scale != JudgeConfig().scale:
-        raise ConfigError(
-            f"judge.scale: found {found}, which mode '{settings.mode}' does not read (--judge.mode score)"
-        )
-    if len(settings.scale) != 2 or not settings.scale[0] < settings.scale[1] < math.inf:
-        raise ConfigError(f"judge.scale: found {found or 'nothing'}, expected the lowest and the highest score: 1,10")
-    read_template(settings)
-    if settings.path is None:
-        check_server(settings.url, "judge")
-    elif settings.path != POLICY:
-        raise ConfigError(
-            f"judge.path: found '{settings.path}', expected '{POLICY}' or none: another language model is asked "
-            "through a server (--judge.url)"
-        )
 
 
 def read_template(settings: JudgeConfig) -> str:
@@ -116,7 +99,7 @@ class Asked(Protocol):
         """Free what it holds."""
 
 
-class LLMJudge:
+class LLMJudge(JudgeKind):
     """Asks a language model for verdicts on two responses, each two in both orders, or for a score of each.
 
     A verdict for the same place in both orders is a `contradiction`, and a tie. Without a verdict in both orders, or
@@ -127,6 +110,49 @@ class LLMJudge:
         settings: mode, template and scale.
         asked: the model.
     """
+
+    reads: ClassVar[tuple[str, ...]] = (
+        *("path", "mode", "scale", "reward_scale", "template", "temperature", "max_tokens"),
+        *("url", "model", "api_key_env", "concurrency", "retries", "timeout"),
+    )
+    verdicts: ClassVar[tuple[str, ...]] = ("pairwise",)
+
+    @classmethod
+    def check(cls, settings: JudgeConfig) -> None:
+        """See `JudgeKind`."""
+        if settings.path == POLICY:
+            for name in _SERVER:
+                given = getattr(settings, name)
+                if given != getattr(JudgeConfig(), name):
+                    raise ConfigError(
+                        f"judge.{name}: found {given!r}, which judge '{settings.kind} with judge.path policy' does not "
+                        f"read; it belongs to {settings.kind} with judge.url"
+                    )
+        found = ", ".join(f"{number:g}" for number in settings.scale)
+        if settings.mode != "score" and settings.scale != JudgeConfig().scale:
+            raise ConfigError(
+                f"judge.scale: found {found}, which mode '{settings.mode}' does not read (--judge.mode score)"
+            )
+        if len(settings.scale) != 2 or not settings.scale[0] < settings.scale[1] < math.inf:
+            raise ConfigError(
+                f"judge.scale: found {found or 'nothing'}, expected the lowest and the highest score: 1,10"
+            )
+        read_template(settings)
+        if settings.path is None:
+            check_server(settings.url, "judge")
+        elif settings.path != POLICY:
+            raise ConfigError(
+                f"judge.path: found '{settings.path}', expected '{POLICY}' or none: another language model is asked "
+                "through a server (--judge.url)"
+            )
+
+    @classmethod
+    def open(cls, settings: JudgeConfig, context: JudgeContext) -> Judge:
+        """See `JudgeKind`."""
+        if settings.path != POLICY:
+            return cls(settings, Chat(settings, context.cache or cache_root() / "judge"))
+        assert context.policy is not None, "a policy that judges itself must be given"
+        return cls(settings, PolicyJudge(*context.policy(), settings))
 
     def __init__(self, settings: JudgeConfig, asked: Asked) -> None:
         self.mode, self.scale, self.asked = settings.mode, settings.scale, asked
@@ -352,13 +378,3 @@ class PolicyJudge:
     def close(self) -> None:
         """Free the engine."""
         self.engine.close()
-
-
-def make(
-    settings: JudgeConfig, policy: Callable[[], tuple[Engine, Encoder]] | None, cache: Path | None = None
-) -> LLMJudge:
-    """The judge of these settings. Args: as in `prefopt.judges.make`."""
-    if settings.path != POLICY:
-        return LLMJudge(settings, Chat(settings, cache or cache_root() / "judge"))
-    assert policy is not None, "a policy that judges itself must be given"
-    return LLMJudge(settings, PolicyJudge(*policy(), settings))

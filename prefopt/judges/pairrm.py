@@ -17,7 +17,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from prefopt.data.comparison import plain_text
 from prefopt.errors import DataError
-from prefopt.judges.pairwise import Comparison
+from prefopt.judges.classifier import Comparison
 
 MARKS = ("<|source|>", "<|candidate1|>", "<|candidate2|>")
 MOST, MOST_SOURCE = 2048, 1224  # tokens; the candidates have 412 each, and what the source leaves

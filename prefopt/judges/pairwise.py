@@ -8,11 +8,13 @@ from itertools import combinations
 from typing import Any
 
 from prefopt.data.comparison import BothOrders, plain_text
-from prefopt.data.rows import BadRow, Messages
-from prefopt.judges.reward_model import Classifier
+from prefopt.data.rows import BadRow
+from prefopt.judges import pairrm
+from prefopt.judges.base import Judge, JudgeContext, JudgeKind
+from prefopt.judges.classifier import Classifier, ClassifierKind, Comparison
+from prefopt.settings import JudgeConfig
 from prefopt.types import Judgement, PairRow, Question
 
-Comparison = tuple[str | Messages, str, str]  # prompt, one response, the other
 # For each comparison: its sequence of ids in either order, or None; and whether something was cut.
 Encode = Callable[[Sequence[Comparison]], list[tuple[tuple[list[int], list[int]] | None, bool]]]
 
@@ -36,14 +38,29 @@ def encode_both(encoder: BothOrders) -> Encode:
     return encode
 
 
-class PairwiseJudge:
+class PairwiseJudge(ClassifierKind, JudgeKind):
     """Gives the logit that a response is better than another, for each two responses in each order.
 
-    Two responses of the same text are not asked about: neither is better. What cannot be read (an empty response, a
-    terminator inside) is `unreadable`; what is cut is `truncated`; both count comparisons.
+    Two responses of the same text are not asked about: neither is better. What cannot be read (an empty response, an
+    end-of-turn token inside) is `unreadable`; what is cut is `truncated`; both count comparisons.
 
     Args: classifier: opened. encode: how it reads.
     """
+
+    @staticmethod
+    def model_class(config: Any) -> Any:
+        """See `ClassifierKind`: PairRM's, which transformers does not have."""
+        return pairrm.PairRM if pairrm.is_pairrm(config) else None
+
+    @classmethod
+    def open(cls, settings: JudgeConfig, context: JudgeContext) -> Judge:
+        """See `JudgeKind`."""
+        classifier = cls.classifier(settings, context)
+        if pairrm.is_pairrm(classifier.config):
+            encode = pairrm.encode(classifier.tokenizer, classifier.config, classifier.max_length)
+        else:
+            encode = encode_both(BothOrders(classifier.tokenizer, classifier.max_length))
+        return cls(classifier, encode)
 
     def __init__(self, classifier: Classifier, encode: Encode) -> None:
         self.classifier, self.encode = classifier, encode

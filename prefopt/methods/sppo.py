@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from prefopt.method import Method, pair_term, reward_metrics
+from prefopt.rounds_method import RoundsMethod
 from prefopt.types import ChosenPair, Column, LossOutput, Needs, PairBatch, PairStats, ScoredGroup, WinProb
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def sppo(
 
 
 @dataclass(frozen=True)
-class SPPO(Method):
+class SPPO(RoundsMethod, Method):
     """Self-Play Preference Optimization: the log-ratio of each completion is regressed on its win probability."""
 
     beta: float = 1e-3

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal
 from prefopt import thoughts
 from prefopt.method import Method, logit_accuracy, pair_term, reward_metrics
 from prefopt.methods.dpo import dpo
+from prefopt.rounds_method import RoundsMethod
 from prefopt.thoughts import Answer, Messages, OnRepeat, ThoughtFormat
 from prefopt.types import ChosenPair, LossOutput, Needs, PairBatch, PairStats, Response, ScoredGroup, Term
 
@@ -20,7 +21,7 @@ RHOS = tuple(i / 20 for i in range(11))  # what `rho: auto` chooses from: the pa
 
 
 @dataclass(frozen=True)
-class ThoughtPO(Method):
+class ThoughtPO(RoundsMethod, Method):
     """Thought Preference Optimization: the policy thinks before it answers, and only its answers are judged."""
 
     ambiguous: ClassVar[tuple[str, ...]] = ("tpo",)

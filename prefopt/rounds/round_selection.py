@@ -1,4 +1,4 @@
-"""Which of the policies that a training passes through is kept: the one whose answers the judge likes best."""
+"""Chooses among the policies of one training: the one whose answers to held-out prompts the judge scores best."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from prefopt.evaluate.win_rate import Groups, judge_scores, judged_win_rate
 from prefopt.generation.base import Engine, Sampling
 from prefopt.judges.base import Judge
-from prefopt.method import Method
+from prefopt.rounds_method import RoundsMethod
 from prefopt.types import Prompt
 
 CHOSEN_BY = "held_out/score"
@@ -28,8 +28,8 @@ class Chooser:
     Args:
         prompts, seeds: one seed per prompt.
         sampling: with n 1.
-        method: says what of a completion a judge may see.
-        engine_of: a policy -> the engine that asks it, closed by nobody: the policy is the trainer's.
+        method: decides what of a completion a judge may see.
+        engine_of: a policy -> the inference engine that has it; it is not closed, since the policy is the trainer's.
         judge_of: the same policy -> the judge.
         start: opens the policy that the round began with.
         generating, judging: the precision of either.
@@ -38,7 +38,7 @@ class Chooser:
     prompts: Sequence[Prompt]
     seeds: Sequence[int]
     sampling: Sampling
-    method: Method
+    method: RoundsMethod
     engine_of: Callable[[Any], Engine]
     judge_of: Callable[[Any], Judge]
     start: Callable[[], Any]

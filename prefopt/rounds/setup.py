@@ -1,4 +1,4 @@
-"""Puts the rounds of a run together from its settings: cheap checks, then prompts; models wait for their stage."""
+"""Makes the rounds of a run from its settings: cheap checks, then prompts; models are loaded by their stage."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ from prefopt.data.round_prompts import Prompts, read_prompts
 from prefopt.data.templates import Rendering
 from prefopt.errors import ConfigError, TrainError
 from prefopt.judges.base import Judge
-from prefopt.rounds.rounds import OtherRun, Rounds
+from prefopt.rounds.held_out_evaluation import OtherRun
+from prefopt.rounds.rounds import Rounds
 from prefopt.rounds.shards import Workers
+from prefopt.rounds_method import in_rounds
 from prefopt.settings import RunConfig, from_dict, sources
 from prefopt.training import adapter_checks, layout_choice, model_checks, model_hashes, model_sources, models
 from prefopt.training.metrics import Evaluator
@@ -29,7 +31,7 @@ from prefopt.types import Prompt
 
 @dataclass(frozen=True)
 class _Asked:
-    """What the policy is asked, and whose policy it is. `config` is the run's, with what the prompts have decided."""
+    """The prompts, and the policy that answers them. `config` is the run's, with what the prompts have decided."""
 
     config: RunConfig
     start: model_sources.ModelSource
@@ -49,13 +51,13 @@ def set_up(
     device: torch.device,
     train: Callable[[RunConfig, Sequence[Evaluator]], int],
     stop: Stop,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
     track: Callable[[Mapping[str, float], int], None],
     cache: Path,
     day: date,
     generates: bool = True,
 ) -> tuple[Rounds, list[str]]:
-    """The rounds, and what to say of the prompts.
+    """The rounds, and lines to print about the prompts.
 
     Args:
         day: that the run began, for a chat template that asks for the date.
@@ -67,8 +69,8 @@ def set_up(
     in_ranks = generation.in_ranks(config.generate)
     if generates and workers.runtime is not None and workers.count > 1 and not in_ranks:
         raise ConfigError(
-            f"generate.engine: '{config.generate.engine}' is not for {workers.count} processes of one training run to "
-            "share; use scripts/rounds.py with the same flags"
+            f"generate.engine: '{config.generate.engine}' cannot run inside the {workers.count} ranks of a "
+            "training run; use scripts/rounds.py with the same flags"
         )
     other = None if config.rounds.compare is None else _other_run(config.rounds.compare, "rounds.compare")
     if config.rounds.candidates is not None:
@@ -92,7 +94,7 @@ def set_up(
         device=device,
         train=lambda settings, more: train(settings, [*asked.evaluators, *more]),
         stop=stop,
-        say=say,
+        log=log,
         track=track,
         world_judge=asked.judge,
         evaluators=asked.evaluators,
@@ -109,7 +111,7 @@ def _other_run(folder: str, key: str) -> OtherRun:
     except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise ConfigError(f"{key}: '{path}': {reason}, expected the folder of a run of rounds") from None
-    return OtherRun(Path(folder), settings.method)
+    return OtherRun(Path(folder), in_rounds(settings.method))
 
 
 def _from_testbed(config: RunConfig, cache: Path) -> _Asked:
@@ -118,8 +120,8 @@ def _from_testbed(config: RunConfig, cache: Path) -> _Asked:
     world = build_world(config.testbed.world, seed=config.testbed.seed, cache_dir=cache)
     start = model_sources.ModelSource(str(world.base_model_path), str(world.base_model_path))
     each, beta = config.rounds.prompts, float(getattr(config.method, "beta", 1.0))
-    assert each is not None, "the testbed's departures name it"
-    render, more = config.method.render_prompt, config.rounds.eval_prompts + config.rounds.select_prompts
+    assert each is not None, "the testbed's defaults name it"
+    render, more = in_rounds(config.method).render_prompt, config.rounds.eval_prompts + config.rounds.select_prompts
     prompts = world.prompts(config.rounds.count * each, config.seed, render)
     held_out = world.prompts(more, config.seed + 2**31, render)
     what = f"testbed world '{config.testbed.world}': {len(prompts):,} prompts drawn for {config.rounds.count} rounds"
@@ -144,7 +146,7 @@ def _from_files(config: RunConfig, day: date) -> _Asked:
     tokenizer = models.load_tokenizer(*model_sources.tokenizer_path(start, config.model), config.data.chat_template)
     tokenizer.pad_token_id, note = pad_token(tokenizer, model_checks.vocabulary(architecture))
     rendering = Rendering.of(config.data, tokenizer, day)
-    if rendering.date is not None:  # each round's training is told the same
+    if rendering.date is not None:  # each round's training uses the same date
         config = replace(config, data=replace(config.data, template_date=rendering.date.isoformat()))
 
     def read(named: str, with_answers: bool) -> tuple[list[Prompt], list[str]]:
@@ -162,7 +164,7 @@ def _from_files(config: RunConfig, day: date) -> _Asked:
         return read_prompts(
             path,
             tokenizer,
-            render=config.method.render_prompt,
+            render=in_rounds(config.method).render_prompt,
             max_prompt=config.data.max_length - config.generate.max_tokens,
             max_length=config.data.max_length,
             columns=config.data.columns,

@@ -1,4 +1,4 @@
-"""Who does which shards, and what a person sees of it."""
+"""The partition of shards among processes, and the progress bar."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Workers:
     Args:
         number: of this process, from 0.
         count: how many there are.
-        runtime: the ranks of a launched run, which wait for each other; None for processes that know nothing of others.
+        runtime: the ranks of a launched run, which wait for each other; None for independent processes.
     """
 
     number: int = 0
@@ -36,7 +36,7 @@ class Workers:
             self.runtime.wait()
 
     def agree(self, failure: PrefoptError | None) -> None:
-        """Wait for all; where one has failed, fail on all with its line. What the others have finished is kept."""
+        """Wait for all; where one has failed, fail on all with its line. What the others have finished stays."""
         failures = [failure] if self.runtime is None else self.runtime.gather_objects([failure])
         for error in failures:
             if error is not None:
@@ -62,16 +62,16 @@ def do_shards(
     Returns: whether the whole stage is there now; where other processes share it and are not waited for, it may not be.
     """
     mine = [number for number in stage.missing() if number % workers.count == workers.number]
-    workers.wait()  # nobody writes before all have looked
+    workers.wait()  # no rank writes before all have looked
     failure = None
     try:
         if mine:
-            with progress.of(stage) as tell:
+            with progress.of(stage) as advance:
                 rows_of = make()
                 for number in mine:
                     rows = rows_of(number)
                     stage.write(number, rows)
-                    tell(rows)
+                    advance(rows)
     except PrefoptError as error:
         failure = error
     workers.agree(failure)
@@ -111,11 +111,11 @@ class ShardProgress:
         ) as bar:
             scores: list[float] = []
 
-            def tell(rows: list[Row]) -> None:
+            def advance(rows: list[Row]) -> None:
                 shards, samples = done()  # those of other processes are counted too
                 scores.extend(value for row in rows for value in self.score(row) if value == value)
                 more: Mapping[str, str] = {"score": f"{sum(scores) / len(scores):.3f}"} if scores else {}
                 bar.set_postfix({"shard": f"{shards}/{len(self.samples)}", **more}, refresh=False)
                 bar.update(samples - bar.n)
 
-            yield tell
+            yield advance

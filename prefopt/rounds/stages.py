@@ -1,6 +1,6 @@
-"""What each stage of a round makes from the files of the one before. Knows engines and judges by their promises.
+"""What each stage of a round makes from the files of the one before.
 
-A row of `generate` is a prompt with its candidates, a row of `judge` what was said of them; `pair` reads both.
+A row of `generate` is a prompt with its candidates, a row of `judge` their judgement; `pair` reads both.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from prefopt.data.structure import Structure
 from prefopt.errors import RoundError
 from prefopt.generation.base import Engine, Sampling
 from prefopt.judges.base import Judge
-from prefopt.method import Method
 from prefopt.rounds.store import Row
+from prefopt.rounds_method import RoundsMethod, in_rounds
 from prefopt.settings import RunConfig
 from prefopt.types import ChosenPair, Completion, Judgement, Prompt, Question, Response, ScoredGroup
 
@@ -79,11 +79,11 @@ class Seen:
 class JudgedView:
     """What of completions can be judged, and trained on.
 
-    Args: method: says what a judge may see. structure: what every row of tokens must be; a candidate that is not so
-        could not be trained on, and is neither judged nor paired.
+    Args: method: decides what a judge may see. structure: what every sequence of tokens must be; a candidate that is
+        not cannot be trained on, and is neither judged nor paired.
     """
 
-    method: Method
+    method: RoundsMethod
     structure: Structure
 
     def of(self, completions: Sequence[Completion]) -> Seen:
@@ -105,25 +105,25 @@ class JudgedView:
 
 
 def judge_rows(judge: Judge, view: JudgedView, prompts: Sequence[Prompt], rows: Sequence[Row]) -> list[Row]:
-    """A row per prompt: which candidates were judged, and what the judge said."""
+    """A row per prompt: which candidates were judged, and their judgement."""
     judged, questions = [], []
     for prompt, row in zip(prompts, rows, strict=True):
         seen = view.of(completions_of(row))
         judged.append((prompt, seen))
         questions.append(Question(prompt.prompt, seen.responses, prompt.key, prompt.answer))
     asked = [question for question in questions if question.responses]
-    said = iter(answers_of(judge, asked))
+    judgements = iter(judgements_of(judge, asked))
     out = []
     for (prompt, seen), question in zip(judged, questions, strict=True):
-        judgement = next(said) if question.responses else Judgement(scores=())
+        judgement = next(judgements) if question.responses else Judgement(scores=())
         row = {"key": prompt.key, "judged": list(seen.judged), "unseen": dict(seen.why)}
         row |= {"problems": dict(judgement.problems)}
         out.append(row | {name: getattr(judgement, name) for name in ("scores", "logits", "probs")})
     return out
 
 
-def answers_of(judge: Judge, questions: Sequence[Question]) -> list[Judgement]:
-    """What the judge says, held to its promise. Raises: RoundError when it answers too few or too much."""
+def judgements_of(judge: Judge, questions: Sequence[Question]) -> list[Judgement]:
+    """The judge's judgements. Raises: RoundError when there are too few or too many of them."""
     answers = judge.judge(questions) if questions else []
     kind = type(judge).__name__
     if len(answers) != len(questions):
@@ -139,7 +139,7 @@ def answers_of(judge: Judge, questions: Sequence[Question]) -> list[Judgement]:
 
 
 def judgement_of(row: Row) -> Judgement:
-    """The judgement that a row holds; null is what a judge could not say."""
+    """The judgement that a row holds; null is what the judge could not answer."""
 
     def known(value: Any) -> Any:
         if isinstance(value, list):
@@ -162,8 +162,8 @@ def row_scores(row: Row) -> Sequence[float]:
 class Paired:
     """What a round's candidates have become.
 
-    Args: pairs: rows to train on. table: a row per candidate. counts: kept and dropped, by reason. figures: what the
-        method has to say of them. notes: what else there is to say, a line each.
+    Args: pairs: rows to train on. table: a row per candidate. counts: written and dropped, by reason. figures: the
+        method's own numbers of them. notes: further lines to print.
     """
 
     pairs: list[Row]
@@ -196,11 +196,11 @@ def pair_rows(
     problems: Counter[str] = Counter()
     groups: list[ScoredGroup] = []
     answers: Sequence[Row | None] = [None] * len(generated) if judged is None else judged
-    for prompt, row, said in zip(prompts, generated, answers, strict=True):
+    for prompt, row, answer in zip(prompts, generated, answers, strict=True):
         completions = completions_of(row)
         seen = view.of(completions)
-        judgement = Judgement(scores=(math.nan,) * len(seen.judged)) if said is None else judgement_of(said)
-        indices = seen.judged if said is None else tuple(said["judged"])
+        judgement = Judgement(scores=(math.nan,) * len(seen.judged)) if answer is None else judgement_of(answer)
+        indices = seen.judged if answer is None else tuple(answer["judged"])
         unseen.update(seen.why)
         problems.update(judgement.problems)
         groups.append(ScoredGroup(prompt, completions, judgement, indices, seen.unparsed))
@@ -211,15 +211,15 @@ def pair_rows(
             f"judge.reward_scale: found {config.judge.reward_scale!r}, but {error}; leave it out"
         ) from None
     groups = [replace(group, judgement=replace(group.judgement, scale=scale)) for group in groups]
-    method = config.method.tuned(groups)
+    method = in_rounds(config.method).tuned(groups)
     trained: list[list[ChosenPair]] = []
     for group, row in zip(groups, generated, strict=True):
         found = _pairs_of(config.rounds.pairs, method, group)
         sides = [] if isinstance(found, str) else [(pair, _side_by_side(config, group, pair)) for pair in found]
         dropped.update([found] if isinstance(found, str) else [side for _, side in sides if isinstance(side, str)])
-        kept = [(pair, side) for pair, side in sides if not isinstance(side, str)]
-        pairs += [{"key": group.prompt.key, "tokenizer": tokenizer_hash} | side for _, side in kept]
-        trained.append([pair for pair, _ in kept])
+        usable = [(pair, side) for pair, side in sides if not isinstance(side, str)]
+        pairs += [{"key": group.prompt.key, "tokenizer": tokenizer_hash} | side for _, side in usable]
+        trained.append([pair for pair, _ in usable])
         table += _table_rows(method, group, row["seed"], _roles(trained[-1]), about)
     counts = {
         "prompts": len(generated),
@@ -231,14 +231,14 @@ def pair_rows(
     }
     figures = dict(method.round_figures(groups, trained))
     figures |= {} if config.judge.reward_scale == 1 else {"reward_scale": scale}
-    note = _narrow(groups, method) if config.method.needs.columns else None
+    note = _low_spread(groups, method) if config.method.needs.columns else None
     return Paired(pairs, table, counts, figures, () if note is None else (note,))
 
 
-_NARROW = 0.02  # standard deviation of win probabilities below which targets made of them are noise
+_LOW_SPREAD = 0.02  # standard deviation of win probabilities below which targets made of them are noise
 
 
-def _narrow(groups: Sequence[ScoredGroup], method: Method) -> str | None:
+def _low_spread(groups: Sequence[ScoredGroup], method: RoundsMethod) -> str | None:
     """A warning where a judge's scores lie so close together that all its win probabilities are about one half."""
     import numpy as np
 
@@ -252,7 +252,7 @@ def _narrow(groups: Sequence[ScoredGroup], method: Method) -> str | None:
     probs = np.concatenate(found)
     probs = probs[np.isfinite(probs)]
     spread = float(probs.std()) if probs.size else 0.0
-    if not 0 < spread < _NARROW:
+    if not 0 < spread < _LOW_SPREAD:
         return None
     low, high = np.percentile(probs, [5, 95])
     return (
@@ -265,7 +265,7 @@ def _narrow(groups: Sequence[ScoredGroup], method: Method) -> str | None:
 DATA = -1  # the index of the data's own completion, which is no candidate
 
 
-def _pairs_of(how: str, method: Method, group: ScoredGroup) -> Sequence[ChosenPair] | str:
+def _pairs_of(how: str, method: RoundsMethod, group: ScoredGroup) -> Sequence[ChosenPair] | str:
     if how == "best_worst":
         try:
             return method.make_pairs(group)
@@ -290,7 +290,7 @@ def _side_by_side(config: RunConfig, group: ScoredGroup, pair: ChosenPair) -> Ro
     if most is not None and similarity(chosen_ids, rejected_ids) > most:
         return "near-duplicates"
     return {
-        "prompt": config.method.render_prompt(group.prompt.prompt),
+        "prompt": in_rounds(config.method).render_prompt(group.prompt.prompt),
         "chosen": chosen,
         "rejected": rejected,
         "prompt_ids": list(group.prompt.ids),
@@ -321,7 +321,7 @@ def _roles(pairs: Sequence[ChosenPair]) -> dict[int, str]:
 
 
 def _table_rows(
-    method: Method, group: ScoredGroup, seed: int, roles: Mapping[int, str], about: Mapping[str, Any]
+    method: RoundsMethod, group: ScoredGroup, seed: int, roles: Mapping[int, str], about: Mapping[str, Any]
 ) -> list[Row]:
     """All candidates of a prompt, one row each, with everything that is known of them."""
     import numpy as np

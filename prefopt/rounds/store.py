@@ -1,6 +1,6 @@
-"""Stages on disk: shards that are whole or absent, and a manifest that says what they were made from.
+"""Stages on disk: shards that are whole or absent, and a manifest with what they were made from.
 
-A stage is skipped when its manifest is there and its files are as it says; else it goes on at the first missing shard.
+A stage is skipped when its manifest is there and its files match it; else it resumes at the first missing shard.
 A shard's hash is written before it, into a hidden folder beside that of the shards; once the stage is finished, its
 manifest has the hashes of all.
 Knows nothing of models, prompts or judges.
@@ -46,7 +46,7 @@ class Stage:
     name: str
     inputs: Mapping[str, Any]
     keys: Sequence[Sequence[str]]
-    say: Callable[[str], None] = field(default=lambda line: None)
+    log: Callable[[str], None] = field(default=lambda line: None)
 
     @property
     def manifest_path(self) -> Path:
@@ -69,7 +69,7 @@ class Stage:
             there = storage.is_there(path)  # asked once: another process may be about to write it
             wrong = self._damage(path, promised.get(path.name)) if there else "is missing" if promised else None
             if wrong:
-                self.say(f"{path}: {wrong}; it is made again")
+                self.log(f"{path}: {wrong}; it is made again")
                 if there:
                     path.unlink(missing_ok=True)
         if manifest is None:
@@ -121,7 +121,7 @@ class Stage:
         return [row for number in range(len(self.keys)) for row in self.read(number)]
 
     def note(self, about: Mapping[str, Any]) -> None:
-        """Keep what to know of how the shards are made: engine, judge, versions."""
+        """Record how the shards are made: inference engine, judge, versions."""
         manifest = read_manifest(self.manifest_path)
         if manifest is not None and not manifest["finished"]:
             write_manifest(self.manifest_path, manifest | {"about": dict(about)})
@@ -129,7 +129,7 @@ class Stage:
     def finish(self, counts: Mapping[str, Any]) -> None:
         """Write the manifest of a stage whose shards are all there.
 
-        Args: counts: what was kept and dropped, and why.
+        Args: counts: what was written and dropped, and why.
         Raises: RoundError when a shard that was made again is not what the manifest promised.
         """
         before = read_manifest(self.manifest_path) or {}
@@ -175,7 +175,7 @@ class Stage:
 
 
 def finished(folder: Path, name: str) -> bool:
-    """Whether a stage is done and its files are as its manifest says; what it was made from is not asked."""
+    """Whether a stage is done and its files match its manifest; what it was made from is not compared."""
     manifest = read_manifest(folder / f"{name}.json")
     if manifest is None or not manifest["finished"]:
         return False
@@ -189,7 +189,7 @@ def is_as_written(path: Path, sha: str) -> bool:
 
 
 def _beside(shard: Path) -> Path:
-    """The file with a shard's hash, out of the way of whoever reads the folder of shards."""
+    """The file with a shard's hash, outside the folder of shards."""
     return shard.parent.with_name(f".{shard.parent.name}") / f"{shard.stem}.json"
 
 
@@ -239,7 +239,7 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
     except Damaged:
         raise RoundError(
             f"{path}: does not match its own hash: it was edited or damaged; "
-            "delete it and run again: shards that are whole are kept"
+            "delete it and run again: intact shards are reused"
         ) from None
 
 
@@ -277,7 +277,7 @@ def _writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise RoundError(
-            f"{path}: cannot be written: {error.strerror}; all shards that were finished are kept: "
+            f"{path}: cannot be written: {error.strerror}; finished shards are not lost: "
             "free space and run the same command again"
         ) from error
 

@@ -86,7 +86,7 @@ def rounds_card(config: RunConfig, runtime: rt.Runtime, rounds: Rounds, report: 
         "data": {**rounds.data_hashes(), "report": report},
         "model": {"path": rounds.start.path, "sha256": rounds.start_hash},
         "reference": None,
-        "judge": {"sha256": rounds.judge_hash},
+        "judge": {"sha256": rounds.judge.hash},
         "template_date": rounds.config.data.template_date,
         **_environment(runtime),
     }

@@ -19,6 +19,7 @@ from prefopt.data.split import sample, shared_prompts, split_by_prompt
 from prefopt.data.templates import Rendering
 from prefopt.errors import ConfigError
 from prefopt.evaluate.held_out import too_few
+from prefopt.rounds_method import in_rounds
 from prefopt.run.card import described_method, split_version
 from prefopt.run.encoding import encode_source
 from prefopt.settings import RunConfig
@@ -131,7 +132,7 @@ def file_task(config: RunConfig, day: date) -> Task:
     files = [encode(name) for name in named]
     train = joined(files)
     pairs: Sequence[EncodedPair] = train.pairs
-    if (thought := config.method.card().get("thought")) is not None:
+    if (thought := in_rounds(config.method).card().get("thought")) is not None:
         report += without_thoughts(pairs, tokenizer, thought["response_marker"])
     if config.data.eval is not None:
         more = [encode(name) for name in settings.sources(config.data.eval)]

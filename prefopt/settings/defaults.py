@@ -65,7 +65,7 @@ def testbed_defaults(method_class: type[Method], named: Mapping[str, Any]) -> di
     hidden = {over for named_key, over in _GIVES_WAY.items() if lookup(named, named_key) is not None}
     departures = TESTBED_DEFAULTS
     if lookup(named, "rounds.count") not in (None, 0, "0"):
-        world = lookup(named, "testbed.world") or method_class.testbed_world or ROUNDS_WORLD
+        world = lookup(named, "testbed.world") or getattr(method_class, "testbed_world", None) or ROUNDS_WORLD
         rounds = merge(TESTBED_ROUNDS_DEFAULTS, WORLD_ROUNDS_DEFAULTS.get(str(world), {}))
         departures = merge(departures, merge(rounds, {"testbed": {"world": world}}))
     departures = {

@@ -128,5 +128,9 @@ def options_of(cls: Any, prefix: str) -> list[Option]:
                 else str(default or ("" if default != 0 else 0))
             )
             key = f"{f.name}.KEY" if typing.get_origin(hints[f.name]) is dict else f.name
-            rows.append((f"--{prefix}{key}", kind(hints[f.name]), shown, texts.get(f.name, "")))
+            kinds_of: registry.Kinds | None = f.metadata.get("kinds")
+            names = [] if kinds_of is None else kinds_of.names()
+            choices = [f"{name}: {kinds_of.about(name)}." for name in names if kinds_of is not None]
+            text = " ".join([texts.get(f.name, ""), *choices])
+            rows.append((f"--{prefix}{key}", "|".join(names) or kind(hints[f.name]), shown, text))
     return rows

@@ -75,7 +75,7 @@ class InferConfig:
     @property
     def on_testbed(self) -> bool:
         """Whether prompts and judge are the testbed's: without a model, or where that judge is named."""
-        return self.model.path is None or self.judge.kind == "world"
+        return self.model.path is None or registry.is_testbed_judge(self.judge.kind)
 
     @property
     def typed(self) -> bool:
@@ -139,7 +139,7 @@ def parse_infer(argv: Sequence[str]) -> InferConfig:
             layer["model"] = {"path": layer["model"]}
         _check_keys(layer, where)
         merged = merge(merged, layer)
-    if lookup(merged, "model.path") is None or lookup(merged, "judge.kind") == "world":
+    if lookup(merged, "model.path") is None or registry.is_testbed_judge(lookup(merged, "judge.kind")):
         merged = merge(TESTBED_DEFAULTS, merged)
     sources = {key: where for where, layer in layers for key in flatten(layer)}
     return _completed(build(InferConfig, merged, "", sources), "strategy" in merged)
@@ -241,11 +241,11 @@ def _refuse_unread(found: InferConfig, revises: bool) -> None:
 def _named_judge(found: InferConfig, one: bool) -> JudgeConfig:
     kind = found.judge.kind
     if kind is None and found.on_testbed:
-        return dataclasses.replace(found.judge, kind="world")
+        return dataclasses.replace(found.judge, kind=registry.testbed_judge())
     if kind in (None, "none") and not one:
         raise ConfigError(
-            f"judge.kind: {'not given' if kind is None else repr(kind)}, expected who scores the samples of strategy "
-            f"'{found.strategy}': reward_model, pairwise, llm, function or length"
+            f"judge.kind: {'not given' if kind is None else repr(kind)}, expected the judge that scores the samples "
+            f"of strategy '{found.strategy}', one of {', '.join(registry.judges_of_files())}"
         )
     if found.judge.reward_scale == "std":
         raise ConfigError("judge.reward_scale: found 'std', which is of the candidates of a round, expected a number")

@@ -7,8 +7,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from prefopt import redaction
+from prefopt import redaction, registry
 from prefopt.errors import ConfigError
+from prefopt.rounds_method import in_rounds
 from prefopt.settings.groups import DataConfig, TestbedConfig
 from prefopt.settings.nested import lookup
 from prefopt.settings.sampling_groups import ROUND_GROUPS, SAMPLES_READ
@@ -16,7 +17,7 @@ from prefopt.settings.schema import RunConfig
 
 
 def check_rounds(config: RunConfig) -> None:
-    rounds, generate, judge = config.rounds, config.generate, config.judge
+    rounds, generate, judge, method = config.rounds, config.generate, config.judge, in_rounds(config.method)
 
     def need(holds: bool, key: str, expected: str) -> None:
         if not holds:
@@ -71,7 +72,7 @@ def check_rounds(config: RunConfig) -> None:
         need(generate.n >= 2, "generate.n", "at least 2: a pair is the best of them against the worst")
         need(judge.kind != "none", "judge.kind", "a judge: rounds.pairs best_worst ranks the completions")
     else:
-        if config.method.thinks:
+        if method.thinks:
             raise ConfigError(
                 f"rounds.pairs: '{rounds.pairs}', but the data's own completions hold no thought; expected best_worst "
                 "(or --method.thought_prompt none)"
@@ -84,9 +85,10 @@ def check_rounds(config: RunConfig) -> None:
                 f"rounds.pairs: '{rounds.pairs}', but method '{config.method_name}' reads {needs.columns[0].name}, "
                 "which nobody knows of the data's own completion; expected best_worst"
             )
-    need(judge.kind != "world" or config.on_testbed, "judge.kind", "another judge: `world` is the testbed's own")
-    compares = judge.kind == "world" or (judge.kind == "llm" and judge.mode == "pairwise")
-    if config.method.ranks_by == "blender_score" and compares:
+    own = registry.is_testbed_judge(judge.kind)
+    need(not own or config.on_testbed, "judge.kind", f"another judge: `{judge.kind}` is the testbed's own")
+    compares = judge.mode in registry.JUDGES.declared(str(judge.kind), "verdicts", ())
+    if method.ranks_by == "blender_score" and compares:
         raise ConfigError(
             f"method.win_prob: 'blender_score' reads a judge's logits or scores, and judge '{judge.kind}' gives "
             "probabilities; expected pairwise_sigmoid"

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from prefopt import registry
+
 
 @dataclass(frozen=True)
 class RoundsConfig:
@@ -41,8 +43,8 @@ class RoundsConfig:
 class GenerateConfig:
     """How completions are sampled: in rounds, and at evaluations where eval.generate asks for samples."""
 
-    engine: Literal["transformers", "vllm", "openai"] = "transformers"
-    """In process; vLLM in a process and an environment of its own; or a server with OpenAI's interface."""
+    engine: str = field(default="transformers", metadata={"kinds": registry.ENGINES})
+    """Inference engine: a file of prefopt/generation, or a dotted path to a module of your own."""
     n: int = 5
     """Completions per prompt."""
     temperature: float = 1.0
@@ -82,14 +84,20 @@ class GenerateConfig:
     timeout: float = 300.0
     """openai: seconds until a request counts as lost."""
 
+    def __post_init__(self) -> None:
+        if self.engine != type(self).engine:
+            registry.ENGINES.check(self.engine)
+
 
 @dataclass(frozen=True)
 class JudgeConfig:
-    """Who ranks the completions of rounds. It sees prompt and response, never a thought."""
+    """The judge that ranks the completions of rounds. It sees prompt and response, never a thought."""
 
-    kind: Literal["none", "reward_model", "pairwise", "llm", "function", "length", "world"] | None = None
-    """A classifier with one logit; one that reads two responses; a language model that is asked; a Python function; the
-    shorter response; or the testbed's own. None: `world` on the testbed, else it must be named."""
+    kind: str | None = field(default=None, metadata={"kinds": registry.JUDGES})
+    """The judge: a file of prefopt/judges, or a dotted path to a module of your own. None: the testbed's own on the
+    testbed; it must be named elsewhere."""
+    args: dict[str, Any] = field(default_factory=dict)
+    """Settings of the judge's own, as its class declares them, e.g. `--judge.args.NAME VALUE`."""
     path: str | None = None
     """reward_model, pairwise: folder or hub id. function: module:callable. llm: `policy` asks the round's policy."""
     mode: Literal["pairwise", "score"] = "pairwise"
@@ -123,6 +131,10 @@ class JudgeConfig:
     """llm with a url: attempts after the first one, with growing pauses."""
     timeout: float = 120.0
     """llm with a url, function: seconds until an attempt, or a call, counts as lost."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in (None, "none"):
+            registry.JUDGES.check(self.kind)
 
 
 ROUND_GROUPS = ("rounds", "generate", "judge")

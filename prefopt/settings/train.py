@@ -103,9 +103,10 @@ def with_judge_kind(config: RunConfig) -> JudgeConfig:
     if config.rounds.pairs == "data_sampled":
         return dataclasses.replace(config.judge, kind="none")
     if config.on_testbed:
-        return dataclasses.replace(config.judge, kind="world")
+        return dataclasses.replace(config.judge, kind=registry.testbed_judge())
     raise ConfigError(
-        "judge.kind: not given, expected who ranks the completions: reward_model, pairwise, llm, function or length"
+        f"judge.kind: not given, expected the judge that ranks the completions, one of "
+        f"{', '.join(registry.judges_of_files())}"
     )
 
 

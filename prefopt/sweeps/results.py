@@ -23,7 +23,7 @@ LOCK = ".results.lock"  # is beside the tables that a sweep wrote
 # The metrics that results.md shows, where a run has them; results.csv has all.
 _SHOWN = (
     *("exact/reward", "exact/kl_policy_ref", "exact/kl_star_ratio", "exact/win_rate"),
-    *("win_rate/vs_start", "score", "loss", "rewards/accuracies", "rewards/margins", "kl/chosen", "kl/rejected"),
+    *("win_probability/vs_start", "score", "loss", "rewards/accuracies", "rewards/margins", "kl/chosen", "kl/rejected"),
     *("steps", "pairs", "tokens", "seconds"),
 )
 _COST = ("steps", "pairs", "tokens", "seconds")

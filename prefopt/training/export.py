@@ -23,7 +23,7 @@ def describe_answers(
     Tools that read `eos_token_id` and `stop_strings` end where training ended, so nothing follows a response; those
     that know nothing of thoughts find the markers to strip them by under `thought`.
 
-    Args: folder: of the model, or of its adapter. card: `Method.card()`; where it is empty nothing is written.
+    Args: folder: of the model, or of its adapter. card: `RoundsMethod.card()`; where it is empty nothing is written.
         stop: texts that ended a completion in training's rounds.
     """
     if not card:

@@ -13,6 +13,7 @@ import yaml
 
 from prefopt.figures import NOTHING, readable
 from prefopt.method import Method
+from prefopt.rounds_method import in_rounds
 from prefopt.settings import RunConfig, rate_source
 from prefopt.thoughts import ThoughtFormat
 from prefopt.training.metrics import WALL_CLOCK_KEYS
@@ -136,7 +137,7 @@ def page(known: Facts) -> str:
         "tags": ["prefopt", "preference-optimization", name.replace("_", "-")],
     }
     head["tags"] += ["lora"] if known.adapter or known.merged else []
-    head["tags"] += ["thought-preference-optimization"] if "thought" in known.method.card() else []
+    head["tags"] += ["thought-preference-optimization"] if "thought" in in_rounds(known.method).card() else []
     head |= {"base_model": known.base_id} if known.base_id else {}
     head |= {"datasets": list(known.datasets)} if known.datasets else {}
     kind = "An adapter (LoRA) of" if known.adapter else "Trained from"
@@ -159,7 +160,7 @@ def page(known: Facts) -> str:
 
 
 def _title(known: Facts) -> str:
-    if "thought" in known.method.card():
+    if "thought" in in_rounds(known.method).card():
         return "A model that thinks before it answers"
     if known.method.needs.output == "scores":
         return f"A judge of answers ({known.method_name.rpartition('.')[2]})"
@@ -234,9 +235,9 @@ def _code(known: Facts) -> str:
 
 def _thought(method: Method) -> list[str]:
     """How a policy that thinks is asked, and how its response is told from its thought."""
-    if "thought" not in method.card():
+    if "thought" not in in_rounds(method).card():
         return []
-    thought = method.card()["thought"]
+    thought = in_rounds(method).card()["thought"]
     response, before = thought["response_marker"], thought["thought_marker"]
     first = f" Its thought begins with `{before}`." if before else ""
     return [

@@ -24,6 +24,7 @@ from prefopt.data.structure import Structure, check_row_structure
 from prefopt.data.templates import Rendering
 from prefopt.errors import ConfigError, TrainError, did_you_mean
 from prefopt.figures import NOTHING, readable
+from prefopt.rounds_method import in_rounds
 from prefopt.settings import RunConfig
 from prefopt.storage import write_whole
 from prefopt.training import (
@@ -855,7 +856,7 @@ class Trainer:
 
     def _describe(self, folder: Path, step: int | None = None, merged: bool = False) -> None:
         self.tokenizer.save_pretrained(folder)
-        export.describe_answers(folder, self.tokenizer, self.method.card(), self.config.generate.stop)
+        export.describe_answers(folder, self.tokenizer, in_rounds(self.method).card(), self.config.generate.stop)
         lines = [line for line in self.metrics.lines() if step is None or line["step"] <= step]
         adapter = adapters.has_adapter(self.policy.lm) and not merged
         facts = model_card.facts(

@@ -8,8 +8,8 @@ import pytest
 from prefopt.errors import RoundError
 from prefopt.evaluate.rounds_report import RoundFigures, evaluate_round, rounds_table, write_report
 from prefopt.evaluate.samples import SampleFigures
-from prefopt.method import Method
 from prefopt.methods.thought_po import ThoughtPO
+from prefopt.rounds_method import RoundsMethod
 from prefopt.types import Judgement
 from tests.evaluate.helpers import Asked, first_is_favoured, groups, prompts, word_count
 
@@ -24,14 +24,14 @@ def samples(kl):
 
 
 def rounds(judge):
-    nothing = evaluate_round(0, prompts(3), {"now": FIRST}, judge, Method())
+    nothing = evaluate_round(0, prompts(3), {"now": FIRST}, judge, RoundsMethod())
     one = {"now": SECOND, "previous": FIRST, "first": FIRST}
     two = {"now": NOW, "previous": SECOND, "first": FIRST}
     kl = {"to_round_start": samples([1, 2, 3]), "to_first": samples([2, 4, 6])}
     return [
         nothing,
-        evaluate_round(1, prompts(3), one, judge, Method(), kl),
-        evaluate_round(2, prompts(3), two, judge, Method(), kl, more={"pairs/kept": 17}),
+        evaluate_round(1, prompts(3), one, judge, RoundsMethod(), kl),
+        evaluate_round(2, prompts(3), two, judge, RoundsMethod(), kl, more={"pairs/kept": 17}),
     ]
 
 
@@ -56,7 +56,7 @@ def test_round_when_a_judge_compares_then_there_is_no_score_and_the_same_verdict
 
 
 def test_round_when_there_is_no_judge_then_the_other_figures_stand():
-    figures = evaluate_round(1, prompts(3), {"now": NOW, "first": FIRST, "previous": FIRST}, None, Method())
+    figures = evaluate_round(1, prompts(3), {"now": NOW, "first": FIRST, "previous": FIRST}, None, RoundsMethod())
     assert (figures.score, figures.vs_start, figures.kl) == (None, None, {})
     assert figures.texts.completions == 3
 
@@ -77,21 +77,21 @@ def test_metrics_when_flat_then_every_figure_has_its_name():
 def test_kl_when_prompts_have_several_samples_then_each_prompt_counts_once():
     now = groups("a\nb\nc", "d")
     kl = {"to_first": samples([1, 1, 1, 5])}
-    assert evaluate_round(1, prompts(2), {"now": now}, None, Method(), kl).kl["to_first"].mean == pytest.approx(3)
+    assert evaluate_round(1, prompts(2), {"now": now}, None, RoundsMethod(), kl).kl["to_first"].mean == pytest.approx(3)
     with pytest.raises(ValueError, match="3 samples were scored, expected one per completion, 4"):
-        evaluate_round(1, prompts(2), {"now": now}, None, Method(), {"to_first": samples([1, 2, 3])})
+        evaluate_round(1, prompts(2), {"now": now}, None, RoundsMethod(), {"to_first": samples([1, 2, 3])})
 
 
 def test_problems_when_the_judge_counts_some_then_the_round_and_its_table_have_them():
     now = groups("nan", "a", "a b")
     figures = evaluate_round(
-        1, prompts(3), {"now": now, "first": FIRST, "previous": FIRST}, Asked(word_count), Method()
+        1, prompts(3), {"now": now, "first": FIRST, "previous": FIRST}, Asked(word_count), RoundsMethod()
     )
     assert figures.problems == {"nan": 1}
     assert (figures.vs_start.left_out, figures.score.count) == (1, 2)
     table = rounds_table([figures])
-    assert "Round 1, judging: nan 1." in table
-    assert "Win rates leave out 2 prompts" in table
+    assert "Round 1, failed judgements: nan 1." in table
+    assert "Win rates exclude 2 prompts" in table
 
 
 def test_record_when_written_as_json_then_it_is_read_back():
@@ -131,7 +131,7 @@ def test_report_when_it_cannot_be_written_then_one_line(tmp_path):
 def test_round_when_another_run_is_compared_with_then_each_is_seen_by_its_own_method(verdict):
     judge, thinks = Asked(verdict), ThoughtPO()
     now, other = groups("a b c d <R> a b", "x <R> a", "no marker"), groups("a", "a b", "a <R> b")
-    found = evaluate_round(0, prompts(3), {"now": now, "other": other}, judge, thinks, other=Method())
+    found = evaluate_round(0, prompts(3), {"now": now, "other": other}, judge, thinks, other=RoundsMethod())
     rate = found.vs_other
     assert (rate.wins, rate.ties, rate.losses) == (1, 0, 2)
     seen = {response.text for question in judge.questions for response in question.responses}

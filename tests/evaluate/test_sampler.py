@@ -16,6 +16,7 @@ from prefopt.evaluate.samples import score_samples
 from prefopt.generation.base import Sampling, seeds_of
 from prefopt.generation.transformers_engine import TransformersEngine
 from prefopt.kernels.head import make_head_aware
+from prefopt.rounds_method import in_rounds
 from prefopt.settings import EvalConfig, GenerateConfig, KernelConfig, RunConfig
 from prefopt.training.adapters import Frozen
 from prefopt.training.forward import PolicyWithReference
@@ -25,7 +26,7 @@ from tests.helpers import byte_bpe_tokenizer, tiny_llama
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # peft calls transformers by an older name
 TOKENIZER = byte_bpe_tokenizer(["name a colour: red, green or blue"], vocab_size=300)
 SIZE = len(TOKENIZER)
-THINKS = next(name for name in registry.names() if registry.get(name)().thinks)
+THINKS = next(name for name in registry.names() if in_rounds(registry.get(name)()).thinks)
 
 
 def pair(text, key=""):

@@ -4,13 +4,13 @@ from dataclasses import dataclass
 import pytest
 
 from prefopt.evaluate.win_rate import Scores, judge_scores, judged_win_rate, win_rate
-from prefopt.method import Method
+from prefopt.rounds_method import RoundsMethod
 from prefopt.types import Judgement, Response
 from tests.evaluate.helpers import Asked, first_is_favoured, groups, prompts, word_count
 
 
 @dataclass(frozen=True)
-class AfterTheBar(Method):
+class AfterTheBar(RoundsMethod):
     """Shows a judge what stands behind a bar; nothing where there is none."""
 
     def judge_view(self, text):
@@ -49,7 +49,7 @@ def test_win_rate_when_no_probability_then_it_is_refused():
 
 def test_judge_when_it_scores_then_the_probability_is_the_sigmoid_of_the_difference():
     judge = Asked(word_count)
-    found = judged_win_rate(judge, prompts(2), groups("a b c", "a"), groups("a", "a b"), Method())
+    found = judged_win_rate(judge, prompts(2), groups("a b c", "a"), groups("a", "a b"), RoundsMethod())
     assert found.rate.mean == pytest.approx((sigmoid(2) + sigmoid(-1)) / 2)
     assert [q.responses[0].text for q in judge.questions] == ["a b c", "a"]
     assert [(q.prompt, q.key, q.answer) for q in judge.questions] == [
@@ -60,15 +60,15 @@ def test_judge_when_it_scores_then_the_probability_is_the_sigmoid_of_the_differe
 
 def test_judge_when_its_logits_favour_a_place_then_both_orders_cancel_it():
     a, b = groups("a b c", "a"), groups("a", "a b")
-    forth = judged_win_rate(Asked(first_is_favoured), prompts(2), a, b, Method())
-    back = judged_win_rate(Asked(first_is_favoured), prompts(2), b, a, Method())
+    forth = judged_win_rate(Asked(first_is_favoured), prompts(2), a, b, RoundsMethod())
+    back = judged_win_rate(Asked(first_is_favoured), prompts(2), b, a, RoundsMethod())
     assert forth.rate.mean == pytest.approx((sigmoid(2) + sigmoid(-1)) / 2)
     assert forth.rate.mean + back.rate.mean == pytest.approx(1)
 
 
 def test_judge_when_it_gives_probabilities_then_they_are_taken_as_they_are():
     judge = Asked(lambda question: Judgement(probs=((0.5, 0.8), (0.2, 0.5)), problems={"contradiction": 1}))
-    found = judged_win_rate(judge, prompts(3), groups("x", "y", "z"), groups("a", "b", "c"), Method())
+    found = judged_win_rate(judge, prompts(3), groups("x", "y", "z"), groups("a", "b", "c"), RoundsMethod())
     assert found.rate.mean == pytest.approx(0.8)
     assert found.problems == {"contradiction": 3}
 
@@ -85,7 +85,7 @@ def test_completions_when_alike_or_unseen_then_no_judge_is_asked():
 
 def test_completions_when_not_as_many_then_they_are_refused():
     with pytest.raises(ValueError, match="zip"):
-        judged_win_rate(Asked(word_count), prompts(1), groups("a\nb"), groups("a"), Method())
+        judged_win_rate(Asked(word_count), prompts(1), groups("a\nb"), groups("a"), RoundsMethod())
 
 
 def test_scores_when_a_judge_scores_then_each_completion_has_its_own():
@@ -101,16 +101,16 @@ def test_scores_when_a_judge_scores_then_each_completion_has_its_own():
 
 def test_scores_when_given_then_they_decide_and_no_judge_is_asked():
     judge, a, b = Asked(word_count), groups("a b c", "nan"), groups("a", "a b")
-    scores = tuple(judge_scores(judge, prompts(2), side, Method()) for side in (a, b))
+    scores = tuple(judge_scores(judge, prompts(2), side, RoundsMethod()) for side in (a, b))
     asked = len(judge.questions)
-    found = judged_win_rate(judge, prompts(2), a, b, Method(), scores)
+    found = judged_win_rate(judge, prompts(2), a, b, RoundsMethod(), scores)
     assert len(judge.questions) == asked == 4
     assert found.rate.mean == pytest.approx(sigmoid(2))
     assert (found.left_out, found.unknown) == (1, 1)
 
 
 def test_scores_when_a_judge_only_compares_then_there_are_none():
-    assert judge_scores(Asked(first_is_favoured), prompts(1), groups("a"), Method()) is None
+    assert judge_scores(Asked(first_is_favoured), prompts(1), groups("a"), RoundsMethod()) is None
 
 
 def test_win_rate_and_mean_win_probability_are_two_figures():
@@ -123,6 +123,6 @@ def test_win_rate_and_mean_win_probability_are_two_figures():
 def test_scale_of_a_judge_reaches_the_probability_and_not_the_win_rate():
     scores = [Scores(values, {}, 100.0) for values in (((0.02,), (0.01,)), ((0.01,), (0.03,)))]
     a, b = groups("a", "b"), groups("c", "d")
-    found = judged_win_rate(Asked(word_count), prompts(2), a, b, Method(), tuple(scores))
+    found = judged_win_rate(Asked(word_count), prompts(2), a, b, RoundsMethod(), tuple(scores))
     assert found.rate.mean == pytest.approx((1 / (1 + math.exp(-1)) + 1 / (1 + math.exp(2))) / 2)
     assert found.won.mean == 0.5

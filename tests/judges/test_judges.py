@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from prefopt import judges
+from prefopt import judges, registry
 from prefopt.errors import ConfigError
 from prefopt.ranking import best_and_worst, order_scores
 from prefopt.settings import JudgeConfig
@@ -30,7 +30,7 @@ def test_world_when_the_testbed_has_a_judge_then_it_is_that_one():
 
 @pytest.mark.parametrize("kind", [None, "none", "world"])
 def test_kind_when_nobody_judges_then_it_is_refused(kind):
-    with pytest.raises(ConfigError, match=r"^judge.kind: found .*, which judges nothing here$"):
+    with pytest.raises(ConfigError, match=r"^judge.kind: found .*, expected (one of function, length|another one)"):
         judges.make(JudgeConfig(kind=kind), device=CPU)
 
 
@@ -97,7 +97,8 @@ def test_setting_is_taken_by_the_kinds_that_read_it_and_refused_by_all_others(na
 
 
 def test_settings_of_a_judge_each_belong_to_someone():
-    assert {field.name for field in dataclasses.fields(JudgeConfig)} == judges._READ_BY.keys() | {"kind"}
+    read = {name for kind in registry.JUDGES.names() for name in judges.kind_of(kind).reads}
+    assert {field.name for field in dataclasses.fields(JudgeConfig)} == read | {"kind", "args"}
 
 
 def test_identity_when_the_judge_is_the_policy_then_a_folder_of_that_name_is_not_read(tmp_path, monkeypatch):

@@ -17,7 +17,7 @@ from transformers import (
 from prefopt import judges
 from prefopt.data.encoder import Encoder
 from prefopt.errors import ConfigError, DataError, RoundError, TrainError
-from prefopt.judges.reward_model import dtype_on
+from prefopt.judges.classifier import dtype_on
 from prefopt.methods.reward_model import RewardModel
 from prefopt.settings import JudgeConfig, LoraConfig, ModelConfig, RunConfig
 from prefopt.training import adapter_loading, adapter_saving, model_sources

@@ -197,7 +197,7 @@ def test_disk_full_in_a_stage_keeps_what_is_finished(server, rounds, tmp_path):
     argv = rounds(tmp_path / "run", rounds__eval_prompts=0, rounds__count=1)
     fault = {"at": "prefopt.rounds.store:write_whole", "count": 2, "do": "ENOSPC"}
     line = line_of(server.train(argv, fault))
-    assert "cannot be written: No space left on device; all shards that were finished are kept" in line
+    assert "cannot be written: No space left on device; finished shards are not lost" in line
     assert server.train(argv).status == 0
 
 

@@ -19,17 +19,17 @@ PLACES = [
     ("judge", ROUNDS + "stages:judge_rows", "before", 2, (0, 1)),
     ("judge", ROUNDS + "stages:judge_rows", "after", 2, (0, 1)),
     ("pair", ROUNDS + "stages:pair_rows", "after", 1, (0,)),
-    ("pair", ROUNDS + "run:Rounds._write_pairs", "after", 1, (0,)),
+    ("pair", ROUNDS + "round_training:RoundTraining.write_pairs", "after", 1, (0,)),
     ("pair", ROUNDS + "store:write_rows", "before", 1, (0,)),
     ("train", ENGINE + "trainer:Trainer._step", "before", 4, (0, 1)),
     ("train", "prefopt.storage:seal", "before", 3, (0,)),
     ("train", "prefopt.storage:seal", "after", 3, (0,)),
-    ("evaluate", ROUNDS + "run:Rounds._figures", "before", 1, (0,)),
-    ("evaluate", ROUNDS + "run:Rounds._report", "before", 1, (0,)),
+    ("evaluate", ROUNDS + "held_out_evaluation:HeldOutEvaluation.compute", "before", 1, (0,)),
+    ("evaluate", ROUNDS + "held_out_evaluation:HeldOutEvaluation.write_report", "before", 1, (0,)),
     ("any", ROUNDS + "store:write_manifest", "before", 2, (0,)),
     ("any", ROUNDS + "store:write_manifest", "after", 2, (0,)),
     ("any", "os:fsync", "before", 3, (0,)),
-    ("export", ROUNDS + "run:Rounds._export", "before", 1, (0,)),
+    ("export", ROUNDS + "policies:RoundPolicies.export", "before", 1, (0,)),
 ]
 ORDER = ("generate", "judge", "pair", "train")
 

@@ -14,7 +14,7 @@ def test_candidates_of_another_run_are_trained_on_again_and_nothing_is_sampled(s
     argv = rounds(tmp_path / "run", rounds__count=1, optim__lr=3e-2, rounds__candidates=uninterrupted)
     ended = server.train(argv, THIRD)
     assert ended.status == 0, ended.err
-    assert f"round_01: candidates of 16 prompts are taken over from {uninterrupted}/round_01" in ended.out
+    assert f"round_01: candidates of 16 prompts are copied from {uninterrupted}/round_01" in ended.out
     for name in ("candidates", "scores"):
         for shard in sorted((uninterrupted / "round_01" / name).iterdir()):
             assert (tmp_path / "run/round_01" / name / shard.name).read_bytes() == shard.read_bytes()

@@ -9,6 +9,7 @@ from prefopt.errors import ConfigError, RoundError
 from prefopt.judges import Scaled, check, make
 from prefopt.judges.length import LengthJudge
 from prefopt.rounds import stages
+from prefopt.rounds_method import in_rounds
 from prefopt.settings import parse
 from prefopt.types import Prompt
 from tests.helpers import byte_bpe_tokenizer
@@ -33,7 +34,7 @@ def paired():
             {"judged": [0, 1, 2], "problems": {}, "scores": None if probs else row, "logits": None, "probs": probs}
             for row in scores
         ]
-        view = stages.JudgedView(config.method, Structure(tokenizer))
+        view = stages.JudgedView(in_rounds(config.method), Structure(tokenizer))
         return stages.pair_rows(config, prompts, generated, said, view=view, tokenizer_hash="t", about={})
 
     return paired

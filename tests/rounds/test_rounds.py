@@ -49,7 +49,7 @@ def test_figures_of_rounds_are_a_table_a_plot_and_lines(uninterrupted):
     lines = read_lines_of(uninterrupted)
     assert [line["round"] for line in lines] == [0, 1, 2]
     assert all(line["score"] < 0 for line in lines)
-    assert all(0 <= line["win_rate/vs_start"] <= 1 for line in lines[1:])
+    assert all(0 <= line["win_probability/vs_start"] <= 1 for line in lines[1:])
     assert lines[1]["kl/to_first"] == lines[1]["kl/to_round_start"] > 0
     assert lines[2]["kl/to_first"] > lines[2]["kl/to_round_start"]
     assert (uninterrupted / "rounds.png").stat().st_size > 10_000

@@ -37,12 +37,18 @@ def test_pairs_against_the_data_need_no_judge():
     [
         (["--rounds.prompts", "5"], "rounds.prompts: given without rounds; name how many (--rounds.count 3)"),
         (["--judge.kind", "length"], "judge.kind: given without rounds"),
-        ([*FILES, "--rounds.count", "2"], "judge.kind: not given, expected who ranks the completions: reward_model,"),
+        (
+            [*FILES, "--rounds.count", "2"],
+            "judge.kind: not given, expected the judge",
+        ),
         (
             [*FILES, *ROUNDS, "--generate.n", "1"],
             "generate.n: found 1, expected at least 2: a pair is the best of them",
         ),
-        ([*FILES, "--rounds.count", "2", "--judge.kind", "none"], "judge.kind: not given, expected who ranks"),
+        (
+            [*FILES, "--rounds.count", "2", "--judge.kind", "none"],
+            "judge.kind: not given, expected the judge",
+        ),
         ([*FILES, "--rounds.count", "2", "--judge.kind", "world"], "`world` is the testbed's own"),
         ([*FILES, *ROUNDS, "--judge.kid", "x"], "did you mean 'judge.kind'?"),
         ([*FILES, "--rounds.count", "-1"], "rounds.count: found -1, expected 0 to 99 rounds"),

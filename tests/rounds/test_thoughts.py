@@ -273,7 +273,7 @@ def test_direct_baseline_is_the_same_command_without_a_thought_and_is_compared_w
     assert "thought" not in json.loads((direct / "model/generation_config.json").read_text())
     compared = run(straight.parent, rounds__compare=direct)
     lines = [json.loads(line) for line in (compared / "rounds.jsonl").read_text().splitlines()]
-    assert all(0 <= line["win_rate/vs_other"] <= 1 for line in lines)
+    assert all(0 <= line["win_probability/vs_other"] <= 1 for line in lines)
     assert "win rate vs other run" in (compared / "rounds.md").read_text()
     fewer = run(tmp_path / "fewer", method__thought_prompt="none", rounds__eval_prompts=4, rounds__select_prompts=0)
     compared = run(straight.parent, rounds__compare=fewer)
@@ -317,8 +317,9 @@ def test_round_in_which_nothing_can_be_read_ends_in_one_line(server, place, thin
     argv = thinking(tmp_path / "run", method__response_marker="@@@@", rounds__eval_prompts=0, rounds__select_prompts=0)
     ended = server.train(argv, cwd=tmp_path)
     assert ended.status == 2
-    assert "none of 40 prompts gave a pair (40 no candidate judged, " in ended.err
-    assert "candidates not judged: no response marker" in ended.err
+    assert "none of 40 prompts gave a pair (" in ended.err
+    assert "40 of 40 prompts skipped: no candidate judged" in ended.err
+    assert "completions lack the response marker" in ended.err
 
 
 def test_more_prompts_to_choose_by_than_there_are_is_refused(server, place, thinking, tmp_path):

@@ -119,7 +119,10 @@ def test_what_may_change_between_attempts_is_no_difference():
         ([*MODEL, "--prompt", " "], r"prompt: found ' ', expected a text"),
         ([*MODEL, "--testbed.world", "cyclic"], r"testbed: given beside --model"),
         ([*MODEL, "--output", "x"], r"--output: given without prompts to write of"),
-        ([*MODEL, "--prompt", "x", "--strategy", "best_of_n"], r"judge.kind: not given, expected who scores"),
+        (
+            [*MODEL, "--prompt", "x", "--strategy", "best_of_n"],
+            r"judge.kind: not given, expected the judge",
+        ),
         ([*MODEL, "--prompt", "x", "--judge.kind", "world"], r"--prompt: given .*the testbed has prompts of its own"),
         (
             [*MODEL, "--prompt", "x", "--strategy", "best_of_n", "--judge.kind", "length", "--output", "a.jsonl"],
