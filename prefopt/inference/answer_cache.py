@@ -1,7 +1,7 @@
 """Answers and scores on disk: one small file each, whole or absent, so that a killed run asks nothing twice.
 
-Engine and judge are wrapped, and look like themselves. A file is named by the content of what was asked, and says what
-came of it, with a checksum over both: one that was edited, damaged or put under another name is asked for again.
+Inference engine and judge are wrapped behind their own interfaces. A file is named by a hash of the question, and holds
+the answer, with a checksum over both: one that was edited, damaged or renamed is computed again.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from prefopt.judges.base import Judge
 from prefopt.storage import Damaged, digest, finite, read_sealed, write_sealed, write_whole
 from prefopt.types import Completion, Judgement, Question
 
-_RESPONSES = 64  # that a judge is given at a time: the most that a kill can cost
+_RESPONSES = 64  # responses that a judge receives at a time: the most that a kill can lose
 
 
 def write_text(path: Path, text: str, *, flush: bool = True) -> None:
@@ -37,8 +37,8 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise RoundError(
-            f"{path}: cannot be written: {error.strerror}; what is done is kept: free space and run the same command "
-            "again"
+            f"{path}: cannot be written: {error.strerror}; finished answers are not lost: free space and run the same "
+            "command again"
         ) from error
 
 
@@ -79,17 +79,17 @@ class AnswerCache:
         storage.sweep(self.folder)
 
 
-class KeptEngine:
-    """An engine whose answers are kept. Only what has none goes to the engine itself.
+class CachedEngine:
+    """An inference engine with a cache. Only questions that are not in the cache go to the engine itself.
 
     Args:
-        engine: which answers.
-        kept: where answers are.
+        engine: the engine.
+        cache: its answers.
         identity: of the policy: weights, and whatever else decides its answers beside prompt, sampling and seed.
     """
 
-    def __init__(self, engine: Engine, kept: AnswerCache, identity: Mapping[str, Any]) -> None:
-        self.engine, self.kept, self.identity = engine, kept, dict(identity)
+    def __init__(self, engine: Engine, cache: AnswerCache, identity: Mapping[str, Any]) -> None:
+        self.engine, self.cache, self.identity = engine, cache, dict(identity)
         self.context = engine.context
 
     def generate(
@@ -101,7 +101,7 @@ class KeptEngine:
     ) -> list[list[Completion]]:
         """See `Engine`."""
         paths = [
-            self.kept.path(
+            self.cache.path(
                 {
                     "policy": self.identity,
                     "prompt": list(prompt),
@@ -111,23 +111,23 @@ class KeptEngine:
             )
             for prompt, seed in zip(prompts, seeds, strict=True)
         ]
-        found = [_completions(self.kept.read(path), sampling.n) for path in paths]
+        found = [_completions(self.cache.read(path), sampling.n) for path in paths]
         missing = [number for number, group in enumerate(found) if group is None]
         if done is not None:
             for number, group in enumerate(found):
                 if group is not None:
                     done(number, group)
 
-        def keep(which: int, completions: list[Completion]) -> None:
+        def store(which: int, completions: list[Completion]) -> None:
             number = missing[which]
-            said = [dataclasses.asdict(completion) for completion in completions]
-            self.kept.write(paths[number], {"seed": seeds[number], "completions": said})
+            rows = [dataclasses.asdict(completion) for completion in completions]
+            self.cache.write(paths[number], {"seed": seeds[number], "completions": rows})
             found[number] = completions
             if done is not None:
                 done(number, completions)
 
         if missing:
-            self.engine.generate([prompts[i] for i in missing], sampling, [seeds[i] for i in missing], keep)
+            self.engine.generate([prompts[i] for i in missing], sampling, [seeds[i] for i in missing], store)
         return [group for group in found if group is not None]
 
     def describe(self) -> dict[str, Any]:
@@ -139,28 +139,29 @@ class KeptEngine:
         self.engine.close()
 
 
-class KeptJudge:
-    """A judge whose judgements are kept, each of one question.
+class CachedJudge:
+    """A judge with a cache of judgements, each of one question.
 
-    Args: judge: who judges. kept: where judgements are. identity: of the judge.
+    Args: judge: the judge. cache: its judgements. identity: of the judge.
     """
 
-    def __init__(self, judge: Judge, kept: AnswerCache, identity: Mapping[str, Any]) -> None:
-        self.inner, self.kept, self.identity = judge, kept, dict(identity)
+    def __init__(self, judge: Judge, cache: AnswerCache, identity: Mapping[str, Any]) -> None:
+        self.inner, self.cache, self.identity = judge, cache, dict(identity)
 
     def judge(self, questions: Sequence[Question]) -> list[Judgement]:
-        """See `Judge`. They go to the judge some at a time, and are kept as they come."""
+        """See `Judge`. They go to the judge some at a time, and are written as they come."""
         paths = [
-            self.kept.path({"judge": self.identity, "question": dataclasses.asdict(question)}) for question in questions
+            self.cache.path({"judge": self.identity, "question": dataclasses.asdict(question)})
+            for question in questions
         ]
-        found = [_judgement(self.kept.read(path)) for path in paths]
+        found = [_judgement(self.cache.read(path)) for path in paths]
         missing = [number for number, judgement in enumerate(found) if judgement is None]
         while missing:
             some: list[int] = []
             while missing and sum(len(questions[i].responses) for i in some) < _RESPONSES:
                 some.append(missing.pop(0))
             for number, judgement in zip(some, self.inner.judge([questions[i] for i in some]), strict=True):
-                self.kept.write(paths[number], finite(dataclasses.asdict(judgement)))
+                self.cache.write(paths[number], finite(dataclasses.asdict(judgement)))
                 found[number] = judgement
         return [judgement for judgement in found if judgement is not None]
 

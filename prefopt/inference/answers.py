@@ -48,14 +48,14 @@ def answer_all(
     sampling: Sampling,
     retries: int,
     seed: int,
-    tell: Callable[[str, int], None] = lambda phase, samples: None,
+    progress: Callable[[str, int], None] = lambda phase, samples: None,
 ) -> list[Answered]:
     """One answer to each prompt.
 
-    A completion that holds no response is sampled again with another seed, up to `retries` times; the seed of a try
+    A completion without a response is sampled again with another seed, up to `retries` times; the seed of a try
     depends on run, prompt and try alone.
 
-    Args: tell: how far it is: a name, and how many prompts have just been answered for good.
+    Args: progress: called with a name and the number of prompts that were just answered for good.
     """
     sampling = dataclasses.replace(sampling, n=1, logprobs=False)
     answered: dict[int, Answered] = {}
@@ -64,14 +64,14 @@ def answer_all(
         if len(prompt.ids) >= room:  # a server may have fewer positions than the model
             why = f"{len(prompt.ids)} tokens leave no room in the model's {room} positions"
             answered[i] = Answered(prompt, 0, None, why, "")
-    tell("answers", len(answered))
+    progress("answers", len(answered))
     waiting = [i for i in range(len(prompts)) if i not in answered]
     for number in range(retries + 1 if waiting else 0):
         last = number == retries
 
         def done(which: int, completions: list[Completion], last: bool = last) -> None:
             parsed = isinstance(thought.parse(completions[0].text), Answer)
-            tell("answers", 1 if parsed or last else 0)
+            progress("answers", 1 if parsed or last else 0)
 
         seeds = [seed_of(seed, prompts[i].key, "answer", number, 1) for i in waiting]
         groups = engine.generate([list(prompts[i].ids) for i in waiting], sampling, seeds, done)

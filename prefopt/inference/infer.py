@@ -1,29 +1,21 @@
-"""The `infer` command: prompts in, answers out, and everything between them in files that a kill cannot spoil."""
+"""The `infer` command: prompts in, answers out, with a cache of all that was computed between them."""
 
 from __future__ import annotations
 
 import json
-import os
-import sys
-import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from datetime import date
-from pathlib import Path
+from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from prefopt import generation, judges, storage
-from prefopt.errors import ConfigError
 from prefopt.inference import trace_report
+from prefopt.inference.output_place import Place
 from prefopt.inference.prompt_reader import check_file
 from prefopt.inference.prompt_templates import read_templates
-from prefopt.redaction import hidden, printable
-from prefopt.settings import infer as settings
+from prefopt.inference.terminal import print_answered, print_best, progress_bar, typed_lines, warn
 from prefopt.settings.infer import InferConfig
 from prefopt.storage import text_hash
 from prefopt.testbed.cache import cache_root
-from prefopt.thoughts import Answer
 from prefopt.training import output_folder, signals, versions, weight_files
 from prefopt.training import runtime as rt
 from prefopt.training.launcher import print_rank_0
@@ -35,11 +27,11 @@ if TYPE_CHECKING:
     from prefopt.inference.answers import Answered
     from prefopt.inference.policy import UnloadedPolicy
     from prefopt.inference.prompt_reader import Reader, Refused
-    from prefopt.inference.test_time_po import Tell, TestTimeSettings, Trace
+    from prefopt.inference.test_time_po import Progress, TestTimeSettings
+    from prefopt.inference.trace import Trace
     from prefopt.judges.base import Judge
     from prefopt.types import Prompt
 
-CARD = "infer.json"
 _FILES = ("traces.jsonl", "traces.html", "pairs.jsonl", "answers.jsonl")  # beside the summary of a judged run
 
 
@@ -68,78 +60,10 @@ def run(config: InferConfig) -> int:
             lock = output_folder.OutputLock(place.folder)
             lock.acquire()
             stack.callback(lock.release)
-        return _Run(config, templates, place, stop, stack).run()
+        return _InferRun(config, templates, place, stop, stack).run()
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where a run writes. Args: folder: of what it keeps. answers: the file with the answers."""
-
-    folder: Path
-    answers: Path
-
-    @classmethod
-    def of(cls, output: str) -> Place:
-        """A folder, or a JSONL file, beside which what is kept has a folder of its own."""
-        path = Path(output)
-        if path.suffix == ".jsonl":
-            return cls(path.with_name(path.name + ".kept"), path)
-        return cls(path, path / "answers.jsonl")
-
-    def refuse_what_is_not_ours(self) -> None:
-        """Raises: ConfigError for an output that something else has written."""
-        ours = storage.is_there(self.folder / CARD)
-        others = ("run_card.json", "metrics.jsonl")
-        other = next((name for name in others if storage.is_there(self.folder / name)), None)
-        if other is not None:
-            raise ConfigError(f"--output {self.folder}: holds a training run ({other}); choose another --output")
-        names = (self.answers.name, "summary.json", "traces.jsonl", "traces.html", "pairs.jsonl")
-        taken = next((path for name in names if storage.is_there(path := self.answers.with_name(name))), None)
-        if taken is not None and not ours and (taken == self.answers or self.answers.parent == self.folder):
-            raise ConfigError(f"--output {taken}: exists, and is not this command's; choose another --output")
-
-    def day(self) -> date | None:
-        """The day that the run here began, as its chat template was told; None for a new one."""
-        try:
-            kept = json.loads((self.folder / CARD).read_text(encoding="utf-8"))["template_date"]
-            return None if kept is None else date.fromisoformat(kept)
-        except (OSError, ValueError, KeyError, TypeError):  # a card that cannot be read is refused when it is held to
-            return None
-
-    def hold(self, card: Mapping[str, Any]) -> None:
-        """Write the card of a new run, or hold a continued one to its card.
-
-        Raises: ConfigError naming the first differences.
-        """
-        from prefopt.inference.answer_cache import writing
-
-        path = self.folder / CARD
-        now = hidden(json.loads(json.dumps(card, default=str)))
-        try:
-            before = storage.read_sealed(path, unsealed=True)
-            if before is None:
-                with writing(path):
-                    storage.write_sealed(path, now)
-                return
-            changed = settings.differences(hidden(before["config"]), now["config"])
-            changed += [
-                f"{key}: {before[key]!r} -> {now[key]!r}"
-                for key in ("model", "prompts", "judge", "templates")
-                if before[key] != now[key]
-            ]
-        except storage.Damaged as error:
-            raise ConfigError(f"{error}; choose another --output, or put it back from a copy") from None
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ConfigError(f"{path}: is not the card of such a run: {error!r}; choose another --output") from None
-        if changed:
-            more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
-            raise ConfigError(
-                f"--output {self.folder}: holds answers made with other settings ({'; '.join(changed[:3])}{more}); "
-                "choose another --output, or use the settings of that run to resume it"
-            )
-
-
-class _Run:
+class _InferRun:
     """One run of the command, put together from its settings."""
 
     def __init__(
@@ -175,7 +99,7 @@ class _Run:
             found = iter([reader.typed(str(config.prompt))]) if config.prompts is None else reader.file(config.prompts)
             prompts, refused = split(found, config.limit)
         for one in refused:
-            _warn(f"warning: {one.message}")
+            warn(f"warning: {one.message}")
         judges.check_prompts(config.judge, (prompt.prompt for prompt in prompts))
         if self.place is not None:
             self.place.hold(self._card(prompts, refused))
@@ -190,19 +114,19 @@ class _Run:
         from prefopt.inference.answer_cache import write_text
 
         config, shows = self.config, self.config.thought == "show"
-        with _progress(len(prompts), "prompt", shown=self.place is not None) as tell:
-            answered = self._answer_all(self._engine(), prompts, tell)
+        with progress_bar(len(prompts), "prompt", shown=self.place is not None) as progress:
+            answered = self._answer_all(self._engine(), prompts, progress)
         if self.place is None:
             for number, one in enumerate(answered):
                 if number:
                     print()
-                _print(one, shows, name=len(answered) > 1)
+                print_answered(one, shows, name=len(answered) > 1)
         else:
             rows = [one.to_dict(thoughts=shows) for one in answered] + [_refused(one) for one in refused]
             write_text(self.place.answers, trace_report.jsonl(rows))
         gave_up = [one for one in answered if one.answer is None]
         for one in gave_up:
-            _warn(f"warning: {one.prompt.where}: gave up: {one.gave_up}")
+            warn(f"warning: {one.prompt.where}: gave up: {one.gave_up}")
         if self.place is not None:
             again = sum(one.tries > 1 and one.answer is not None for one in answered)
             print_rank_0(
@@ -211,7 +135,7 @@ class _Run:
             )
         return 1 if config.prompt is not None and gave_up else 0
 
-    def _answer_all(self, engine: Engine, prompts: Sequence[Prompt], tell: Tell) -> list[Answered]:
+    def _answer_all(self, engine: Engine, prompts: Sequence[Prompt], progress: Progress) -> list[Answered]:
         from prefopt.inference.answers import answer_all
 
         return answer_all(
@@ -221,7 +145,7 @@ class _Run:
             sampling=self._sampling(),
             retries=self.config.retries,
             seed=self.config.seed,
-            tell=tell,
+            progress=progress,
         )
 
     def _typed(self, reader: Reader) -> int:
@@ -238,17 +162,17 @@ class _Run:
     def _answer_typed(self, reader: Reader, engine: Engine, judge: Judge | None) -> None:
         from prefopt.types import Prompt
 
-        for line in _typed_lines():
+        for line in typed_lines():
             prompt = reader.typed(line, "prompt")
             if not isinstance(prompt, Prompt):
-                _warn(f"refused: {prompt.message}")
+                warn(f"refused: {prompt.message}")
                 continue
             if judge is None:
                 (one,) = self._answer_all(engine, [prompt], lambda phase, samples: None)
-                _print(one, self.config.thought == "show")
+                print_answered(one, self.config.thought == "show")
             else:
                 (trace,) = self._optimize_all(engine, judge, [prompt], lambda phase, samples: None)
-                _print_best(trace, self.config.thought == "show")
+                print_best(trace, self.config.thought == "show")
 
     # Samples that a judge scores --------------------------------------------------------------------------------------
 
@@ -262,11 +186,11 @@ class _Run:
             engine = self._engine()
             judge = self._judge(engine)
             samples = len(prompts) * (config.n + config.depth * (2 + config.n))
-            with _progress(samples, "sample") as tell:
-                traces = self._optimize_all(engine, judge, prompts, tell)
+            with progress_bar(samples, "sample") as progress:
+                traces = self._optimize_all(engine, judge, prompts, progress)
             summary = self._write(traces, refused, engine, judge)
             if config.prompt is not None:
-                _print_best(traces[0], config.thought == "show")
+                print_best(traces[0], config.thought == "show")
                 print()
         print_rank_0(trace_report.table(summary["depths"], summary["prompts"]))
         for line in trace_report.remarks(summary["depths"], summary["prompts"]):
@@ -279,17 +203,17 @@ class _Run:
         return 0
 
     def _finished(self) -> dict[str, Any] | None:
-        """The summary of a run that is done, and was shown as this one is to be."""
+        """The summary of a finished run that shows thoughts as this one does."""
         assert self.place is not None
         try:
             summary = storage.read_sealed(self.place.folder / "summary.json")
-        except storage.Damaged:  # all is made again of the answers and scores that are kept
+        except storage.Damaged:  # it is made again from the cached answers and scores
             return None
         files = {} if summary is None else summary.get("files", {})
         whole = all(storage.is_there(self.place.folder / name) for name in files)
         return summary if summary is not None and whole and summary.get("thought") == self.config.thought else None
 
-    def _optimize_all(self, engine: Engine, judge: Judge, prompts: Sequence[Prompt], tell: Tell) -> list[Trace]:
+    def _optimize_all(self, engine: Engine, judge: Judge, prompts: Sequence[Prompt], progress: Progress) -> list[Trace]:
         from prefopt.inference.test_time_po import TestTimeSettings, optimize_all
 
         config = self.config
@@ -305,12 +229,12 @@ class _Run:
             templates=self.templates,
             rendering=self.rendering,
         )
-        return optimize_all(prompts, engine, judge, self.policy.tokenizer, how, tell=tell)
+        return optimize_all(prompts, engine, judge, self.policy.tokenizer, how, progress=progress)
 
     def _write(
         self, traces: Sequence[Trace], refused: Sequence[Refused], engine: Engine, judge: Judge
     ) -> dict[str, Any]:
-        """All files; the summary last, since it says that the others are there."""
+        """All files; the summary last, since it lists the others."""
         from prefopt.inference.answer_cache import write_text, writing
 
         config, place = self.config, self.place
@@ -385,20 +309,20 @@ class _Run:
         return Sampling.of(self.config.generate, stop=self.policy.stop, logprobs=False)
 
     def _engine(self) -> Engine:
-        from prefopt.inference.answer_cache import KeptEngine
+        from prefopt.inference.answer_cache import CachedEngine
 
         rt.set_threads(self.config.threads, self.policy.parameters or 10**9)
         engine = self.policy.open(self.config)
         self.stack.callback(engine.close)
-        kept = self._kept("answers")
-        if kept is None:
+        cache = self._cache("answers")
+        if cache is None:
             return engine
         how = self.config.generate
         identity = {"weights": self.policy.identity, "engine": how.engine, "dtype": self.config.model.dtype}
-        return KeptEngine(engine, kept, identity | {"served_model": how.served_model})
+        return CachedEngine(engine, cache, identity | {"served_model": how.served_model})
 
     def _judge(self, engine: Engine) -> Judge:
-        from prefopt.inference.answer_cache import KeptJudge
+        from prefopt.inference.answer_cache import CachedJudge
         from prefopt.inference.policy import device_here
 
         judge = judges.make(
@@ -409,8 +333,8 @@ class _Run:
             cache=None if self.place is None else self.place.folder / "verdicts",
         )
         self.stack.callback(judge.close)
-        kept = self._kept("scores")
-        return judge if kept is None else KeptJudge(judge, kept, self._judge_identity())
+        cache = self._cache("scores")
+        return judge if cache is None else CachedJudge(judge, cache, self._judge_identity())
 
     def _judge_identity(self) -> dict[str, Any]:
         config = self.config
@@ -422,14 +346,14 @@ class _Run:
             named["testbed"] = config.to_dict()["testbed"]
         return named | {"content": judges.identity(config.judge) if config.judged else None}
 
-    def _kept(self, name: str) -> AnswerCache | None:
+    def _cache(self, name: str) -> AnswerCache | None:
         from prefopt.inference.answer_cache import AnswerCache
 
         if self.place is None:
             return None
-        kept = AnswerCache(self.place.folder / name)
-        kept.sweep()
-        return kept
+        cache = AnswerCache(self.place.folder / name)
+        cache.sweep()
+        return cache
 
     def _card(self, prompts: Sequence[Prompt], refused: Sequence[Refused]) -> dict[str, Any]:
         asked = [[prompt.key, list(prompt.ids)] for prompt in prompts] + [one.message for one in refused]
@@ -444,55 +368,6 @@ class _Run:
         }
 
 
-# What a person sees ---------------------------------------------------------------------------------------------------
-
-
-def _typed_lines() -> Iterator[str]:
-    """Lines of the terminal, or of what is piped into it, that are not empty; ends at Ctrl-D and Ctrl-C."""
-    terminal = sys.stdin.isatty()
-    while True:
-        try:
-            line = input("> " if terminal else "")
-        except (EOFError, KeyboardInterrupt):
-            if terminal:
-                print()
-            return
-        except UnicodeDecodeError:
-            _warn("refused: prompt: is not text")
-            continue
-        if line.strip():
-            yield line.strip()
-
-
-def _warn(text: str) -> None:
-    print(printable(text), file=sys.stderr, flush=True)
-
-
-def _print(one: Answered, shows: bool, name: bool = False) -> None:
-    if name:
-        print(f"[{printable(one.prompt.where)}]")
-    if one.answer is None:
-        print(f"gave up: {printable(one.gave_up)}", flush=True)
-        return
-    _show(one.answer, shows)
-
-
-def _print_best(trace: Trace, shows: bool) -> None:
-    best = trace.best
-    if best is None:
-        print("no response with a score", flush=True)
-        return
-    assert best.text is not None, "it has a score"
-    _show(Answer(best.thought, best.text), shows)
-
-
-def _show(answer: Answer, shows: bool) -> None:
-    """Print it: the text as it is, without what would steer a terminal. Files hold each character."""
-    if shows and answer.thought:
-        print(f"[thought]\n{printable(answer.thought, lines=True, joiners=True)}\n[response]")
-    print(printable(answer.response, lines=True, joiners=True), flush=True)
-
-
 def _best_row(trace: Trace, shows: bool) -> dict[str, Any]:
     best = trace.best
     row: dict[str, Any] = {"key": trace.prompt.key, "where": trace.prompt.where, "prompt": trace.prompt.prompt}
@@ -505,20 +380,3 @@ def _best_row(trace: Trace, shows: bool) -> dict[str, Any]:
 
 def _refused(one: Refused) -> dict[str, Any]:
     return {"where": one.where, "prompt": one.prompt, "response": None, "reason": one.message}
-
-
-@contextmanager
-def _progress(total: int, unit: str, shown: bool = True) -> Iterator[Tell]:
-    """A bar on stderr; it is told from several threads."""
-    from tqdm import tqdm
-
-    lock = threading.Lock()
-    seconds = 0.2 if os.isatty(2) else 10
-    with tqdm(total=total, unit=unit, disable=not shown, mininterval=seconds, dynamic_ncols=True) as bar:
-
-        def tell(phase: str, samples: int) -> None:
-            with lock:
-                bar.set_description(phase, refresh=False)
-                bar.update(samples)
-
-        yield tell

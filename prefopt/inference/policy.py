@@ -1,4 +1,4 @@
-"""The policy that is asked: what its folder says of thoughts and ends, how large it is, and the engine that has it."""
+"""The policy that answers: its thought format and end tokens, its size, and the inference engine that has it."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ class UnloadedPolicy:
     Args:
         weights: where they are. tokenizer: theirs.
         thought: how it is asked to think, if it is.
-        stop: texts that end its answers beside its own terminators, those of the user first.
+        stop: texts that end its answers beside its own EOS and end-of-turn tokens, those of the user first.
         identity: a hash of the weights, base and adapter, and of their generation config.
         parameters: how many there are; None where that cannot be seen.
-        note: a sentence to say once.
+        note: a sentence to print once.
     """
 
     weights: model_sources.ModelSource
@@ -135,7 +135,7 @@ def _ends(
 ) -> list[str]:
     """What ends an answer by the generation config, and the engine would not know by itself.
 
-    Stop strings, and the terminators of an adapter's own config: engines read that of its base.
+    Stop strings, and the end tokens of an adapter's own config: inference engines read that of its base.
     """
     texts = settings.get("stop_strings") or []
     texts = [texts] if isinstance(texts, str) else list(texts)

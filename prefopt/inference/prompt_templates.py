@@ -45,12 +45,12 @@ class Template:
 
 @dataclass(frozen=True)
 class Templates:
-    """All that a policy is asked, and the tags by which the parts of it are told.
+    """The texts of all questions to a policy, and the tags around their parts.
 
     Args:
         loss: judges a response beside a worse one; `loss_alone` does so without.
         gradient: asks what should change. update: asks for the new response.
-        constraints: what it must keep to; `constraints_alone` where nothing is said of a worse one.
+        constraints: of the answer; `constraints_alone` where there is no worse response.
         tags: all that the files hold, such as <CONTEXT>.
     """
 
@@ -69,7 +69,7 @@ class Templates:
     def improved(self, answer: str) -> Response | str:
         """The new response in an answer, or in a few words why there is none.
 
-        It stands between the first opening tag and the last closing one, so that a response may speak of these tags.
+        It stands between the first opening tag and the last closing one, so that a response may mention these tags.
         What `escaped` has done to the response that it was made from is undone.
         """
         begin, end = answer.find(_OPEN), answer.rfind(_CLOSE)
@@ -111,7 +111,7 @@ def read_templates(folder: str | None = None) -> Templates:
     for tag in (_OPEN, _CLOSE):
         if tag not in texts["update"]:
             raise ConfigError(
-                f"templates: '{paths['update']}' has no {tag}, expected it to say that the new response stands between "
+                f"templates: '{paths['update']}' has no {tag}, expected an instruction to put the new response between "
                 f"{_OPEN} and {_CLOSE}"
             )
     return Templates(**parts, tags=frozenset(tag for text in texts.values() for tag in _TAG.findall(text)))

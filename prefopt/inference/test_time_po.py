@@ -1,8 +1,8 @@
 """Test-time Preference Optimization (arXiv 2501.12895): a policy that improves its answers by its own critique of them.
 
-Nothing is trained. Samples are scored, the policy says in words what sets the best apart from the worst, and writes new
-ones by that. Best-of-N is the same without a step, revision the same without a worse response. Knows engines and judges
-by their interfaces, and no files.
+Nothing is trained. Samples are scored, the policy writes a critique of the best against the worst, and new samples by
+that critique. Best-of-N is the same without a step, revision the same without a worse response. Knows inference engines
+and judges by their interfaces, and no files.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from prefopt.data.rows import RowProblem
 from prefopt.data.templates import Rendering
 from prefopt.generation.base import Engine, Sampling
 from prefopt.inference.prompt_templates import Templates, read_templates, short_value
+from prefopt.inference.trace import Cost, Sample, Step, Trace
 from prefopt.judges.base import Judge
 from prefopt.ranking import mean_win_probabilities
 from prefopt.storage import text_number
@@ -43,7 +44,7 @@ _ALONE = ("revision",)  # critiques that see no worse response
 _SEEDS = 2**31
 
 NO_RESPONSE = "no scored response to improve"
-Tell = Callable[[str, int], None]  # of a phase: its name, and how many samples have just come
+Progress = Callable[[str, int], None]  # called with the name of a phase, and how many samples were added
 
 
 @dataclass(frozen=True)
@@ -53,14 +54,14 @@ class TestTimeSettings:
     Args:
         n: samples of each step.
         depth: steps after the first samples; 0 is best-of-N.
-        sampling: how all completions are drawn; its `n` is not read.
+        sampling: of all completions; its `n` is not read.
         critique_tokens: most tokens of a textual loss and of a textual gradient. None: `sampling.max_tokens`.
         quoted_tokens: most tokens of a response that is quoted in a prompt; the authors' 2,048, of the policy's own
             tokenizer.
         alone: whether the textual loss is of the best response alone, without the worst beside it.
         seed: of the run.
-        thought: how thoughts are told from responses.
-        rendering: what the policy's chat template is given.
+        thought: how thoughts are separated from responses.
+        rendering: the arguments of the policy's chat template.
     """
 
     __test__ = False  # not a test class, whatever pytest thinks of its name
@@ -82,135 +83,6 @@ class TestTimeSettings:
         return cls(alone=strategy in _ALONE, **more)
 
 
-@dataclass(frozen=True)
-class Cost:
-    """What was spent. A prompt that n samples share is counted once.
-
-    Args:
-        calls: of the engine. samples: completions that came of them; a call for n gives n.
-        prompt_tokens, generated_tokens: that went through the policy, and that it wrote.
-        scores: responses that a judge scored by itself. comparisons: pairs that a judge compared.
-    """
-
-    calls: int = 0
-    samples: int = 0
-    prompt_tokens: int = 0
-    generated_tokens: int = 0
-    scores: int = 0
-    comparisons: int = 0
-
-    def __add__(self, other: Cost) -> Cost:
-        mine, others = dataclasses.astuple(self), dataclasses.astuple(other)
-        return Cost(*(a + b for a, b in zip(mine, others, strict=True)))
-
-    def flops(self, parameters: int | None) -> float | None:
-        """About 2 operations per weight and token, the judge's apart; None where the weights are not known."""
-        return None if parameters is None else 2.0 * parameters * (self.prompt_tokens + self.generated_tokens)
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One completion that is to be a response.
-
-    Args:
-        step, number: where it was drawn, and which of the step's n it is.
-        seed: with which.
-        text: the response, None where there is none, and `reason` then says why.
-        thought: what stood before it, which no judge sees.
-    """
-
-    step: int
-    number: int
-    seed: int
-    text: str | None
-    reason: str | None = None
-    thought: str = ""
-
-
-@dataclass(frozen=True)
-class Step:
-    """What one step has done.
-
-    Args:
-        number: 0 for the first samples.
-        samples: that it drew; none where it was skipped.
-        chosen, rejected: best and worst of all scored responses when it began.
-        loss, gradient: what the policy said of them in words.
-        skipped: why it was not done, or only in part.
-        problems: of the judge, by name; `unscored` counts responses that have no score.
-    """
-
-    number: int
-    samples: tuple[Sample, ...] = ()
-    chosen: str | None = None
-    rejected: str | None = None
-    loss: str | None = None
-    gradient: str | None = None
-    skipped: str | None = None
-    problems: Mapping[str, int] = field(default_factory=dict)
-    cost: Cost = field(default_factory=Cost)
-
-
-@dataclass(frozen=True)
-class Trace:
-    """All that became of a prompt.
-
-    Args: scores: of each response that has one. Of a judge that compares: its mean win probability over all of them.
-    """
-
-    prompt: Prompt
-    steps: tuple[Step, ...]
-    scores: Mapping[str, float]
-
-    @property
-    def samples(self) -> tuple[Sample, ...]:
-        """Those of all steps."""
-        return tuple(sample for step in self.steps for sample in step.samples)
-
-    @property
-    def best(self) -> Sample | None:
-        """The response with the highest score, the first of equals; None where nothing has a score."""
-        return self._extreme(max)
-
-    @property
-    def worst(self) -> Sample | None:
-        """That with the lowest, the first of equals."""
-        return self._extreme(min)
-
-    @property
-    def cost(self) -> Cost:
-        return sum((step.cost for step in self.steps), Cost())
-
-    def score(self, sample: Sample) -> float | None:
-        return None if sample.text is None else self.scores.get(sample.text)
-
-    def _extreme(self, which: Callable[..., Sample]) -> Sample | None:
-        scored = [sample for sample in self.samples if sample.text in self.scores]
-        return which(scored, key=lambda sample: self.scores[sample.text]) if scored else None
-
-    def to_dict(self, *, thoughts: bool = False) -> dict[str, Any]:
-        """As JSON holds it. Args: thoughts: whether those are shown too."""
-        best = self.best
-
-        def shown(sample: Sample) -> dict[str, Any]:
-            one: dict[str, Any] = {"number": sample.number, "seed": sample.seed, "text": sample.text}
-            one |= {"reason": sample.reason} if sample.text is None else {"score": self.score(sample)}
-            return one | ({"thought": sample.thought} if thoughts and sample.thought else {})
-
-        return {
-            "key": self.prompt.key,
-            "where": self.prompt.where,
-            "prompt": self.prompt.prompt,
-            "response": None if best is None else best.text,
-            "score": None if best is None else self.score(best),
-            "steps": [
-                {f.name: getattr(step, f.name) for f in dataclasses.fields(step) if f.name not in ("samples", "cost")}
-                | {"samples": [shown(sample) for sample in step.samples], "cost": dataclasses.asdict(step.cost)}
-                for step in self.steps
-            ],
-        }
-
-
 def optimize(
     prompt: Prompt, engine: Engine, judge: Judge, tokenizer: Any, settings: TestTimeSettings | None = None
 ) -> Trace:
@@ -223,14 +95,14 @@ def optimize(
         responses = policy(v, rewritten by the gradient)            N samples, scored
 
     That is N + D (2 + N) samples and, of a judge that scores, at most N (1 + D) scores; the answer is `Trace.best`. A
-    completion without a response is dropped and counted; a step from which nothing can come is skipped, and says why.
+    completion without a response is dropped and counted; a step that cannot be done is skipped, with the reason.
 
     Args:
         prompt: with the tokens that the policy reads, its thought prompt around it where it has one.
-        engine: the policy. judge: who scores; it sees prompt and responses alone. tokenizer: the policy's.
+        engine: the policy. judge: it sees prompt and responses alone. tokenizer: the policy's.
         settings: the authors' by default, but that N is 5, and D is 2 as in their benchmarks.
-    Returns: all that was drawn, said and scored.
-    Raises: RoundError when engine or judge cannot go on.
+    Returns: all samples, critiques and scores.
+    Raises: RoundError when the inference engine or the judge fails.
     Reference: Li et al., Test-Time Preference Optimization, arXiv 2501.12895, algorithm 1. Differs from the authors'
         code: seeds, escaped tags and what is counted, see docs/methods/test_time_po.md.
     """
@@ -245,13 +117,13 @@ def optimize_all(
     tokenizer: Any,
     settings: TestTimeSettings | None = None,
     *,
-    tell: Tell = lambda phase, samples: None,
+    progress: Progress = lambda phase, samples: None,
 ) -> list[Trace]:
-    """The same of many prompts, in step: all calls of one kind go to the engine together, so that it can batch them.
+    """The same for many prompts: all calls of one kind go to the inference engine together, so that it can batch them.
 
-    What becomes of a prompt does not depend on the others. Args: as `optimize`; tell: how far it is.
+    The result for a prompt does not depend on the others. Args: as `optimize`; progress: called as samples come.
     """
-    run = _Run(prompts, engine, judge, tokenizer, settings or TestTimeSettings(), tell)
+    run = _Optimization(prompts, engine, judge, tokenizer, settings or TestTimeSettings(), progress)
     run.begin()
     for number in range(1, run.settings.depth + 1):
         run.step(number)
@@ -264,7 +136,7 @@ def seed_of(seed: int, key: str, kind: str, step: int, n: int) -> int:
 
 
 class _State:
-    """A prompt under way."""
+    """A prompt in progress."""
 
     def __init__(self, prompt: Prompt) -> None:
         self.prompt = prompt
@@ -285,7 +157,7 @@ class _State:
         self.steps.append(self.now)
 
     @property
-    def going_on(self) -> bool:
+    def is_active(self) -> bool:
         return self.now.skipped is None
 
     def extremes(self) -> tuple[str, str] | None:
@@ -301,7 +173,7 @@ class _State:
         return Trace(self.prompt, tuple(self.steps), scored)
 
 
-class _Run:
+class _Optimization:
     def __init__(
         self,
         prompts: Sequence[Prompt],
@@ -309,10 +181,11 @@ class _Run:
         judge: Judge,
         tokenizer: Any,
         settings: TestTimeSettings,
-        tell: Tell,
+        progress: Progress,
     ) -> None:
         self.states = [_State(prompt) for prompt in prompts]
-        self.engine, self.judge, self.tokenizer, self.settings, self.tell = engine, judge, tokenizer, settings, tell
+        self.engine, self.judge, self.tokenizer, self.settings = engine, judge, tokenizer, settings
+        self.progress = progress
         self.encoder = Encoder(tokenizer, _SEEDS, rendering=settings.rendering)
         self.compares: bool | None = None  # whether the judge does; known once it has judged
 
@@ -321,7 +194,7 @@ class _Run:
         for state in self.states:
             if not self._has_room(state.prompt.ids):
                 state.change(skipped=self._no_room("prompt", state.prompt.ids))
-        self._sample({state: state.prompt.ids for state in self.states if state.going_on}, 0, self._first)
+        self._sample({state: state.prompt.ids for state in self.states if state.is_active}, 0, self._first)
 
     def step(self, number: int) -> None:
         """Loss, gradient and update of every prompt that has something to improve."""
@@ -338,12 +211,12 @@ class _Run:
                 "query": self.settings.templates.escaped(plain_text(state.prompt.prompt)),
                 "chosen": self._quoted(chosen),
                 "rejected": self._quoted(rejected),
-                "short": self.settings.templates.escaped(short_value(self._cut(chosen))),
+                "short": self.settings.templates.escaped(short_value(self._truncated(chosen))),
             }
         self._critique("loss", texts, number)
         self._critique("gradient", texts, number)
         asked: dict[_State, Sequence[int]] = {}
-        for state in [state for state in self.states if state.going_on]:
+        for state in [state for state in self.states if state.is_active]:
             self._put(asked, state, "update", self.settings.templates.update.filled(**texts[state]))
         self._sample(asked, number, self._updated)
 
@@ -353,7 +226,7 @@ class _Run:
         """A textual loss or gradient of each prompt, which is put among its texts."""
         templates = self.settings.templates
         asked: dict[_State, Sequence[int]] = {}
-        for state in [state for state in self.states if state.going_on]:
+        for state in [state for state in self.states if state.is_active]:
             own = texts[state]
             if kind == "loss":
                 # a response beside itself is not compared: there is only one
@@ -370,7 +243,7 @@ class _Run:
             texts[state]["critique" if kind == "loss" else "feedback"] = templates.escaped(completion.text.strip())
 
     def _sample(self, asked: Mapping[_State, Sequence[int]], number: int, read: Callable[[str], Answer | str]) -> None:
-        """Samples of all who are asked, read and scored; ends the step of every prompt."""
+        """Samples of all questions, parsed and scored; ends the step of every prompt."""
         n, kind = self.settings.n, "update" if number else "answer"
         for state, completions in self._ask(asked, kind, number, n, self.settings.sampling.max_tokens).items():
             first, samples = seed_of(self.settings.seed, state.prompt.key, kind, number, n), []
@@ -390,14 +263,14 @@ class _Run:
         sampling = dataclasses.replace(self.settings.sampling, n=n, max_tokens=limit, logprobs=False)
         phase = f"step {number} {kind}"
         skipped = len(self.states) - len(asked)
-        self.tell(phase, skipped * n)
+        self.progress(phase, skipped * n)
         if not asked:
             return {}
         answers = self.engine.generate(
             [list(ids) for ids in asked.values()],
             sampling,
             [seed_of(self.settings.seed, state.prompt.key, kind, number, n) for state in asked],
-            lambda which, completions: self.tell(phase, len(completions)),
+            lambda which, completions: self.progress(phase, len(completions)),
         )
         for (state, ids), completions in zip(asked.items(), answers, strict=True):
             generated = sum(len(completion.token_ids) for completion in completions)
@@ -414,7 +287,7 @@ class _Run:
                 state.scores |= dict.fromkeys(new, math.nan)
         if not asked:
             return
-        self.tell(f"step {number} judge", 0)
+        self.progress(f"step {number} judge", 0)
         questions = [
             Question(
                 prompt=state.prompt.prompt,
@@ -441,7 +314,7 @@ class _Run:
         return self.settings.thought.parse(text)
 
     def _updated(self, text: str) -> Answer | str:
-        """The response in an update. A policy that thinks may do so between the tags; what it thinks is cut off."""
+        """The response in an update. A policy that thinks may do so between the tags; the thought is removed."""
         found = self.settings.templates.improved(text)
         if isinstance(found, str):
             return found
@@ -453,7 +326,7 @@ class _Run:
         return Answer("", found.text)
 
     def _put(self, asked: dict[_State, Sequence[int]], state: _State, kind: str, question: tuple[str, str]) -> None:
-        """Ask it of the prompt's state, or say why it cannot be asked."""
+        """Add the question to those that are asked, or record why it cannot be."""
         try:
             ids = self._ids(question)
         except RowProblem as problem:
@@ -476,15 +349,15 @@ class _Run:
         except RowProblem:
             return self.encoder.prompt([{"role": "user", "content": whole}])
 
-    def _cut(self, text: str) -> str:
-        """The text, without what goes beyond the tokens that may be quoted."""
+    def _truncated(self, text: str) -> str:
+        """The text, right-truncated to the tokens that may be quoted."""
         ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         if len(ids) <= self.settings.quoted_tokens:
             return text
         return self.tokenizer.decode(ids[: self.settings.quoted_tokens], clean_up_tokenization_spaces=False)
 
     def _quoted(self, text: str) -> str:
-        return self.settings.templates.escaped(self._cut(text))
+        return self.settings.templates.escaped(self._truncated(text))
 
     def _has_room(self, ids: Sequence[int]) -> bool:
         return self.engine.context is None or len(ids) < self.engine.context

@@ -14,7 +14,7 @@ import numpy as np
 from prefopt.data.comparison import plain_text
 from prefopt.evaluate.intervals import Interval, bootstrap
 from prefopt.figures import readable
-from prefopt.inference.test_time_po import Cost, Sample, Step, Trace
+from prefopt.inference.trace import Cost, Sample, Step, Trace
 from prefopt.ranking import safe_mean
 from prefopt.redaction import printable
 
@@ -131,7 +131,7 @@ def table(rows: Sequence[Mapping[str, Any]], prompts: int) -> str:
 
 
 def remarks(rows: Sequence[Mapping[str, Any]], prompts: int) -> list[str]:
-    """What the table cannot say: why steps were skipped."""
+    """What the table does not show: why steps were skipped."""
     return [
         f"step {row['depth']}: skipped for {row['skipped']} of {prompts} prompts, such as: {row['why']}"
         for row in rows
@@ -222,14 +222,14 @@ def _section(trace: Trace, thoughts: bool) -> str:
 def _step(trace: Trace, step: Step, thoughts: bool) -> str:
     best, worst = trace.best, trace.worst
     parts = []
-    for name, text in (("what was said of the best", step.loss), ("what was to change", step.gradient)):
+    for name, text in (("critique of the best", step.loss), ("advice on what to change", step.gradient)):
         if text is not None:
             parts.append(f'<p class="note">{name}</p>{_text(text)}')
     for sample in step.samples:
         score = trace.score(sample)
-        said = sample.reason if sample.text is None else "no score" if score is None else f"score {readable(score)}"
+        remark = sample.reason if sample.text is None else "no score" if score is None else f"score {readable(score)}"
         mark = "best" if sample is best else "worst" if sample is worst else ""
-        parts.append(f'<p class="note">sample {sample.number}: {html.escape(printable(said))}</p>')
+        parts.append(f'<p class="note">sample {sample.number}: {html.escape(printable(remark))}</p>')
         if thoughts and sample.thought:
             parts.append(f'<p class="note">thought</p>{_text(sample.thought)}')
         if sample.text is not None:

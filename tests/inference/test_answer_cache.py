@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 from prefopt.generation.base import Sampling
-from prefopt.inference.answer_cache import AnswerCache, KeptEngine
+from prefopt.inference.answer_cache import AnswerCache, CachedEngine
 from prefopt.storage import Unreadable
 from prefopt.types import Completion
 
@@ -33,7 +33,7 @@ def answered(tmp_path):
 
     def ask():
         engine = Counting()
-        found = KeptEngine(engine, kept, {"weights": "abc"}).generate(
+        found = CachedEngine(engine, kept, {"weights": "abc"}).generate(
             [[1, 2], [3, 4]], Sampling(n=1, temperature=1.0, top_p=1.0, top_k=0, max_tokens=8), [5, 6], None
         )
         assert [group[0].text for group in found] == ["answer to [1, 2]", "answer to [3, 4]"]
