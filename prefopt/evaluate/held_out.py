@@ -14,7 +14,7 @@ from prefopt.training.best_checkpoint import Selection
 from prefopt.training.metrics import read_lines
 
 FEW = 32  # held-out pairs below which a warning is printed
-EFFECT = 0.6  # the accuracy that a held-out set of the size that the warning names tells from one half
+EFFECT = 0.6  # the accuracy that a held-out set of the size that the warning names distinguishes from one half
 # Of all metrics, those at the end of a run, where there are any, with the terms of a loss that has several.
 _SHOWN = ("loss", "loss/", "rewards/accuracies", "rewards/margins", "logps/chosen", "kl/chosen", "samples/kl")
 
@@ -70,9 +70,9 @@ def final_figures(config: RunConfig, output: Path) -> list[str]:
     for name in names:
         at_start = NOTHING if name in config.tied_at_start or name not in start else readable(start[name])
         interval = _interval(name, end, rows_of_pairs)
-        cells = [at_start] if start else []
-        cells += [_with_interval(end.get(name), interval)] if end else []
-        table.append([name, *cells, _mean_of_steps(name, recent)])
+        row = [at_start] if start else []
+        row += [_with_interval(end.get(name), interval)] if end else []
+        table.append([name, *row, _mean_of_steps(name, recent)])
     pairs = f", with 95% intervals over {end['pairs']:,} held-out pairs" if "pairs" in end else ""
     of = "" if chosen is None else f", the one that eval.select {config.eval.select} chose"
     return [f"figures of the model of step {step}{of}{pairs}:", *(f"  {line}" for line in aligned(table))]
@@ -83,13 +83,13 @@ def _terms(line: Mapping[str, Any]) -> list[str]:
 
 
 def _rows_of_pairs(output: Path, step: int) -> list[dict[str, Any]]:
-    """The figures of each held-out pair, where those of this step are kept."""
+    """The figures of each held-out pair, where those of this step were written."""
     rows = read_lines(output / "eval_pairs.jsonl")
     return rows if rows and rows[0].get("step") == step else []
 
 
 def _interval(name: str, end: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Interval | None:
-    """Of a figure of the evaluation `end`: of a share from its size alone, of another from the pairs' own figures."""
+    """Of a figure of the evaluation `end`: a fraction's from its size alone, another's from the pairs' own figures."""
     if name not in end or "pairs" not in end:
         return None
     if "accurac" in name:

@@ -44,7 +44,7 @@ def bootstrap(values: np.ndarray | Sequence[float], *, level: float = 0.95, seed
     A difference of two policies is paired when `values` holds the differences. One unit gives an interval of no width,
     which is not certainty.
 
-    Args: values: one per unit, all finite. Shape `(N,)`, or a table with more axes. level: share of the resamples
+    Args: values: one per example, all finite. Shape `(N,)`, or a table with more axes. level: fraction of the resamples
         inside. seed: the same one gives the same interval.
     Returns: the interval; its count is the length of the last axis.
     Raises: ValueError for a value that is not finite.
@@ -66,21 +66,21 @@ def bootstrap(values: np.ndarray | Sequence[float], *, level: float = 0.95, seed
     return Interval(float(table.mean()), float(low), float(high), table.shape[-1])
 
 
-def wilson(share: float, count: int) -> Interval:
-    """The 95% interval of a share that was found in `count` draws, by the score test of a binomial.
+def wilson(fraction: float, count: int) -> Interval:
+    """The 95% interval of a fraction that was found in `count` draws, by the score test of a binomial.
 
-    Args: share: found, from 0 to 1; draws that count a half are allowed. count: >= 1.
+    Args: fraction: found, from 0 to 1; draws that count a half are allowed. count: >= 1.
     Reference: Wilson, Probable Inference, the Law of Succession, and Statistical Inference (1927), eq. 1.
     """
-    spread = Z * math.sqrt(share * (1 - share) / count + Z**2 / (4 * count**2))
-    middle, scale = share + Z**2 / (2 * count), 1 + Z**2 / count
-    return Interval(share, (middle - spread) / scale, (middle + spread) / scale, count)
+    spread = Z * math.sqrt(fraction * (1 - fraction) / count + Z**2 / (4 * count**2))
+    middle, scale = fraction + Z**2 / (2 * count), 1 + Z**2 / count
+    return Interval(fraction, (middle - spread) / scale, (middle + spread) / scale, count)
 
 
-def deciding_count(share: float) -> int:
-    """The fewest draws among which a share of `share` has a Wilson interval that excludes one half."""
+def deciding_count(fraction: float) -> int:
+    """The fewest draws among which a fraction of `fraction` has a Wilson interval that excludes one half."""
     count = 1
-    while not wilson(share, count).excludes(0.5):
+    while not wilson(fraction, count).excludes(0.5):
         count += 1
     return count
 

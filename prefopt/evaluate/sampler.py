@@ -1,4 +1,4 @@
-"""What a policy in training says to held-out prompts, beside what its reference says: a table to read, and figures."""
+"""Samples of a policy in training on held-out prompts, beside those of its reference: a table, and figures."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ _WIDTH = 100  # characters of each of their lines
 
 @dataclass
 class Sampler:
-    """An evaluator that asks the policy in training, in this process.
+    """An evaluator that samples from the policy in training, in this process.
 
-    The seeds are the same at each evaluation, so that tables compare. The reference is asked once, unless it moves.
+    The seeds are the same at each evaluation, so that tables compare. The reference answers once, unless it moves.
 
     Args:
-        prompts: what is asked, `prompt` being the text of the tokens that the policy reads.
+        prompts: `prompt` being the text of the tokens that the policy reads.
         config: of the run.
         policy: what is trained, not wrapped; it knows its reference.
         tokenizer: the one of its vocabulary.
         precision: in which it is trained.
-        agree: what makes all processes go on with the first one's tokens, where they answer together.
+        agree: makes all ranks continue with the tokens of rank 0, where they answer together.
     """
 
     prompts: Sequence[Prompt]
@@ -60,19 +60,19 @@ class Sampler:
         if reference is not None and (moves or self._of_reference is None):
             with self.policy.as_reference() as other:
                 self._of_reference = self._answers(other)
-        said = self._answers(lm)
+        answers = self._answers(lm)
         with self.precision():
-            samples = list(zip(self.prompts, said, strict=True))
+            samples = list(zip(self.prompts, answers, strict=True))
             found = score_within(self.policy, samples, batch=self.config.eval.batch)
-        texts = describe_texts([[completion] for completion in said])
+        texts = describe_texts([[completion] for completion in answers])
         figures = {"tokens": texts.tokens, "ended": 1 - texts.cut}
         if found.tokens.sum() > 0:
             figures["entropy"] = float(found.entropy.sum() / found.tokens.sum())
         if reference is not None:
             figures["kl"] = float(found.kl.mean())
         figures |= {f"distinct_{n}": value for n, value in zip(ORDERS, texts.distinct, strict=True)}
-        figures |= dict(in_rounds(method).text_figures([completion.text for completion in said]))
-        rows = [self._row(i, said[i], None if reference is None else found.kl) for i in range(len(said))]
+        figures |= dict(in_rounds(method).text_figures([completion.text for completion in answers]))
+        rows = [self._row(i, answers[i], None if reference is None else found.kl) for i in range(len(answers))]
         return Evaluation(
             figures={f"samples/{name}": value for name, value in figures.items() if math.isfinite(value)},
             tables={TABLE: rows},
@@ -86,9 +86,9 @@ class Sampler:
         with self.precision():
             return [one for (one,) in engine.generate([prompt.ids for prompt in self.prompts], sampling, seeds)]
 
-    def _row(self, i: int, said: Completion, kl: np.ndarray | None) -> dict[str, Any]:
+    def _row(self, i: int, answer: Completion, kl: np.ndarray | None) -> dict[str, Any]:
         row: dict[str, Any] = {"prompt": self.prompts[i].prompt}
-        sides = {"policy": said}
+        sides = {"policy": answer}
         if self._of_reference is not None:
             sides = {"reference": self._of_reference[i], **sides}
         thoughts: dict[str, Any] = {}
@@ -96,7 +96,7 @@ class Sampler:
             text = completion.text if completion.finish_reason == "stop" else completion.text.rstrip(_HALF)
             row[side], thoughts[f"{side}_thought"] = self._seen(text)
         row |= thoughts if in_rounds(self.config.method).thinks else {}
-        row |= {"tokens": len(said.token_ids), "ended": said.finish_reason == "stop"}
+        row |= {"tokens": len(answer.token_ids), "ended": answer.finish_reason == "stop"}
         row |= {} if kl is None else {"kl": float(kl[i])}
         row["prompt_ids"] = list(self.prompts[i].ids)
         return row | {f"{side}_ids": list(completion.token_ids) for side, completion in sides.items()}
@@ -120,7 +120,7 @@ def sampler(
     precision: Callable[[], AbstractContextManager[Any]],
     agree: Callable[[list[int]], list[int]] | None = None,
 ) -> Sampler:
-    """The evaluator of a run with `eval.generate`: it asks the first different prompts of the held-out pairs.
+    """The evaluator of a run with `eval.generate`: it answers the first distinct prompts of the held-out pairs.
 
     Args: see `Sampler`.
     Raises: ConfigError when nothing is held out.
@@ -138,7 +138,7 @@ def sampler(
             prompts[key] = Prompt(text.lstrip(_HALF), ids, pair.prompt_key, pair.where)
     if not prompts:
         raise ConfigError(
-            f"eval.generate: found {config.eval.generate}, but no pair is held out to ask; name data.eval, or a larger "
+            f"eval.generate: found {config.eval.generate}, but no pair is held out; name data.eval, or a larger "
             "data.eval_fraction"
         )
     return Sampler([*prompts.values()], config, policy, tokenizer, precision, agree)
@@ -155,7 +155,7 @@ def _shown(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _short(text: str, tail: bool) -> str:
-    """One line of a text; what is too long loses its end, or its beginning where the tail says more."""
+    """One line of a text; too long a text is right-truncated, or left-truncated where `tail` asks for its end."""
     line = " ".join(text.split())
     if tail and len(line) > _WIDTH:
         return "... " + line[-(_WIDTH - 4) :]

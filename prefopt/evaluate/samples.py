@@ -27,7 +27,7 @@ class SampleFigures:
     """Of each sample, in nats and summed over its tokens; float64, shape `(N,)` in the samples' order.
 
     Args:
-        tokens: scored tokens.
+        tokens: completion tokens.
         log_ratio: log pi(y|x) - log ref(y|x). Its mean over samples of pi is the Monte Carlo estimate of
             KL(pi || ref), without bias; single ones may be negative. NaN where there is no reference, as is `kl`.
         kl: sum over positions of KL(pi(.|prefix) || ref(.|prefix)), each over the whole vocabulary. Its mean has the
@@ -60,7 +60,7 @@ def score_samples(
     Args:
         policy: on its device; with an adapter, or without. Its head becomes one that answers with statistics, as in
             training; weights and mode are left as they are.
-        reference: another model on the same device, frozen by this, or which weights of the policy stand still; None:
+        reference: another model on the same device, frozen by this, or which weights of the policy are frozen; None:
             entropy alone is known.
         samples: prompts with `ids`, and completions of them.
         batch: sequences per forward pass, sorted by length: speed only.

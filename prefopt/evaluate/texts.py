@@ -1,4 +1,4 @@
-"""What completions look like, whatever they say: length, diversity, how they ended."""
+"""Statistics of completions: length, diversity, how they ended."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ ORDERS = (1, 2, 3)
 
 @dataclass(frozen=True)
 class TextFigures:
-    """Of completions in groups, a group being those of one prompt. Shares are of all completions, in [0, 1].
+    """Of completions in groups, a group being those of one prompt. Fractions are of all completions, in [0, 1].
 
     Args:
         completions: how many there are.
-        tokens, characters: mean length; tokens as generated, the terminator among them.
+        tokens, characters: mean length; tokens as generated, the EOS or end-of-turn token among them.
         distinct: distinct-1, -2 and -3 over the tokens of all completions together.
         distinct_in_group: the same within a group, averaged over groups; near 1 for a group of one.
-        cut: share that ended at the limit of tokens instead of by itself.
-        empty: share whose text is empty or white space.
-        duplicates: share whose text stood in its group before.
+        cut: fraction that reached the limit of tokens before an EOS or end-of-turn token.
+        empty: fraction whose text is empty or white space.
+        duplicates: fraction whose text occurred in its group before.
     """
 
     completions: int

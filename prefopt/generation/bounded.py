@@ -140,5 +140,5 @@ def _unpacked(data: bytes, coding: str) -> bytes:
                 raise Unusable("a packed answer that ends in the middle")
             rest = unpacker.unused_data
     except zlib.error as error:
-        raise Unusable(f"an answer that is not packed as it says: {error}") from None
+        raise Unusable(f"an answer that is not packed as its header claims: {error}") from None
     return out

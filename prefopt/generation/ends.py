@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
 
 def terminators(generation_config: Any, tokenizer: Any) -> frozenset[int]:
-    """The tokens that end an answer of a model: those of its generation config, and those with which training ends one.
+    """The EOS and end-of-turn tokens of a model: those of its generation config, and those of training.
 
-    The latter are the tokenizer's EOS, and the chat template's own terminator where that is another.
+    The latter are the tokenizer's EOS, and the chat template's own end-of-turn token where that is another.
     """
     named = getattr(generation_config, "eos_token_id", None)
     named = named if isinstance(named, (list, tuple)) else [named]
@@ -32,7 +32,7 @@ def terminators_of(weights: ModelSource, model: ModelConfig, tokenizer: Any) -> 
     settings = weights.base_settings(model)
     try:
         named = GenerationConfig.from_pretrained(weights.base, revision=settings.revision or "main")
-    except OSError:  # it has none, and then its config says it
+    except OSError:  # it has none, and its config is used
         named = GenerationConfig.from_model_config(load_config(weights.base, settings))
     return terminators(named, tokenizer)
 
@@ -73,7 +73,7 @@ class Ends:
         self._window = max((len(text.encode()) for text in self.texts), default=0) + 4
 
     def reached(self, ids: Sequence[int]) -> bool:
-        """Whether the last of these tokens completes a terminator or a stop text."""
+        """Whether the last of these tokens completes an end token or a stop text."""
         if ids[-1] in self.tokens:
             return True
         if not self.texts or self._stopped(self.text(ids[-self._window :])) is None:
@@ -85,7 +85,7 @@ class Ends:
     ) -> Completion:
         """What was generated, with its text and the reason for its end.
 
-        Args: stopped: whether another engine says that it ended by itself, where these ends do not show it.
+        Args: stopped: whether an inference engine reports that it ended by itself, where these ends do not show it.
         """
         ended = bool(ids) and ids[-1] in self.tokens
         text = self.text(ids[:-1] if ended else ids)
@@ -98,7 +98,7 @@ class Ends:
         )
 
     def text(self, ids: Sequence[int]) -> str:
-        """The text of tokens, special ones left out."""
+        """The text of tokens, without special ones."""
         return self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def _stopped(self, text: str) -> int | None:

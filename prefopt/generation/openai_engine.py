@@ -142,7 +142,7 @@ class OpenAIEngine(EngineKind):
         self._server.close()
 
     def _find(self, name: str | None, path: str) -> tuple[str, int | None]:
-        """(the policy's name on the server, the positions it has there if the server says so)."""
+        """(the policy's name on the server, the positions it has there if the server reports them)."""
         served = self._server.models()
         wanted = path if name is None else name
         for id, positions in served.items():

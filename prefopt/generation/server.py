@@ -1,6 +1,6 @@
 """A server with OpenAI's interface: requests side by side, tried again while that can help, given up in one line.
 
-For engines and judges alike. Knows the `openai` client, which is imported when a server is met and not before.
+For inference engines and judges. Knows the `openai` client, which is imported when a server is met and not before.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
-_AGAIN = (408, 409, 425, 429)  # and 5xx: what a second attempt may mend
+_AGAIN = (408, 409, 425, 429)  # and 5xx: what a second attempt may fix
 _LONGEST_PAUSE = 30.0  # seconds
 _OTHER_FORM = (ValueError, AttributeError, TypeError, KeyError, OverflowError, RecursionError)
 _ABOUT_LENGTH = re.compile(r"context|too long|too many tokens|maximum .*(length|tokens)", re.IGNORECASE)
@@ -115,7 +115,7 @@ class Server:
         """What a request gives. It must read of the answer what it needs, so that one of another form fails here.
 
         Raises: RoundError when the server refuses it, or has failed on every attempt; TimedOut if the last was late,
-            UnreadableAnswer if its answer was of another form; TooLong where it says so of the prompt.
+            UnreadableAnswer if its answer was of another form; TooLong where the prompt does not fit.
         """
         import openai
 
@@ -142,7 +142,7 @@ class Server:
                 if isinstance(cause, bounded.NotJSON):
                     raise RoundError(
                         f"{self.group}.url: {self.url} gave an answer of another form ({found}), expected the "
-                        f"JSON of OpenAI's interface{self._mend()}"
+                        f"JSON of OpenAI's interface{self._hint()}"
                     ) from None
                 if isinstance(cause, bounded.Elsewhere):
                     raise RoundError(
@@ -160,7 +160,7 @@ class Server:
                 self._given_up.wait(pause)
         raise failure(
             f"{self.group}.url: {self.url} does not answer after {attempt + 1} attempts ({found}), expected a running "
-            "server; what is done is kept: start it and run the same command again"
+            "server; finished work is not lost: start it and run the same command again"
         )
 
     def map(self, work: Callable[[_Item], _Result], items: Sequence[_Item]) -> list[_Result]:
@@ -209,10 +209,10 @@ class Server:
             )
         if error.status_code in (400, 413, 422) and _ABOUT_LENGTH.search(found):
             return TooLong(f"{self.group}.url: {self.url} refuses a prompt as too long ({found})")
-        mend = self._mend() if error.status_code == 404 else ""
-        return RoundError(f"{self.group}.url: {self.url} refuses the request ({found}){mend}")
+        hint = self._hint() if error.status_code == 404 else ""
+        return RoundError(f"{self.group}.url: {self.url} refuses the request ({found}){hint}")
 
-    def _mend(self) -> str:
+    def _hint(self) -> str:
         return "" if self.url.rstrip("/").endswith("/v1") else " (should it end in /v1?)"
 
 
@@ -223,7 +223,7 @@ def _message(error: openai.APIStatusError) -> str:
 
 
 def _reason(error: BaseException) -> str:
-    """What lies at the bottom of an error: the client wraps what the network said."""
+    """The innermost cause of an error: the client wraps that of the network."""
     error = _bottom(error)
     return _short(str(error) or type(error).__name__)
 

@@ -204,7 +204,7 @@ class TransformersEngine(EngineKind):
             mask[n, width - len(prompts[p]) :] = 1
         padded = bool((mask == 0).any())
         ids, mask = ids.to(self._base.device), mask.to(self._base.device)
-        # a cache that is joined later keeps every layer whole, sliding windows are then the mask's alone
+        # a cache that is joined later keeps every layer whole, the mask alone applies sliding windows then
         cache = DynamicCache() if self.continuous else DynamicCache(config=self._base.config)
         new = _Batch([], cache, mask, padded, torch.empty(0))
         new.logits = self._forward(new, ids)

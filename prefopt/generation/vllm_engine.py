@@ -47,8 +47,8 @@ def check_python(python: str | None) -> None:
 class VllmEngine(EngineKind):
     """A policy that vLLM has loaded, once or several times.
 
-    Prompts are dealt to the copies in turn. Every completion is a request with a seed of its own, so that it depends on
-    the number of copies, and on what is beside it, by rounding alone.
+    Prompts are assigned to the copies in turn. Every completion is a request with a seed of its own, so that it
+    depends on the number of copies, and on the rest of its batch, by rounding alone.
 
     Args:
         settings: with the Python that has vLLM, GPUs per copy, copies, and further arguments of vLLM's LLM class.
@@ -102,7 +102,7 @@ class VllmEngine(EngineKind):
 
         `done` is called as answers are read, one copy after the other.
 
-        Raises: RoundError when a process ends, with the last that it said.
+        Raises: RoundError when a process ends, with the last line of its log.
         """
         room = limits(prompts, self.context, sampling.max_tokens)
         ends = Ends(self.tokenizer, self._terminators, sampling.stop)
@@ -132,7 +132,7 @@ class VllmEngine(EngineKind):
         return answers
 
     def describe(self) -> dict[str, Any]:
-        """Name, versions, precision and what else its LLM class was told."""
+        """Name, versions, precision and the other arguments of its LLM class."""
         args = {name: value for name, value in self._args.items() if name not in ("model", "tokenizer", "revision")}
         return {"engine": "vllm", "args": args, "versions": self._versions}
 
@@ -151,7 +151,7 @@ class VllmEngine(EngineKind):
 
 
 def _arguments(settings: GenerateConfig, weights: ModelSource, model: ModelConfig) -> dict[str, Any]:
-    """What vLLM's LLM class is told."""
+    """The arguments of vLLM's LLM class."""
     tokenizer, _ = model_sources.tokenizer_path(weights, model)
     base = weights.base_settings(model)
     args: dict[str, Any] = {
@@ -225,7 +225,7 @@ class _Copy:
             raise self._ended() from None
 
     def answer(self) -> dict[str, Any]:
-        """The next line that it says. Raises: RoundError when it has ended instead, or says what is wrong."""
+        """The next line that it writes. Raises: RoundError when it has ended instead, or reports an error."""
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line.endswith("\n"):
@@ -252,14 +252,14 @@ class _Copy:
             return self._process.wait()
 
     def _ended(self, error: str | None = None) -> RoundError:
-        """What is known of the end of the process; its log is kept."""
+        """The error of an ended process; its log is preserved."""
         status = self._status()
-        said = [line.strip() for line in self._log.read_text(errors="replace").splitlines() if line.strip()]
-        kept = self._log.with_suffix(".failed.log")
-        self._log.replace(kept)
-        found = " ".join((error or (said[-1] if said else "it said nothing")).split())
+        lines = [line.strip() for line in self._log.read_text(errors="replace").splitlines() if line.strip()]
+        preserved = self._log.with_suffix(".failed.log")
+        self._log.replace(preserved)
+        found = " ".join((error or (lines[-1] if lines else "its log is empty")).split())
         return RoundError(
             f"generate.engine: a vllm process ended with status {status}: "
-            f"{textwrap.shorten(found, 300, placeholder=' ...')}; its log is {kept}; "
-            "what is done is kept: mend it and run the same command again"
+            f"{textwrap.shorten(found, 300, placeholder=' ...')}; its log is {preserved}; "
+            "finished work is not lost: fix it and run the same command again"
         )

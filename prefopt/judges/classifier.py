@@ -21,7 +21,7 @@ from prefopt.training.versions import versions
 
 KEY = "judge.path"
 Comparison = tuple[str | Messages, str, str]  # prompt, one response, the other
-_FAR = 10**6  # tokenizers say so of a length that nobody has named
+_FAR = 10**6  # tokenizers give a larger number where they have no limit
 
 
 class Classifier:
@@ -62,7 +62,7 @@ class Classifier:
         self.max_length = self._limit(config, max_length, _reserved(self.lm))
         base = adapters.base_of(self.lm)
         self.dtype, text = str(base.dtype).removeprefix("torch."), base.config.get_text_config()
-        # an adapter's base may say of EOS that it pads, and the adapter was trained to read it
+        # an adapter's base may pad with EOS, and the adapter was trained to read EOS
         self._pads = None if weights.adapter is not None else text.pad_token_id
         self._text = text
 
@@ -79,7 +79,7 @@ class Classifier:
         """Most tokens of a sequence. Args: reserved: positions in the model's table that no token has."""
         text = config.get_text_config()
         named = getattr(text, "max_position_embeddings", None) or math.inf
-        # DeBERTa's kind may have relative positions alone, and no table of them that would end
+        # models such as DeBERTa may have relative positions alone, and no table that limits them
         table = named - reserved if getattr(text, "position_biased_input", True) else math.inf
         own = getattr(self._kind(config), "most_tokens", math.inf)
         most = min(table, own)
@@ -99,7 +99,7 @@ class Classifier:
     def scores(self, sequences: Sequence[Sequence[int]], types: Sequence[Sequence[int]] | None = None) -> list[float]:
         """The score of each sequence of ids, in order. They are batched by length; a batch is padded on the right.
 
-        Args: types: of the tokens, for encoders that tell two texts apart by them.
+        Args: types: of the tokens, for encoders that distinguish two texts by them.
         """
         order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]), reverse=True)
         found = [math.nan] * len(sequences)
@@ -143,13 +143,13 @@ class Classifier:
 
 
 def dtype_on(device: torch.device, config: Any) -> Any:
-    """The name of the dtype to open a classifier in: its own, if that is of 16 bits and the device has units for it."""
+    """The name of the dtype to open a classifier in: its own, if that is of 16 bits and the device computes in it."""
     own = device.type == "cuda" and config.dtype in (torch.bfloat16, torch.float16)
     return str(config.dtype).removeprefix("torch.") if own else "float32"
 
 
 def _reserved(lm: nn.Module) -> int:
-    """Positions that no token has: RoBERTa's kind begins to count behind the id that pads."""
+    """Positions that no token has: models such as RoBERTa begin to count after the padding index."""
     tables = [
         m for name, m in lm.named_modules() if name.endswith("position_embeddings") and isinstance(m, nn.Embedding)
     ]
@@ -185,7 +185,7 @@ def _filled(rows: list[list[int]], pad: int) -> torch.Tensor:
 
 
 def _unused(rows: list[list[int]], vocabulary: int) -> int:
-    """An id that stands in none of these rows, so that whoever looks for padding finds padding alone."""
+    """An id that occurs in none of these sequences, so that a search for padding finds padding alone."""
     used = {token for row in rows for token in row}
     return next(token for token in range(vocabulary) if token not in used)
 

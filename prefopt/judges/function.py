@@ -125,7 +125,7 @@ class FunctionJudge(JudgeKind):
     """Scores responses by a function, which is called in a process of its own.
 
     A call that takes longer than `timeout` counts as lost, and so does a result that is no finite number. The process
-    is ended then, and another one started: what the function keeps in memory is lost with it.
+    is ended then, and another one started: what the function holds in memory is lost with it.
 
     Args:
         path: `module:name`.
@@ -174,9 +174,9 @@ class FunctionJudge(JudgeKind):
         asked = [(q, response.text) for q in questions for response in q.responses]
         if self.takes_many:
             prompts, texts, answers = [q.prompt for q, _ in asked], [t for _, t in asked], [q.answer for q, _ in asked]
-            said = iter(self._call((prompts, texts), answers, f"{len(texts)} responses", len(texts)) if asked else [])
+            values = iter(self._call((prompts, texts), answers, f"{len(texts)} responses", len(texts)) if asked else [])
         else:
-            said = iter(
+            values = iter(
                 [
                     value
                     for q, text in asked
@@ -188,7 +188,7 @@ class FunctionJudge(JudgeKind):
             problems: Counter[str] = Counter()
             scores = []
             for _ in question.responses:
-                value = next(said)
+                value = next(values)
                 if value is None:
                     problems["timeout"] += 1
                 elif not math.isfinite(value):

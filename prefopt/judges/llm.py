@@ -1,7 +1,7 @@
 """A language model as judge: a server with OpenAI's interface, or the policy itself, which then rewards itself.
 
-It is asked in plain words, from a template, and its answer is read for a verdict (`[[A]]`, `[[B]]` or `[[C]]`) or a
-number (`[[7]]`). What a server has answered is kept on disk, so nothing is asked twice.
+It is prompted from a template, and its answer is parsed for a verdict (`[[A]]`, `[[B]]` or `[[C]]`) or a
+number (`[[7]]`). A server's answers are cached on disk, so no question is sent twice.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class Lost(enum.Enum):
 
 
 class Asked(Protocol):
-    """Whom the questions are put to."""
+    """The model that answers the questions."""
 
     def answers(self, texts: Sequence[str]) -> list[str | Lost]:
         """The answer to each text. Raises: RoundError when there are none."""
@@ -151,7 +151,7 @@ class LLMJudge(JudgeKind):
         """See `JudgeKind`."""
         if settings.path != POLICY:
             return cls(settings, Chat(settings, context.cache or cache_root() / "judge"))
-        assert context.policy is not None, "a policy that judges itself must be given"
+        assert context.policy is not None, "a judge that is the policy needs the policy"
         return cls(settings, PolicyJudge(*context.policy(), settings))
 
     def __init__(self, settings: JudgeConfig, asked: Asked) -> None:
@@ -175,13 +175,13 @@ class LLMJudge(JudgeKind):
             for q in questions
             for response in q.responses
         ]
-        said = iter(self._ask(texts))
+        answers = iter(self._ask(texts))
         out = []
         for question in questions:
             problems: Counter[str] = Counter()
             scores = []
             for _ in question.responses:
-                answer = next(said)
+                answer = next(answers)
                 score = None if isinstance(answer, Lost) else score_of(answer, self.scale)
                 if score is None:
                     problems[answer.value if isinstance(answer, Lost) else "unparsed"] += 1
@@ -204,10 +204,10 @@ class LLMJudge(JudgeKind):
             for i, j in combinations(range(len(question.responses)), 2)
             if question.responses[i].text != question.responses[j].text  # else neither is better
         ]
-        said = self._ask([text(questions[n], *order) for n, i, j in places for order in ((i, j), (j, i))])
+        found = self._ask([text(questions[n], *order) for n, i, j in places for order in ((i, j), (j, i))])
         tables = [[[0.5] * len(q.responses) for _ in q.responses] for q in questions]
         problems: list[Counter[str]] = [Counter() for _ in questions]
-        for (n, i, j), answers in zip(places, zip(said[::2], said[1::2], strict=True), strict=True):
+        for (n, i, j), answers in zip(places, zip(found[::2], found[1::2], strict=True), strict=True):
             first, second = (None if isinstance(answer, Lost) else verdict_of(answer) for answer in answers)
             for answer, verdict in zip(answers, (first, second), strict=True):
                 if verdict is None:
@@ -235,7 +235,7 @@ class LLMJudge(JudgeKind):
 
 
 class Chat:
-    """A model on a server, whose answers are kept by address, model, sampling and messages. Empty ones are not kept.
+    """A model on a server, with a cache of answers by address, model, sampling and messages. Empty ones are not cached.
 
     Args:
         settings: the server's address, and how it samples.
@@ -272,7 +272,7 @@ class Chat:
         return served[0]
 
     def answers(self, texts: Sequence[str]) -> list[str | Lost]:
-        """See `Asked`. What was answered before an error is kept."""
+        """See `Asked`. Answers before an error are in the cache."""
         answers = self.server.map(self._answer, texts)
         if texts and all(answer is Lost.UNREADABLE for answer in answers):
             assert self._unreadable is not None
@@ -289,12 +289,12 @@ class Chat:
         key = json.dumps([self.server.url, self.model, self.sampling, messages], sort_keys=True)
         name = text_hash(key)
         file = self.cache / name[:2] / f"{name}.json"
-        kept = _kept(file)
-        if kept is not None:
-            return kept
+        cached = _cached(file)
+        if cached is not None:
+            return cached
         settings: Any = self.sampling
         try:
-            said = self.server.ask(
+            choices = self.server.ask(
                 lambda client: [
                     read(choice.message.content, "a message's content", str, None) or ""
                     for choice in client.chat.completions.create(
@@ -309,9 +309,9 @@ class Chat:
             return Lost.UNREADABLE
         except TooLong:
             return Lost.TOO_LONG
-        if not said:
+        if not choices:
             raise RoundError(f"judge.url: {self.server.url} gave an answer without a choice, expected one")
-        answer = said[0]
+        answer = choices[0]
         if not answer.strip():
             return answer
         write_sealed(file, {"of": name, "model": self.model, "messages": messages, "answer": answer})
@@ -326,16 +326,16 @@ class Chat:
         self.server.close()
 
 
-def _kept(file: Path) -> str | None:
+def _cached(file: Path) -> str | None:
     """An answer that was given before. Raises: UnreadableAnswer."""
     try:
-        kept = read_sealed(file)
+        cached = read_sealed(file)
     except Damaged:
-        kept = {}
-    if kept is not None and (kept.get("of") != file.stem or not isinstance(kept.get("answer"), str)):
+        cached = {}
+    if cached is not None and (cached.get("of") != file.stem or not isinstance(cached.get("answer"), str)):
         print(f"warning: {file}: was edited or damaged; the judge is asked again", file=sys.stderr, flush=True)
         return None
-    return None if kept is None else str(kept["answer"])
+    return None if cached is None else str(cached["answer"])
 
 
 class PolicyJudge:
@@ -357,8 +357,8 @@ class PolicyJudge:
         seeds = [
             text_number(text, 4) % _SEEDS for text, ids in zip(texts, read, strict=True) if not isinstance(ids, Lost)
         ]
-        said = iter(self.engine.generate(prompts, self.sampling, seeds) if prompts else [])
-        return [ids if isinstance(ids, Lost) else next(said)[0].text for ids in read]
+        answers = iter(self.engine.generate(prompts, self.sampling, seeds) if prompts else [])
+        return [ids if isinstance(ids, Lost) else next(answers)[0].text for ids in read]
 
     def _read(self, text: str) -> list[int] | Lost:
         """The tokens of a question."""
@@ -371,10 +371,10 @@ class PolicyJudge:
         return ids if context is None or len(ids) + self.sampling.max_tokens <= context else Lost.TOO_LONG
 
     def describe(self) -> dict[str, Any]:
-        """See `Asked`. Which weights the policy has is the round's to say."""
+        """See `Asked`. The policy's weights are recorded by the round."""
         sampling = {"temperature": self.sampling.temperature, "max_tokens": self.sampling.max_tokens}
         return {"model": POLICY, **sampling, "engine": self.engine.describe()}
 
     def close(self) -> None:
-        """Free the engine."""
+        """Free the inference engine."""
         self.engine.close()

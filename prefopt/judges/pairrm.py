@@ -35,7 +35,7 @@ class PairRM(DebertaV2PreTrainedModel):
 
     config_class = DebertaV2Config
     base_model_prefix = "pretrained_model"
-    most_tokens = MOST  # whatever config and tokenizer say: both name DeBERTa's 512, and its positions are relative
+    most_tokens = MOST  # although config and tokenizer name DeBERTa's 512, and its positions are relative
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)

@@ -54,9 +54,11 @@ class RewardModelJudge(ClassifierKind, JudgeKind):
         if any(not isinstance(question.prompt, str) for question in questions):
             check_template(self.classifier.tokenizer, self.classifier.path)
         asked = [(question, response.text) for question in questions for response in question.responses]
-        said = [(question, text) for question, text in asked if text.strip()]
-        told = iter(self._join(said) if self.joins else self._encode(said))
-        read: list[tuple[Any, Any, bool]] = [next(told) if text.strip() else (None, None, False) for _, text in asked]
+        texts = [(question, text) for question, text in asked if text.strip()]
+        encoded = iter(self._join(texts) if self.joins else self._encode(texts))
+        read: list[tuple[Any, Any, bool]] = [
+            next(encoded) if text.strip() else (None, None, False) for _, text in asked
+        ]
         known = [i for i, (ids, _, _) in enumerate(read) if ids is not None]
         types = [read[i][1] for i in known] if known and read[known[0]][1] is not None else None
         values = [math.nan] * len(read)

@@ -50,7 +50,7 @@ def _is_number(value: Any) -> bool:
 
 
 def main() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that asks decides
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process decides
     connection = Connection(int(sys.argv[1]))
     path, name = pickle.loads(connection.recv_bytes())
     sys.path[:] = path
@@ -62,7 +62,7 @@ def main() -> None:
             *call, timeout = connection.recv()
         except EOFError:
             return
-        # who asks ends this process where a call takes too long; the kernel does where nobody is left to
+        # the parent ends this process if a call takes too long; the kernel does if the parent is gone
         signal.setitimer(signal.ITIMER_PROF, (timeout + 60) * (os.cpu_count() or 1))
         answer = _answer(function, *call)
         signal.setitimer(signal.ITIMER_PROF, 0)

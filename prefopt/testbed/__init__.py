@@ -17,7 +17,7 @@ def build_world(name: str = "bandit", *, seed: int = 0, cache_dir: Path | str | 
     """Open a world; its base policy is trained on first use and found in the cache afterwards.
 
     Args: name: which world. seed: of the world itself; another seed is another world and another base policy.
-        cache_dir: where base policies are kept, None for the user's cache directory.
+        cache_dir: folder of the cached base policies, None for the user's cache directory.
     Returns: the world.
     Raises: ConfigError when there is no world of that name.
     """

@@ -40,13 +40,13 @@ def smooth_table(rng: np.random.Generator, responses: np.ndarray, interaction: f
     """A random table over (prompt, response) with mean 0 and standard deviation 1 in each row, (P, K).
 
     Each row is the sum of one part of the prompt's mood and one of its time. A part adds a random number per position
-    and word, and one per pair of neighbouring positions and their words: `interaction` is the latter's share of the
+    and word, and one per pair of neighbouring positions and their words: `interaction` is the latter's fraction of the
     variance. Parts that prompts share are what lets a model learn more than a lookup table would from as many pairs.
     """
 
     def part() -> np.ndarray:
         single, pair = rng.normal(size=(LENGTH, len(WORDS))), rng.normal(size=(LENGTH - 1, len(WORDS), len(WORDS)))
-        pair -= pair.mean(1, keepdims=True)  # centred both ways: nothing in it can be said word by word
+        pair -= pair.mean(1, keepdims=True)  # centred both ways: no sum over single words is left in it
         pair -= pair.mean(2, keepdims=True)
         additive = sum(single[i][responses[:, i]] for i in range(LENGTH))
         joint = sum(pair[i][responses[:, i], responses[:, i + 1]] for i in range(LENGTH - 1))
@@ -65,7 +65,7 @@ class Bandit(WordWorld):
 
     Args:
         settings: which world.
-        cache_dir: where base policies are kept; None is the user's cache directory.
+        cache_dir: folder of the cached base policies; None is the user's cache directory.
     """
 
     name = "bandit"
@@ -74,10 +74,10 @@ class Bandit(WordWorld):
         "reward": ("reward", ".3f"),
         "KL(.||ref)": ("kl_policy_ref", ".3f"),
         "KL(pi*||.)": ("kl_star_policy", ".4f"),
-        "of start": ("kl_star_ratio", ".1%"),
+        "KL relative to start": ("kl_star_ratio", ".1%"),
         "entropy": ("entropy", ".3f"),
         "win rate": ("win_rate", ".3f"),
-        "below curve": ("frontier_gap", ".3f"),
+        "frontier gap": ("frontier_gap", ".3f"),
         "outside": ("outside", ".3%"),
     }
     prompt_words, words, length = PROMPTS, WORDS, LENGTH

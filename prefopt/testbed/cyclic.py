@@ -38,7 +38,7 @@ class CyclicSettings(WorldSettings):
     transitive: float = 0.0
     """Share of the logits' variance that is a difference of two scores, such as a reward would give; 0: none of it."""
     second: float = 0.1
-    """Share of what is left that is a second circle, on which the responses stand in another order."""
+    """Fraction of the rest that is a second circle, with the responses in another order."""
     lean: float = 2.0
     """How much the base policy leans to one side of the first circle: half the log-ratio of its two ends."""
     base_sd: float = 0.3
@@ -46,7 +46,7 @@ class CyclicSettings(WorldSettings):
 
 
 def circle(places: np.ndarray) -> np.ndarray:
-    """Preference logits of responses that stand evenly on a circle: each is beaten by those up to half a turn ahead.
+    """Preference logits of responses that lie evenly on a circle: each is beaten by those up to half a turn ahead.
 
     `L(y, y') = sin(angle of y - angle of y')`, scaled to a root mean square of 1 over pairs of different responses.
     Every row sums to 0: on average over all opponents no response is better than another.
@@ -66,12 +66,12 @@ class Cyclic(WordWorld):
 
     "Outside" loses to every response. The preference logits are skew-symmetric: a transitive part, the differences of
     a random score per response, and a cyclic part whose rows sum to 0. The two are orthogonal, and every such table is
-    the sum of two such parts in one way only, so `transitive` says how much of a ranking there is.
+    the sum of two such parts in one way only, so `transitive` is the fraction of a ranking in it.
 
     Args:
         settings: which world.
-        cache_dir: where base policies are kept; None is the user's cache directory.
-    Raises: ConfigError for a share that is not between 0 and 1.
+        cache_dir: folder of the cached base policies; None is the user's cache directory.
+    Raises: ConfigError for a fraction that is not between 0 and 1.
     """
 
     name = "cyclic"
@@ -89,12 +89,12 @@ class Cyclic(WordWorld):
         settings = settings or CyclicSettings()
         for key in ("transitive", "second"):
             if not 0 <= getattr(settings, key) <= 1:
-                raise ConfigError(f"{key}: found {getattr(settings, key)!r}, expected a share from 0 to 1")
+                raise ConfigError(f"{key}: found {getattr(settings, key)!r}, expected a fraction from 0 to 1")
         rng = np.random.default_rng(settings.seed)
         first, second = np.array(list(itertools.product(range(len(WORDS)), repeat=LENGTH))).T  # words, (K,) each
         logits, base = [], []
         for _ in PROMPTS:
-            # the first word says where on the circle, the second one where within that eighth of it
+            # the first word is an eighth of the circle, the second one a place within it
             places = len(WORDS) * rng.permutation(len(WORDS))[first] + rng.permutation(len(WORDS))[second]
             rounds = math.sqrt(1 - settings.second) * circle(places)
             rounds += math.sqrt(settings.second) * circle(rng.permutation(len(places)))
@@ -118,7 +118,7 @@ class Cyclic(WordWorld):
 
     @functools.cached_property
     def equilibrium(self) -> torch.Tensor:
-        """Log-probabilities of a Nash equilibrium, (P, 65), -inf for what it never says; there may be others."""
+        """Log-probabilities of a Nash equilibrium, (P, 65), -inf where the probability is 0; there may be others."""
         return truth.nash(self.preference)
 
     def optimum(self, beta: float) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """A world that takes thought: the last digit of a sum, which a small policy finds by running sums and not at once.
 
 A prompt is six digits, a thought their running sums modulo 10, a response any number of filler words and one digit. The
-policy knows how to think, but slips; asked without a thought it has to guess. Who judges sees the response alone, so
+policy knows how to think, but slips; without a thought it has to guess. The judge sees the response alone, so
 whatever thoughts get better at is learned from answers.
 """
 
@@ -27,7 +27,7 @@ from prefopt.types import Judgement, Question
 DIGITS = tuple("0123456789")
 THINK, MARKER, FILLER = "think", "<R>", "well"
 MOST_FILLERS = 8  # of a response; the base policy writes up to half as many
-BATCH = 64  # rows asked to think, and as many asked directly, per step of the base policy's training
+BATCH = 64  # prompts with the thought prompt, and as many without, per step of the base policy's training
 SAMPLED, SUMMED = 1024, 256  # held-out prompts that are answered, and those whose answers are summed over
 _HELD_OUT = 2**33  # the seed of their list, beyond those of rounds
 
@@ -43,7 +43,7 @@ class ScratchpadSettings(WorldSettings):
     digits: int = 6
     """Digits of a prompt, and steps of a thought."""
     slip: float = 0.2
-    """Share of the steps in the base policy's data at which a random digit is written; the next one goes on from it."""
+    """Fraction of the steps in the base policy's data with a random digit; the next step continues from it."""
 
 
 def running_sums(digits: Sequence[int]) -> list[int]:
@@ -69,7 +69,7 @@ class Scratchpad(World):
 
     Args:
         settings: which world.
-        cache_dir: where base policies are kept; None is the user's cache directory.
+        cache_dir: folder of the cached base policies; None is the user's cache directory.
     Raises: ConfigError for settings of which no world can be made.
     """
 
@@ -80,7 +80,7 @@ class Scratchpad(World):
         if not 2 <= settings.digits <= 16:
             raise ConfigError(f"digits: found {settings.digits!r}, expected 2 to 16")
         if not 0 <= settings.slip <= 1:
-            raise ConfigError(f"slip: found {settings.slip!r}, expected a share from 0 to 1")
+            raise ConfigError(f"slip: found {settings.slip!r}, expected a fraction from 0 to 1")
         super().__init__(settings, cache_dir, (*DIGITS, THINK, MARKER, FILLER))
         self.digits, self.slip = settings.digits, settings.slip
         self.max_tokens = settings.digits + MOST_FILLERS + 6  # thought, marker, response, end, and 3 to spare
@@ -95,7 +95,7 @@ class Scratchpad(World):
         return super()._model_config(num_attention_heads=4, num_key_value_heads=4, rope_parameters=turns, **other)
 
     def _fit(self, model: LlamaForCausalLM) -> None:
-        """Maximum likelihood on what a sloppy writer answers, half of it asked to think and half asked directly.
+        """Maximum likelihood on what a sloppy writer answers, half of it with the thought prompt and half without.
 
         Either answer is the last sum of a chain with slips in it. The first 40% of the steps have none: adding is
         learned sooner from chains that are right. Thoughts and responses count alike, though thoughts are longer: else
@@ -155,12 +155,12 @@ class Scratchpad(World):
     def evaluate(self, lm: torch.nn.Module, beta: float) -> dict[str, float]:
         """How often a causal LM over this world's tokenizer is right, with a thought and without.
 
-        What is asked with a thought is sampled, one answer to each of 1,024 prompts at temperature 1 from the same
-        random numbers each time: its standard error is at most 0.016. What is asked without is summed exactly over all
+        Answers with a thought are sampled, one answer to each of 1,024 prompts at temperature 1 from the same
+        random numbers each time: its standard error is at most 0.016. Answers without one are summed exactly over all
         right responses to 256 of the prompts.
 
         Args: lm: its modes are left as they were found. beta: not read, what is right does not depend on it.
-        Returns: `exact/...` -> share. `accuracy`: asked with this world's thought prompt, the response is right;
+        Returns: `exact/...` -> fraction. `accuracy`: asked with this world's thought prompt, the response is right;
             `parsed`: there is a response; `chain`: of the running sums before the marker those that are right;
             `accuracy_direct`: asked without the thought prompt; `accuracy_no_thought`: asked with it, and the marker
             put in the place of a thought.
@@ -239,9 +239,9 @@ class Scratchpad(World):
 class ScratchpadJudge:
     """Scores responses: 1 for a right one, 0 for any other.
 
-    A text that still holds a thought, which only a method that hands it on can cause, is graded as a whole: the share
-    of the running sums that it has right, and 1 more for a right response. That is for experiments on what it would
-    be worth to let a judge see thoughts.
+    A text that still holds a thought, because a method does not remove it, is graded as a whole: the fraction of the
+    running sums that it has right, and 1 more for a right response. That is for experiments on what it would be worth
+    to let a judge see thoughts.
     """
 
     def __init__(self, world: Scratchpad) -> None:
@@ -273,7 +273,7 @@ class ScratchpadJudge:
 
 
 def score(digits: Sequence[int], text: str) -> float:
-    """What the world's judge says of a response, or of a text with its thought, see `ScratchpadJudge`."""
+    """The score of the world's judge for a response, or of a text with its thought, see `ScratchpadJudge`."""
     thought, marker, response = text.partition(MARKER)
     if not marker:
         return float(is_right(digits, text))

@@ -17,7 +17,7 @@ class SelfPlay:
     Args:
         last: exploitability of the policy after round 0 (the start), 1, ..., R.
         average: exploitability of the average of the policies after rounds 1..k, k = 1..R; the start at k = 0.
-        average_of_starts: the same of those that rounds 1..k began with, which is the average that theory speaks of.
+        average_of_starts: the same of those that rounds 1..k began with, which is the average in the theory.
         step: total variation between each round's policy and one exact step from the policy that it began with.
         path: total variation between each round's policy and the same number of exact steps from the first policy.
     """

@@ -1,4 +1,4 @@
-"""What worlds of words share: every response can be listed, so every sum over what a policy may say is exact.
+"""What worlds of words share: every response can be listed, so every sum over a policy's responses is exact.
 
 A prompt is one word, a response a fixed number of words from a small list. Whatever else a model could write is one
 further outcome, "outside", so that the outcomes of a prompt always have total probability one. A world adds what is
@@ -35,12 +35,12 @@ class WordWorld(World):
 
     Outcomes are numbered 0..K-1 in the order of `itertools.product(words, repeat=length)`; outcome K is "outside", all
     sequences that are none of the K. It takes part in every sum. Entropy and KL are those of the K + 1 outcomes:
-    sequences inside "outside" are not told apart, so they are lower bounds on the sequence values, exact as far as
+    sequences inside "outside" are not distinguished, so they are lower bounds on the sequence values, exact as far as
     `exact/outside` is small.
 
     Args:
         settings: which world.
-        cache_dir: where base policies are kept; None is the user's cache directory.
+        cache_dir: folder of the cached base policies; None is the user's cache directory.
         base: what the base policy is trained on, log-probabilities up to a constant per prompt, (P, K).
     """
 
@@ -281,7 +281,7 @@ class Stream:
 
 
 class WorldJudge:
-    """Says of texts what the world's own preferences are, exactly; a text that is no response is "outside"."""
+    """Judges texts by the world's own preferences, exactly; a text that is no response is "outside"."""
 
     def __init__(self, world: WordWorld) -> None:
         self._world = world

@@ -1,4 +1,4 @@
-"""What all worlds share: a tokenizer of words, a base policy that is trained on first use, and prompts to be asked.
+"""What all worlds have in common: a tokenizer of words, a base policy that is trained on first use, and prompts.
 
 This room does not know the trainer: a world hands out prompts and verdicts, and measures any causal language model over
 its tokenizer.
@@ -28,12 +28,14 @@ if TYPE_CHECKING:
     from prefopt.judges.base import Judge
 
 PAD, BOS, EOS, UNK = "<pad>", "<s>", "</s>", "<unk>"
-Render = Callable[[str], Any]  # a method's `render_prompt`: from the prompt that a judge sees to the one that is asked
+Render = Callable[
+    [str], Any
+]  # a method's `render_prompt`: from the prompt that a judge sees to the one that the policy reads
 
 
 @dataclass(frozen=True)
 class WorldSettings:
-    """What every world can be told; another value of any field is another world with its own base policy."""
+    """The settings of every world; another value of any field is another world with its own base policy."""
 
     seed: int = 0
     """Of the preferences, of the base distribution and of the base policy's initial weights."""
@@ -61,7 +63,7 @@ def make_tokenizer(vocabulary: Sequence[str]) -> PreTrainedTokenizerFast:
 
 @contextlib.contextmanager
 def no_progress_bars() -> Iterator[None]:
-    """transformers shows a bar per file it opens, which says nothing about a file of 200 kB."""
+    """transformers shows a bar per file it opens, which is of no use for a file of 200 kB."""
     shown = transformers.utils.logging.is_progress_bar_enabled()
     transformers.utils.logging.disable_progress_bar()
     try:
@@ -76,7 +78,7 @@ class World(abc.ABC):
 
     Args:
         settings: which world.
-        cache_dir: where base policies are kept; None is the user's cache directory.
+        cache_dir: folder of the cached base policies; None is the user's cache directory.
         words: of prompts, thoughts and responses.
     """
 
@@ -117,7 +119,7 @@ class World(abc.ABC):
         """Make the base policy of a new model. What is random in it comes from generators of its own."""
 
     def _train_base(self, folder: Path) -> None:
-        """One thread and a seed of its own make it the same on every call; the caller's threads and state are kept."""
+        """One thread and its own seed make it the same on every call; the caller's threads and state are restored."""
         threads = torch.get_num_threads()
         try:
             torch.set_num_threads(1)
@@ -167,31 +169,31 @@ class World(abc.ABC):
     def prompts(self, n: int, seed: int, render: Render | None = None) -> list[Prompt]:
         """The first `n` of an endless list of prompts, each under a key of its own. Another seed gives other keys.
 
-        Args: render: from a prompt to what the policy is asked, such as a method's `render_prompt`; None: as it is.
+        Args: render: from a prompt to what the policy reads, such as a method's `render_prompt`; None: as it is.
         Raises: ConfigError for a prompt that holds, so rendered, a word that this world does not have.
         """
         return [
             Prompt(
                 prompt=text,
-                ids=self._asked(text, render),
+                ids=self._rendered(text, render),
                 key=text_hash(f"{self.name}:{seed}:{i}")[:16],
                 where=f"{self.name}-{seed}:{i + 1}",
             )
             for i, text in enumerate(self._texts(n, seed))
         ]
 
-    def _asked(self, text: str, render: Render | None) -> tuple[int, ...]:
+    def _rendered(self, text: str, render: Render | None) -> tuple[int, ...]:
         """The tokens that the policy reads."""
         try:
-            asked = text if render is None else render(text)
+            rendered = text if render is None else render(text)
         except ValueError as error:
-            raise ConfigError(f"testbed world '{self.name}': prompt '{text}' cannot be asked: {error}") from None
+            raise ConfigError(f"testbed world '{self.name}': prompt '{text}' cannot be rendered: {error}") from None
         known = {word: i for i, word in enumerate(self.vocabulary)}
-        strange = next((word for word in str(asked).split() if word not in known), None)
+        strange = next((word for word in str(rendered).split() if word not in known), None)
         if strange is not None:
             raise ConfigError(
                 f"testbed world '{self.name}': the method asks with the word '{strange}', which its policy does not "
-                "know, expected the prompt alone (--method.thought_prompt none), or the world that is asked to think "
+                "know, expected the prompt alone (--method.thought_prompt none), or a world whose policy thinks "
                 "(--testbed.world scratchpad --method.thought_prompt scratchpad)"
             )
-        return (self._bos, *(known[word] for word in str(asked).split()))
+        return (self._bos, *(known[word] for word in str(rendered).split()))

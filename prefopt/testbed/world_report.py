@@ -29,7 +29,7 @@ class PlotLine:
     """A line of the plot.
 
     Args: label: runs of one label share colour and legend entry. beta: whose optimum to mark. trajectory: what
-        `Bandit.evaluate` said at each evaluation, in order; a single one is drawn as an end point without a path.
+        `Bandit.evaluate` returned at each evaluation, in order; a single one is drawn as an end point without a path.
     """
 
     label: str
@@ -38,9 +38,9 @@ class PlotLine:
 
 
 def summary_table(world: WordWorld, first: Mapping[str, float] | None, last: Mapping[str, float], beta: float) -> str:
-    """Reference, start (where it is not the reference), end and what was aimed at, one under the other.
+    """Reference, start (where it is not the reference), end and optimum, one under the other.
 
-    Args: first, last: `world.evaluate` before training, None where nobody looked, and after it. beta: of the method.
+    Args: first, last: `world.evaluate` before training, None without an evaluation, and after it. beta: of the method.
     Returns: lines of text without a final newline. KL and entropy in nats.
     """
     rows = {"reference": world.measures(world.log_ref, beta)}

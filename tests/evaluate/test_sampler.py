@@ -166,5 +166,5 @@ def test_what_is_printed_is_short():
 
 def test_nothing_held_out_is_refused():
     policy, _ = policy_with("none")
-    with pytest.raises(ConfigError, match=r"^eval\.generate: found 3, but no pair is held out to ask"):
+    with pytest.raises(ConfigError, match=r"^eval\.generate: found 3, but no pair is held out"):
         sampler(settings(), policy, TOKENIZER, [], contextlib.nullcontext)

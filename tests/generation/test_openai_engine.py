@@ -253,7 +253,8 @@ def test_a_connection_that_is_being_opened_when_all_is_given_up_is_closed_too(mo
 
 def test_an_unreachable_server_is_named_with_what_to_do(connect):
     with pytest.raises(
-        RoundError, match=r"generate.url: http://127.0.0.1:9/v1 does not answer after 2 .*refused.*what is done is kept"
+        RoundError,
+        match=r"generate.url: http://127.0.0.1:9/v1 does not answer after 2 .*refused.*work is not lost",
     ):
         connect("http://127.0.0.1:9/v1", retries=1)
 

@@ -144,7 +144,7 @@ def test_a_server_that_goes_away_is_one_line_and_another_one_goes_on_where_it_wa
     assert "Traceback" not in ended.err
     line = ended.err.replace("\r", "\n").splitlines()[-1]
     assert line.startswith("error: generate.url: http://127.0.0.1:")
-    assert line.endswith("what is done is kept: start it and run the same command again")
+    assert line.endswith("finished work is not lost: start it and run the same command again")
     before = kept_seeds(output)
     assert len(before) >= 14
     gone = server.train(flags(here), command="infer", cwd=tmp_path)

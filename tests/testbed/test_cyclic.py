@@ -88,7 +88,7 @@ def test_outside_loses_to_everything(world: Cyclic) -> None:
 
 
 def test_share_beyond_one_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"transitive: found 1\.5, expected a share from 0 to 1"):
+    with pytest.raises(ConfigError, match=r"transitive: found 1\.5, expected a fraction from 0 to 1"):
         Cyclic(CyclicSettings(transitive=1.5))
 
 
