@@ -91,8 +91,8 @@ class JudgeKind:
     @classmethod
     def own_settings(cls, settings: JudgeConfig) -> dict[str, Any]:
         """The settings of its own that `judge.args` gives, as the types of its fields. Raises: ConfigError."""
-        hints = typing.get_type_hints(cls) if dataclasses.is_dataclass(cls) else {}
-        known = [f.name for f in dataclasses.fields(cls)] if dataclasses.is_dataclass(cls) else []
+        hints: dict[str, Any] = typing.get_type_hints(cls) if dataclasses.is_dataclass(cls) else {}
+        known: list[str] = [f.name for f in dataclasses.fields(cls)] if dataclasses.is_dataclass(cls) else []
         for name in settings.args:
             if name not in known:
                 raise ConfigError(
@@ -107,7 +107,7 @@ class JudgeKind:
 
     def describe(self) -> dict[str, Any]:
         """See `Judge`. Its class and its own settings."""
-        own = dataclasses.asdict(self) if dataclasses.is_dataclass(self) else {}
+        own: dict[str, Any] = dataclasses.asdict(self) if dataclasses.is_dataclass(self) else {}
         return {"kind": type(self).__module__.rpartition(".")[2], **own}
 
     def close(self) -> None:

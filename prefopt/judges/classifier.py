@@ -227,7 +227,7 @@ class ClassifierKind:
         return [model_hashes.fingerprint(str(settings.path), None)] if local else []
 
     @classmethod
-    def classifier(cls, settings: JudgeConfig, context: JudgeContext) -> Classifier:
+    def open_classifier(cls, settings: JudgeConfig, context: JudgeContext) -> Classifier:
         """The classifier that the settings name, opened."""
         assert settings.path is not None
         return Classifier(

@@ -55,7 +55,7 @@ class PairwiseJudge(ClassifierKind, JudgeKind):
     @classmethod
     def open(cls, settings: JudgeConfig, context: JudgeContext) -> Judge:
         """See `JudgeKind`."""
-        classifier = cls.classifier(settings, context)
+        classifier = cls.open_classifier(settings, context)
         if pairrm.is_pairrm(classifier.config):
             encode = pairrm.encode(classifier.tokenizer, classifier.config, classifier.max_length)
         else:

@@ -42,7 +42,7 @@ class RewardModelJudge(ClassifierKind, JudgeKind):
     @classmethod
     def open(cls, settings: JudgeConfig, context: JudgeContext) -> Judge:
         """See `JudgeKind`."""
-        return cls(cls.classifier(settings, context))
+        return cls(cls.open_classifier(settings, context))
 
     def __init__(self, classifier: Classifier) -> None:
         self.classifier = classifier
