@@ -40,7 +40,7 @@ def test_kind_when_nobody_judges_then_it_is_refused(kind):
         (
             "length",
             {"path": "m"},
-            r"^judge.path: found 'm', which judge 'length' does not read; it belongs to reward_mod",
+            r"^judge.path: found 'm', which judge 'length' does not read; it belongs to function, ",
         ),
         ("function", {"path": "a:b", "max_length": 9}, r"^judge.max_length: found 9, which judge 'function' does not"),
         (

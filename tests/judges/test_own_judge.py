@@ -53,8 +53,7 @@ def test_the_judge_of_the_page_is_what_its_command_names_and_scores_by_words(pla
     ("flag", "value", "message"), [("words", "0", "found 0, expected"), ("words", "x", "found 'x'")]
 )
 def test_the_judge_of_the_page_refuses_a_target_below_one_and_what_is_no_number(place, flag, value, message):
-    flags = shlex.split(COMMAND)[2:]
-    settings = parse([*flags, f"--judge.args.{flag}", value]).judge
+    settings = parse(shlex.split(COMMAND.replace(f"--judge.args.{flag} 30", f"--judge.args.{flag} {value}"))[2:]).judge
     with pytest.raises(ConfigError, match=f"^judge.args.{flag}: {message}"):
         judges.check(settings)
 
