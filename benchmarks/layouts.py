@@ -132,7 +132,7 @@ class Bench:
             auto = self.layouts(*LAYOUTS)
             runs = {layout: self.step(batch, self.layouts(layout)) for layout in LAYOUTS}
             runs |= {"auto": self.step(batch, auto)}
-            if self.policy.attention == "by_unit":
+            if self.policy.attention == "per_segment":
                 runs |= {"prefix_shared, dense mask": self.dense(batch)}
             times = seconds(runs, self.device.type, self.repeats)
             self.observe(batch, times)

@@ -118,7 +118,9 @@ class PairBatch:
     rejected_lengths: torch.Tensor | None  # (B,) int64, None when rows are chosen_only
     columns: Mapping[str, torch.Tensor]  # each (B,) float64
     where: tuple[str, ...]  # (B,) file:line of each pair
-    units: np.ndarray | None = None  # (U, 4) int64 on the host, see `data.layouts.Grid`; None: each row is one sequence
+    segments: np.ndarray | None = (
+        None  # (U, 4) int64 on the host, see `data.layouts.Grid`; None: each row is one sequence
+    )
     # Of the reference, where they were computed before: see `engine.reference`.
     ref_logps: torch.Tensor | None = None  # (N,) log-probability of each label
     ref_hidden: torch.Tensor | None = None  # (N, H of the reference) final hidden state at each score_index

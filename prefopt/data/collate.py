@@ -64,35 +64,35 @@ def collate(
     if len(scored) != int(parts[:, 1].sum()):
         raise ValueError("a mask is not as long as its completion")
 
-    cells = grid(
+    placed = grid(
         parts,
         layout if sequences else PADDED,
         one_row=one_row,
         pad_to_multiple_of=pad_to_multiple_of,
         extra_padding=extra_padding,
     )
-    cell, rows, width = cells.cell, cells.rows, cells.width
+    index, rows, width = placed.index, placed.rows, placed.width
     input_ids = np.full(rows * width, pad_id, np.int64)
     attention_mask = np.zeros(rows * width, np.int64)
-    position_ids = np.tile(np.arange(width), rows) if cells.units is None else np.zeros(rows * width, np.int64)
-    input_ids[cell] = tokens
-    attention_mask[cell] = 1
-    position_ids[cell] = cells.position
+    position_ids = np.tile(np.arange(width), rows) if placed.segments is None else np.zeros(rows * width, np.int64)
+    input_ids[index] = tokens
+    attention_mask[index] = 1
+    position_ids[index] = placed.position_ids
     if not sequences:
         attention_mask[0] = 1  # a row that attends to nothing is NaN in some attention kernels
 
-    at = np.flatnonzero(completion)[scored]  # where the scored tokens stand in the line; never first in a sequence
+    at = np.flatnonzero(completion)[scored]  # loss tokens among all tokens; never the first of a sequence
     sequence = np.arange(sequences).repeat(parts[:, 1])[scored]
     counts = np.bincount(sequence, minlength=sequences)
     return PairBatch(
         input_ids=torch.from_numpy(input_ids).view(rows, width),
         attention_mask=torch.from_numpy(attention_mask).view(rows, width),
         position_ids=torch.from_numpy(position_ids).view(rows, width),
-        units=cells.units,
-        score_index=torch.from_numpy(cell[at - 1]),
+        segments=placed.segments,
+        score_index=torch.from_numpy(index[at - 1]),
         labels=torch.from_numpy(tokens[at]),
         sequence_index=torch.from_numpy(sequence),
-        last_index=torch.from_numpy(cell[np.cumsum(lengths) - 1]),
+        last_index=torch.from_numpy(index[np.cumsum(lengths) - 1]),
         chosen_lengths=torch.from_numpy(counts[: len(pairs)]),
         rejected_lengths=torch.from_numpy(counts[len(pairs) :]) if need_rejected else None,
         columns={name: torch.tensor([pair.columns[name] for pair in pairs], dtype=torch.float64) for name in columns},

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from typing import Any
 
-from prefopt.data.layouts import cells_of
+from prefopt.data.layouts import positions_of
 from prefopt.redaction import escaped
 from prefopt.types import PairBatch
 
@@ -87,10 +87,9 @@ class DataReport:
 
 
 def show_batch(batch: PairBatch, tokenizer: Any, *, pairs: int = 2, color: bool = False) -> str:
-    """The first pairs of a batch as text, the scored tokens in brackets (or bold green).
+    """The first pairs of a batch as text, with the loss tokens in brackets (or bold green).
 
-    What is shown is read from the batch's own score index, labels and units: the brackets stand around what the loss
-    sees.
+    The text is decoded from the batch's own score index, labels and segments, so it shows what the loss reads.
     """
     lines: list[str] = []
     width = batch.input_ids.shape[1]
@@ -101,31 +100,31 @@ def show_batch(batch: PairBatch, tokenizer: Any, *, pairs: int = 2, color: bool 
         lines.append(f"pair {pair} of {batch.pairs}, {batch.where[pair]}")
         for offset, side in enumerate(sides):
             sequence = offset * batch.pairs + pair
-            if batch.units is None:
-                cells = list(range(sequence * width, (sequence + 1) * width))
+            if batch.segments is None:
+                positions = list(range(sequence * width, (sequence + 1) * width))
             else:
-                cells = cells_of(batch.units, sequence, len(sides) * batch.pairs).tolist()
-            behind = dict(pairwise(cells))
+                positions = positions_of(batch.segments, sequence, len(sides) * batch.pairs).tolist()
+            behind = dict(pairwise(positions))
             mine = batch.sequence_index == sequence
-            at = [behind.get(cell, cell + 1) for cell in batch.score_index[mine].tolist()]
+            at = [behind.get(position, position + 1) for position in batch.score_index[mine].tolist()]
             labels = dict(zip(at, batch.labels[mine].tolist(), strict=True))
             runs: list[tuple[bool, list[int]]] = []
-            for cell in cells:
-                if not real[cell] and cell not in labels:
+            for position in positions:
+                if not real[position] and position not in labels:
                     continue
-                if not runs or runs[-1][0] != (cell in labels):
-                    runs.append((cell in labels, []))
-                runs[-1][1].append(labels.get(cell, tokens[cell]))
+                if not runs or runs[-1][0] != (position in labels):
+                    runs.append((position in labels, []))
+                runs[-1][1].append(labels.get(position, tokens[position]))
             text = "".join(
                 f"{opened}{_decode(tokenizer, ids)}{closed}" if scored else _decode(tokenizer, ids)
                 for scored, ids in runs
             )
-            known = sum(real[cell] for cell in cells)
-            if batch.units is None:
+            known = sum(real[position] for position in positions)
+            if batch.segments is None:
                 place = f"{width - known} of padding"
             else:
-                skipped = cells[-1] + 1 - cells[0] - len(cells)
-                place = f"row {cells[0] // width} from column {cells[0] % width}"
+                skipped = positions[-1] + 1 - positions[0] - len(positions)
+                place = f"row {positions[0] // width} from column {positions[0] % width}"
                 place += f", prompt shared, {skipped} tokens of the other side unseen" if skipped else ""
             lines.append(f"  {side}: {known} tokens, {len(labels)} scored, {place}")
             lines += [f"    {line}" for line in text.split("\n")]

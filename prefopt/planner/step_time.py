@@ -48,8 +48,8 @@ def flops(own: PlanConfig, config: RunConfig, model: ModelCounts) -> float:
     parts = np.array([(prompt, response)] * (2 if both else 1), np.int64)  # (sequences, 2) tokens
     shape = layout_choice.Shape(model.layers, model.attention_width, model.matrices)
     given = config.train.layout
-    possible = layout_choice.possible_layouts(config.method.needs, "by_unit") if given == "auto" else (given,)
-    works = [layout_choice.work(parts, layout, "by_unit", shape, "cuda") for layout in possible]
+    possible = layout_choice.possible_layouts(config.method.needs, "per_segment") if given == "auto" else (given,)
+    works = [layout_choice.work(parts, layout, "per_segment", shape, "cuda") for layout in possible]
     work = min(works, key=lambda work: layout_choice.seconds(work, layout_choice.SPEEDS["cuda"]))
     forward = 2 * work.linear + 4 * (work.causal + work.masked)  # attention: queries x keys and weights x values
     head = 2.0 * len(parts) * response * model.vocabulary * model.hidden_size

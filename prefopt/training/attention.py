@@ -1,7 +1,7 @@
-"""What a model's attention is told of a batch whose rows hold more than one sequence.
+"""Attention over rows that hold several packed segments.
 
-Four ways, all equal: SDPA unit by unit (no mask of T x T anywhere), a dense mask, a FlexAttention block mask, and
-varlen flash attention, which knows no shared prompts.
+Equivalent implementations: SDPA called per segment (no T x T mask is made), a dense mask, a FlexAttention block mask,
+and varlen flash attention, which does not support shared prompts.
 """
 
 from __future__ import annotations
@@ -21,28 +21,29 @@ from prefopt.data.layouts import block_and_branch
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Kind = Literal["by_unit", "dense", "additive", "blocks", "varlen"]
+Kind = Literal["per_segment", "dense", "additive", "blocks", "varlen"]
 
-BY_UNIT = "prefopt_sdpa"  # the name under which transformers knows `attend_by_unit`
-# What SDPA takes for a product of query and key under a mask, in those of a causal call, of which it computes half. On
-# the CPU between 0.4 and 0.6 for 128 to 1024 keys; on CUDA a mask keeps flash attention out, and 3 is a guess.
+PER_SEGMENT = "prefopt_sdpa"  # the name under which transformers knows `attend_per_segment`
+# Cost of a query-key product of SDPA under a mask, relative to one of a causal call (which computes half of them).
+# On the CPU it was measured between 0.4 and 0.6 for 128 to 1024 keys; on CUDA a mask rules out flash attention, and 3
+# is an estimate.
 MASKED = {"cpu": 0.5, "cuda": 3.0}
 
 
 def attention_kind(lm: PreTrainedModel) -> Kind:
-    """How this model's attention is told of units; its SDPA is replaced by one that goes unit by unit if it can be.
+    """How this model's attention handles segments; its SDPA is replaced by `attend_per_segment` where possible.
 
-    The replacement is that of the stock SDPA in all calls without units: evaluation and generation are untouched. A
-    model that does something else under any name but "sdpa" keeps that name.
+    Calls without segments, such as those of evaluation and generation, still run the stock SDPA. A model whose code
+    depends on the name "sdpa" keeps that name.
     """
     name = str(lm.config._attn_implementation)
     replaceable = lm._supports_attention_backend and lm._can_set_attn_implementation() and not _asks_for_sdpa(lm)
     if name == "sdpa" and replaceable:
         _register()
-        lm.set_attn_implementation(BY_UNIT)
-        name = BY_UNIT
-    if name == BY_UNIT:
-        return "by_unit"
+        lm.set_attn_implementation(PER_SEGMENT)
+        name = PER_SEGMENT
+    if name == PER_SEGMENT:
+        return "per_segment"
     if name == "flex_attention":
         return "blocks"
     if "flash" in name:
@@ -51,7 +52,7 @@ def attention_kind(lm: PreTrainedModel) -> Kind:
 
 
 def _asks_for_sdpa(lm: PreTrainedModel) -> bool:
-    """Whether the code of a model compares the name of its attention with "sdpa", as sparse attention does."""
+    """Whether a model's code compares its attention's name with "sdpa", as models with sparse attention do."""
     for name in {type(module).__module__ for module in lm.modules()} - {"torch.nn"}:
         try:
             source = inspect.getsource(sys.modules[name])
@@ -66,32 +67,32 @@ def _register() -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
-    AttentionInterface.register(BY_UNIT, attend_by_unit)
-    AttentionMaskInterface.register(BY_UNIT, sdpa_mask)
+    AttentionInterface.register(PER_SEGMENT, attend_per_segment)
+    AttentionMaskInterface.register(PER_SEGMENT, sdpa_mask)
 
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """The inputs of one batch in the forms that models take, each made at most once, for all layers and models.
+    """The inputs of one batch in the forms that models take; each form is made once, for all layers and both models.
 
     Args:
-        input_ids, attention_mask, positions: (R, T), on the model's device.
-        units: (U, 4) on the host, as in `data.layouts.Grid`; None where each row is one sequence.
+        input_ids, attention_mask, position_ids: (R, T), on the model's device.
+        segments: (U, 4) on the host, as in `data.layouts.Grid`; None where each row is one sequence.
     """
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
-    positions: torch.Tensor
-    units: np.ndarray | None
+    position_ids: torch.Tensor
+    segments: np.ndarray | None
     _made: dict[Any, Any] = field(default_factory=dict, init=False)
 
     def arguments(self, kind: Kind, dtype: torch.dtype) -> dict[str, Any]:
         """Keyword arguments of a model's forward.
 
-        Args: dtype: of the model's weights.
+        Args: dtype: dtype of the model's weights.
         """
-        inputs = {"input_ids": self.input_ids, "position_ids": self.positions}
-        if self.units is None:
+        inputs = {"input_ids": self.input_ids, "position_ids": self.position_ids}
+        if self.segments is None:
             return inputs | {"attention_mask": self.attention_mask}
         return inputs | self._once((kind, dtype), lambda: getattr(self, f"_{kind}")(dtype))
 
@@ -100,15 +101,17 @@ class Rows:
             self._made[key] = make()
         return self._made[key]
 
-    def _by_unit(self, dtype: torch.dtype) -> dict[str, Any]:
-        # a mask of four dimensions is passed on as it is; `attend_by_unit` reads the units instead of it
-        mask = torch.ones(len(self.positions), 1, 1, 1, dtype=torch.bool, device=self.positions.device)
-        return {"attention_mask": mask, "rows_of_units": self}
+    def _per_segment(self, dtype: torch.dtype) -> dict[str, Any]:
+        # transformers passes a 4-D mask on unchanged; this one is a placeholder (R, 1, 1, 1), because
+        # `attend_per_segment` reads the segments instead
+        mask = torch.ones(len(self.position_ids), 1, 1, 1, dtype=torch.bool, device=self.position_ids.device)
+        return {"attention_mask": mask, "packed_rows": self}
 
     def _dense(self, dtype: torch.dtype) -> dict[str, Any]:
-        return {"attention_mask": self.visible()[:, None]}
+        return {"attention_mask": self.visible()[:, None]}  # (R, 1, T, T) bool
 
     def _additive(self, dtype: torch.dtype) -> dict[str, Any]:
+        # 0 where position i may attend to j, the dtype's minimum elsewhere: for eager attention, which adds the mask
         visible = self.visible()[:, None]
         mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
         return {"attention_mask": mask.masked_fill_(~visible, torch.finfo(dtype).min)}
@@ -123,19 +126,19 @@ class Rows:
             return same & ((branch[row, j] == 0) | (branch[row, i] == branch[row, j]))
 
         rows, columns = block.shape
-        # compiled, it never holds a mask of T x T; on the CPU compiling costs more than the mask
+        # compiled, it never materialises a T x T mask; on the CPU compiling costs more than the mask
         mask = create_block_mask(
             visible, rows, None, columns, columns, device=block.device, _compile=block.device.type == "cuda"
         )
         return {"attention_mask": mask}
 
     def _varlen(self, dtype: torch.dtype) -> dict[str, Any]:
-        """One row, which holds whole sequences only; cells of padding at its end are one more sequence."""
-        units, cells = self._in_order(), self.positions.numel()
-        edges = np.concatenate(([0], np.cumsum(units[:, 1])))
-        if edges[-1] < cells:
-            edges = np.append(edges, cells)
-        cumulative = torch.from_numpy(edges).to(self.positions.device, torch.int32)
+        """Cumulative sequence lengths of a single row of sequences; padding at its end is one more sequence."""
+        segments, positions = self._in_order(), self.position_ids.numel()
+        edges = np.concatenate(([0], np.cumsum(segments[:, 1])))
+        if edges[-1] < positions:
+            edges = np.append(edges, positions)
+        cumulative = torch.from_numpy(edges).to(self.position_ids.device, torch.int32)
         longest = int(np.diff(edges).max())
         return {
             "attention_mask": None,
@@ -146,11 +149,12 @@ class Rows:
         }
 
     def _in_order(self) -> np.ndarray:
-        assert self.units is not None, "each row is one sequence"
-        return self.units[np.argsort(self.units[:, 0])]
+        """The segments in the order of their positions."""
+        assert self.segments is not None, "each row is one sequence"
+        return self.segments[np.argsort(self.segments[:, 0])]
 
     def visible(self) -> torch.Tensor:
-        """(R, T, T) bool: whether cell i (second axis) may attend to cell j (third)."""
+        """(R, T, T) bool: whether position i (second axis) may attend to position j (third)."""
         block, branch = self._block_and_branch()
         same = block[:, :, None] == block[:, None, :]
         trunk = (branch == 0)[:, None, :]
@@ -158,89 +162,94 @@ class Rows:
 
     def _block_and_branch(self) -> tuple[torch.Tensor, torch.Tensor]:
         def make() -> tuple[torch.Tensor, torch.Tensor]:
-            block, branch = block_and_branch(self._in_order(), self.positions.numel())
+            block, branch = block_and_branch(self._in_order(), self.position_ids.numel())
             one, other = (
-                torch.from_numpy(x).to(self.positions.device).view_as(self.positions) for x in (block, branch)
+                torch.from_numpy(x).to(self.position_ids.device).view_as(self.position_ids) for x in (block, branch)
             )
             return one, other
 
         return self._once("block and branch", make)
 
-    def pieces(self) -> list[tuple[int, int]]:
-        """The line of all R * T cells cut for attention: (cells, trunk) of each piece, in order.
+    def spans(self) -> list[tuple[int, int]]:
+        """All R * T positions split into spans for attention: (length, trunk) of each span, in order.
 
-        A piece with trunk 0 sees itself. One with a trunk sees as many cells at the start of the piece before it as
-        well. -1 stands for padding.
+        A span with trunk 0 attends to itself: a trunk with its first branch. A span with a trunk is a second branch,
+        which also attends to that many positions at the start of the span before it. Trunk -1 marks padding.
         """
 
         def make() -> list[tuple[int, int]]:
-            pieces, at = [], 0
+            spans, at = [], 0
             for first, trunk, one, other in self._in_order().tolist():
                 if first > at:
-                    pieces.append((first - at, -1))
-                pieces.append((trunk + one, 0))
+                    spans.append((first - at, -1))
+                spans.append((trunk + one, 0))
                 if other:
-                    pieces.append((other, trunk))
+                    spans.append((other, trunk))
                 at = first + trunk + one + other
-            if at < self.positions.numel():
-                pieces.append((self.positions.numel() - at, -1))
-            return pieces
+            if at < self.position_ids.numel():
+                spans.append((self.position_ids.numel() - at, -1))
+            return spans
 
-        return self._once("pieces", make)
+        return self._once("spans", make)
 
     def lower_right(self, queries: int, keys: int) -> torch.Tensor:
-        """(1, 1, queries, keys): the last query sees all keys, each one before it one key less."""
+        """A lower-right causal mask, (1, 1, queries, keys): the last query sees all keys, the one before one less."""
 
         def make() -> torch.Tensor:
-            mask = torch.ones(1, 1, queries, keys, dtype=torch.bool, device=self.positions.device)
+            mask = torch.ones(1, 1, queries, keys, dtype=torch.bool, device=self.position_ids.device)
             return mask.tril_(keys - queries)
 
         return self._once((queries, keys), make)
 
 
-def ends_a_square(trunk: Any, cells: Any, device: str) -> Any:
-    """Whether a unit's second branch is cheaper as the end of a causal call than under a mask; numbers or arrays."""
-    return trunk + cells < 2 * MASKED.get(device, 1.0) * cells
+def cheaper_as_causal(trunk: Any, branch: Any, device: str) -> Any:
+    """Whether a second branch is cheaper at the end of a causal call than under a mask, by lengths (numbers or arrays).
+
+    A causal call over trunk and branch costs (t + b)^2 / 2 products, a masked one b (t + b) products at MASKED each.
+    """
+    return trunk + branch < 2 * MASKED.get(device, 1.0) * branch
 
 
-def attend_by_unit(
+def attend_per_segment(
     module: nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
-    rows_of_units: Rows | None = None,
+    packed_rows: Rows | None = None,
     **settings: Any,
 ) -> tuple[torch.Tensor, None]:
-    """SDPA as transformers calls it, and unit by unit where it is told of units.
+    """SDPA as transformers calls it; where rows are packed, one call per segment, or two if it has a second branch.
 
-    The trunk and the first branch of a unit are one causal call. The second branch is another, whose queries see the
-    trunk's keys and their own: under a mask that hides a triangle, or, where that is cheaper, as the end of a causal
-    call with the trunk's queries, whose outcome is dropped.
+    The trunk and the first branch of a segment are one causal call. The second branch is another call, whose queries
+    attend to the trunk's keys and to their own: under a lower-right causal mask, or, where that is cheaper, at the end
+    of a causal call that also has the trunk's queries, whose outputs are discarded.
 
-    Args: query: (R, heads, T, head size); key, value: the same, maybe of fewer heads.
-    Returns: (R, T, heads, head size), zero in cells of padding.
+    Args: query: (R, heads, T, head size); key, value: the same, possibly with fewer heads (GQA).
+    Returns: (R, T, heads, head size), zero at padding.
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    if rows_of_units is None:
+    if packed_rows is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
     rows, _, width, _ = query.shape
-    pieces = rows_of_units.pieces()
-    # one split, whose gradient is one concatenation: a slice for each piece would cost a zero tensor of full size
-    q, k, v = (x.transpose(1, 2).flatten(0, 1).split([n for n, _ in pieces]) for x in (query, key, value))
+    spans = packed_rows.spans()
+    # (R, heads, T, d) -> (R * T, heads, d), split into spans. One split has one concatenation as its gradient; a slice
+    # per span would allocate a zero tensor of full size for each in the backward pass.
+    q, k, v = (x.transpose(1, 2).flatten(0, 1).split([length for length, _ in spans]) for x in (query, key, value))
     out: list[torch.Tensor] = []
-    for i, (cells, trunk) in enumerate(pieces):
-        if trunk < 0:
+    for i, (length, trunk) in enumerate(spans):
+        if trunk < 0:  # padding
             out.append(q[i].new_zeros(q[i].shape[:-1] + v[i].shape[-1:]))
             continue
         queries, keys, values, mask, dropped = q[i], k[i], v[i], None, 0
-        if trunk:
+        if trunk:  # a second branch: the trunk is the beginning of the span before it
             keys, values = (torch.cat((x[i - 1][:trunk], x[i])) for x in (k, v))
-            if ends_a_square(trunk, cells, query.device.type):
+            if cheaper_as_causal(trunk, length, query.device.type):
                 queries, dropped = torch.cat((q[i - 1][:trunk], queries)), trunk
             else:
-                mask = rows_of_units.lower_right(cells, trunk + cells)
-        one, seen, read = (x.transpose(0, 1)[None] for x in (queries, keys, values))
-        out.append(sdpa_attention_forward(module, one, seen, read, mask, **settings)[0][0, dropped:])
+                mask = packed_rows.lower_right(length, trunk + length)
+        # (length, heads, d) -> (1, heads, length, d)
+        one_q, one_k, one_v = (x.transpose(0, 1)[None] for x in (queries, keys, values))
+        out.append(sdpa_attention_forward(module, one_q, one_k, one_v, mask, **settings)[0][0, dropped:])
     return torch.cat(out).view(rows, width, *out[0].shape[1:]), None

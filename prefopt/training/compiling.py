@@ -1,6 +1,6 @@
 """torch.compile of a backbone, layer by layer: one graph for all layers, whatever lengths a run meets.
 
-Attention stays outside of the graphs: it goes unit by unit through rows whose cuts are another with each batch.
+Attention stays outside of the graphs: it is called per packed segment, whose boundaries differ in each batch.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ import torch
 from torch import nn
 
 from prefopt.errors import ConfigError
-from prefopt.training.attention import BY_UNIT, attend_by_unit
+from prefopt.training.attention import PER_SEGMENT, attend_per_segment
 
-# Graphs of one piece of code: with and without gradients, adapter and mask, in training or not, of one row or more.
+# Most graphs per code object: with and without gradients, adapter and mask, in training or not, of one row or more.
 _GRAPHS = 64
 
 
 def check(device: torch.device) -> None:
-    """Raises: ConfigError where there is nothing that compiles."""
+    """Raises: ConfigError where no compiler is installed."""
     if device.type == "cpu":
         compilers = [os.environ.get("CXX"), "g++", "clang++", "c++"]
         if not any(name and shutil.which(name) for name in compilers):
@@ -39,9 +39,9 @@ def check(device: torch.device) -> None:
 
 
 def compile_layers(backbone: nn.Module) -> int:
-    """Compile each decoder layer in place: names of weights stay what they are. Returns the number of layers.
+    """Compile each decoder layer in place; names of weights do not change. Returns: number of layers.
 
-    Raises: ConfigError for a model whose layers cannot be told.
+    Raises: ConfigError for a model whose decoder layers cannot be identified.
     """
     from transformers import AttentionInterface
     from transformers.modeling_layers import GradientCheckpointingLayer
@@ -49,25 +49,25 @@ def compile_layers(backbone: nn.Module) -> int:
     layers = [module for module in backbone.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:
         raise ConfigError(
-            f"train.compile: {type(backbone).__name__} has no layers that transformers marks as such; leave it out"
+            f"train.compile: {type(backbone).__name__} has no decoder layers that transformers knows; leave it out"
         )
     dynamo: Any = torch._dynamo.config
     dynamo.recompile_limit = max(dynamo.recompile_limit, _GRAPHS)
     dynamo.accumulated_recompile_limit = max(dynamo.accumulated_recompile_limit, 4 * _GRAPHS)
-    AttentionInterface.register(BY_UNIT, _outside())
+    AttentionInterface.register(PER_SEGMENT, _attention_outside_graphs())
     for layer in layers:
         layer.compile(dynamic=True)
     return len(layers)
 
 
 @functools.cache
-def _outside() -> Any:
-    return torch.compiler.disable(attend_by_unit)
+def _attention_outside_graphs() -> Any:
+    return torch.compiler.disable(attend_per_segment)
 
 
 @contextlib.contextmanager
 def eagerly(model: nn.Module) -> Iterator[None]:
-    """While it lasts, compiled layers of `model` compute as if they were not."""
+    """While it lasts, compiled layers of `model` run eagerly."""
     if any(module._compiled_call_impl is not None for module in model.modules()):
         with torch.compiler.set_stance("force_eager"):
             yield

@@ -63,11 +63,11 @@ def router_weight(config: Any, given: float | None) -> float:
 def token_weights(batch: PairBatch) -> torch.Tensor:
     """How many sequences each cell of a batch is a token of, (R * T,): 0 in padding, 2 in a prompt of both sides."""
     weights = batch.attention_mask.reshape(-1).float()
-    shared = batch.units is not None and batch.rejected_lengths is not None and len(batch.units) == batch.pairs
+    shared = batch.segments is not None and batch.rejected_lengths is not None and len(batch.segments) == batch.pairs
     if not (shared and batch.pairs):
         return weights
-    assert batch.units is not None
-    block, branch = block_and_branch(batch.units, len(weights))
+    assert batch.segments is not None
+    block, branch = block_and_branch(batch.segments, len(weights))
     both = torch.from_numpy((block >= 0) & (branch == 0)).to(weights.device)
     return weights * (1 + both)
 

@@ -109,14 +109,14 @@ class Scorer(Policy):
         attention_mask: torch.Tensor,
         position_ids: torch.Tensor,
         last_index: torch.Tensor,
-        units: np.ndarray | None = None,
+        segments: np.ndarray | None = None,
         token_weights: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, ...]:
         """The score of each sequence, (S,), in float32 or better, and the routing where token weights are given.
 
         Args: as in PairBatch, and as in `experts.routing`.
         """
-        rows = Rows(input_ids, attention_mask, position_ids, units)
+        rows = Rows(input_ids, attention_mask, position_ids, segments)
         with self.saving:
             hidden, routing = _states_and_routing(self.lm, self.attention, rows, last_index, token_weights)
         head: Any = adapters.base_of(self.lm).score
@@ -189,7 +189,7 @@ class PolicyWithReference(Policy):
         score_index: torch.Tensor,
         labels: torch.Tensor,
         want: tuple[str, ...],
-        units: np.ndarray | None = None,
+        segments: np.ndarray | None = None,
         ref_hidden: torch.Tensor | None = None,
         token_weights: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor | None, ...]:
@@ -199,7 +199,7 @@ class PolicyWithReference(Policy):
 
         Args: as in PairBatch, and as in `experts.routing`; `want` names statistics beside the policy's log-probability.
         """
-        rows = Rows(input_ids, attention_mask, position_ids, units)
+        rows = Rows(input_ids, attention_mask, position_ids, segments)
         reads = bool(set(want) & {"ref_logp", "kl", "reverse_kl"})
         live = reads and ref_hidden is None  # before the policy, whose activations are then not held beside its own
         ref = self._reference_request(rows, score_index) if live else {}
@@ -295,8 +295,8 @@ def _states_and_routing(
 
 
 def scored_states(lm: PreTrainedModel, kind: Kind, batch: PairBatch) -> torch.Tensor:
-    """The same of a batch, without head and reference. Args: kind: how this model's attention is told of units."""
-    rows = Rows(batch.input_ids, batch.attention_mask, batch.position_ids, batch.units)
+    """The same of a batch, without head and reference. Args: kind: how this model's attention is told of segments."""
+    rows = Rows(batch.input_ids, batch.attention_mask, batch.position_ids, batch.segments)
     return _scored_states(lm, kind, rows, batch.score_index)
 
 
@@ -326,7 +326,7 @@ def _token_stats(
         score_index=batch.score_index,
         labels=batch.labels,
         want=want,
-        units=batch.units,
+        segments=batch.segments,
         ref_hidden=batch.ref_hidden,
         **more,
     )
@@ -346,7 +346,7 @@ def _scores(model: Callable[..., Any], batch: PairBatch, **more: Any) -> tuple[t
         attention_mask=batch.attention_mask,
         position_ids=batch.position_ids,
         last_index=batch.last_index,
-        units=batch.units,
+        segments=batch.segments,
         **more,
     )
 

@@ -1,7 +1,7 @@
-"""Which layout a micro-batch takes: those that are exact for this model, and of them the one expected to be fastest.
+"""The layout of each micro-batch: of the layouts that are exact for this model, the one with the lowest predicted time.
 
-The choice is a function of the lengths in the micro-batch, the model's shape and the constants below, never of a clock:
-a continued run makes the same choices.
+The choice is a function of the lengths in the micro-batch, the model's shape and the constants below, never of measured
+time, so a resumed run makes the same choices.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import numpy as np
 import torch
 
 from prefopt.data.collate import collate
-from prefopt.data.layouts import LAYOUTS, PADDED, rows_of, shares_prompts, units_of, width_of
+from prefopt.data.layouts import LAYOUTS, PADDED, rows_of, segments_of, shares_prompts, width_of
 from prefopt.errors import ConfigError
 from prefopt.settings import RunConfig
 from prefopt.training import adapters, quantized, sharding
-from prefopt.training.attention import MASKED, Kind, ends_a_square
+from prefopt.training.attention import MASKED, Kind, cheaper_as_causal
 from prefopt.training.forward import Policy, scored_states, to_device
 from prefopt.training.model_checks import vocabulary
 from prefopt.types import EncodedPair, Needs
@@ -27,21 +27,21 @@ from prefopt.types import EncodedPair, Needs
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-MARGIN = 0.92  # of the padded layout's predicted time: what another one must stay below to be chosen
+MARGIN = 0.92  # another layout is chosen if its predicted time is below this fraction of the padded layout's
 
 
-# What it costs ------------------------------------------------------------------------------------------------------
+# Cost model ---------------------------------------------------------------------------------------------------------
 
 
 class Work(NamedTuple):
-    """What a forward and backward pass does, or what a device does of it in a second.
+    """Amounts of work of a forward and backward pass, or a device's throughput of each per second.
 
     Args:
-        linear: multiply-adds of the backbone's matrices, counted forward.
-        causal: products of a query and a key, times width, in SDPA that is told it is causal.
+        linear: multiply-adds of the backbone's matrices in the forward pass.
+        causal: query-key products, times width, in causal SDPA.
         masked: the same in SDPA under a mask.
-        mask: cells of a (R, T, T) mask that is made.
-        calls: of SDPA, each with taking its piece out of the row and putting it back.
+        mask: entries of (R, T, T) masks that are made.
+        calls: calls of SDPA, including slicing the row and concatenating the outputs.
     """
 
     linear: float
@@ -51,23 +51,24 @@ class Work(NamedTuple):
     calls: float
 
 
-# The CPU's, of one thread of a server, are fitted by benchmarks/layouts.py to passes of a small Llama. CUDA's are
-# guesses, set against the layouts that they could choose wrongly: calls and masks dear, cells cheap.
+# The CPU's throughputs, of one thread of a server, are fitted by benchmarks/layouts.py to passes of a small Llama.
+# CUDA's are estimates that err towards the padded layout: calls and masks are expensive, positions cheap.
 SPEEDS = {
     "cpu": Work(linear=8.7e9, causal=3.2e9, masked=6.3e9, mask=2e7, calls=3300),
     "cuda": Work(linear=1e14, causal=1e14, masked=1e14 / MASKED["cuda"], mask=1e10, calls=3000),
 }
-_BLOCK = 128  # cells of a side of FlexAttention's blocks
+_BLOCK = 128  # side of FlexAttention's blocks, in positions
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A model as far as the cost of a layout depends on it.
+    """The sizes of a model on which the cost of a layout depends.
 
     Args:
-        layers: how many attend.
-        width: size of the heads of one layer together.
-        weights: entries of the backbone's matrices, without the embedding: multiply-adds per cell, forward.
+        layers: number of attention layers.
+        width: total size of the heads of one layer.
+        weights: entries of the backbone's matrices without the embedding, which are the multiply-adds per position of a
+            forward pass.
     """
 
     layers: int
@@ -76,7 +77,7 @@ class Shape:
 
 
 def shape_of(lm: PreTrainedModel) -> Shape:
-    """The shape of a model."""
+    """The shape of a model, from its config and weights."""
     config: Any = lm.config.get_text_config()
     heads, head = getattr(config, "num_attention_heads", 1), getattr(config, "head_dim", None)
     width = heads * head if head else config.hidden_size
@@ -86,53 +87,56 @@ def shape_of(lm: PreTrainedModel) -> Shape:
 
 
 def work(parts: np.ndarray, layout: str, kind: Kind, shape: Shape, device: str) -> Work:
-    """What a forward and backward pass of the backbone over these sequences does.
+    """The work of a forward and backward pass of the backbone over these sequences.
 
-    The head is left out: it sees scored positions, which are the same in every layout.
+    The head is not counted: it computes loss tokens only, which are the same in every layout.
 
     Args:
-        parts: (S, 2) tokens of prompt and completion of each sequence, as in `data.layouts.units_of`.
-        kind: how attention is told of units.
+        parts: (S, 2) lengths of prompt and completion of each sequence, as in `data.layouts.segments_of`.
+        kind: how attention handles segments.
     """
-    units = units_of(parts, layout)
-    rows = rows_of(units.sum(1), layout, one_row=kind in ONE_ROW)
-    width = width_of(units.sum(1), rows)
-    cells = len(rows) * width
+    segments = segments_of(parts, layout)
+    rows = rows_of(segments.sum(1), layout, one_row=kind in ONE_ROW)
+    width = width_of(segments.sum(1), rows)
+    positions = len(rows) * width  # R * T
     causal, masked, mask, calls = 0.0, 0.0, 0.0, 1
     if layout == PADDED:
-        causal = cells * width / 2
+        causal = positions * width / 2  # R T^2 / 2
     elif kind in ("dense", "additive"):
-        masked = mask = float(cells * width)
+        masked = mask = float(positions * width)  # R T^2
     else:
-        trunk, one, other = units.astype(np.float64).T
-        square = ends_a_square(trunk, other, device)
+        # trunk and first branch: a causal call, (t + b1)^2 / 2 products; second branch: another causal call with the
+        # trunk, (t + b2)^2 / 2, or b2 queries by t + b2 keys under a mask
+        trunk, one, other = segments.astype(np.float64).T  # lengths, (U,) each
+        square = cheaper_as_causal(trunk, other, device)
         causal = float(((trunk + one) ** 2).sum() + ((trunk + other) ** 2)[square].sum()) / 2
         masked = float((other * (trunk + other))[~square].sum())
-        if kind == "by_unit":
-            calls = len(units) + int((other > 0).sum())
+        if kind == "per_segment":
+            calls = len(segments) + int((other > 0).sum())
         elif kind == "blocks":
-            causal, mask = causal + cells * _BLOCK, (cells / _BLOCK) ** 2
-    wide = shape.layers * shape.width
-    return Work(cells * shape.weights, causal * wide, masked * wide, mask, calls * shape.layers)
+            # blocks on a boundary are computed in full
+            causal, mask = causal + positions * _BLOCK, (positions / _BLOCK) ** 2
+    per_product = shape.layers * shape.width
+    return Work(positions * shape.weights, causal * per_product, masked * per_product, mask, calls * shape.layers)
 
 
 def seconds(amounts: Work, speeds: Work) -> float:
-    """How long that takes."""
+    """The predicted time of this work."""
     return sum(amount / speed for amount, speed in zip(amounts, speeds, strict=True))
 
 
-ONE_ROW: tuple[Kind, ...] = ("by_unit", "blocks", "varlen")  # a longer row costs these nothing
+ONE_ROW: tuple[Kind, ...] = ("per_segment", "blocks", "varlen")  # their cost does not depend on the length of a row
 
 
 @dataclass(frozen=True)
 class Layouts:
-    """The layout of each micro-batch.
+    """Chooses the layout of each micro-batch.
 
     Args:
-        allowed: layouts to choose from, the simplest first; one alone is taken as it is.
-        kind: of the policy's attention, or of the reference's where that one alone needs a mask.
+        allowed: layouts to choose from, the simplest first; a single one is always used.
+        kind: the policy's kind of attention, or the reference's if only that one needs a mask.
         device: `cpu` or `cuda`.
-        longest: sequences longer than this stay padded: a window of the model's attention is left out of other layouts.
+        longest: batches with a longer sequence are padded, because other layouts ignore a sliding window.
     """
 
     allowed: tuple[str, ...]
@@ -161,19 +165,19 @@ class Layouts:
         return best if PADDED not in times or times[best] < MARGIN * times[PADDED] else PADDED
 
     def settings(self, layout: str) -> dict[str, Any]:
-        """What `collate` is to be told beside the pairs."""
+        """The arguments of `collate` beside the pairs."""
         return collate_settings(self.kind, layout)
 
 
 def collate_settings(kind: Kind, layout: str) -> dict[str, Any]:
-    """What `collate` is to be told of a layout for this attention."""
+    """The arguments of `collate` for a layout under this kind of attention."""
     if layout == PADDED:
         return {"layout": layout}
     rounded = {"pad_to_multiple_of": _BLOCK} if kind == "blocks" else {}
     return {"layout": layout, "one_row": kind in ONE_ROW, **rounded}
 
 
-# What is exact ------------------------------------------------------------------------------------------------------
+# Exactness ---------------------------------------------------------------------------------------------------------
 
 
 def check_settings(config: RunConfig, device: torch.device) -> None:
@@ -185,15 +189,15 @@ def check_settings(config: RunConfig, device: torch.device) -> None:
 
 
 def check_architecture(config: RunConfig, architecture: PretrainedConfig, key: str = "model.path") -> None:
-    """Raises: ConfigError for a layout that is asked for by name and cannot be exact, before weights are loaded."""
+    """Raises: ConfigError for a layout that is requested by name and cannot be exact, before weights are loaded."""
     layout = config.train.layout
     if layout in ("auto", PADDED):
         return
     reason = _never_exact(architecture)
     window = _window(architecture)
     if reason is None and window is not None and config.data.max_length > window:
-        reason = f"its attention sees {window} tokens back, rows have up to {config.data.max_length}"
-        reason += f" (--data.max_length {window} keeps them within)"
+        reason = f"its attention window is {window} tokens, sequences have up to {config.data.max_length}"
+        reason += f" (--data.max_length {window} truncates them to the window)"
     if reason is not None:
         raise ConfigError(f"train.layout: '{layout}' is not exact for {key}: {reason}; expected auto or padded")
 
@@ -202,63 +206,64 @@ def choose_layouts(
     config: RunConfig,
     policy: Policy,
     device: torch.device,
-    inside: Callable[[Callable[[], Any]], Any] = lambda run: run(),
+    run_inside_forward: Callable[[Callable[[], Any]], Any] = lambda run: run(),
 ) -> tuple[Layouts, str | None]:
-    """The layouts that are exact for policy and reference, and a line on those that are not, if any.
+    """The layouts that are exact for policy and reference, and a line about those that are not, if any.
 
-    Args: inside: where the policy, which a backend may have sharded, can be called by itself.
-    Raises: ConfigError when the one asked for is not exact.
+    Args: run_inside_forward: calls a function where a sharded policy can be called, see `Backend.run_inside_forward`.
+    Raises: ConfigError when the requested layout is not exact.
     """
     asked, kind = config.train.layout, policy.attention
     wanted = possible_layouts(config.method.needs, kind) if asked == "auto" else (asked,)
     both = {"the policy": (adapters.base_of(policy.lm), kind)}
     if policy.reference is not None:
         both["the reference"] = (policy.reference, policy.reference_attention)
-    refused: dict[str, str] = {}
+    inexact: dict[str, str] = {}
     for layout in wanted:
         for who, (lm, how) in both.items():
-            if layout == PADDED or layout in refused:
+            if layout == PADDED or layout in inexact:
                 continue
-            if config.lora.dropout and shares_prompts(layout):  # by name: refused with the settings
-                reason: str | None = "lora.dropout would drop the same of a shared prompt for both sides of a pair"
+            if config.lora.dropout and shares_prompts(layout):  # requested by name, it is refused with the settings
+                reason: str | None = "lora.dropout would drop the same entries of a shared prompt for both completions"
             else:
-                reason = inside(partial(_inexact, lm, how, layout, device, config.train.mixed_precision))
+                reason = run_inside_forward(partial(_inexact, lm, how, layout, device, config.train.mixed_precision))
             if reason is not None:
-                refused[layout] = f"{who} ({type(lm).__name__}): {reason}"
-    if asked in refused:
-        raise ConfigError(f"train.layout: '{asked}' is not exact for {refused[asked]}; expected auto or padded")
+                inexact[layout] = f"{who} ({type(lm).__name__}): {reason}"
+    if asked in inexact:
+        raise ConfigError(f"train.layout: '{asked}' is not exact for {inexact[asked]}; expected auto or padded")
     windows = [w for lm, _ in both.values() if (w := _window(lm.config)) is not None]
     layouts = Layouts(
-        allowed=tuple(layout for layout in wanted if layout not in refused),
-        # one row of all tokens would be a mask of all by all for a reference that needs one
+        allowed=tuple(layout for layout in wanted if layout not in inexact),
+        # for a reference that needs a dense mask, one row of all tokens would need an all-by-all mask
         kind=next((how for _, how in both.values() if how not in ONE_ROW), kind),
         shape=shape_of(adapters.base_of(policy.lm)),
         device=device.type,
         longest=min(windows, default=None),
     )
-    return layouts, _line(refused, layouts, config.data.max_length)
+    return layouts, _line(inexact, layouts, config.data.max_length)
 
 
 def possible_layouts(needs: Needs, kind: Kind) -> tuple[str, ...]:
-    """The layouts that mean something for this method and this attention."""
+    """The layouts that apply to this method and this kind of attention."""
     shared = needs.rows == "pairs" and kind != "varlen"
     return tuple(layout for layout in LAYOUTS if shared or not shares_prompts(layout))
 
 
-def _line(refused: dict[str, str], layouts: Layouts, max_length: int) -> str | None:
-    if refused:
-        reasons = list(refused.values())
-        what = "padded rows only" if layouts.allowed == (PADDED,) else f"not {' or '.join(refused)}"
+def _line(inexact: dict[str, str], layouts: Layouts, max_length: int) -> str | None:
+    if inexact:
+        reasons = list(inexact.values())
+        what = "padded rows only" if layouts.allowed == (PADDED,) else f"not {' or '.join(inexact)}"
         return f"layout: {what}, for {reasons[0]}"
     if layouts.longest is not None and layouts.longest < max_length and layouts.allowed != (PADDED,):
         return (
-            f"layout: sequences of more than {layouts.longest} tokens stay padded: the model's attention has a window"
+            f"layout: batches with sequences of more than {layouts.longest} tokens are padded: the model's attention "
+            "has a sliding window"
         )
     return None
 
 
 def _never_exact(config: PretrainedConfig) -> str | None:
-    """Why no layout but the padded one can be exact for this architecture, as far as its config tells, or None."""
+    """Why no layout but the padded one can be exact for this architecture, by its config; None if one may be."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     text: Any = config.get_text_config()
@@ -269,9 +274,9 @@ def _never_exact(config: PretrainedConfig) -> str | None:
     cls: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     if others or getattr(cls, "_is_stateful", False):
         kind = f"layers of type {', '.join(others)}" if others else "state-space or recurrent layers"
-        return f"{kind} carry what they have seen along the whole row"
+        return f"{kind} carry state along the whole row"
     if getattr(text, "attn_temperature_tuning", False):
-        return "it scales attention by places in the row"
+        return "it scales attention by the position in the row"
     if text.model_type in ("bloom", "mpt") or getattr(text, "alibi", False):
         return "ALiBi measures distances along the row"
     if _window(config) is not None and not getattr(cls, "_supports_attention_backend", True):
@@ -280,7 +285,7 @@ def _never_exact(config: PretrainedConfig) -> str | None:
 
 
 def _window(config: PretrainedConfig) -> int | None:
-    """How far back a token sees at most in some layer, or None for all the way."""
+    """The smallest attention window of any layer in tokens, or None for full attention."""
     text: Any = config.get_text_config()
     kinds = set(getattr(text, "layer_types", None) or ("sliding_attention", "chunked_attention"))
     named = {"sliding_window": "sliding_attention", "window_size": "sliding_attention"}
@@ -290,15 +295,15 @@ def _window(config: PretrainedConfig) -> int | None:
 
 
 def _inexact(lm: PreTrainedModel, kind: Kind, layout: str, device: torch.device, mixed: str) -> str | None:
-    """Why this layout is not exact for this model, or None: its config, then a try on a few short pairs."""
+    """Why this layout is not exact for this model, or None: by its config, then by a trial on a few short pairs."""
     reason = _never_exact(lm.config)
     if reason is not None:
         return reason
-    # only flash attention needs to be tried in the run's own precision, which blurs what is to be seen
+    # flash attention runs in 16 bits only; others are tried in the weights' dtype, where differences show best
     own = {"no": lm.dtype, "bf16": torch.bfloat16, "fp16": torch.float16}[mixed]
     precision = own if kind == "varlen" else lm.dtype
     tolerance = max(_TOLERANCE[precision], _TOLERANCE[quantized.precision(lm)])
-    plain = probe_states(lm, kind, PADDED, device, precision)  # what fails here is not the layout's fault
+    plain = probe_states(lm, kind, PADDED, device, precision)  # an error here is not caused by the layout
     try:
         gap = relative_gap(plain, probe_states(lm, kind, layout, device, precision))
     except Exception as error:
@@ -306,7 +311,7 @@ def _inexact(lm: PreTrainedModel, kind: Kind, layout: str, device: torch.device,
     return None if gap <= tolerance else f"hidden states differ from those of padded rows by {gap:.1g}"
 
 
-# Largest relative difference of a scored hidden state; transformers computes norms in float32 for any dtype.
+# Largest relative difference of a hidden state; transformers computes norms in float32 for any dtype.
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 
@@ -319,7 +324,7 @@ def relative_gap(plain: torch.Tensor, other: torch.Tensor) -> float:
 def probe_states(
     lm: PreTrainedModel, kind: Kind, layout: str, device: torch.device, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Scored hidden states of a few short random pairs, in float64."""
+    """Hidden states of the loss tokens of a few short random pairs, in float64."""
     draw = np.random.default_rng(0)
     top = vocabulary(lm.config)
 

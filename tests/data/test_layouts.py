@@ -7,7 +7,7 @@ import torch
 from prefopt.data.collate import collate
 from prefopt.data.encoder import Encoder
 from prefopt.data.encoding_report import show_batch
-from prefopt.data.layouts import LAYOUTS, block_and_branch, cells_of, rows_of
+from prefopt.data.layouts import LAYOUTS, block_and_branch, positions_of, rows_of
 from prefopt.types import EncodedPair, PairRow
 from tests.invariant.steps import random_pairs
 
@@ -21,7 +21,7 @@ def test_prefix_shared_when_two_pairs_then_every_tensor_is_as_by_hand():
     assert batch.input_ids.tolist() == [[0, 5, 6, 7, 8, 1, 9, 1], [0, 3, 4, 4, 1, P, P, P]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 5, 3, 4], [0, 1, 1, 2, 3, 0, 0, 0]]
     assert batch.attention_mask.tolist() == [[1] * 8, [1] * 5 + [0] * 3]
-    assert batch.units.tolist() == [[0, 3, 3, 2], [8, 1, 1, 3]]
+    assert batch.segments.tolist() == [[0, 3, 3, 2], [8, 1, 1, 3]]
     # the first token of the rejected side is scored from the prompt's last cell, as is that of the chosen one
     assert batch.score_index.tolist() == [2, 4, 8, 2, 6, 8, 10, 11]
     assert batch.labels.tolist() == [7, 1, 3, 9, 1, 4, 4, 1]
@@ -32,7 +32,7 @@ def test_packed_when_two_pairs_then_rows_are_as_long_as_the_longest_sequence():
     batch = collate([LONG, SHORT], pad_id=P, layout="packed")
     assert batch.input_ids.tolist() == [[0, 5, 6, 7, 8, 1], [0, 5, 6, 9, 1, P], [0, 4, 4, 1, 0, 3]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 0], [0, 1, 2, 3, 0, 1]]
-    assert batch.units.tolist() == [[0, 6, 0, 0], [16, 2, 0, 0], [6, 5, 0, 0], [12, 4, 0, 0]]
+    assert batch.segments.tolist() == [[0, 6, 0, 0], [16, 2, 0, 0], [6, 5, 0, 0], [12, 4, 0, 0]]
     assert batch.score_index.tolist() == [2, 4, 16, 8, 9, 12, 13, 14]
     assert batch.labels.tolist() == [7, 1, 3, 9, 1, 4, 4, 1]
 
@@ -41,7 +41,7 @@ def test_packed_prefix_shared_when_one_row_then_pairs_stand_behind_each_other():
     batch = collate([LONG, SHORT], pad_id=P, layout="packed_prefix_shared", one_row=True, pad_to_multiple_of=8)
     assert batch.input_ids.tolist() == [[0, 5, 6, 7, 8, 1, 9, 1, 0, 3, 4, 4, 1, P, P, P]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 5, 3, 4, 0, 1, 1, 2, 3, 0, 0, 0]]
-    assert batch.units.tolist() == [[0, 3, 3, 2], [8, 1, 1, 3]]
+    assert batch.segments.tolist() == [[0, 3, 3, 2], [8, 1, 1, 3]]
     assert batch.score_index.tolist() == [2, 4, 8, 2, 6, 8, 10, 11]
 
 
@@ -60,13 +60,13 @@ def test_any_layout_when_collated_then_each_sequence_reads_as_it_was_encoded(lay
     for name in ("labels", "sequence_index", "chosen_lengths", "rejected_lengths"):
         assert torch.equal(getattr(batch, name), getattr(plain, name)), name
     if layout == "padded":
-        assert batch.units is None
+        assert batch.segments is None
         return
     tokens, positions = batch.input_ids.flatten().numpy(), batch.position_ids.flatten().numpy()
     sequences = [(p.prompt_ids, p.chosen_ids) for p in pairs] + [(p.prompt_ids, p.rejected_ids) for p in pairs]
     used = np.zeros(tokens.size, int)
     for sequence, (prompt, completion) in enumerate(sequences):
-        cells = cells_of(batch.units, sequence, len(sequences))
+        cells = positions_of(batch.segments, sequence, len(sequences))
         used[cells] = 1
         assert tokens[cells].tolist() == prompt + completion
         assert positions[cells].tolist() == list(range(len(cells)))
@@ -88,7 +88,7 @@ def test_rows_when_packed_then_the_longest_come_first_and_none_is_longer_than_th
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_any_layout_when_there_is_no_pair_then_one_row_of_padding(layout):
     batch = collate([], pad_id=2, layout=layout)
-    assert (batch.input_ids.tolist(), batch.units, batch.pairs) == ([[2]], None, 0)
+    assert (batch.input_ids.tolist(), batch.segments, batch.pairs) == ([[2]], None, 0)
 
 
 def test_collate_when_only_chosen_is_needed_then_it_packs_and_refuses_to_share():

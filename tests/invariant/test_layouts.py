@@ -187,7 +187,7 @@ def test_step_when_auto_mixes_layouts_then_the_oracles_and_the_same_bits_again(r
         honest = bench.trainer._collate
         bench.trainer._collate = lambda pairs: chosen.append(honest(pairs)) or chosen[-1]
         step = bench.step(rows, 2)
-        return step, [batch.units is None for batch in chosen]
+        return step, [batch.segments is None for batch in chosen]
 
     (first, kinds), (again, same) = run(), run()
     assert kinds == same
@@ -202,22 +202,22 @@ def test_step_when_auto_mixes_layouts_then_the_oracles_and_the_same_bits_again(r
 
 def chosen_token_leaked(batch, pairs):
     """The rejected side of the pair sees the first token of the chosen one."""
-    units = batch.units.copy()
-    units[:, 1] += 1
-    units[:, 2] -= 1
-    return replace(batch, units=units)
+    segments = batch.segments.copy()
+    segments[:, 1] += 1
+    segments[:, 2] -= 1
+    return replace(batch, segments=segments)
 
 
 def neighbour_leaked(batch, pairs):
-    """Each unit but the first sees the last cell of the unit before it."""
-    units = batch.units.copy()
-    order = units[:, 0].argsort()
-    last = 3 if units[:, 3].any() else 1
+    """Each segment but the first sees the last cell of the segment before it."""
+    segments = batch.segments.copy()
+    order = segments[:, 0].argsort()
+    last = 3 if segments[:, 3].any() else 1
     for before, after in pairwise(order):
-        units[before, last] -= 1
-        units[after, 0] -= 1
-        units[after, 1] += 1
-    return replace(batch, units=units)
+        segments[before, last] -= 1
+        segments[after, 0] -= 1
+        segments[after, 1] += 1
+    return replace(batch, segments=segments)
 
 
 def position_shifted(batch, pairs):
@@ -231,7 +231,7 @@ def position_shifted(batch, pairs):
 def positions_not_restarted(batch, pairs):
     """Positions run on through the rejected completion as through one text."""
     positions = batch.position_ids.flatten().clone()
-    for pair, (first, trunk, one, other) in enumerate(batch.units.tolist()):
+    for pair, (first, trunk, one, other) in enumerate(batch.segments.tolist()):
         positions[first + trunk + one : first + trunk + one + other] += len(pairs[pair].chosen_ids)
     return replace(batch, position_ids=positions.view_as(batch.position_ids))
 
@@ -239,7 +239,7 @@ def positions_not_restarted(batch, pairs):
 def scored_from_the_cell_before(batch, pairs):
     """The first token of a rejected completion is scored from the cell before it, which is the chosen one's last."""
     at = batch.score_index.clone()
-    for pair, (first, trunk, one, _) in enumerate(batch.units.tolist()):
+    for pair, (first, trunk, one, _) in enumerate(batch.segments.tolist()):
         mine = (batch.sequence_index == len(pairs) + pair).nonzero().flatten()
         if len(mine) and int(at[mine[0]]) == first + trunk - 1:
             at[mine[0]] = first + trunk + one - 1

@@ -50,7 +50,7 @@ def test_the_kernels_compile_for_a_gpu(stat, bias, head, full, tmp_path, monkeyp
     }
     types = {"tokens": "i32", "columns": "i32", "index_ptr": "*i64", "grad_ptr": "*bf16"}
     types |= {"bias_ptr": bias, "ref_bias_ptr": bias}
-    for kernel, more in ((triton_stats._measure, {"HAS_REF": True}), (triton_stats._slope, {"LOGP": True})):
+    for kernel, more in ((triton_stats._forward, {"HAS_REF": True}), (triton_stats._backward, {"LOGP": True})):
         constants = settings | more
         signature = {
             name: "constexpr" if name in constants else types.get(name, f"*{stat}") for name in kernel.arg_names

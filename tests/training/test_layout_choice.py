@@ -25,9 +25,9 @@ _LLAMA = {**_HEADS, "num_key_value_heads": 2, "intermediate_size": 64, "max_posi
 _TOKENS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
 # name -> (model type, settings, what the line says of why rows stay padded)
 NOT_EXACT = {
-    "mamba": ("mamba", {"state_size": 4}, "layers of type linear_attention carry what they have seen along"),
+    "mamba": ("mamba", {"state_size": 4}, "layers of type linear_attention carry state along"),
     "mamba 2": ("mamba2", {"state_size": 4, "num_heads": 8, "head_dim": 8, "n_groups": 1}, "layers of type linear_att"),
-    "rwkv": ("rwkv", {}, "state-space or recurrent layers carry what they have seen along the whole row"),
+    "rwkv": ("rwkv", {}, "state-space or recurrent layers carry state along the whole row"),
     "lfm2": ("lfm2", {**_LLAMA, "layer_types": ["conv", "full_attention"]}, "layers of type conv carry"),
     "bloom": ("bloom", {"n_head": 4}, "ALiBi measures distances along the row"),
     "falcon with alibi": ("falcon", {"alibi": True, "num_attention_heads": 4}, "ALiBi measures distances"),
@@ -112,7 +112,9 @@ def test_auto_when_attention_has_a_window_then_longer_sequences_stay_padded(kind
     lm = build(kind, {**_LLAMA, **head, "sliding_window": 8})
     layouts, line = choose(lm)
     assert (layouts.allowed, layouts.longest) == (LAYOUTS, 8)
-    assert line == "layout: sequences of more than 8 tokens stay padded: the model's attention has a window"
+    assert line == (
+        "layout: batches with sequences of more than 8 tokens are padded: the model's attention has a sliding window"
+    )
     named, _ = choose(lm, "--train.layout", "packed_prefix_shared")
     within, beyond = ([EncodedPair([5] * p, [6] * 4, [7] * 3, [True] * 4, [True] * 3)] for p in (4, 5))
     assert [named.of(pairs, True) for pairs in (within, beyond, within + beyond)] == [
@@ -125,7 +127,7 @@ def test_auto_when_attention_has_a_window_then_longer_sequences_stay_padded(kind
     torch.testing.assert_close(*hidden)
     assert choose(lm, "--data.max_length", "8")[1] is None
     with pytest.raises(
-        ConfigError, match=r"its attention sees 8 tokens back, rows have up to 1024 .--data.max_length 8 k"
+        ConfigError, match=r"its attention window is 8 tokens, sequences have up to 1024 .--data.max_length 8 t"
     ):
         subject.check_architecture(settings("--train.layout", "packed"), lm.config)
 
@@ -199,7 +201,7 @@ def test_settings_when_they_cannot_go_together_then_refused_in_one_line():
 
 def rows_of(pairs, **how):
     batch = collate(pairs, pad_id=2, **how)
-    return Rows(batch.input_ids, batch.attention_mask, batch.position_ids, batch.units)
+    return Rows(batch.input_ids, batch.attention_mask, batch.position_ids, batch.segments)
 
 
 def test_dense_mask_when_a_pair_shares_its_prompt_then_as_by_hand():
@@ -299,7 +301,7 @@ def pairs_of(*sizes):
     return [EncodedPair([5] * p, [6] * c, [7] * r, [True] * c, [True] * r) for p, c, r in sizes]
 
 
-def of(pairs, kind="by_unit", shape=SHAPE, device="cpu", allowed=LAYOUTS):
+def of(pairs, kind="per_segment", shape=SHAPE, device="cpu", allowed=LAYOUTS):
     return subject.Layouts(allowed, kind, shape, device).of(pairs, need_rejected=True)
 
 
@@ -339,14 +341,14 @@ def test_prediction_when_rows_grow_then_each_part_of_it_is_as_by_hand():
     cells = {"padded": 28, "packed": 3 * 7, "prefix_shared": 18, "packed_prefix_shared": 18}
     for layout, count in cells.items():
         assert work(layout, "dense").linear == count * 100
-    assert work("packed_prefix_shared", "by_unit").linear == (9 + 4) * 100
-    assert work("padded", "by_unit") == (2800, 2 * 10 * 28 * 7 / 2, 0, 0, 2)
+    assert work("packed_prefix_shared", "per_segment").linear == (9 + 4) * 100
+    assert work("padded", "per_segment") == (2800, 2 * 10 * 28 * 7 / 2, 0, 0, 2)
     assert work("prefix_shared", "dense") == (1800, 0, 2 * 10 * 18 * 9, 18 * 9, 2)
     first, second = 6**2 / 2 + 2**2 / 2, 3 * 7 + 2 * 3
-    assert work("prefix_shared", "by_unit") == (1800, 2 * 10 * first, 2 * 10 * second, 0, 2 * 4)
+    assert work("prefix_shared", "per_segment") == (1800, 2 * 10 * first, 2 * 10 * second, 0, 2 * 4)
     # where a mask is dear, the second branches are the ends of causal calls
     second = 7**2 / 2 + 3**2 / 2
-    assert work("prefix_shared", "by_unit", "cuda") == (1800, 2 * 10 * (first + second), 0, 0, 2 * 4)
+    assert work("prefix_shared", "per_segment", "cuda") == (1800, 2 * 10 * (first + second), 0, 0, 2 * 4)
     assert subject.seconds(subject.Work(1, 2, 3, 4, 5), subject.Work(2, 2, 2, 2, 2)) == 7.5
 
 
