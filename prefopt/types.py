@@ -201,7 +201,7 @@ class LossOutput:
     metrics: Mapping[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
 
-# Rounds: what a policy is asked, what it answers, what a judge says of it ------------------------------------------
+# Rounds: prompts, completions and judgements ------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -214,7 +214,7 @@ class Prompt:
         key: 16 hexadecimal digits, the same for the same prompt.
         where: `file:line`.
         answer: the data's own completion where the file has one, for verifiable rewards and for pairs against the data.
-        answer_ids: the same as tokens, with its terminator.
+        answer_ids: the same as tokens, with its EOS or end-of-turn token.
     """
 
     prompt: str | list[dict[str, Any]]
@@ -227,13 +227,13 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Completion:
-    """What an engine has generated for a prompt.
+    """A completion of a prompt, from an inference engine.
 
     Args:
-        token_ids: all that was generated, with the terminator where one was.
-        text: without the terminator, special tokens and the stop string.
-        finish_reason: `stop` for a terminator or a stop string, `length` for the limit.
-        logps: of each token under the policy as it is (temperature 1, nothing cut off), nats, where asked for.
+        token_ids: all sampled tokens, with the EOS or end-of-turn token where there is one.
+        text: without the end token, special tokens and the stop string.
+        finish_reason: `stop` for an end token or a stop string, `length` for the limit.
+        logps: of each token under the policy as it is (temperature 1, the whole distribution), nats, where requested.
     """
 
     token_ids: tuple[int, ...]
@@ -244,15 +244,17 @@ class Completion:
 
 @dataclass(frozen=True)
 class Response:
-    """What a judge may see of a completion, so that a thought cannot reach it. `Method.judge_view` makes one, and who
-    answers prompts with a model that thinks does so by that model's own format."""
+    """What a judge may see of a completion, so that a thought cannot reach it.
+
+    In rounds `RoundsMethod.judge_view` makes one; at test time the thought format of the model does.
+    """
 
     text: str
 
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt and the responses to it, as a judge gets them. `answer` is the data's own, for verifiable rewards."""
+    """A prompt and the responses to it, for a judge. `answer` is the data's own, for verifiable rewards."""
 
     prompt: str | list[dict[str, Any]]
     responses: tuple[Response, ...]
@@ -265,13 +267,13 @@ WinProb = Literal["pairwise_sigmoid", "blender_score"]  # ways from a judge's nu
 
 @dataclass(frozen=True)
 class Judgement:
-    """What a judge says of K responses; one of `scores`, `logits` and `probs` is given. NaN is where it failed.
+    """A judgement of K responses; one of `scores`, `logits` and `probs` is given. NaN is where it failed.
 
     Args:
         scores: of each response by itself, (K,).
         logits: of row against column with the row's response first, (K, K), 0 on the diagonal; order may matter.
         probs: that row beats column, (K, K), one half on the diagonal.
-        problems: how often what went wrong, by name, such as nan, timeout, unparsed, contradiction, truncated.
+        problems: failures by name, such as nan, timeout, unparsed, contradiction, truncated.
         scale: factor on scores and logits before they become win probabilities; their order is the same.
     """
 
@@ -286,7 +288,7 @@ class Judgement:
 class ScoredGroup:
     """The completions of one prompt and the judgement of them, from which a method makes pairs.
 
-    `judged` are the indices of the completions that the judge saw: the members of `judgement` stand in this order.
+    `judged` are the indices of the completions that the judge saw: the members of `judgement` have this order.
     `unparsed` are those in which the method found no response; they can be trained on, but not judged.
     """
 
