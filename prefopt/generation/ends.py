@@ -1,4 +1,4 @@
-"""Where a completion ends, and its text: the same for every engine that gives tokens. Knows tokenizers, no model."""
+"""Where a completion ends, and its text: the same for every inference engine that returns tokens. Knows no model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from prefopt.training.model_sources import ModelSource
 
 
-def terminators(generation_config: Any, tokenizer: Any) -> frozenset[int]:
+def end_tokens(generation_config: Any, tokenizer: Any) -> frozenset[int]:
     """The EOS and end-of-turn tokens of a model: those of its generation config, and those of training.
 
     The latter are the tokenizer's EOS, and the chat template's own end-of-turn token where that is another.
@@ -23,7 +23,7 @@ def terminators(generation_config: Any, tokenizer: Any) -> frozenset[int]:
     return structure.terminators(tokenizer) | {int(token) for token in named if token is not None}
 
 
-def terminators_of(weights: ModelSource, model: ModelConfig, tokenizer: Any) -> frozenset[int]:
+def end_tokens_of(weights: ModelSource, model: ModelConfig, tokenizer: Any) -> frozenset[int]:
     """The same of a model that is not in this process, from its small files."""
     from transformers import GenerationConfig
 
@@ -34,19 +34,19 @@ def terminators_of(weights: ModelSource, model: ModelConfig, tokenizer: Any) -> 
         named = GenerationConfig.from_pretrained(weights.base, revision=settings.revision or "main")
     except OSError:  # it has none, and its config is used
         named = GenerationConfig.from_model_config(load_config(weights.base, settings))
-    return terminators(named, tokenizer)
+    return end_tokens(named, tokenizer)
 
 
 def positions_of(weights: ModelSource, model: ModelConfig) -> int | None:
-    """Positions of a model that is not in this process; None where its config names no end."""
+    """Positions of a model that is not in this process; None where its config names none."""
     from prefopt.training.models import load_config
 
     config = load_config(weights.base, weights.base_settings(model))
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
-def rows_of(weights: ModelSource, model: ModelConfig) -> int:
-    """Token ids that a model which is not in this process has."""
+def vocabulary_of(weights: ModelSource, model: ModelConfig) -> int:
+    """The number of token ids of a model that is not in this process."""
     from prefopt.training.model_checks import vocabulary
     from prefopt.training.models import load_config
 
@@ -58,15 +58,15 @@ class Ends:
 
     Args:
         tokenizer: one of transformers'.
-        terminators: token ids that end a completion.
+        end_tokens: token ids that end a completion.
         stop: texts that end one. A text that is one of the tokenizer's special tokens ends it by its id, because
             special tokens have no text.
     """
 
-    def __init__(self, tokenizer: Any, terminators: Iterable[int], stop: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: Any, end_tokens: Iterable[int], stop: Sequence[str] = ()) -> None:
         special = {str(token): id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
         self.tokenizer = tokenizer
-        self.tokens = frozenset(terminators) | {special[text] for text in stop if text in special}
+        self.tokens = frozenset(end_tokens) | {special[text] for text in stop if text in special}
         self.texts = tuple(text for text in stop if text not in special)
         # A token has at least one byte, so a stop text just completed lies within so many tokens; a few more, since
         # the first of them may decode to less alone than after its neighbours.

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from prefopt.errors import RoundError
 from prefopt.generation.base import Done, Engine, EngineKind, PolicySource, Sampling, limits
-from prefopt.generation.ends import Ends, positions_of, rows_of, terminators_of
+from prefopt.generation.ends import Ends, end_tokens_of, positions_of, vocabulary_of
 from prefopt.generation.server import Server, check_server, read
 from prefopt.settings import GenerateConfig, ModelConfig
 from prefopt.training import model_sources
@@ -74,8 +74,8 @@ class OpenAIEngine(EngineKind):
     def __init__(self, settings: GenerateConfig, weights: ModelSource, model: ModelConfig, tokenizer: Any) -> None:
         assert settings.url is not None, "`check` has been called"
         self.tokenizer = tokenizer
-        self._terminators = terminators_of(weights, model, tokenizer)
-        self._rows = rows_of(weights, model)
+        self._end_tokens = end_tokens_of(weights, model, tokenizer)
+        self._rows = vocabulary_of(weights, model)
         self._server = Server(
             settings.url,
             group="generate",
@@ -88,7 +88,7 @@ class OpenAIEngine(EngineKind):
             self._model, stated = self._find(settings.served_model, weights.path)
             self.context = stated or positions_of(weights, model)
             probe = Sampling(n=2, max_tokens=1, logprobs=settings.logprobs)
-            choices = self._ask([min(self._terminators, default=0)], probe, 1, 0, Ends(tokenizer, ()))
+            choices = self._ask([min(self._end_tokens, default=0)], probe, 1, 0, Ends(tokenizer, ()))
         except BaseException:
             self.close()
             raise
@@ -116,7 +116,7 @@ class OpenAIEngine(EngineKind):
                 "own EOS token, expected a server that does, such as vLLM's (or leave it out)"
             )
         room = limits(prompts, self.context, sampling.max_tokens)
-        ends = Ends(self.tokenizer, self._terminators, sampling.stop)
+        ends = Ends(self.tokenizer, self._end_tokens, sampling.stop)
 
         def ask(p: int) -> list[Completion]:
             choices = self._ask(list(prompts[p]), sampling, room[p], seeds[p], ends)

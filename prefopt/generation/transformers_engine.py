@@ -19,7 +19,7 @@ from torch import nn
 
 from prefopt.errors import RoundError
 from prefopt.generation.base import Done, Engine, EngineKind, PolicySource, Sampling, limits
-from prefopt.generation.ends import Ends, terminators
+from prefopt.generation.ends import Ends, end_tokens
 from prefopt.generation.sampling import choose, uniforms
 from prefopt.settings import GenerateConfig
 from prefopt.training import adapters
@@ -107,7 +107,7 @@ class TransformersEngine(EngineKind):
         self._agree = agree
         self._base = adapters.base_of(lm)
         self._takes = inspect.signature(self._base.forward).parameters
-        self._ends = terminators(self._base.generation_config, tokenizer)
+        self._ends = end_tokens(self._base.generation_config, tokenizer)
         self.context = getattr(self._base.config.get_text_config(), "max_position_embeddings", None)
         name = type(self._base).__name__
         if "past_key_values" not in self._takes:

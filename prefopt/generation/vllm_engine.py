@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 from prefopt.errors import ConfigError, RoundError
 from prefopt.generation import vllm_worker
 from prefopt.generation.base import Done, Engine, EngineKind, PolicySource, Sampling, limits
-from prefopt.generation.ends import Ends, positions_of, terminators_of
+from prefopt.generation.ends import Ends, end_tokens_of, positions_of
 from prefopt.settings import GenerateConfig, ModelConfig
 from prefopt.training import model_sources, models
 from prefopt.training.model_sources import ModelSource
@@ -73,7 +73,7 @@ class VllmEngine(EngineKind):
 
     def __init__(self, settings: GenerateConfig, weights: ModelSource, model: ModelConfig, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
-        self._terminators = terminators_of(weights, model, tokenizer)
+        self._end_tokens = end_tokens_of(weights, model, tokenizer)
         self._args = _arguments(settings, weights, model)
         positions = self._args.get("max_model_len") or positions_of(weights, model)
         self.context = None if positions is None else int(positions)
@@ -105,7 +105,7 @@ class VllmEngine(EngineKind):
         Raises: RoundError when a process ends, with the last line of its log.
         """
         room = limits(prompts, self.context, sampling.max_tokens)
-        ends = Ends(self.tokenizer, self._terminators, sampling.stop)
+        ends = Ends(self.tokenizer, self._end_tokens, sampling.stop)
         shared = {
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,

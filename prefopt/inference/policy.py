@@ -14,7 +14,7 @@ from prefopt import generation, storage
 from prefopt.data.encoder import pad_token
 from prefopt.errors import ConfigError, TrainError
 from prefopt.generation.base import Engine
-from prefopt.generation.ends import terminators_of
+from prefopt.generation.ends import end_tokens_of
 from prefopt.settings.infer import InferConfig
 from prefopt.thoughts import ThoughtFormat
 from prefopt.training import adapter_loading, model_checks, model_hashes, model_sources, models
@@ -143,7 +143,7 @@ def _ends(
         raise ConfigError(f"{weights.path}: {_SETTINGS}: stop_strings: found {texts!r}, expected texts")
     named = settings.get("eos_token_id")
     named = named if isinstance(named, list) else [named]
-    known = terminators_of(weights, config.model, tokenizer)
+    known = end_tokens_of(weights, config.model, tokenizer)
     more = [int(token) for token in named if token is not None and int(token) not in known]
     return texts + [
         str(tokenizer.added_tokens_decoder[token]) for token in more if token in tokenizer.added_tokens_decoder

@@ -2,7 +2,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from prefopt.generation.ends import Ends, terminators
+from prefopt.generation.ends import Ends, end_tokens
 from tests.helpers import CHATML, byte_bpe_tokenizer
 
 
@@ -15,10 +15,10 @@ def ids(tokenizer, text):
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def test_terminators_are_those_of_the_generation_config_and_of_the_tokenizer(tokenizer):
+def test_end_tokens_are_those_of_the_generation_config_and_of_the_tokenizer(tokenizer):
     eos = tokenizer.eos_token_id
     for named, expected in ((None, {eos}), (4, {4, eos}), ([4, 5], {4, 5, eos})):
-        assert terminators(SimpleNamespace(eos_token_id=named), tokenizer) == expected
+        assert end_tokens(SimpleNamespace(eos_token_id=named), tokenizer) == expected
 
 
 @pytest.mark.parametrize(
@@ -34,7 +34,7 @@ def test_terminators_are_those_of_the_generation_config_and_of_the_tokenizer(tok
 def test_the_chat_templates_own_terminator_is_one(template, end):
     tokenizer = byte_bpe_tokenizer(["hello"], 290, chat_template=template)
     expected = {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(end)}
-    assert terminators(SimpleNamespace(eos_token_id=None), tokenizer) == expected
+    assert end_tokens(SimpleNamespace(eos_token_id=None), tokenizer) == expected
 
 
 def test_a_terminator_ends_and_is_no_text(tokenizer):
