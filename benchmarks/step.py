@@ -38,6 +38,7 @@ from prefopt.training import adapter_loading, model_sources, signals
 from prefopt.training import runtime as rt
 from prefopt.training.forward import PolicyWithReference
 from prefopt.training.models import quiet_transformers
+from prefopt.training.run import TrainingRun
 from prefopt.training.trainer import Trainer
 from prefopt.types import EncodedPair
 
@@ -149,7 +150,7 @@ class Bench:
         if isinstance(reference, model_sources.ModelSource):
             reference = adapter_loading.load_frozen(reference, config.model, "model.path")
         batches = FileBatches(pairs, self.batch, 0, "rows", group_by_length=config.train.group_by_length)
-        trainer = Trainer(
+        training = TrainingRun(
             config=config,
             runtime=self.runtime,
             policy=PolicyWithReference(lm, reference, config.kernel).to(self.device),
@@ -158,12 +159,13 @@ class Bench:
             eval_pairs=[],
             output=self.folder,
         )
+        trainer = Trainer(training)
         trainer.prepare()
         steps = iter(range(10**6))
 
         def run() -> float:
             began = time.perf_counter()
-            lines = [trainer._step(next(steps)) for _ in range(batches.steps_per_epoch)]
+            lines = [trainer._step(next(steps)).line() for _ in range(batches.steps_per_epoch)]
             taken = time.perf_counter() - began
             fed = sum(line["tokens_processed"] for line in lines)
             run.padded = 1 - fed / sum(line["tokens_processed"] / (1 - line["padding_fraction"]) for line in lines)

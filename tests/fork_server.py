@@ -240,7 +240,7 @@ def _happen(do: str, args: tuple[Any, ...]) -> None:
         import torch
 
         with torch.no_grad():
-            next(iter(args[0].policy.lm.parameters())).fill_(float("nan"))
+            next(iter(args[0].run.policy.lm.parameters())).fill_(float("nan"))
         return
     if do == "HALF_LINE":  # args: the metrics file and the line
         with args[0].path.open("a") as file:

@@ -342,7 +342,7 @@ def test_weights_when_nan_in_the_run_then_stops_names_step_and_rows_and_keeps_th
 ):
     found = error(fault={"at": TRAINER + "_step", "count": 6, "do": "NAN"})
     kept = tmp_path / "run" / "checkpoints" / "step_00000003"
-    begins = "step 6: the loss or its gradient is not finite (first rows with a loss that is not finite: "
+    begins = "step 6: the loss or its gradient is not finite (first pairs with such a loss: "
     assert found.startswith(begins)
     rows, ends = found.removeprefix(begins).split(")")
     assert len(rows.split(", ")) == 3

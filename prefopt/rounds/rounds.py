@@ -186,4 +186,6 @@ class Rounds:
         """The model card of all rounds, in the place of the last round's own."""
         figures = [found.metrics() for found in self.evaluation.figures()]
         train = self.data_hashes()["train"]
-        return model_card.page(model_card.facts_of_rounds(self.config, self.tokenizer, figures, train, adapter=adapter))
+        return model_card.page(
+            model_card.contents_of_rounds(self.config, self.tokenizer, figures, train, adapter=adapter)
+        )

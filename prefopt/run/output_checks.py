@@ -12,11 +12,15 @@ from prefopt.errors import ConfigError, TrainError
 from prefopt.redaction import hidden
 from prefopt.run.card import CARD, read_card
 from prefopt.settings import RunConfig
-from prefopt.training import weight_files
+from prefopt.training import callbacks, weight_files
 
 
 def check_paths(config: RunConfig) -> None:
-    """Refuse a path that cannot be a model or data, and an optional package that is missing, without heavy imports."""
+    """Refuse a path that cannot be a model or data, a missing optional package, and what is no callback.
+
+    Nothing heavy is imported, except by a user's own callbacks.
+    """
+    callbacks.load(config.train.callbacks)
     for key, path in (("model.path", config.model.path), ("reference.path", config.reference.path)):
         if path is not None:
             weight_files.check_path(key, path)

@@ -69,7 +69,7 @@ def _print_testbed_results(
         print_rank_0(f"\nreward-KL frontier: {output / 'frontier.png'}")
     if trackers is not None:
         trackers.page("testbed/end", f"```\n{table}\n```", lines[-1]["step"])
-        trackers.picture("testbed/frontier", output / "frontier.png", lines[-1]["step"])
+        trackers.image("testbed/frontier", output / "frontier.png", lines[-1]["step"])
 
 
 def target_beta(config: RunConfig) -> float:

@@ -35,6 +35,7 @@ from prefopt.training.launcher import print_rank_0
 from prefopt.training.metrics import Evaluator
 from prefopt.training.reference import ReferenceModel, obtain
 from prefopt.training.reference_cache import ReferenceValues
+from prefopt.training.run import TrainingRun
 from prefopt.training.schedule import learning_rate, total_steps
 from prefopt.training.tracking import Trackers
 from prefopt.training.trainer import Trainer
@@ -145,7 +146,7 @@ def _fit(
         agree = runtime.from_main if runtime.backend in rt.SHARDING else None
         precision = runtime.accelerator.autocast
         evaluators.append(sampler(config, policy, task.tokenizer, task.eval_pairs, precision, agree))
-    trainer = Trainer(
+    run = TrainingRun(
         config=config,
         runtime=runtime,
         policy=policy,
@@ -153,12 +154,9 @@ def _fit(
         train=task.train,
         eval_pairs=task.eval_pairs,
         output=output,
-        resume_from=resume_from,
-        evaluators=evaluators,
         values=values,
-        trackers=trackers,
     )
-    return trainer.run()
+    return Trainer(run, resume_from, evaluators, trackers).train()
 
 
 def _check_disk_space(config: RunConfig, runtime: rt.Runtime, task: Task, output: Path) -> None:

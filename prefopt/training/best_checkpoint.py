@@ -1,4 +1,4 @@
-"""Which evaluation of a run was the best, and for how long none has been better. Reads lines of metrics.jsonl alone."""
+"""Which evaluation of a run is the best, and how many have passed since. It reads lines of metrics.jsonl only."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-SELECTED = "selected.json"  # in the folder of a kept model: which step it is of
+SELECTED = "selected.json"  # in the folder of a selected model: its step
 
 
 @dataclass(frozen=True)
 class Selection:
-    """What makes one evaluation better than another. The start is no candidate.
+    """What makes one evaluation better than another. The evaluation before the first step never counts.
 
-    Args: metric: its name in the lines of evaluations. lower: whether the lowest is the best.
+    Args: metric: its name in the lines of evaluations. lower: whether the lowest value is the best.
     """
 
     metric: str
@@ -22,7 +22,7 @@ class Selection:
 
     @classmethod
     def of(cls, select: str) -> Selection:
-        """As `eval.select` has it: a metric, and maybe `:min` or `:max`. Losses are best where they are lowest."""
+        """From eval.select: a metric, optionally with `:min` or `:max`. The lowest loss is the best by default."""
         metric, _, direction = select.partition(":")
         loss = metric == "loss" or metric.startswith("loss/")
         return cls(metric, direction == "min" if direction else loss)
@@ -37,7 +37,7 @@ class Selection:
         return min(found, key=lambda one: (one[0] if self.lower else -one[0], one[1]))[1] if found else None
 
     def stale(self, lines: Sequence[Mapping[str, Any]]) -> int:
-        """How many evaluations have come since the best one; all of them where none knows the metric."""
+        """How many evaluations have passed since the best one; all of them if none has the metric."""
         best = self.best(lines)
         return sum(best is None or line["step"] > best for line in _candidates(lines))
 

@@ -1,8 +1,8 @@
-"""Checkpoints that are whole or absent: written aside, hashed, flushed, renamed; a damaged one is seen and passed over.
+"""Checkpoints that are complete or absent: written aside, hashed, flushed, renamed; a damaged one is skipped.
 
 A checkpoint is a folder `step_00000100/` that `from_pretrained` opens, with the optimizer in safetensors, the rest of
-the state in JSON, and a manifest with the size and SHA-256 of every file. All processes write it, each its own files.
-Folders of any other name are not this module's: a copy that a user made is neither continued from nor removed.
+the state in JSON, and a manifest with the size and SHA-256 of every file. All ranks write it, each its own files.
+Folders of any other name are not touched: a copy that a user made is neither resumed from nor removed.
 """
 
 from __future__ import annotations
@@ -25,70 +25,70 @@ _TEMPORARY = ".writing-"
 _STATE = "state.json"
 
 
-class Processes(Protocol):
-    """Who writes: all processes of a run, which make the same calls, or one."""
+class Ranks(Protocol):
+    """The ranks that write, which all make the same calls; see `Runtime`."""
 
     @property
     def rank(self) -> int: ...
     @property
     def world(self) -> int: ...
     def gather_objects(self, mine: list[Any]) -> list[Any]:
-        """The lists of all processes, joined in order of rank, on every process."""
+        """The lists of all ranks, joined in order of rank, on every rank."""
 
 
-class _One:
+class _SingleRank:
     rank, world = 0, 1
 
     def gather_objects(self, mine: list[Any]) -> list[Any]:
         return mine
 
 
-ONE = _One()
-Write = Callable[[Path], list[Path] | None]  # fills a folder; the files that this process wrote, where there are others
+SINGLE_RANK = _SingleRank()
+Write = Callable[[Path], list[Path] | None]  # fills a folder; returns the files that this rank wrote
 
 
 def save(
-    root: Path, step: int, write: Write, state: dict[str, Any], keep_last: int, processes: Processes = ONE
+    root: Path, step: int, write: Write, state: dict[str, Any], keep_last: int, ranks: Ranks = SINGLE_RANK
 ) -> Path:
     """Write checkpoint `step` under `root` and drop all but the last `keep_last`.
 
-    Those of later steps, which a resumed run passed over, are dropped too: this one takes their place.
+    Those of later steps, which a resumed run skipped, are dropped too, because this one replaces them.
 
     Args:
-        write: fills an empty folder with the model, the tokenizer and the optimizer; called on every process.
-        state: JSON values: the step, the random generators, what the data was.
+        write: fills an empty folder with the model, the tokenizer and the optimizer; called on all ranks.
+        state: JSON values: the step, the random generators, a hash of the data.
     Raises: TrainError if the disk is full or unwritable; checkpoints that were there before are untouched.
     """
     final = root / name_of(step)
 
     def write_all(folder: Path) -> list[Path] | None:
         mine = write(folder)
-        if processes.rank == 0:
+        if ranks.rank == 0:
             (folder / _STATE).write_text(json.dumps(state))
         return mine
 
-    _write_folder(final, write_all, root, processes)
-    with together(processes):
-        if processes.rank == 0:
+    _write_folder(final, write_all, root, ranks)
+    with failing_together(ranks):
+        if ranks.rank == 0:
             before = [folder for folder in steps(root) if step_of(folder) <= step]
             for old in {*steps(root)} - {*before[-keep_last:]}:
                 drop(old)
     return final
 
 
-def export(folder: Path, write: Write, processes: Processes = ONE, checkpoints: Path | None = None) -> Path | None:
-    """Write a finished model's folder, with a manifest, whole or not at all; replaces what was there.
+def export(folder: Path, write: Write, ranks: Ranks = SINGLE_RANK, checkpoints: Path | None = None) -> Path | None:
+    """Write the folder of a finished model, with a manifest, completely or not at all; it replaces what was there.
 
-    Args: checkpoints: where the run's checkpoints are, if not beside the folder.
-    Returns: where files are now that were there before and that no manifest names as this program's.
+    Args: checkpoints: the folder of the run's checkpoints, if not beside `folder`.
+    Returns: where files were moved to that were there before and that no manifest lists.
     """
-    return _write_folder(folder, write, checkpoints or folder.parent / "checkpoints", processes)
+    return _write_folder(folder, write, checkpoints or folder.parent / "checkpoints", ranks)
 
 
 def copy(folder: Path, into: Path, without: tuple[str, ...] = ()) -> None:
-    """Copy the files of an exported model, but for its manifest and those that are named.
+    """Copy the files of an exported model, without its manifest and without those that are named.
 
-    Raises: Damaged when one of them is not as it was exported: a copy that is sealed anew would hide it.
+    Raises: Damaged when a file differs from what was exported; the new manifest of a copy would hide that.
     """
     entries = storage.entries_of(folder)
     if entries is None:
@@ -102,18 +102,18 @@ def copy(folder: Path, into: Path, without: tuple[str, ...] = ()) -> None:
             shutil.copy2(folder / name, into / name)
 
 
-def _write_folder(final: Path, write: Write, checkpoints: Path, processes: Processes = ONE) -> Path | None:
-    temporary, first = final.with_name(_TEMPORARY + final.name), processes.rank == 0
+def _write_folder(final: Path, write: Write, checkpoints: Path, ranks: Ranks = SINGLE_RANK) -> Path | None:
+    temporary, first = final.with_name(_TEMPORARY + final.name), ranks.rank == 0
     aside: Path | None = None
     try:
-        with together(processes):
+        with failing_together(ranks):
             if first:
                 storage.empty_folder(temporary)
-        with together(processes):
+        with failing_together(ranks):
             mine = write(temporary)
             entries = {} if first else {str(path.relative_to(temporary)): storage.flushed(path) for path in mine or ()}
-        others = dict(processes.gather_objects([*entries.items()]))
-        with together(processes):
+        others = dict(ranks.gather_objects([*entries.items()]))
+        with failing_together(ranks):
             if first:
                 storage.seal(temporary, others)
                 aside = storage.make_room(final)
@@ -122,15 +122,15 @@ def _write_folder(final: Path, write: Write, checkpoints: Path, processes: Proce
         if first:
             storage.remove_ours(temporary)
         if _is_about_space(error):
-            kept = last_good(checkpoints) if first else None  # the others' words are not printed
-            last = f"the last good checkpoint is {kept}" if kept else "there is no earlier checkpoint"
+            earlier = last_good(checkpoints) if first else None  # only rank 0 prints
+            last = f"the last good checkpoint is {earlier}" if earlier else "there is no earlier checkpoint"
             raise TrainError(f"{final}: not written: {error}; {last} (free space and run again)") from error
         raise
     return aside
 
 
 class _FailedElsewhere(TrainError):
-    """Another process could not do its part. Args: about_space: whether for want of room."""
+    """Another rank failed. Args: about_space: whether because the disk is full."""
 
     def __init__(self, text: str, about_space: bool) -> None:
         super().__init__(text)
@@ -138,15 +138,15 @@ class _FailedElsewhere(TrainError):
 
 
 @contextlib.contextmanager
-def together(processes: Processes) -> Iterator[None]:
-    """At its end all processes wait for each other; what failed on one of them raises on all."""
+def failing_together(ranks: Ranks) -> Iterator[None]:
+    """At its end all ranks wait for each other; an exception on one of them is raised on all."""
     failure: Exception | None = None
     try:
         yield
     except Exception as error:
         failure = error
-    mine = [] if failure is None else [(f"process {processes.rank}: {failure}", _is_about_space(failure))]
-    failures = processes.gather_objects(mine)
+    mine = [] if failure is None else [(f"rank {ranks.rank}: {failure}", _is_about_space(failure))]
+    failures = ranks.gather_objects(mine)
     if failure is not None:
         raise failure
     if failures:
@@ -154,14 +154,14 @@ def together(processes: Processes) -> Iterator[None]:
 
 
 def _is_about_space(error: Exception) -> bool:
-    """Whether a write failed for want of room; safetensors reports it in words of its own."""
+    """Whether a write failed because the disk is full; safetensors reports that as an error of its own."""
     if isinstance(error, _FailedElsewhere):
         return error.about_space
     if isinstance(error, PrefoptError):
         return False
     text = str(error).lower()
     return isinstance(error, OSError) or any(
-        word in text for word in ("no space", "file too large", "i/o error", "os error")
+        part in text for part in ("no space", "file too large", "i/o error", "os error")
     )
 
 
@@ -171,7 +171,7 @@ def name_of(step: int) -> str:
 
 
 def step_of(folder: Path) -> int:
-    """The step that a checkpoint's folder is named by."""
+    """The step in the name of a checkpoint's folder."""
     return int(folder.name.removeprefix("step_"))
 
 
@@ -182,7 +182,7 @@ def steps(root: Path) -> list[Path]:
 
 
 def drop(folder: Path) -> None:
-    """Remove a checkpoint; what somebody else has put into it stays. One whose manifest is damaged goes as it is."""
+    """Remove a checkpoint, except files that its manifest does not list; all of it if its manifest is damaged."""
     damaged = storage.entries_of(folder) is None
     if damaged and storage.is_there(folder / _STATE):
         storage.remove_ours(folder)
@@ -191,7 +191,7 @@ def drop(folder: Path) -> None:
 
 
 def drop_all(root: Path) -> None:
-    """Remove all checkpoints under `root`, what is half-written, and `root` itself where nothing else is in it."""
+    """Remove all checkpoints under `root`, incomplete ones, and `root` itself if nothing else is in it."""
     clean(root)
     for folder in steps(root):
         drop(folder)
@@ -199,52 +199,52 @@ def drop_all(root: Path) -> None:
         root.rmdir()
 
 
-def damage(folder: Path, processes: Processes = ONE) -> str | None:
-    """What is wrong with a checkpoint, or None if every file is as its manifest says. Processes share the files.
+def damage(folder: Path, ranks: Ranks = SINGLE_RANK) -> str | None:
+    """What is wrong with a checkpoint, or None if every file matches its manifest. Each rank hashes some of the files.
 
-    Raises: Unreadable, on all processes, when any of them cannot read a file just now.
+    Raises: Unreadable, on all ranks, when any of them cannot read a file at the moment.
     """
     expected: dict[str, tuple[int, str]] | None = None
     mine: list[str | None] = []
-    with together(processes):
+    with failing_together(ranks):
         expected = storage.entries_of(folder)
-        names = [*(expected or {})][processes.rank :: processes.world]
+        names = [*(expected or {})][ranks.rank :: ranks.world]
         mine = [storage.difference(folder / name, *(expected or {})[name]) for name in names]
     if not expected:
         mine = [f"{storage.MANIFEST} is missing or damaged"]
-    return next((found for found in processes.gather_objects(mine) if found is not None), None)
+    return next((found for found in ranks.gather_objects(mine) if found is not None), None)
 
 
-def latest(root: Path, report: Callable[[str], None] = lambda line: None, processes: Processes = ONE) -> Path | None:
-    """The newest undamaged checkpoint, or None; damaged ones are reported, one line each, and left where they are.
+def latest(root: Path, report: Callable[[str], None] = lambda line: None, ranks: Ranks = SINGLE_RANK) -> Path | None:
+    """The newest undamaged checkpoint, or None; damaged ones are reported, one line each, and stay.
 
-    Raises: Unreadable, on all processes: a checkpoint that cannot be read just now may be the newest good one.
+    Raises: Unreadable, on all ranks: a checkpoint that cannot be read at the moment may be the newest good one.
     """
     found: list[Path] = []
-    with together(processes):
-        if processes.rank == 0:
+    with failing_together(ranks):
+        if ranks.rank == 0:
             found = steps(root)
-    folders = processes.gather_objects([found] if processes.rank == 0 else [])[0]  # all look at the same ones
+    folders = ranks.gather_objects([found] if ranks.rank == 0 else [])[0]  # the same list on all ranks
     for folder in reversed(folders):
-        wrong = damage(folder, processes)
+        wrong = damage(folder, ranks)
         if wrong is None:
             return Path(folder)
-        report(f"{folder}: damaged checkpoint passed over: {wrong}")
+        report(f"{folder}: damaged checkpoint skipped: {wrong}")
     return None
 
 
 def last_good(root: Path) -> Path | None:
-    """The same for the end of an error's line, which must not become another error."""
+    """As `latest`, for an error message: it returns None where it cannot read."""
     with contextlib.suppress(storage.Unreadable):
         return latest(root)
     return None
 
 
 def clean(root: Path) -> None:
-    """Remove half-written checkpoints."""
-    for half in storage.listing(root):
-        if half.name.startswith(_TEMPORARY) and _STEP.fullmatch(half.name.removeprefix(_TEMPORARY)):
-            storage.remove_ours(half)
+    """Remove incomplete checkpoints."""
+    for incomplete in storage.listing(root):
+        if incomplete.name.startswith(_TEMPORARY) and _STEP.fullmatch(incomplete.name.removeprefix(_TEMPORARY)):
+            storage.remove_ours(incomplete)
 
 
 def load_state(folder: Path) -> dict[str, Any]:
@@ -257,52 +257,50 @@ def load_state(folder: Path) -> dict[str, Any]:
 
 # The optimizer --------------------------------------------------------------------------------------------------------
 
-State = dict[int, dict[str, Any]]  # what an optimizer keeps of each parameter, by the parameter's number
+State = dict[int, dict[str, Any]]  # the optimizer state of each parameter, by the parameter's index
 
 
-def pack_state(kept: State) -> tuple[dict[str, torch.Tensor], str]:
-    """(the tensors of an optimizer's state by name, all else as JSON in which a name stands for its tensor).
+def pack_state(optimizer_state: State) -> tuple[dict[str, torch.Tensor], str]:
+    """(the tensors of an optimizer state by name, everything else as JSON that refers to tensors by name).
 
-    Raises: TypeError for a state that is no tensor, number, text, list or mapping of names to such.
+    Raises: TypeError for a state that is not made of tensors, numbers, strings, lists and mappings with string keys.
     """
     tensors: dict[str, torch.Tensor] = {}
     seen: set[int] = set()
-    packed = {str(index): _pack(entries, str(index), tensors, seen) for index, entries in kept.items()}
+    packed = {str(index): _pack(entries, str(index), tensors, seen) for index, entries in optimizer_state.items()}
     return tensors, json.dumps(packed)
 
 
 def _pack(value: Any, name: str, tensors: dict[str, torch.Tensor], seen: set[int]) -> Any:
     if isinstance(value, torch.Tensor):
-        kept = value.detach().cpu().contiguous()
-        if kept.numel() and kept.untyped_storage().data_ptr() in seen:
-            kept = kept.clone()  # parameters may share a table; a file holds one of each
-        seen.add(kept.untyped_storage().data_ptr())
-        tensors[name] = kept
+        tensor = value.detach().cpu().contiguous()
+        if tensor.numel() and tensor.untyped_storage().data_ptr() in seen:
+            tensor = tensor.clone()  # parameters may share a tensor, but safetensors stores each one separately
+        seen.add(tensor.untyped_storage().data_ptr())
+        tensors[name] = tensor
         return {"tensor": name}
     if isinstance(value, dict):
         if not all(isinstance(key, str) for key in value):
-            raise TypeError(f"{name} has keys that are no names")
+            raise TypeError(f"{name} has keys that are no strings")
         return {"members": {key: _pack(member, f"{name}.{key}", tensors, seen) for key, member in value.items()}}
     if isinstance(value, (list, tuple)):
         return [_pack(member, f"{name}.{i}", tensors, seen) for i, member in enumerate(value)]
     return value
 
 
-def save_optimizer(kept: State, path: Path) -> None:
-    """An optimizer's state as safetensors, bit by bit; hyper-parameters are not kept, the config has them.
+def save_optimizer(optimizer_state: State, path: Path) -> None:
+    """Write an optimizer state as safetensors, bit for bit, without hyper-parameters, which the config has.
 
-    Args:
-        kept: of each parameter, by its number.
-        path: the safetensors file.
+    Args: optimizer_state: of each parameter, by its index. path: the safetensors file.
     """
     from safetensors.torch import save_file
 
-    tensors, state = pack_state(kept)
+    tensors, state = pack_state(optimizer_state)
     save_file(tensors, path, metadata={"state": state})
 
 
 def load_optimizer(folder: Path) -> State:
-    """Undo `save_optimizer`, of all its files. Raises: TrainError for one that another version of prefopt wrote."""
+    """Read what `save_optimizer` wrote, all files of it. Raises: TrainError for one that an older version wrote."""
     found: State = {}
     for path in sorted(folder.glob("optimizer*.safetensors")):
         found |= _load_optimizer(path)
@@ -325,18 +323,18 @@ def _load_optimizer(path: Path) -> State:
         written = (file.metadata() or {}).get("state")
         if written is None:
             raise TrainError(
-                f"{path}: written by an older version of prefopt, which cannot be continued; choose another --output"
+                f"{path}: written by an older version of prefopt, which this one cannot resume; choose another --output"
             )
         return {int(i): unpack(entries) for i, entries in json.loads(written).items()}
 
 
-def restore_optimizer(optimizer: torch.optim.Optimizer, kept: State) -> None:
-    """Give an optimizer the state of another one over the same parameters in the same order."""
+def restore_optimizer(optimizer: torch.optim.Optimizer, saved_state: State) -> None:
+    """Load the state of another optimizer over the same parameters in the same order."""
     groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": kept, "param_groups": groups})
-    # torch gives a floating state the dtype of its parameter, whatever it was saved in
+    optimizer.load_state_dict({"state": saved_state, "param_groups": groups})
+    # torch casts floating-point state to the dtype of its parameter; keep the dtype that was saved
     for index, entries in optimizer.state_dict()["state"].items():
         for name, value in entries.items():
-            saved = kept[index][name]
+            saved = saved_state[index][name]
             if isinstance(value, torch.Tensor) and value.dtype != saved.dtype:
                 entries[name] = saved.to(value.device)

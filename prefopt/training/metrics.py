@@ -1,4 +1,4 @@
-"""Sums and counts travel, division happens once: metrics that do not depend on how the work was cut."""
+"""Metrics that do not depend on micro-batches and ranks: sums and counts are added up, then divided once."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from torch import nn
 
 from prefopt import storage
 from prefopt.storage import read_lines, write_whole
-from prefopt.types import PairStats
+from prefopt.types import LossOutput, PairStats
 
 if TYPE_CHECKING:
     from prefopt.training.runtime import Runtime
 
-# Keys of a metrics line that depend on the machine and the moment, not on the run.
+# Keys of a metrics line that depend on the machine, not on the run.
 WALL_CLOCK_KEYS = ("seconds", "tokens_per_second", "pairs_per_second", "peak_memory_gib")
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What an evaluator says of a policy beside plain figures.
+    """What an evaluator returns if it has more than figures.
 
     Args:
         figures: by name, for the metrics line.
-        tables: by name, rows with the same keys in each, of text and numbers: each goes to a file `NAME.jsonl` in the
-            output folder, a line per row with the step before it, and to the trackers.
-        shown: lines to print.
+        tables: by name; all rows of a table have the same keys, values are text and numbers. Each table goes to the
+            file `NAME.jsonl` in the output folder, a line per row with the step first, and to the trackers.
+        shown: text to print.
     """
 
     figures: Mapping[str, float]
@@ -54,7 +54,7 @@ class Meter:
             self.totals[name] = self.totals[name] + pair if name in self.totals else pair
 
     def averages(self, runtime: Runtime) -> dict[str, float]:
-        """The global averages; names whose global count is zero are left out."""
+        """The means over all ranks; names whose count is zero everywhere are omitted."""
         names = sorted(self.totals)
         if not names:
             return {}
@@ -63,10 +63,10 @@ class Meter:
 
 
 def shared_metrics(stats: PairStats) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """What is logged for every method alike, as far as it was computed, under TRL's names.
+    """The metrics that every method logs, as far as they were computed, under TRL's names: per pair (sum, count).
 
     `logps/*`, `kl/*` (forward, KL(reference || policy)) and `reverse_kl/*` are sums over a completion, averaged over
-    pairs; `kl/margin` is chosen minus rejected. `entropy` is the policy's, in nats per scored token of both sides.
+    pairs; `kl/margin` is chosen minus rejected. `entropy` is the policy's, in nats per completion token of both sides.
     """
     out: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     ones = torch.ones(stats.chosen_lengths.shape, device=stats.chosen_lengths.device)
@@ -85,22 +85,32 @@ def shared_metrics(stats: PairStats) -> dict[str, tuple[torch.Tensor, torch.Tens
     return out
 
 
+def loss_metrics(output: LossOutput) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Each term of a loss as the metric `loss/<term>`: per pair (value, count)."""
+    return {f"loss/{term.name}": (term.value.detach(), term.count) for term in output.terms}
+
+
+def total_loss(output: LossOutput, means: Mapping[str, float]) -> float:
+    """The weighted sum of the terms' means. Args: means: by metric name, see `loss_metrics`."""
+    return sum(term.weight * means.get(f"loss/{term.name}", 0.0) for term in output.terms)
+
+
 class MetricsFile:
-    """metrics.jsonl: one line per event, each step once, whatever happened to the process in between."""
+    """A file of JSON lines with a step each, such as metrics.jsonl; a resumed run can undo what it will write again."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def rewind(self, step: int) -> None:
-        """Forget lines of steps after `step`, and a line that was cut in half by a kill.
+        """Remove the lines of steps after `step`, and a last line that a kill left incomplete.
 
-        Raises: Damaged naming a line that is not as it was written; Unreadable.
+        Raises: Damaged naming a damaged line; Unreadable.
         """
         if storage.is_there(self.path):
             self._write(line for line in read_lines(self.path) if line["step"] <= step)
 
     def replace(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Write the rows of `step` behind those of earlier steps; what stood there of this step or later is gone."""
+        """Write the rows of `step` after those of earlier steps, in place of those of this step and later ones."""
         before = [line for line in self.lines() if line["step"] < step]
         self._write([*before, *({"step": step, **row} for row in rows)])
 
@@ -108,28 +118,28 @@ class MetricsFile:
         write_whole(self.path, (json.dumps(line) + "\n" for line in lines))
 
     def seal(self) -> dict[str, Any]:
-        """Wait until all lines are on the disk. Returns: what `restore` knows them by, as JSON values."""
+        """Flush all lines to the disk. Returns: their checksums for `restore`, as JSON values."""
         content = storage.read_bytes(self.path)
         if content is not None:
             storage.flush_file(self.path)
         return storage.sums_of(content or b"")
 
     def restore(self, sums: Mapping[str, Any], since: str) -> None:
-        """Forget all lines behind those that were there at `seal`.
+        """Remove all lines that were written after `seal`.
 
-        Args: since: the checkpoint that holds `sums`, for errors.
-        Raises: Damaged naming the first line that is not as it was; Unreadable.
+        Args: sums: what `seal` returned. since: the checkpoint that holds them, for errors.
+        Raises: Damaged naming the first line that has changed since; Unreadable.
         """
         content = storage.read_bytes(self.path) or b""
         wrong = storage.other_line(self.path, content, sums, since)
         if wrong is not None:
             raise wrong
-        kept = [line.decode() + "\n" for line in content.split(b"\n")[: sums["lines"]]]
-        if len("".join(kept).encode()) != len(content):
-            write_whole(self.path, kept)
+        before = [line.decode() + "\n" for line in content.split(b"\n")[: sums["lines"]]]
+        if len("".join(before).encode()) != len(content):
+            write_whole(self.path, before)
 
     def lines(self) -> list[dict[str, Any]]:
-        """All that was written and not forgotten."""
+        """All lines."""
         return read_lines(self.path)
 
     def has(self, step: int, split: str) -> bool:
@@ -137,5 +147,6 @@ class MetricsFile:
         return any(line["step"] == step and line["split"] == split for line in self.lines())
 
     def write(self, line: Mapping[str, Any]) -> None:
+        """Append a line."""
         with self.path.open("a") as file:
             file.write(json.dumps(line) + "\n")

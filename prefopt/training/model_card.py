@@ -26,17 +26,17 @@ _PACKAGES = ("prefopt", "torch", "transformers", "peft", "datasets", "tokenizers
 
 
 @dataclass(frozen=True)
-class Facts:
-    """What a card tells. Nothing in it depends on the moment or on where the run lies.
+class CardContents:
+    """The contents of a model card. Nothing in it depends on the time or the place of the run.
 
     Args:
-        method, method_name: with its settings.
-        base: what training started from, a hub id or in words.
+        method, method_name: the method with its settings, and its name.
+        base: what training started from: a hub id or a description.
         base_id, datasets: ids on the hub, where there are any.
-        data: lines on what it was trained on.
-        adapter: whether the folder holds an adapter alone. merged: whether one was merged into these weights.
+        data: lines on the training data.
+        adapter: whether the folder holds an adapter only. merged: whether one was merged into these weights.
         chat: whether prompts go through a chat template.
-        start, end: figures by name, before training and of this model. step: of this model.
+        start, end: metrics by name, before training and of this model. step: of this model.
     """
 
     method: Method
@@ -53,7 +53,7 @@ class Facts:
     step: int | None = None
 
 
-def facts(
+def contents(
     config: RunConfig,
     tokenizer: Any,
     lines: Sequence[Mapping[str, Any]],
@@ -61,11 +61,11 @@ def facts(
     *,
     adapter: bool,
     merged: bool = False,
-) -> Facts:
-    """The facts of a training.
+) -> CardContents:
+    """The contents of the card of a training run.
 
     Args: lines: of metrics.jsonl, up to the step of this model. fingerprint: of the training pairs. adapter, merged: as
-        in `Facts`.
+        in `CardContents`.
     """
     evaluations = [line for line in lines if line["split"] == "eval"]
     steps = [line for line in lines if line["split"] == "train"]
@@ -77,7 +77,7 @@ def facts(
     data.append(f"Peak learning rate: {readable(config.optim.lr)}, {rate_source(config)}.")
     if evaluations and "pairs" in evaluations[-1]:
         data.append(f"Held-out pairs: {evaluations[-1]['pairs']:,}.")
-    return Facts(
+    return CardContents(
         **_of_any_run(config, tokenizer),
         data=data,
         adapter=adapter,
@@ -89,7 +89,7 @@ def facts(
 
 
 def _of_any_run(config: RunConfig, tokenizer: Any) -> dict[str, Any]:
-    """What `Facts` has of a training and of rounds alike."""
+    """The fields that a training run and a run of rounds have in common."""
     return {
         "method": config.method,
         "method_name": config.method_name,
@@ -100,13 +100,13 @@ def _of_any_run(config: RunConfig, tokenizer: Any) -> dict[str, Any]:
     }
 
 
-def facts_of_rounds(
+def contents_of_rounds(
     config: RunConfig, tokenizer: Any, figures: Sequence[Mapping[str, float]], fingerprint: str, *, adapter: bool
-) -> Facts:
-    """The facts of a run of rounds.
+) -> CardContents:
+    """The contents of the card of a run of rounds.
 
-    Args: figures: on held-out prompts, of the policy before the first round and after each; maybe none. fingerprint: of
-        the prompts. adapter: as in `Facts`.
+    Args: figures: on held-out prompts, of the policy before the first round and after each; maybe none. fingerprint:
+        of the prompts. adapter: as in `CardContents`.
     """
     rounds = config.rounds
     path = config.judge.path
@@ -117,7 +117,7 @@ def facts_of_rounds(
     ]
     if figures and "prompts" in figures[-1]:
         data.append(f"Held-out prompts: {int(figures[-1]['prompts']):,}.")
-    return Facts(
+    return CardContents(
         **_of_any_run(config, tokenizer),
         data=data,
         adapter=adapter,
@@ -127,8 +127,8 @@ def facts_of_rounds(
     )
 
 
-def page(known: Facts) -> str:
-    """The card, in the Markdown of the hub with its YAML in front."""
+def page(known: CardContents) -> str:
+    """The card: Markdown with YAML metadata, in the hub's format."""
     name = known.method_name.rpartition(".")[2]
     judge = known.method.needs.output == "scores"
     head: dict[str, Any] = {
@@ -146,7 +146,7 @@ def page(known: Facts) -> str:
         f"---\n{yaml.safe_dump(head, sort_keys=False, allow_unicode=True)}---",
         f"# {_title(known)}",
         f"{kind} {known.base} on preferences with prefopt, method `{name}`.{merged}",
-        *_thought(known.method),
+        *_thought_section(known.method),
         *_objective(known),
         "## Data",
         "\n".join(f"- {line}" for line in known.data),
@@ -159,7 +159,7 @@ def page(known: Facts) -> str:
     return "\n\n".join(sections) + "\n"
 
 
-def _title(known: Facts) -> str:
+def _title(known: CardContents) -> str:
     if "thought" in in_rounds(known.method).card():
         return "A model that thinks before it answers"
     if known.method.needs.output == "scores":
@@ -167,8 +167,8 @@ def _title(known: Facts) -> str:
     return f"A language model trained on preferences ({known.method_name.rpartition('.')[2]})"
 
 
-def _objective(known: Facts) -> list[str]:
-    """The loss, its settings and where it comes from."""
+def _objective(known: CardContents) -> list[str]:
+    """The loss, its settings and its reference."""
     method = known.method
     lines = ["## Objective", " ".join((type(method).__doc__ or "").strip().partition("\n\n")[0].split())]
     if method.describe():
@@ -183,20 +183,20 @@ def _objective(known: Facts) -> list[str]:
     return lines
 
 
-def _results(known: Facts) -> list[str]:
-    """Figures on what was held out, at the start and of this model."""
+def _results(known: CardContents) -> list[str]:
+    """Metrics on held-out data, before training and of this model."""
     if not known.end:
         return []
     of = "This model" if known.step is None else f"This model (step {known.step:,})"
-    rows = [f"| On what was held out | Start | {of} |", "| --- | ---: | ---: |"]
+    rows = [f"| Held-out metric | Start | {of} |", "| --- | ---: | ---: |"]
     for name, value in known.end.items():
         before = readable(known.start[name]) if name in known.start else NOTHING
         rows.append(f"| `{name}` | {before} | {readable(value)} |")
     return ["## Results", "\n".join(rows)]
 
 
-def _code(known: Facts) -> str:
-    """Python that opens the folder and uses what it holds."""
+def _code(known: CardContents) -> str:
+    """Python code that loads the folder and uses the model."""
     judge = known.method.needs.output == "scores"
     module = "peft" if known.adapter else "transformers"
     auto = f"Auto{'Peft' if known.adapter else ''}ModelFor{'SequenceClassification' if judge else 'CausalLM'}"
@@ -211,7 +211,7 @@ def _code(known: Facts) -> str:
     if judge:
         what = "prompt and answer" if known.method.needs.sequences == "completions" else "prompt and two answers"
         return head + (
-            f"# a score for a text of {what}; prefopt itself asks it as `judge.path`, in the form it was trained on\n"
+            f"# the score of a text of {what}; as `judge.path`, prefopt writes the text as in training\n"
             'inputs = tokenizer("How are you? Fine.", return_tensors="pt")\n'
             'print(model(input_ids=inputs["input_ids"]).logits[0, 0].item())\n'
         )
@@ -233,8 +233,8 @@ def _code(known: Facts) -> str:
     )
 
 
-def _thought(method: Method) -> list[str]:
-    """How a policy that thinks is asked, and how its response is told from its thought."""
+def _thought_section(method: Method) -> list[str]:
+    """How a policy that thinks is prompted, and how its response is separated from its thought."""
     if "thought" not in in_rounds(method).card():
         return []
     thought = in_rounds(method).card()["thought"]
@@ -244,7 +244,7 @@ def _thought(method: Method) -> list[str]:
         f"""## Thought and response
 
 It was trained to write its thoughts, then `{response}`, then its response.{first} Only the response is meant for a
-reader. `prefopt infer --model FOLDER` asks it and shows the response alone; `--thought show` shows both.
+reader. `prefopt infer --model FOLDER` prompts it and prints the response only; `--thought show` prints both.
 
 With other tools, put the prompt into this text where it says `{{prompt}}`; without that mark it is a system message:
 
@@ -264,20 +264,20 @@ answer."""
     ]
 
 
-def _figures(line: Mapping[str, Any], but: Sequence[str] = ()) -> dict[str, float]:
-    left_out = (*_NO_FIGURES, *but)
-    return {name: float(v) for name, v in line.items() if name not in left_out and isinstance(v, (int, float))}
+def _figures(line: Mapping[str, Any], excluded: Sequence[str] = ()) -> dict[str, float]:
+    excluded = (*_NO_FIGURES, *excluded)
+    return {name: float(v) for name, v in line.items() if name not in excluded and isinstance(v, (int, float))}
 
 
 def _hub_id(path: str | None) -> str | None:
-    """`path` if it is an id on the hub: a folder or file here is none, nor is anything that looks like one."""
+    """`path` if it is an id on the hub, which no folder or file and nothing that looks like one is."""
     if path is None or Path(path).exists() or not _HUB_ID.fullmatch(path) or Path(path).suffix in (".jsonl", ".json"):
         return None
     return path
 
 
 def _base(config: RunConfig) -> str:
-    """What training started from, without the place where it lies here."""
+    """What training started from, without its local path."""
     path = config.model.path
     if path is None:
         return f"the base policy of the testbed's world `{config.testbed.world}`"

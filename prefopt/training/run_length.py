@@ -1,8 +1,7 @@
-"""How long a run trains: a number of steps, or until so many tokens were fed or so many seconds were trained."""
+"""How long a run trains: a number of optimizer steps, of tokens processed, or of seconds of optimizer steps."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,13 +10,14 @@ from prefopt.settings import RunConfig
 
 @dataclass
 class RunLength:
-    """What ends a run, and how much of it is gone; it goes into each checkpoint, so that attempts add up.
+    """The length of a run and how much of it is spent; checkpoints keep it, so that attempts add up.
 
     Args:
         steps: optimizer steps; None where tokens or seconds end the run.
-        max_tokens: tokens fed over all processes, counted as `tokens_processed` in the metrics.
-        max_seconds: of optimizer steps, as `seconds` of the metrics' train lines: no evaluation, no start, no save.
-        tokens, seconds: gone in the steps that the weights have seen. Those that a kill undoes do not count.
+        max_tokens: tokens processed on all ranks, as `tokens_processed` in the metrics.
+        max_seconds: seconds of optimizer steps, as `seconds` of the training lines in the metrics, without start-up,
+            evaluations and checkpoints.
+        tokens, seconds: spent in the steps that the current weights have taken; steps that a kill undid do not count.
     """
 
     steps: int | None
@@ -31,37 +31,31 @@ class RunLength:
         return cls(steps, config.train.max_tokens, config.train.max_seconds)
 
     @property
-    def of_them(self) -> str:
-        """Behind the number of a step, in a line."""
+    def of_total(self) -> str:
+        """` of 24` for a line that begins with a number of steps; empty where tokens or seconds end the run."""
         return f" of {self.steps}" if self.steps else ""
 
     def over(self, done: int) -> bool:
-        """Whether the run is at its end after `done` steps."""
-        share = self.share()
-        return share >= 1 if share is not None else done >= (self.steps or 0)
+        """Whether `done` steps complete the run."""
+        fraction = self._fraction()
+        return fraction >= 1 if fraction is not None else done >= (self.steps or 0)
 
-    def share(self, tokens: int = 0, seconds: float = 0.0) -> float | None:
-        """How much is gone once this has gone too, from 0; None where steps end the run."""
+    def _fraction(self, tokens: int = 0, seconds: float = 0.0) -> float | None:
+        """The fraction of the length that is spent, with these added to it; None where steps end the run."""
         if self.max_tokens is not None:
             return (self.tokens + tokens) / self.max_tokens
         if self.max_seconds is not None:
             return (self.seconds + seconds) / self.max_seconds
         return None
 
-    def gone(self, tokens: int, seconds: float) -> tuple[float, float] | None:
-        """The share that was gone before the step under way, and with it."""
-        before, after = self.share(), self.share(tokens, seconds)
+    def spent(self, tokens: int, seconds: float) -> tuple[float, float] | None:
+        """The fraction of the length that is spent before a step of so many tokens and seconds, and after it."""
+        before, after = self._fraction(), self._fraction(tokens, seconds)
         return None if before is None or after is None else (before, after)
 
     def spend(self, tokens: int, seconds: float) -> None:
         self.tokens += tokens
         self.seconds += seconds
-
-    def left(self, start: int) -> Iterator[int]:
-        """The numbers of the steps from `start` until the end."""
-        while not self.over(start):
-            yield start
-            start += 1
 
     def state(self) -> dict[str, Any]:
         return {"tokens": self.tokens, "seconds": self.seconds}

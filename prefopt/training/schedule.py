@@ -28,7 +28,7 @@ def learning_rate(
     config: RunConfig,
     steps: Callable[[float], int] | None,
     step: int,
-    gone: tuple[float, float] | None = None,
+    spent: tuple[float, float] | None = None,
 ) -> float:
     """The learning rate of optimizer step `step`, counted from 0.
 
@@ -38,22 +38,22 @@ def learning_rate(
 
     Args:
         steps: as in `total_steps`.
-        gone: the fraction of the run's tokens or seconds that was spent before this step and after it, where tokens or
+        spent: the fraction of the run's tokens or seconds that is spent before this step and after it, where tokens or
             seconds end the run. The schedule then follows this fraction instead of steps, unless
             train.schedule_epochs is set.
     """
     optim, epochs = config.optim, config.train.schedule_epochs
     if epochs is not None and steps is not None:
-        length, gone = steps(epochs), None
+        length, spent = steps(epochs), None
     else:
         length = total_steps(config, steps) or 0
     warmup = optim.warmup_steps if optim.warmup_steps is not None else math.ceil(optim.warmup_ratio * length)
     if step < warmup:
         return optim.lr * (step + 1) / warmup
-    if gone is None:
+    if spent is None:
         done = min(1.0, (step - warmup) / max(1, length - warmup))
     else:
-        (before, after), warm = gone, optim.warmup_ratio if optim.warmup_steps is None else 0.0
+        (before, after), warm = spent, optim.warmup_ratio if optim.warmup_steps is None else 0.0
         if before < warm:
             return optim.lr * min(1.0, after / warm)
         done = min(1.0, (before - warm) / (1 - warm)) if warm < 1 else 1.0

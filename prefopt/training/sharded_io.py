@@ -1,8 +1,8 @@
-"""Weights and the optimizer's state in files that all processes write side by side.
+"""Weights and optimizer state in files that all ranks write side by side.
 
-Every file holds whole tensors. They are gathered one after the other; a process keeps those of its own file, and as
-many files as there are processes are filled before they are written. So no process ever holds more than one file,
-however large the model is, and the files are the same whatever joins the processes and however many there are.
+Every file holds full tensors. They are gathered one after the other; each rank keeps those of its own file, and as many
+files as there are ranks are filled before they are written. So no rank ever holds more than one file, however large the
+model is, and the files are the same for every parallel backend and world size.
 """
 
 from __future__ import annotations
@@ -19,26 +19,26 @@ from torch import nn
 
 from prefopt.errors import TrainError
 from prefopt.training import adapter_saving, adapters, checkpoint, sharding, weight_files
-from prefopt.training.checkpoint import Processes
+from prefopt.training.checkpoint import Ranks
 
 if TYPE_CHECKING:
     from prefopt.training.backends import Backend
 
 _Name = TypeVar("_Name", bound=Hashable)
-_STATE_BYTES = 8  # what AdamW keeps of a parameter's entry; other optimizers' files are smaller
+_STATE_BYTES = 8  # of AdamW state per element of a parameter; the files of other optimizers are smaller
 
 
 def save_model(
     backend: Backend, folder: Path, max_shard_mb: float, dtype: str | None = None, original: bool = False
 ) -> list[Path]:
-    """Write what `from_pretrained` of transformers or peft opens. On all processes together.
+    """Write what `from_pretrained` of transformers or peft opens; called on all ranks.
 
     Args:
-        dtype: of the weights in the files; None: as they are trained.
-        original: with the names that the architecture's published checkpoints have, where transformers knows others; a
-            file then holds whole layers.
-    Returns: the files of weights that this process wrote.
-    Raises: on all processes what failed on one of them.
+        dtype: of the weights in the files; None: as in training.
+        original: use the names of the architecture's published checkpoints, where transformers uses other ones; a file
+            then holds entire layers.
+    Returns: the weight files that this rank wrote.
+    Raises: on all ranks what failed on one of them.
     """
     lm, runtime = backend.policy.lm, backend.runtime
     tensors = adapter_saving.tensors(lm)
@@ -53,21 +53,21 @@ def save_model(
             value = gather(name)
             if runtime.is_main:
                 weights[name] = _in_host(value)
-        with checkpoint.together(runtime):
+        with checkpoint.failing_together(runtime):
             if runtime.is_main:
                 adapter_saving.save(lm, folder, weights)
         return []
     held = dtype or backend.config.model.dtype
-    with checkpoint.together(runtime):
-        if runtime.is_main:  # all but the weights; it would clear away what looks like theirs
+    with checkpoint.failing_together(runtime):
+        if runtime.is_main:  # everything but the weights; it would remove files that look like weights
             adapter_saving.save(lm, folder, {}, held)
-    # several weights of a layer may be one in the published files
+    # published files may merge several weights of a layer into one
     groups = _by_layer(tensors) if original else None
     publish = functools.partial(adapter_saving.as_published, lm) if original else None
     sizes = _sizes(tensors, held)
     written, where = _save_tensors(backend, folder, "model", sizes, gather, max_shard_mb, groups, publish)
     if len(set(where.values())) > 1:
-        with checkpoint.together(runtime):
+        with checkpoint.failing_together(runtime):
             if runtime.is_main:
                 index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where}
                 (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
@@ -77,15 +77,15 @@ def save_model(
 def save_frozen(
     backend: Backend, folder: Path, stem: str, weights: Mapping[str, torch.Tensor], max_shard_mb: float
 ) -> list[Path]:
-    """Write weights that are not the policy's, such as a reference's. As `save_model`."""
+    """Write weights that are not the policy's, such as those of a moving reference. As `save_model`."""
     sizes = _sizes(weights, backend.config.model.dtype)
     return _save_tensors(backend, folder, stem, sizes, lambda name: backend.full_tensor(weights[name]), max_shard_mb)[0]
 
 
 def load_frozen(backend: Backend, folder: Path, stem: str, weights: Mapping[str, nn.Parameter]) -> None:
-    """Undo `save_frozen`. On all processes together.
+    """Load what `save_frozen` wrote; called on all ranks.
 
-    Raises: TrainError for files that lack a weight or hold another.
+    Raises: TrainError for files that lack a weight or hold an unknown one.
     """
     from safetensors import safe_open
 
@@ -94,7 +94,9 @@ def load_frozen(backend: Backend, folder: Path, stem: str, weights: Mapping[str,
     wrong = min(held ^ weights.keys(), default=None)
     if wrong is not None:
         what = "lacks" if wrong in weights else "holds an unknown"
-        raise TrainError(f"{folder}: {stem} {what} {wrong}; delete this checkpoint, and the one before is used")
+        raise TrainError(
+            f"{folder}: {stem} {what} {wrong}; delete this checkpoint, and the run resumes from the one before"
+        )
     for path in files:
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 - it is no mapping
@@ -111,9 +113,9 @@ def _save_tensors(
     groups: Mapping[str, list[str]] | None = None,
     publish: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]] | None = None,
 ) -> tuple[list[Path], dict[str, str]]:
-    """(files that this process wrote, the file of each tensor).
+    """(files that this rank wrote, the file of each tensor).
 
-    Args: sizes: in bytes. groups: names that stay together. publish: what becomes of a file's tensors at last.
+    Args: sizes: in bytes. groups: names that share a file. publish: converts the tensors of a file before writing.
     """
     groups = groups or {name: [name] for name in sizes}
     together = {group: sum(sizes[name] for name in names) for group, names in groups.items()}
@@ -134,26 +136,26 @@ def _save_tensors(
 
 
 def save_optimizer(backend: Backend, folder: Path, max_shard_mb: float) -> list[Path]:
-    """Write what the optimizer keeps, by the number of the parameter. As `save_model`."""
+    """Write the optimizer state, by the index of the parameter. As `save_model`."""
     state = backend.optimizer_state()
     sizes = {number: _STATE_BYTES * sharding.numel(p) for number, p in enumerate(backend.trained_parameters())}
     runs = cut(sizes, int(max_shard_mb * 1e6))
 
     def save(number: int, values: dict[int, dict[str, Any]]) -> Path:
         path = folder / _file("optimizer", number, len(runs))
-        checkpoint.save_optimizer({n: kept for n, kept in values.items() if kept}, path)
+        checkpoint.save_optimizer({index: entries for index, entries in values.items() if entries}, path)
         return path
 
     return write(backend.runtime, runs, state, save)
 
 
 def _sizes(tensors: Mapping[str, torch.Tensor], dtype: str) -> dict[str, int]:
-    """Bytes of each, in a dtype."""
+    """Bytes of each tensor in a dtype."""
     return {name: getattr(torch, dtype).itemsize * sharding.numel(value) for name, value in tensors.items()}
 
 
 def _by_layer(names: Iterable[str]) -> dict[str, list[str]]:
-    """The names of each layer, which is what stands before and at the first number; others by themselves."""
+    """Names by layer: the part of a name up to its first number. A name without a number is its own group."""
     groups: dict[str, list[str]] = {}
     for name in names:
         layer = re.match(r".*?\.\d+(?=\.)", name)
@@ -162,7 +164,7 @@ def _by_layer(names: Iterable[str]) -> dict[str, list[str]]:
 
 
 def cut(sizes: Mapping[_Name, int], limit: int) -> list[list[_Name]]:
-    """Consecutive names whose sizes together are at most `limit`, or one name that is larger by itself."""
+    """Split names, in their order, into files of at most `limit` bytes; a larger tensor is a file of its own."""
     runs: list[list[_Name]] = []
     room = 0
     for name, size in sizes.items():
@@ -175,39 +177,39 @@ def cut(sizes: Mapping[_Name, int], limit: int) -> list[list[_Name]]:
 
 
 def write(
-    processes: Processes,
+    ranks: Ranks,
     runs: Sequence[Sequence[_Name]],
     gather: Callable[[_Name], Any],
     save: Callable[[int, dict[_Name, Any]], Path],
 ) -> list[Path]:
-    """Write a file for each of the runs. On all processes together; returns the files that this one wrote.
+    """Write one file per run of names; called on all ranks. Returns: the files that this rank wrote.
 
-    Args: gather: what belongs to a name, on all processes. save: writes the file with a number, on one.
-    Raises: on all processes what failed on one of them; until the end it takes part in what the others gather.
+    Args: gather: the full value of a name, called on all ranks. save: writes the file with an index, on one rank.
+    Raises: on all ranks what failed on one of them; until the end that rank takes part in gathering.
     """
     written: list[Path] = []
     failure: Exception | None = None
-    for first in range(0, len(runs), processes.world):
-        kept: dict[_Name, Any] = {}
-        own = first + processes.rank
-        for number in range(first, min(first + processes.world, len(runs))):
+    for first in range(0, len(runs), ranks.world):
+        values: dict[_Name, Any] = {}
+        own = first + ranks.rank
+        for number in range(first, min(first + ranks.world, len(runs))):
             for name in runs[number]:
                 value = gather(name)
                 if number == own and failure is None:
-                    kept[name] = _in_host(value)
+                    values[name] = _in_host(value)
         if own < len(runs) and failure is None:
             try:
-                written.append(save(own, kept))
+                written.append(save(own, values))
             except Exception as error:
                 failure = error
-    with checkpoint.together(processes):
+    with checkpoint.failing_together(ranks):
         if failure is not None:
             raise failure
     return written
 
 
 def _file(stem: str, number: int, of: int) -> str:
-    """As transformers names the files of a model."""
+    """The name of a file, as transformers names the files of a model."""
     return f"{stem}.safetensors" if of == 1 else f"{stem}-{number + 1:05d}-of-{of:05d}.safetensors"
 
 

@@ -1,4 +1,4 @@
-"""Step 0: the first rows are scored a second time, by a path that shares no code with the first one."""
+"""The step-0 check: the first pairs are scored a second time by a path that shares no code with the first one."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ Inside = Callable[
 ROWS = 4  # pairs that are checked
 # Largest difference of a token's log-probability, absolute and relative to it.
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
-# The same where a model of 16 bits is checked in float32: large ones lose some of it.
+# The same where a 16-bit model is checked in float32; large models accumulate rounding errors.
 IN_FLOAT32 = 1e-3
-# Of the first loss, where policy and reference do the same arithmetic on the same weights.
-_SAME = 1e-3
+# Largest error of the first loss, where policy and reference are the same weights.
+_LOSS_TOLERANCE = 1e-3
 
 
 def tolerance(lm: nn.Module, mixed_precision: str) -> float:
-    """How far the two paths may be apart in this precision."""
+    """The largest difference of the two paths in this precision, see `_TOLERANCE`."""
     autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision)
     return _TOLERANCE[autocast or quantized.precision(lm)]
 
@@ -39,18 +39,18 @@ def tolerance(lm: nn.Module, mixed_precision: str) -> float:
 
 
 def is_rounded(lm: nn.Module, mixed_precision: str) -> bool:
-    """Whether a model computes in 16 bits, which blur an unknown scale or soft-cap of its logits."""
+    """Whether a model computes in 16 bits, whose rounding hides an unknown scale or soft-cap of its logits."""
     return tolerance(lm, mixed_precision) > _TOLERANCE[torch.float32]
 
 
-def float32_bytes(policy: Policy, whole: bool) -> int:
-    """Memory for the weights of a policy in float32, beside what it holds. Args: whole: every weight must be copied."""
-    narrow = (p for p in policy.parameters() if p.is_floating_point() and (whole or p.dtype.itemsize < 4))
-    return sum(4 * sharding.numel(p) for p in narrow)
+def float32_bytes(policy: Policy, full: bool) -> int:
+    """Bytes that float32 copies of the policy's 16-bit weights take. Args: full: every weight is copied."""
+    copied = (p for p in policy.parameters() if p.is_floating_point() and (full or p.dtype.itemsize < 4))
+    return sum(4 * sharding.numel(p) for p in copied)
 
 
-def free_bytes(device: torch.device, processes: int) -> int:
-    """Memory that is free for one of so many processes of this machine; a GPU's is its own."""
+def free_bytes(device: torch.device, ranks: int) -> int:
+    """Free memory for one of so many ranks on this machine; a GPU belongs to one rank."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     try:
@@ -59,14 +59,14 @@ def free_bytes(device: torch.device, processes: int) -> int:
         free = 1024 * int(found["MemAvailable"].split()[0])
     except (OSError, KeyError, ValueError):
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return free // processes
+    return free // ranks
 
 
 @contextlib.contextmanager
 def in_float32(policy: Policy) -> Iterator[None]:
-    """While it lasts, the models of a policy hold their weights, and compute, in float32 or better. No training in it.
+    """While it lasts, the models of a policy hold their weights and compute in float32 or better; not for training.
 
-    Args: policy: whole, not wrapped.
+    Args: policy: unwrapped, with full weights.
     """
     tensors = [t for t in (*policy.parameters(), *policy.buffers()) if t.is_floating_point() and t.dtype.itemsize < 4]
     held = [(tensor, tensor.data) for tensor in tensors]
@@ -94,16 +94,16 @@ def first_difference(
     tol: float,
     inside: Inside = lambda run: run(),
 ) -> str | None:
-    """What is wrong with the scores of a batch, naming the row, or None. On every process together.
+    """What is wrong with the scores of a batch, with the pair's name, or None; called on all ranks.
 
-    Each completion is scored again alone, unpadded, by the model's own logits: a plain log-softmax over the tokens that
-    the encoder marked, or a classifier's answer to the whole sequence.
+    Each completion is scored again alone, unpadded, by the model's own logits: a plain log-softmax at the tokens that
+    the encoder marked, or the score of a classifier for the sequence.
 
     Args:
         model: the wrapped policy; policy: the same, unwrapped.
-        pairs: the encoded rows of `batch`, in its order.
+        pairs: the encoded pairs of `batch`, in its order.
         batch: on the model's device.
-        inside: where the unwrapped policy can be called; then all processes must be given the same rows.
+        inside: calls a function where the unwrapped policy can be called; all ranks must then have the same pairs.
     """
     if method.needs.output == "scores":
         scores = scores_of(model, batch).tolist()
@@ -127,12 +127,12 @@ def _first_different_token(
                 expected = _plain_scores(lm, pair.prompt_ids, completion, mask)
             found = scored[mine].to(expected)
             if found.shape != expected.shape:
-                return f"{where}: {len(found)} tokens are scored, expected {len(expected)}"
+                return f"{where}: found {len(found)} completion tokens, expected {len(expected)}"
             gap = (found - expected).abs() - tol * expected.abs().clamp(min=1.0)
             if len(gap) and not bool((gap <= 0).all()):
                 worst = int(gap.nan_to_num(nan=float("inf")).argmax())
                 return (
-                    f"{where}: scored token {worst} of the completion has {name} {float(found[worst]):.6f}, "
+                    f"{where}: completion token {worst} has {name} {float(found[worst]):.6f}, "
                     f"an independent path gives {float(expected[worst]):.6f}"
                 )
     return None
@@ -151,7 +151,7 @@ def _first_different_score(
 
 
 def _plain_score(lm: nn.Module, ids: list[int]) -> float:
-    """A classifier's own answer to one sequence, which it reads to the end when it knows of no padding."""
+    """A classifier's score of one sequence, read at its last token because the model has no pad token meanwhile."""
     config: Any = adapters.base_of(lm).config.get_text_config()
     known, config.pad_token_id = config.pad_token_id, None
     try:
@@ -185,8 +185,8 @@ def unexpected_loss(model: nn.Module, method: Method, batch: PairBatch, tol: flo
     """What is wrong with the first loss where policy and reference are the same weights, or None.
 
     Args:
-        tol: of a token's log-probability. cached: whether what the batch has of the reference was computed before, in
-            batches of another shape: then its rounding is another, and what it says of a completion is compared too.
+        tol: of a token's log-probability. cached: whether the reference values come from the cache, computed in batches
+            of another shape: their rounding differs, so the log-probabilities of each completion are compared too.
     """
     expected = method.loss_at_reference()
     if expected is None:
@@ -198,7 +198,7 @@ def unexpected_loss(model: nn.Module, method: Method, batch: PairBatch, tol: flo
                 if lengths is None:
                     continue
                 logp, ref = (float(getattr(stats, f"{side}_{name}")[pair]) for name in ("logps", "ref_logps"))
-                # rounding errors of tokens are of either sign
+                # rounding errors of tokens have either sign, so their sum grows with the square root
                 if not abs(logp - ref) <= tol * max(10.0, float(lengths[pair])) ** 0.5:
                     return (
                         f"{batch.where[pair]} ({side}): the log-probability is {logp:.6f}, and {ref:.6f} in the "
@@ -209,7 +209,7 @@ def unexpected_loss(model: nn.Module, method: Method, batch: PairBatch, tol: flo
     scale = max(1.0, abs(expected))
     for pair in range(batch.pairs):
         # the loss is a function of sums over the completion, whose rounding errors add up
-        reach = scale * min(_SAME, tol * max(10.0, float(batch.chosen_lengths[pair])))
+        reach = scale * min(_LOSS_TOLERANCE, tol * max(10.0, float(batch.chosen_lengths[pair])))
         if not abs(float(found[pair]) - expected) <= reach:
             return (
                 f"{batch.where[pair]}: the loss is {float(found[pair]):.6f} while policy and reference are the same "
@@ -219,7 +219,7 @@ def unexpected_loss(model: nn.Module, method: Method, batch: PairBatch, tol: flo
 
 
 def _at_reference(stats: PairStats) -> PairStats:
-    """The same with the policy in the place of the reference."""
+    """The statistics with the policy in place of the reference."""
     sides = ("chosen", "rejected")
     members: dict[str, Any] = {f"{side}_ref_logps": getattr(stats, f"{side}_logps") for side in sides}
     for name in (f"{side}_{kind}" for side in sides for kind in ("kl", "reverse_kl")):
@@ -231,4 +231,6 @@ def _at_reference(stats: PairStats) -> PairStats:
 def refuse(problem: str | None) -> None:
     """Raises: TrainError if there is a problem."""
     if problem is not None:
-        raise TrainError(f"step 0: {problem}; the run would train on wrong numbers (a masking, position or data fault)")
+        raise TrainError(
+            f"step 0: {problem}; the run would train on wrong numbers (an error in masks, positions or data)"
+        )

@@ -41,14 +41,14 @@ def _look(runtime, folder):
     found = encode_file(f"{folder}/pairs.jsonl", tokenizer, max_length=120, cache_dir=f"{folder}/cache")
     mixture = Mixture([0, 100, 300], [2, 1], 0)
     batches = FileBatches(found.pairs, 8, 0, found.fingerprint, False, BUDGET, mixture)
-    trainer = Bench(runtime, SFT(), two_models(torch.float32)).trainer
+    batcher = Bench(runtime, SFT(), two_models(torch.float32)).run.batcher
     taken = []
     for step in range(STEPS):
         pairs = batches.global_batch(step)
-        passes = [numbers for numbers, _ in trainer._micro_batches(pairs, 4)]
+        passes = [numbers for numbers, _ in batcher.micro_batches(pairs, 4)]
         taken.append(([pair.where for pair in pairs], passes, fed_tokens(pairs).tolist()))
     held_out = found.pairs[:37]
-    evaluated = [number for numbers, _ in trainer._micro_batches(held_out, 4) for number in numbers]
+    evaluated = [number for numbers, _ in batcher.micro_batches(held_out, 4) for number in numbers]
     return {"built": len(built), "hash": batches.order_hash, "steps": batches.steps(2), "taken": taken, "eval": evaluated}
 
 

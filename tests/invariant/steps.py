@@ -9,8 +9,10 @@ from types import SimpleNamespace
 import torch
 
 from prefopt.settings import EvalConfig, KernelConfig, ModelConfig, OptimConfig, ReferenceConfig, RunConfig, TrainConfig
+from prefopt.training.first_batch import check_first_batch
 from prefopt.training.forward import PolicyWithReference, Scorer
 from prefopt.training.metrics import MetricsFile, read_lines
+from prefopt.training.run import TrainingRun
 from prefopt.training.trainer import Trainer
 from prefopt.types import EncodedPair
 from tests.helpers import tiny_llama
@@ -109,7 +111,7 @@ class Bench:
             kernel=KernelConfig(*tiles),
             reference=settings,
         )
-        self.trainer = Trainer(
+        self.run = TrainingRun(
             config=config,
             runtime=runtime,
             policy=Scorer(scorer_of(policy))
@@ -123,46 +125,45 @@ class Bench:
             output=Path(),
             values=values,
         )
+        self.trainer = Trainer(self.run)
         self.trainer.prepare()
         self.gradients = {}
         if not runtime.backend.startswith("zero"):  # whose gradients are no parameters' own
-            self.trainer.optimizer.optimizer.register_step_pre_hook(self._keep)
+            self.run.optimizer.optimizer.register_step_pre_hook(self._keep)
         # what accelerate keeps of every model it has wrapped would live as long as the tests
         runtime.accelerator._models.clear(), runtime.accelerator._optimizers.clear()
 
     def _keep(self, *_):
-        self.gradients = {
-            name: p.grad.clone() for name, p in self.trainer.policy.lm.named_parameters() if p.requires_grad
-        }
+        self.gradients = {name: p.grad.clone() for name, p in self.run.policy.lm.named_parameters() if p.requires_grad}
 
     def step(self, pairs, micro, counted=None, number=0):
         """(loss, gradient by parameter name) of one optimizer step on `pairs`, `micro` at a time on each process.
 
         Args: counted: by how many pairs a grouped step is divided; None: by its own. number: of the step.
         """
-        train = replace(self.trainer.config.train, global_batch=len(pairs), micro_batch=micro)
-        self.trainer.config = replace(self.trainer.config, train=train)
-        self.trainer.train.global_batch = lambda step: list(pairs)
-        self.trainer.train.counted_pairs = lambda step: len(pairs) if counted is None else counted
-        known = self.trainer.runtime.accelerator._optimizers
-        known[:] = [self.trainer.optimizer]  # whose gradients a scaler unscales before they are clipped
-        line = self.trainer._step(number)
+        train = replace(self.run.config.train, global_batch=len(pairs), micro_batch=micro)
+        self.run.config = replace(self.run.config, train=train)
+        self.run.train.global_batch = lambda step: list(pairs)
+        self.run.train.counted_pairs = lambda step: len(pairs) if counted is None else counted
+        known = self.run.runtime.accelerator._optimizers
+        known[:] = [self.run.optimizer]  # whose gradients a scaler unscales before they are clipped
+        line = self.trainer._step(number).line()
         known.clear()
         self.line = line
         return line["loss"], self.gradients
 
     def check_first_batch(self, pairs):
         """What a run does before its first step. Raises: TrainError."""
-        self.trainer.train.global_batch = lambda step: list(pairs)
-        self.trainer._first_batch()
+        self.run.train.global_batch = lambda step: list(pairs)
+        check_first_batch(self.run)
 
     def evaluate(self, pairs, batch, folder):
         """The metrics line of an evaluation on `pairs`; None but on the first process."""
-        self.trainer.config = replace(self.trainer.config, eval=EvalConfig(batch=batch))
-        self.trainer.eval_pairs, self.trainer.output = list(pairs), Path(folder)
-        self.trainer.metrics = MetricsFile(Path(folder) / "metrics.jsonl")
+        self.run.config = replace(self.run.config, eval=EvalConfig(batch=batch))
+        self.run.eval_pairs, self.run.output = list(pairs), Path(folder)
+        self.run.metrics = MetricsFile(Path(folder) / "metrics.jsonl")
         self.trainer._evaluate(0)
-        return read_lines(self.trainer.metrics.path)[-1] if self.trainer.runtime.is_main else None
+        return read_lines(self.run.metrics.path)[-1] if self.run.runtime.is_main else None
 
 
 def gradient_gaps(gradients, others):

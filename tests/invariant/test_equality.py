@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from prefopt.data.collate import collate
-from prefopt.training import trainer as trainer_module
+from prefopt.training import batching
 from tests.dist.ranks import run_ranks
 from tests.invariant.methods import methods
 from tests.invariant.oracle import oracle_step
@@ -79,7 +79,7 @@ def test_step_when_cut_padded_or_shuffled_in_any_way_then_loss_and_gradients_are
     }.items():
         assert_equal(expected(name, dtype), found(), dtype, what)
     for what, padding in {"7 columns more": {"extra_padding": 7}, "to 32": {"pad_to_multiple_of": 32}}.items():
-        monkeypatch.setattr(trainer_module, "collate", partial(collate, **padding))
+        monkeypatch.setattr(batching, "collate", partial(collate, **padding))
         assert_equal(expected(name, dtype), bench.step(rows, 3), dtype, f"padded {what}")
 
 

@@ -8,7 +8,7 @@ import torch
 
 from prefopt.data.encoder import Encoder
 from prefopt.errors import TrainError
-from prefopt.training import trainer as trainer_module
+from prefopt.training import batching
 from prefopt.types import EncodedPair, PairRow
 from tests.helpers import byte_bpe_tokenizer, tiny_llama
 from tests.invariant.faults import COLLATOR_FAULTS
@@ -41,7 +41,7 @@ def test_comparison_when_the_collator_has_a_fault_then_it_is_far_beyond_the_boun
     models = two_models(dtype)
     expected = oracle_step(*models, METHOD, PAIRS)
     assert difference(expected, bench(runtime, models).step(PAIRS, 3))[0] <= BOUNDS[dtype]
-    monkeypatch.setattr(trainer_module, "collate", fault)
+    monkeypatch.setattr(batching, "collate", fault)
     assert difference(expected, bench(runtime, models).step(PAIRS, 3))[0] > 1000 * BOUNDS[dtype]
 
 
@@ -52,7 +52,7 @@ def test_step_0_when_the_collator_has_a_fault_then_the_run_stops_and_names_the_r
     _, reference = two_models(torch.float32)
     ready = bench(runtime, (reference, reference), tokenizer)
     ready.check_first_batch(PAIRS)
-    monkeypatch.setattr(trainer_module, "collate", fault)
+    monkeypatch.setattr(batching, "collate", fault)
     with pytest.raises(TrainError, match=r"^step 0: rows:\d \((chosen|rejected)\): .* an independent path gives") as e:
         ready.check_first_batch(PAIRS)
     only_rejected = fault.__name__ in ("position_leaked", "chosen_leaked", "token_hidden")

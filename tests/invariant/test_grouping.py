@@ -5,7 +5,7 @@ import pytest
 from prefopt.data import loader
 from prefopt.data.loader import FileBatches
 from prefopt.data.mixture import Mixture
-from prefopt.training.trainer import _placeholder
+from prefopt.training.normalizers import _placeholder
 from tests.invariant.methods import methods
 from tests.invariant.oracle import oracle_step
 from tests.invariant.steps import Bench, gradient_gaps, random_pairs
@@ -43,7 +43,7 @@ def epoch(runtime, models, monkeypatch):
 
 def counts_pairs(method, runtime, models):
     bench = Bench(runtime, method, models)
-    batch = bench.trainer._collate(random_pairs(method.needs.columns))
+    batch = bench.run.batcher.collate(random_pairs(method.needs.columns))
     terms = method.loss(_placeholder(batch, method.needs), batch).terms
     return all(bool((term.count == 1).all()) for term in terms)
 
@@ -83,7 +83,7 @@ def test_epoch_when_sources_have_weights_and_batches_are_grouped_then_each_sourc
     mixture = Mixture([0, 4, 12], [2, 1], 0)  # 8 draws of the 4, 4 of the 8: two epochs see each of these once
     batches = FileBatches(rows, 4, 0, "rows", True, None, mixture)
     bench, average, steps = Bench(runtime, method, models), {}, 2 * batches.steps_per_epoch
-    bench.trainer._counts_per_pair = bench.trainer._average_counts(batches.grouped)
+    bench.trainer.normalizers.per_pair = bench.trainer.normalizers.averages(batches.grouped)
     for step in range(steps):
         for key, gradient in bench.step(batches.global_batch(step), 4)[1].items():
             average[key] = average.get(key, 0) + gradient / steps

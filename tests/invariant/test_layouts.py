@@ -11,8 +11,7 @@ from prefopt.data.collate import collate
 from prefopt.data.layouts import LAYOUTS, shares_prompts
 from prefopt.errors import TrainError
 from prefopt.settings import ModelConfig
-from prefopt.training import attention, layout_choice
-from prefopt.training import trainer as trainer_module
+from prefopt.training import attention, batching, layout_choice
 from tests.dist.ranks import run_ranks
 from tests.helpers import byte_bpe_tokenizer
 from tests.invariant.adapted import adapted_policy
@@ -37,7 +36,7 @@ def layouts_for(method):
 def steps_of(bench, rows, layouts, cuts=(8, 3)):
     """(what, step) of each layout and cut on one bench."""
     for layout in layouts:
-        bench.trainer.layouts = replace(bench.trainer.layouts, allowed=(layout,))
+        bench.run.batcher.layouts = replace(bench.run.batcher.layouts, allowed=(layout,))
         for micro in cuts:
             yield f"{layout}, {micro} at a time", bench.step(rows, micro)
 
@@ -86,11 +85,11 @@ def test_step_when_attention_takes_a_dense_mask_then_loss_and_gradients_are_the_
     models = two_models(torch.float32)
     rows = random_pairs(TOKEN_LEVEL.needs.columns)
     bench = Bench(runtime, TOKEN_LEVEL, models, SMALL_TILES)
-    policy = bench.trainer.policy
+    policy = bench.run.policy
     for lm in (policy.lm, policy.reference):
         lm.set_attn_implementation(stock)
     policy.attention = policy.reference_attention = kind
-    bench.trainer.layouts = replace(bench.trainer.layouts, kind=kind)
+    bench.run.batcher.layouts = replace(bench.run.batcher.layouts, kind=kind)
     assert_all_equal(oracle_step(*models, TOKEN_LEVEL, rows), steps_of(bench, rows, LAYOUTS), 1e-5)
 
 
@@ -108,7 +107,7 @@ def test_step_when_activations_are_recomputed_then_loss_and_gradients_are_the_or
     models = models_of("llama", torch.float64)
     rows = random_pairs(TOKEN_LEVEL.needs.columns)
     bench = Bench(runtime, TOKEN_LEVEL, models, layout=layout)
-    trainer_module.models.recompute_activations(bench.trainer.policy.lm)
+    models.recompute_activations(bench.run.policy.lm)
     assert_all_equal(oracle_step(*models, TOKEN_LEVEL, rows), steps_of(bench, rows, [layout]), 1e-9)
 
 
@@ -182,10 +181,10 @@ def test_step_when_auto_mixes_layouts_then_the_oracles_and_the_same_bits_again(r
 
     def run():
         bench = Bench(runtime, method, models, layout="auto")
-        assert bench.trainer.layouts.allowed == LAYOUTS
+        assert bench.run.batcher.layouts.allowed == LAYOUTS
         chosen = []
-        honest = bench.trainer._collate
-        bench.trainer._collate = lambda pairs: chosen.append(honest(pairs)) or chosen[-1]
+        honest = bench.run.batcher.collate
+        bench.run.batcher.collate = lambda pairs: chosen.append(honest(pairs)) or chosen[-1]
         step = bench.step(rows, 2)
         return step, [batch.segments is None for batch in chosen]
 
@@ -264,7 +263,7 @@ PAIRS = [p for p in random_pairs(TOKEN_LEVEL.needs.columns, pairs=9) if len(p.pr
 @pytest.fixture
 def turn_on(monkeypatch):
     def turn_on(fault):
-        monkeypatch.setattr(trainer_module, "collate", lambda pairs, **how: fault(collate(pairs, **how), pairs))
+        monkeypatch.setattr(batching, "collate", lambda pairs, **how: fault(collate(pairs, **how), pairs))
 
     return turn_on
 

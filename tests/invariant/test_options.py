@@ -84,7 +84,7 @@ def test_step_when_activations_are_recomputed_or_offloaded_then_the_oracles_in_a
     for layout in layouts_for(method):
         bench = Bench(runtime, method, plain, layout=layout, **options(option))
         assert_equal(expected, bench.step(rows, 3), torch.float64, f"{option}, {layout}")
-        assert "offload" not in option or bench.trainer.policy.saving.copied > 0
+        assert "offload" not in option or bench.run.policy.saving.copied > 0
 
 
 @each_option
@@ -154,8 +154,8 @@ def test_offloading_when_the_step_is_done_then_no_copy_is_kept(runtime, plain):
     method = METHODS[TOKEN]
     bench = Bench(runtime, method, plain, **options("offloaded"))
     bench.step(random_pairs(method.needs.columns), 3)
-    hooks = bench.trainer.policy.saving
-    parameters = sum(p.numel() * p.element_size() for p in bench.trainer.policy.lm.parameters())
+    hooks = bench.run.policy.saving
+    parameters = sum(p.numel() * p.element_size() for p in bench.run.policy.lm.parameters())
     first = hooks.copied
     bench.step(random_pairs(method.needs.columns), 3)
     assert hooks.copied == 2 * first > parameters / 4
@@ -194,9 +194,9 @@ def test_step_when_the_base_is_quantised_then_that_of_the_weights_it_computes_wi
     for layout in layouts_for(method):
         bench = Bench(runtime, method, (policy, reference), layout=layout, **options(WIDEST))
         # an evaluation before the step, after which bitsandbytes would compute in another way
-        bench.trainer.model.eval()
+        bench.run.model.eval()
         with torch.no_grad():
-            bench.trainer.model.lm(input_ids=torch.tensor([[5, 6, 7]]))
+            bench.run.model.lm(input_ids=torch.tensor([[5, 6, 7]]))
         assert_equal(expected, bench.step(rows, 3), torch.float32, layout)
 
 
@@ -211,7 +211,7 @@ def test_check_when_the_base_is_quantised_then_it_holds_and_a_fault_is_seen(runt
                 torch.nn.init.zeros_(weight)
         bench = Bench(runtime, METHODS[name], (policy, reference), tokenizer=tokenizer)
         bench.check_first_batch(random_pairs(METHODS[name].needs.columns))
-        layer = [m for m in bench.trainer.policy.lm.modules() if quantized.kind(m)][-1]
+        layer = [m for m in bench.run.policy.lm.modules() if quantized.kind(m)][-1]
         plain = layer.forward
         layer.forward = lambda x, plain=plain: plain(x) + (x.shape[0] > 1)  # another outcome in a batch than alone
         with pytest.raises(TrainError, match="an independent path gives"):
@@ -236,7 +236,7 @@ def test_step_when_layers_are_compiled_then_the_same_step_in_few_graphs(name, ru
     for micro in (1, 8, 2):  # other widths, other units, no other graphs
         assert_equal(expected, bench.step(rows, micro), torch.float32, f"{layout}, {micro} at a time")
     assert counters["stats"]["unique_graphs"] == graphs
-    assert not [n for n, _ in bench.trainer.policy.lm.named_parameters() if "_orig_mod" in n]
+    assert not [n for n, _ in bench.run.policy.lm.named_parameters() if "_orig_mod" in n]
 
 
 def _compiled_on_two(runtime, path):

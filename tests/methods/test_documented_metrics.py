@@ -9,8 +9,7 @@ import pytest
 
 from prefopt import registry
 from prefopt.training.forward import statistics_to_evaluate
-from prefopt.training.metrics import shared_metrics
-from prefopt.training.trainer import _terms
+from prefopt.training.metrics import loss_metrics, shared_metrics
 from prefopt.types import PairStats
 from tests.invariant.methods import methods
 from tests.methods.make_stats import batch, f64
@@ -30,7 +29,7 @@ def written(method):
     lengths = {"chosen_lengths": f64([2.0]), "rejected_lengths": f64([3.0]) if paired else None}
     stats = PairStats(**given, **lengths)
     output = method.loss(stats, batch(1, **{column.name: [0.5] for column in needs.columns}))
-    terms = _terms(output) if len(output.terms) > 1 else {}
+    terms = loss_metrics(output) if len(output.terms) > 1 else {}
     return {"loss", *terms, *shared_metrics(stats), *output.metrics}
 
 

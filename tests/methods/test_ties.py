@@ -7,7 +7,7 @@ import torch
 
 from prefopt.method import ahead
 from prefopt.settings import parse
-from prefopt.training.trainer import _postfix
+from prefopt.training.progress_bar import _postfix
 from tests.invariant.methods import methods
 from tests.methods.make_stats import batch, f64, means, pair_stats
 

@@ -13,7 +13,7 @@ import torch
 from prefopt import registry
 from prefopt.methods import dpo as dpo_module
 from prefopt.methods import sppo as sppo_module
-from prefopt.training import trainer as trainer_module
+from prefopt.training import batching
 from tests.helpers import byte_bpe_tokenizer
 from tests.invariant.faults import mask_shifted, states_shifted
 from tests.invariant.steps import random_pairs, two_models
@@ -126,7 +126,7 @@ def test_comparison_when_the_sign_of_the_loss_is_flipped_then_it_fails(name, the
 @each_loss
 @pytest.mark.parametrize("fault", [mask_shifted, states_shifted], ids=lambda fault: fault.__name__)
 def test_comparison_when_the_mask_is_shifted_then_it_fails(fault, name, theirs, our, monkeypatch):
-    monkeypatch.setattr(trainer_module, "collate", fault)
+    monkeypatch.setattr(batching, "collate", fault)
     assert beyond(theirs(name), our(name)).keys() == BOUNDS.keys()
 
 

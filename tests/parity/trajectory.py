@@ -32,10 +32,10 @@ def row(ids, scored):
 def ours(runtime, method, models, steps, lr):
     """What prefopt's trainer does on `steps`, a list of batches of encoded pairs."""
     bench = Bench(runtime, method, models, lr=lr)
-    lm, reference = bench.trainer.policy.lm, bench.trainer.policy.reference
+    lm, reference = bench.run.policy.lm, bench.run.policy.reference
     before = {name: p.detach().clone() for name, p in lm.named_parameters()}
     scored, seen = [], {"policy": [], "reference": []}
-    bench.trainer.policy.register_forward_pre_hook(lambda _, __, kw: scored.append(_scored(kw)), with_kwargs=True)
+    bench.run.policy.register_forward_pre_hook(lambda _, __, kw: scored.append(_scored(kw)), with_kwargs=True)
     for name, model in (("policy", lm), ("reference", reference)):
         model.base_model.register_forward_pre_hook(
             lambda _, __, kw, seen=seen[name]: seen.extend(_rows(kw, scored[-1])), with_kwargs=True

@@ -81,7 +81,7 @@ def test_adapter_goes_on_from_round_to_round_with_the_round_start_as_reference(s
     assert cards[0]["reference"]["is"].startswith("the base weights under the disabled adapter")
     assert cards[1]["reference"]["is"].startswith("a frozen snapshot of the adapter that the policy starts from")
     for card in cards:
-        assert "loss 0.6931 as it must be" in ended.out, card
+        assert "loss 0.6931 as expected" in ended.out, card
     AutoPeftModelForCausalLM.from_pretrained(tmp_path / "run/model")
     lines = read_lines_of(tmp_path / "run")
     assert lines[2]["kl/to_first"] != lines[2]["kl/to_round_start"]

@@ -206,7 +206,7 @@ def test_kept_policy_is_that_of_its_step(straight, run, tmp_path):
 @pytest.mark.parametrize(
     ("at", "count"),
     [
-        ("prefopt.training.trainer:Trainer._keep_if_best", 3),
+        ("prefopt.training.best_model:BestModel.save_if_best", 3),
         ("prefopt.training.checkpoint:_write_folder", 2),
         ("prefopt.training.checkpoint:save_optimizer", 1),
         ("prefopt.training.checkpoint:copy", 1),

@@ -62,7 +62,7 @@ def test_model_of_the_best_evaluation_is_exported(metric, better, direction, tra
 @pytest.mark.parametrize("count", [2, 5])
 def test_choosing_when_killed_then_ends_with_the_same_model(train, count):
     straight, _ = train("straight", eval__select="loss", optim__lr=0.03)
-    at = {"at": "prefopt.training.trainer:Trainer._keep_if_best", "when": "after", "count": count, "do": "SIGKILL"}
+    at = {"at": "prefopt.training.best_model:BestModel.save_if_best", "when": "after", "count": count, "do": "SIGKILL"}
     run, _ = train("run", status=-signal.SIGKILL, fault=at, eval__select="loss", optim__lr=0.03)
     train("run", eval__select="loss", optim__lr=0.03)
     assert equal(weights(run), weights(straight))
@@ -74,7 +74,7 @@ def test_choosing_when_killed_then_ends_with_the_same_model(train, count):
 def test_choosing_when_another_attempt_finds_another_best_then_that_of_the_undone_attempt_is_not_exported(train):
     """Killed after step 8, the best so far, and continued from step 6 to another loss at step 8 than it had before."""
     flags = {"eval__select": "loss", "train__max_steps": 8}
-    at = {"at": "prefopt.training.trainer:Trainer._keep_if_best", "when": "after", "count": 3, "do": "SIGKILL"}
+    at = {"at": "prefopt.training.best_model:BestModel.save_if_best", "when": "after", "count": 3, "do": "SIGKILL"}
     run, _ = train("run", status=-signal.SIGKILL, fault=at, **flags)
     assert sorted(path.name for path in (run / "best").iterdir()) == ["step_00000004", "step_00000008"]
     fourth = (run / "best/step_00000004/model.safetensors").read_bytes()
@@ -139,16 +139,16 @@ def test_run_without_patience_left_ends_as_a_finished_one(stopped, train):
 @pytest.mark.parametrize(
     ("place", "when", "count"),
     [
-        ("Trainer._patience_is_over", "after", 3),
-        ("Trainer._save", "before", -1),  # stopped, but not saved yet
-        ("Trainer._finish", "before", 1),
-        ("Trainer._step", "before", 5),
+        ("patience:Patience.on_evaluation", "after", 3),
+        ("trainer:Trainer._save", "before", -1),  # stopped, but not saved yet
+        ("trainer:Trainer._export", "before", 1),
+        ("trainer:Trainer._step", "before", 5),
     ],
 )
 def test_run_without_patience_left_when_killed_ends_the_same(place, when, count, stopped, train):
     straight, at = stopped
     count = -(-at // 4) if count < 0 else count  # the last one
-    do = {"at": f"prefopt.training.trainer:{place}", "when": when, "count": count, "do": "SIGKILL"}
+    do = {"at": f"prefopt.training.{place}", "when": when, "count": count, "do": "SIGKILL"}
     run, _ = train("run", status=-signal.SIGKILL, fault=do, **FALLING)
     train("run", **FALLING)
     assert equal(weights(run), weights(straight))

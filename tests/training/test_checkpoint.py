@@ -80,7 +80,7 @@ def test_latest_when_the_newest_is_damaged_then_gives_the_one_before_and_says_so
     found = spoil(bad)
     said = []
     assert checkpoint.latest(root, said.append) == good
-    assert said == [f"{bad}: damaged checkpoint passed over: {found}"]
+    assert said == [f"{bad}: damaged checkpoint skipped: {found}"]
 
 
 def test_latest_when_all_are_damaged_or_none_is_there_then_gives_none(root):
@@ -311,7 +311,7 @@ def test_run_when_its_newest_checkpoint_is_damaged_then_continues_from_the_one_b
     found = spoil(output / "checkpoints" / "step_00000006")
     ended = server.train(argv)
     assert ended.status == 0, ended.err
-    assert f"{output}/checkpoints/step_00000006: damaged checkpoint passed over: {found}\n" in ended.out
+    assert f"{output}/checkpoints/step_00000006: damaged checkpoint skipped: {found}\n" in ended.out
     assert f"resuming from {output}/checkpoints/step_00000003\n" in ended.out
     mine, theirs = (load_file(folder / "model" / "model.safetensors") for folder in (output, straight))
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs)

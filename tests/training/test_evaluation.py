@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import tqdm
 
 from prefopt.training.metrics import read_lines
-from prefopt.training.trainer import Trainer
+from prefopt.training.progress_bar import evaluation_bar
 
 
 def test_run_without_an_evaluation_at_the_start_scores_the_sample_and_ends_with_its_figures(server, command, tmp_path):
@@ -49,8 +49,7 @@ def test_progress_bar_of_an_evaluation_counts_all_pairs_whatever_the_batches_and
             self.n += count
 
     monkeypatch.setattr(tqdm, "tqdm", Bar)
-    trainer = SimpleNamespace(eval_pairs=[None] * 7, runtime=SimpleNamespace(world=2, is_main=True))
     batches = [([0, 1], "a"), ([4, 5], "b")]
-    assert [*Trainer._evaluation_bar(trainer, iter(batches))] == batches
+    assert [*evaluation_bar(iter(batches), 7, SimpleNamespace(world=2, is_main=True))] == batches
     assert seen.n == seen.made["total"] == 7
     assert seen.made["disable"] is False

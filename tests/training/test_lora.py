@@ -212,7 +212,7 @@ def test_step_when_activations_are_recomputed_then_nothing_changes(what, runtime
     models.recompute_activations(policy)
     bench = Bench(runtime, method, (policy, reference))
     calls = []
-    layer = adapters.base_of(bench.trainer.policy.lm).model.layers[0]
+    layer = adapters.base_of(bench.run.policy.lm).model.layers[0]
     layer.mlp.register_forward_pre_hook(lambda *_: calls.append(torch.is_grad_enabled()))
     assert difference(expected, bench.step(pairs, 3))[0] <= 1e-12
     assert calls == [False, True, True] * 3, "the reference once, the policy twice"
@@ -332,7 +332,7 @@ def test_step_0_when_the_policy_has_an_adapter_then_policy_and_reference_are_che
     start = model_sources.find(settings.model.path, settings.model)
     lm = adapter_loading.load_policy(settings, start, Frozen.SNAPSHOT)
     Bench(runtime, method, (lm, Frozen.SNAPSHOT), tokenizer=tokenizer).check_first_batch(random_pairs())
-    assert f"loss {method.loss_at_reference():.4f} as it must be" in capsys.readouterr().out
+    assert f"loss {method.loss_at_reference():.4f} as expected" in capsys.readouterr().out
     with pytest.raises(TrainError, match=r"^step 0: rows:\d: the loss is .* while policy and reference are the same"):
         Bench(runtime, method, (lm, Frozen.BASE), tokenizer=tokenizer).check_first_batch(random_pairs())
 

@@ -25,7 +25,7 @@ LINES = [
 def page_of(method="dpo", adapter=False, chat=None, model="some/model", data="some/pairs", more=(), **known):
     config = parse(["--method", method, "--model.path", model, "--data.train", data, *more])
     tokenizer = SimpleNamespace(chat_template=chat)
-    return model_card.page(model_card.facts(config, tokenizer, LINES, "f1n9e2", adapter=adapter, **known))
+    return model_card.page(model_card.contents(config, tokenizer, LINES, "f1n9e2", adapter=adapter, **known))
 
 
 def codes(page):
@@ -68,7 +68,7 @@ def test_objective_names_the_paper_and_what_is_in_force():
 
 def test_results_are_those_of_the_held_out_pairs_at_the_start_and_the_end():
     page = page_of()
-    assert "| On what was held out | Start | This model (step 2) |" in page
+    assert "| Held-out metric | Start | This model (step 2) |" in page
     assert "| `loss` | 0.6931 | 0.5123 |" in page
     assert "| `kl/chosen` | - | 1.25 |" in page
     assert "seconds" not in page

@@ -78,8 +78,8 @@ def _steps_in_fp16(runtime):
         runtime.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
         bench = Bench(runtime, method, models)
         optim = OptimConfig(name="sgd", lr=1.0, warmup_ratio=0.0, clip=clip)
-        bench.trainer.config = replace(bench.trainer.config, optim=optim)
-        policy = bench.trainer.policy.lm
+        bench.run.config = replace(bench.run.config, optim=optim)
+        policy = bench.run.policy.lm
         before = copy.deepcopy(policy.state_dict())
         if spoil is not None and runtime.rank == 1:
             spoil(policy)
@@ -149,7 +149,7 @@ def test_step_when_a_scaled_gradient_overflows_then_all_skip_it_and_halve_the_sc
 
 
 def test_step_when_no_scale_helps_or_the_loss_is_not_finite_then_all_stop_with_one_line(ranks):
-    for what, words in (("nothing to halve", "gradient norm nan"), ("loss not finite", "first rows with a loss that")):
+    for what, words in (("nothing to halve", "gradient norm nan"), ("loss not finite", "first pairs with such a loss")):
         first, second = (answers[what] for answers in ranks)
         assert first == second
         assert first.startswith("step 1: the loss or its gradient is not finite (" + words)
@@ -188,10 +188,8 @@ def test_check_when_a_fault_is_above_what_fp16_rounds_then_it_stops(runtime):
     tokenizer = byte_bpe_tokenizer(["any text"], vocab_size=300)
     _, reference = two_models(torch.float32)
     bench = Bench(runtime, METHODS[TOKEN], (reference, reference), tokenizer=tokenizer)
-    bench.trainer.config = replace(
-        bench.trainer.config, train=replace(bench.trainer.config.train, mixed_precision="fp16")
-    )
+    bench.run.config = replace(bench.run.config, train=replace(bench.run.config.train, mixed_precision="fp16"))
     bench.check_first_batch(random_pairs())
-    bench.trainer.policy._scaling = (1.5, None)
+    bench.run.policy._scaling = (1.5, None)
     with pytest.raises(TrainError, match="an independent path gives"):
         bench.check_first_batch(random_pairs())

@@ -455,7 +455,7 @@ def test_reference_when_it_moves_then_it_is_the_mixture_after_each_n_steps(weigh
     method, models = METHODS[name], two_models(torch.float64)
     moves = ReferenceConfig(sync_every=2, sync_weight=weight)
     bench = Bench(runtime, method, models, lr=1e-5, reference=moves)
-    policy, other = bench.trainer.policy.lm, bench.trainer.policy.reference
+    policy, other = bench.run.policy.lm, bench.run.policy.reference
     expected = {name: p.detach().clone() for name, p in other.named_parameters()}
     lm = copy.deepcopy(other)
     for step in range(5):
@@ -492,7 +492,7 @@ def test_reference_when_it_moves_with_an_adapter_then_the_snapshot_does(headed, 
     for mine, snapshot in pairs.values():
         assert torch.equal(mine, snapshot)
     bench = Bench(runtime, method, (policy, frozen), lr=0.1, reference=moving.reference)
-    pairs = adapters.snapshot_pairs(bench.trainer.policy.lm)
+    pairs = adapters.snapshot_pairs(bench.run.policy.lm)
     before = {name: snapshot.detach().clone() for name, (_, snapshot) in pairs.items()}
     assert bench.step(rows_for(method), 8)[0] > 0
     moved = 0

@@ -34,7 +34,7 @@ ANYWHERE = [
     (ENGINE + "metrics:MetricsFile.rewind", "after", 1),
     (ENGINE + "trainer:Trainer._step", "before", 5),
     (ENGINE + "trainer:pair_stats", "after", 12),
-    (ENGINE + "trainer:write_whole", "before", 1),
+    (ENGINE + "evaluation:write_whole", "before", 1),
     (ENGINE + "metrics:MetricsFile.write", "after", 6),  # logged, but not in a checkpoint
     (ENGINE + "checkpoint:_write_folder", "after", 2),  # renamed, older checkpoints not yet dropped
     ("os:unlink", "before", 9),
@@ -215,7 +215,7 @@ def test_run_when_it_has_more_state_and_is_killed_and_restarted_then_ends_bit_id
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("at", "when"), [(at, when) for at, when, _ in ANYWHERE] + [(ENGINE + "trainer:Trainer._first_batch", "before")]
+    ("at", "when"), [(at, when) for at, when, _ in ANYWHERE] + [(ENGINE + "first_batch:check_first_batch", "before")]
 )
 def test_run_when_killed_at_each_place_once_then_ends_bit_identical(at, when, server, command, uninterrupted, tmp_path):
     argv = command("dpo", tmp_path / "run")
@@ -296,7 +296,7 @@ def test_run_when_killed_at_random_moments_then_ends_bit_identical(seed, server,
     [
         ("SIGTERM", (ENGINE + "trainer:pair_stats", "before", 20), 5),
         ("SIGINT", (ENGINE + "trainer:Trainer._step", "before", 8), 7),
-        ("SIGUSR1", (ENGINE + "trainer:Trainer._eval_rows", "before", 3), 8),
+        ("SIGUSR1", (ENGINE + "evaluation:HeldOutEvaluation._score_pairs", "before", 3), 8),
         ("SIGTERM", ("prefopt.storage:seal", "before", 2), 6),
     ],
     ids=["SIGTERM in a step", "SIGINT between steps", "SIGUSR1 in an evaluation", "SIGTERM in a checkpoint"],

@@ -139,9 +139,9 @@ def test_step_when_activations_are_recomputed_then_loss_and_gradients_are_the_or
     method, model_pair = METHODS[name], models_of("llama", torch.float64)
     rows = random_pairs(method.needs.columns, pairs=4)
     bench = Bench(runtime, method, model_pair, layout="packed_prefix_shared")
-    trainer_module.models.recompute_activations(bench.trainer.policy.lm)
+    models.recompute_activations(bench.run.policy.lm)
     calls = []
-    layer = bench.trainer.policy.lm.base_model.layers[0]
+    layer = bench.run.policy.lm.base_model.layers[0]
     layer.mlp.register_forward_pre_hook(lambda *_: calls.append(torch.is_grad_enabled()))
     gap, where = difference(oracle_step(*model_pair, method, rows), bench.step(rows, 4))
     assert gap <= BOUNDS[torch.float64], where

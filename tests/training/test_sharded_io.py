@@ -103,7 +103,7 @@ def test_save_when_one_process_cannot_write_then_all_say_so_and_the_checkpoint_b
     assert json.loads((first / "manifest.json").read_text()).keys() == {"part-0", "part-1", "part-2", "state.json"}
     said = [str(error) for error in at(2, broken=True)]
     assert said[0] == (
-        f"{root}/step_00000002: not written: process 1: [Errno 28] No space left on device; "
+        f"{root}/step_00000002: not written: rank 1: [Errno 28] No space left on device; "
         f"the last good checkpoint is {first} (free space and run again)"
     )
     assert "No space left on device" in said[1]

@@ -1,0 +1,58 @@
+"""From the pairs of a step to this rank's micro-batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from prefopt.data.collate import collate
+from prefopt.data.pairs import fed_tokens, padded_lengths
+from prefopt.training.layout_choice import Layouts
+from prefopt.training.micro_batches import micro_batches
+from prefopt.training.reference_cache import ReferenceValues
+from prefopt.types import EncodedPair, Needs, PairBatch
+
+
+@dataclass
+class Batcher:
+    """Partitions pairs among ranks and collates them.
+
+    Args:
+        needs: what the method reads of a pair.
+        layouts: the layouts that are exact for the model.
+        pad_id: token that fills padding positions.
+        rank, world: this rank, and the world size.
+        values: the reference cache, where it replaces a live reference.
+    """
+
+    needs: Needs
+    layouts: Layouts
+    pad_id: int
+    rank: int
+    world: int
+    values: ReferenceValues | None = None
+
+    def micro_batches(self, pairs: Sequence[EncodedPair], size: int) -> Iterator[tuple[list[int], PairBatch]]:
+        """This rank's micro-batches of at most `size` pairs, each with the indices of its pairs in `pairs`.
+
+        Every rank has the same number of them; a micro-batch may be empty.
+        """
+        parts = micro_batches(padded_lengths(pairs), fed_tokens(pairs), size, self.world)
+        for indices in parts[self.rank]:
+            numbers = indices.tolist()
+            yield numbers, self.collate([pairs[i] for i in numbers])
+
+    def collate(self, pairs: Sequence[EncodedPair], layout: str | None = None) -> PairBatch:
+        """A batch of pairs, with the cached values of the reference if there is a cache.
+
+        Args: layout: None: the one that is expected to be fastest for these pairs.
+        """
+        need_rejected = self.needs.rows == "pairs"
+        batch = collate(
+            pairs,
+            pad_id=self.pad_id,
+            need_rejected=need_rejected,
+            columns=tuple(column.name for column in self.needs.columns),
+            **self.layouts.settings(layout or self.layouts.of(pairs, need_rejected)),
+        )
+        return batch if self.values is None else self.values.fill(batch, pairs)

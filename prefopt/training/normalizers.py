@@ -1,0 +1,108 @@
+"""What each term of a loss is divided by, so that the gradient does not depend on how a step is cut into micro-batches.
+
+Every term of a loss has a value and a count per pair: 1, or a number of tokens. Over the pairs b of a whole step, on
+all ranks,
+
+    loss = sum_t weight_t * (sum_b value_tb) / normalizer_t,    normalizer_t = sum_b count_tb.
+
+A micro-batch contributes its part of the numerator, so the normalizer must be known before the first forward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from prefopt.data.loader import Batches, Shares
+from prefopt.data.pairs import BLOCK, facts
+from prefopt.method import Method
+from prefopt.training.batching import Batcher
+from prefopt.training.forward import statistics_for
+from prefopt.training.runtime import Runtime
+from prefopt.types import EncodedPair, LossOutput, Needs, PairBatch, PairStats
+
+
+class Normalizers:
+    """The normalizers of a run's steps.
+
+    Where steps are grouped by length, a step's own counts would give a token in a step of short completions more weight
+    than one in a step of long completions. There the normalizer is that of as many pairs of average count; for terms
+    that count pairs the two are the same.
+    """
+
+    def __init__(self, method: Method, batcher: Batcher, runtime: Runtime, train: Batches) -> None:
+        self.method, self.batcher, self.runtime, self.train = method, batcher, runtime, train
+        grouped = train.grouped
+        self.per_pair = None if grouped is None else self.averages(grouped)  # of an epoch, where steps are grouped
+
+    def of_step(self, step: int, batches: Sequence[PairBatch]) -> dict[str, float]:
+        """The normalizer of each term. Args: batches: this rank's micro-batches of the step."""
+        if self.per_pair is not None:
+            pairs = self.train.counted_pairs(step)
+            return {name: count * pairs for name, count in self.per_pair.items()}
+        totals = self._counts(batches)
+        summed = self.runtime.sum(torch.tensor(list(totals.values()), dtype=torch.float64)).tolist()
+        return {name: count if count > 0 else 1.0 for name, count in zip(totals, summed, strict=True)}
+
+    def averages(self, shares: Shares) -> dict[str, float]:
+        """The count of each term per pair, averaged over an epoch. Args: shares: see `Batches.grouped`."""
+        averages: dict[str, float] = {}
+        for share, pairs in shares:
+            for name, count in self._counts(self._without_tokens(pairs)).items():
+                averages[name] = averages.get(name, 0.0) + share * count / len(pairs)
+        return {name: count if count > 0 else 1.0 for name, count in averages.items()}
+
+    def _counts(self, batches: Iterable[PairBatch]) -> dict[str, float]:
+        """The count of each term, summed over batches.
+
+        Counts depend on the batch only, so the loss of placeholder statistics yields them before any forward pass.
+        """
+        totals: dict[str, float] = {}
+        for batch in batches:
+            for term in self.method.loss(_placeholder(batch, self.method.needs), batch).terms:
+                totals[term.name] = totals.get(term.name, 0.0) + float(term.count.double().sum())
+        return totals
+
+    def _without_tokens(self, pairs: Sequence[EncodedPair]) -> Iterator[PairBatch]:
+        """Batches with lengths and columns but no tokens: all that a count can depend on."""
+        empty = self.batcher.collate([])
+        for begin in range(0, len(pairs), BLOCK):
+            end = min(begin + BLOCK, len(pairs))
+
+            def of(name: str, begin: int = begin, end: int = end) -> torch.Tensor:
+                return torch.from_numpy(facts(pairs, name, begin, end).copy())
+
+            yield replace(
+                empty,
+                chosen_lengths=of("chosen_scored"),
+                rejected_lengths=None if empty.rejected_lengths is None else of("rejected_scored"),
+                columns={name: of(f"column.{name}") for name in empty.columns},
+                where=("",) * (end - begin),
+            )
+
+
+def normalized(output: LossOutput, normalizers: Mapping[str, float]) -> torch.Tensor:
+    """This micro-batch's part of the loss: `sum_t weight_t * (sum_b value_tb) / normalizer_t`, shape ()."""
+    return sum(
+        (term.weight * term.value.sum() / normalizers[term.name] for term in output.terms),
+        start=output.terms[0].value.new_zeros(()),
+    )
+
+
+def non_finite_pairs(output: LossOutput) -> torch.Tensor:
+    """Which pairs have a term that is NaN or infinite, (B,) bool; not read here, because that waits for the GPU."""
+    return torch.stack([~torch.isfinite(term.value.detach()) for term in output.terms]).any(0)
+
+
+def _placeholder(batch: PairBatch, needs: Needs) -> PairStats:
+    """Statistics of zeros, to ask a loss for its counts."""
+    zeros = torch.zeros(batch.pairs, dtype=torch.float64)
+    paired = zeros if batch.rejected_lengths is not None else None
+    names = {"logp": "logps", "ref_logp": "ref_logps", "kl": "kl", "scores": "scores"}
+    members: dict[str, Any] = {"chosen_logps": None, "rejected_logps": None}
+    for name in statistics_for(needs) + (() if needs.output == "scores" else ("logp",)):
+        members[f"chosen_{names[name]}"], members[f"rejected_{names[name]}"] = zeros, paired
+    return PairStats(**members, chosen_lengths=batch.chosen_lengths, rejected_lengths=batch.rejected_lengths)
