@@ -241,9 +241,9 @@ class CallbackList:
 
 
 def _described(error: Exception) -> str:
-    """An exception in one line, with the place that raised it."""
+    """An exception in one line, with the place in the user's code that it came through."""
     text = " ".join(str(error).split())
     frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if frame.filename != __file__ and "importlib" not in frame.filename]
-    where = f" ({Path(own[-1].filename).name}:{own[-1].lineno})" if own else ""
+    theirs = [frame for frame in frames if frame.filename != __file__ and "importlib" not in frame.filename]
+    where = f" ({Path(theirs[0].filename).name}:{theirs[0].lineno})" if theirs else ""
     return f"{type(error).__name__}{f': {text}' if text else ''}{where}"

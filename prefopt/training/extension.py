@@ -1,4 +1,4 @@
-"""A finished run that is trained on: which settings may grow, what must still be there, what its card keeps of it."""
+"""Training a finished run further: which settings may grow, which files it needs, what the run card records."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from prefopt.training.metrics import MetricsFile
 
 
 def check(output: Path, old: RunConfig, changed: Mapping[str, tuple[Any, Any]]) -> None:
-    """Whether a run can be extended to another length, before any model is loaded.
+    """Check, before any model is loaded, that a run can be extended to another length.
 
     Args: old: its settings. changed: the settings of its length that differ, as (before, now).
-    Raises: ConfigError or TrainError where it is not finished, would get shorter, or lacks its last checkpoint.
+    Raises: ConfigError or TrainError if it is not finished, would become shorter, or lacks its last checkpoint.
     """
     card = storage.read_sealed(output / "run_card.json", unsealed=True) or {}
-    under_way = card.get("extended") and _seal(output / "model") == card["extended"][-1]["model"]
-    finished = _seal(output / "model") is not None and not under_way
+    in_progress = card.get("extended") and _seal(output / "model") == card["extended"][-1]["model"]
+    finished = _seal(output / "model") is not None and not in_progress
     if any(before is None or now is None or now < before for before, now in changed.values()):
         only = " (the length of a finished run can only be raised, in the setting that it was given by)"
         raise ConfigError(
-            f"--output {output}: holds a run with other settings ({_words(changed)}); "
+            f"--output {output}: holds a run with other settings ({_listed(changed)}); "
             f"choose another --output, or use the settings of that run to resume it{only if finished else ''}"
         )
     if not finished:
         raise ConfigError(
-            f"--output {output}: holds a run with other settings ({_words(changed)}) that is not finished; finish it "
+            f"--output {output}: holds a run with other settings ({_listed(changed)}) that is not finished; finish it "
             "as it was begun, then raise its length"
         )
     lines = _lines(output)
@@ -53,17 +53,23 @@ def check(output: Path, old: RunConfig, changed: Mapping[str, tuple[Any, Any]]) 
             f"{folder}: {'is missing' if not folder.exists() else wrong}; a run is extended from its last checkpoint, "
             f"which alone holds the optimizer's state (for a new run from its weights: --model.path {output / 'model'})"
         )
+    stopped = checkpoint.load_state(folder).get("stopped")
+    if stopped is not None:
+        raise ConfigError(
+            f"{next(iter(changed))}: {output} holds a run that a callback ended ({stopped}), not its length; choose "
+            "another --output"
+        )
 
 
 def begin(
     output: Path, card_file: Path, config: RunConfig, rate: Callable[[RunConfig, int], float | None]
 ) -> str | None:
-    """Note in the card that a finished run is extended, and put its model aside. After a kill, finish doing so.
+    """Record in the run card that a finished run is extended, and move its model aside. After a kill, complete that.
 
-    The model stays in `model_step_*`, since `model` marks a run as finished.
+    The model moves to `model_step_*`, because `model` marks a run as finished.
 
-    Args: card_file: of the run, which `check` has passed. config: its settings now. rate: the learning rate of a
-        step from 0 under some settings, None where tokens or seconds decide it.
+    Args: card_file: of the run, which has passed `check`. config: its settings now. rate: gives the learning rate of
+        a step, counted from 0, under given settings; None where it depends on tokens or seconds.
     Returns: a line on the schedule; None where nothing is extended.
     """
     card = storage.read_sealed(card_file, unsealed=True) or {}
@@ -72,7 +78,7 @@ def begin(
     if changed:
         lines = _lines(output)
         step, old = _last_step(lines), from_dict(card["config"])
-        note = _schedule(old, config, step, _words(changed), lines, rate)
+        note = _schedule(old, config, step, _listed(changed), lines, rate)
         record = {
             "from_step": step,
             "settings": {key: list(values) for key, values in changed.items()},
@@ -83,7 +89,7 @@ def begin(
         storage.write_whole(output / "config.yaml", [from_dict(card["config"]).to_yaml()])
         storage.write_sealed(card_file, card)
     if card.get("extended") and _seal(output / "model") == card["extended"][-1]["model"]:
-        _put_aside(output, config, int(card["extended"][-1]["from_step"]))
+        _move_model_aside(output, config, int(card["extended"][-1]["from_step"]))
     return note
 
 
@@ -99,7 +105,7 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[A
 
 
 def notes(card_file: Path) -> list[str]:
-    """What the card has of extensions, a line each."""
+    """The extensions that a run card records, a line each."""
     card = storage.read_sealed(card_file, unsealed=True) or {}
     return [record["schedule"] for record in card.get("extended", [])]
 
@@ -108,31 +114,31 @@ def _schedule(
     old: RunConfig,
     new: RunConfig,
     step: int,
-    words: str,
+    changed: str,
     lines: Sequence[Mapping[str, Any]],
     rate: Callable[[RunConfig, int], float | None],
 ) -> str:
-    """What becomes of the learning rate, in a line."""
-    head = f"extended at step {step} ({words})"
+    """How the learning rate continues, in a line."""
+    head = f"extended at step {step} ({changed})"
     before = next(line["learning_rate"] for line in reversed(lines) if line["split"] == "train")
     after = rate(new, step)
     if after is None:
-        return f"{head}: the {new.optim.schedule} schedule is laid out over the whole new length from here on"
+        return f"{head}: the {new.optim.schedule} schedule spans the whole new length from here on"
     rates = f"step {step} had the learning rate {readable(before)}, step {step + 1} has {readable(after)}"
     if all(rate(new, one) == rate(old, one) for one in range(step)):
-        return f"{head}: the {new.optim.schedule} schedule goes on as it would in a run of the new length; {rates}"
+        return f"{head}: the {new.optim.schedule} schedule continues as in a run of the new length; {rates}"
     return (
-        f"{head}: the {new.optim.schedule} schedule is laid out over the whole new length from here on; {rates}, and a "
-        f"run of the new length from the start would have had other rates until step {step}"
+        f"{head}: the {new.optim.schedule} schedule spans the whole new length from here on; {rates}. A run of the new "
+        f"length from the start would have had other learning rates until step {step}"
     )
 
 
-def _put_aside(output: Path, config: RunConfig, step: int) -> None:
+def _move_model_aside(output: Path, config: RunConfig, step: int) -> None:
     exported = output / ("adapter" if config.lora.merge else "model")
     lines = _lines(output)
     by = None if config.eval.select is None else Selection.of(config.eval.select)
     best = None if by is None else by.best(lines)
-    if by is not None and best is not None:  # later evaluations are held to it
+    if by is not None and best is not None:  # later evaluations are compared with it
         value = next(line[by.metric] for line in lines if line["split"] == "eval" and line["step"] == best)
 
         def write(folder: Path) -> None:
@@ -140,7 +146,7 @@ def _put_aside(output: Path, config: RunConfig, step: int) -> None:
             (folder / SELECTED).write_text(json.dumps({"step": best, by.metric: value}))
 
         checkpoint.export(output / "best" / checkpoint.name_of(best), write)
-    for name in ("adapter", "model"):  # the model last: it is what tells that this is still to be done
+    for name in ("adapter", "model"):  # the model last: its presence marks this as not done yet
         if (output / name).exists():
             storage.put_in_place(output / name, output / f"{name}_{checkpoint.name_of(step)}")
 
@@ -158,5 +164,5 @@ def _last_step(lines: Sequence[Mapping[str, Any]]) -> int:
     return max((int(line["step"]) for line in lines if line["split"] == "train"), default=0)
 
 
-def _words(changed: Mapping[str, tuple[Any, Any]]) -> str:
+def _listed(changed: Mapping[str, tuple[Any, Any]]) -> str:
     return ", ".join(f"{key}: {before} -> {now}" for key, (before, now) in changed.items())

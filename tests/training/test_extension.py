@@ -33,7 +33,7 @@ def test_finished_run_under_a_constant_rate_when_extended_then_is_the_longer_run
     train("run", **SHORT, **constant)
     before = weights(tmp_path / "run/model")
     said = train("run", **LONG, **constant)
-    assert "extended at step 4 (train.max_steps: 4 -> 6): the constant schedule goes on as it would" in said
+    assert "extended at step 4 (train.max_steps: 4 -> 6): the constant schedule continues as in a run" in said
     assert weights(tmp_path / "run/model") == weights(tmp_path / "straight/model") != before
     assert weights(tmp_path / "run/model_step_00000004") == before
     steps = [line["step"] for line in read_lines(tmp_path / "run/metrics.jsonl") if line["split"] == "train"]
@@ -54,7 +54,7 @@ def test_run_when_killed_while_it_is_extended_then_ends_as_the_extended_one(trai
     # warm-up of one step (10% of 6), then 1e-2 x (1 - 3/5) at step 5, where a run of 4 steps ended at 1e-2 x (1 - 2/3)
     assert (rates[4], rates[5]) == (pytest.approx(1e-2 / 3), pytest.approx(4e-3))
     assert "step 4 had the learning rate 0.003333, step 5 has 0.004" in record["schedule"]
-    assert "would have had other rates until step 4" in record["schedule"]
+    assert "would have had other learning rates until step 4" in record["schedule"]
     assert record["schedule"] in (run / "model/README.md").read_text()
     assert "this run is finished" in train("run", **LONG, **select)
 
