@@ -36,7 +36,7 @@ class EvaluationResult:
         return not self.line.keys() - {"step", "split", "seconds"}
 
 
-class HeldOutEvaluation:
+class EvaluationLoop:
     """Evaluates the policy on the held-out pairs of a run, and calls its evaluators.
 
     Args: evaluators: functions of the policy. Rank 0 calls them alone, on the full policy; those with the attribute

@@ -50,7 +50,7 @@ class RunCheckpoints:
         }
         if self.callbacks.named:
             state["callbacks"] = self.callbacks.state()
-        if run.stop_reason is not None:
+        if run.stop_reason is not None and not run.run_length.over(step):
             state["stopped"] = run.stop_reason
         folder = checkpoint.save(run.checkpoints, step, self._write, state, run.config.train.keep_last, run.runtime)
         run.runtime.on_main(lambda: self.best.drop_surpassed(best))

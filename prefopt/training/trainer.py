@@ -15,7 +15,7 @@ from prefopt.errors import TrainError
 from prefopt.training import callbacks, checkpoint, first_batch
 from prefopt.training.best_model import BestModel
 from prefopt.training.callbacks import CallbackList
-from prefopt.training.evaluation import HeldOutEvaluation
+from prefopt.training.evaluation import EvaluationLoop
 from prefopt.training.export import ModelExport
 from prefopt.training.forward import pair_stats, pair_stats_and_routing, statistics_for, to_device
 from prefopt.training.metrics import Evaluator, Meter, loss_metrics, shared_metrics, total_loss
@@ -40,7 +40,7 @@ class Trainer:
     Args:
         run: what is trained on what.
         resume_from: an undamaged checkpoint whose weights `run.policy` holds, or None.
-        evaluators: functions of the policy whose figures are logged at each evaluation, see `HeldOutEvaluation`.
+        evaluators: functions of the policy whose figures are logged at each evaluation, see `EvaluationLoop`.
         trackers: they receive all metrics; the caller closes them.
     """
 
@@ -73,7 +73,7 @@ class Trainer:
         run.prepare()
         self.router = RouterLoss(run)
         self.normalizers = Normalizers(run.method, run.batcher, run.runtime, run.train)
-        self.evaluation = HeldOutEvaluation(run, self.evaluators)
+        self.evaluation = EvaluationLoop(run, self.evaluators)
         self.export = ModelExport(run)
         self.best = BestModel(run, self.export)
         # trackers before the bar; patience before the callbacks of the user, which may read `run.stop_reason`

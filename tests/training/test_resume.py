@@ -296,7 +296,7 @@ def test_run_when_killed_at_random_moments_then_ends_bit_identical(seed, server,
     [
         ("SIGTERM", (ENGINE + "trainer:pair_stats", "before", 16), 5),
         ("SIGINT", (ENGINE + "trainer:Trainer._step", "before", 8), 7),
-        ("SIGUSR1", (ENGINE + "evaluation:HeldOutEvaluation._score_pairs", "before", 3), 8),
+        ("SIGUSR1", (ENGINE + "evaluation:EvaluationLoop._score_pairs", "before", 3), 8),
         ("SIGTERM", ("prefopt.storage:seal", "before", 2), 6),
     ],
     ids=["SIGTERM in a step", "SIGINT between steps", "SIGUSR1 in an evaluation", "SIGTERM in a checkpoint"],
