@@ -1,6 +1,5 @@
-"""A judge and an inference engine are one file each: nothing else names it, and a file that is put there is found."""
+"""A judge and an inference engine are one file each: a file that is put into its folder is found, made and used."""
 
-import ast
 import os
 import shutil
 import subprocess
@@ -16,7 +15,6 @@ from prefopt.judges.base import JudgeKind
 from prefopt.settings import GenerateConfig, JudgeConfig
 
 ROOT = Path(__file__).resolve().parent.parent
-FILES = sorted((ROOT / "prefopt").rglob("*.py"))
 JUDGE = '''"""The response with fewer exclamation marks is better."""
 
 from dataclasses import dataclass
@@ -94,22 +92,6 @@ def test_a_file_in_either_folder_is_listed_in_help_found_made_and_used(tmp_path)
     assert "did you mean 'calm'?" in refused
 
 
-@pytest.mark.parametrize("kinds", [registry.JUDGES, registry.ENGINES], ids=lambda kinds: kinds.folder)
-def test_no_code_asks_for_a_judge_or_an_engine_by_its_name(kinds):
-    """No comparison with `.kind` or `.engine`, and no `kind=` or `engine=`, has one of the names."""
-    field = kinds.key.partition(".")[2]
-    for path in FILES:
-        for node in ast.walk(ast.parse(path.read_text())):
-            found = []
-            if isinstance(node, ast.Compare):
-                sides = [node.left, *node.comparators]
-                if any(isinstance(side, ast.Attribute) and side.attr == field for side in sides):
-                    found = [c.value for side in sides for c in ast.walk(side) if isinstance(c, ast.Constant)]
-            elif isinstance(node, ast.keyword) and node.arg == field and isinstance(node.value, ast.Constant):
-                found = [node.value.value]
-            assert not {*found} & {*kinds.names()}, f"{path.relative_to(ROOT)}:{node.lineno}"
-
-
 def test_every_kind_is_one_class_with_a_first_sentence_and_reads_settings_that_exist():
     for kinds, kind_of, base, settings in (
         (registry.JUDGES, judges.kind_of, JudgeKind, JudgeConfig()),
@@ -137,6 +119,16 @@ def test_every_kind_is_one_class_with_a_first_sentence_and_reads_settings_that_e
 def test_a_name_that_is_no_file_is_refused_with_the_nearest_one(settings, message):
     with pytest.raises(ConfigError, match=message):
         settings()
+
+
+def test_the_source_of_a_users_own_judge_is_part_of_its_identity(tmp_path, monkeypatch):
+    (tmp_path / "loud_lab.py").write_text(JUDGE)
+    monkeypatch.syspath_prepend(tmp_path)
+    settings = JudgeConfig(kind="loud_lab")
+    before = judges.identity(settings)
+    assert judges.identity(settings) == before
+    (tmp_path / "loud_lab.py").write_text(JUDGE.replace("-float", "float"))
+    assert judges.identity(settings) != before
 
 
 def test_a_judge_of_another_folder_is_named_by_a_dotted_path_and_takes_its_own_settings_alone(tmp_path, monkeypatch):

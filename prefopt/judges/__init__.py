@@ -84,7 +84,12 @@ def identity(settings: JudgeConfig) -> str:
 
     Raises: ConfigError when it cannot be read.
     """
-    parts = [settings.kind, settings.path, *_kind(settings).content(settings)]
+    kind = _kind(settings)
+    parts = [settings.kind, settings.path, *kind.content(settings)]
+    if "." in str(settings.kind):  # a user's own file
+        from prefopt.judges.source_hash import source_hash
+
+        parts.append(source_hash(str(settings.kind), [kind.__module__]))
     if settings.template is not None:
         parts.append(Path(settings.template).read_text())
     return storage.text_hash(repr(parts))[:16]

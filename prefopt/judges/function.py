@@ -7,7 +7,6 @@ one prompt and one answer for each response.
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import importlib
 import inspect
@@ -18,15 +17,14 @@ import pickle
 import signal
 import subprocess
 import sys
-import sysconfig
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from prefopt import storage
 from prefopt.errors import ConfigError, RoundError, did_you_mean
 from prefopt.judges.base import Judge, JudgeContext, JudgeKind
+from prefopt.judges.source_hash import source_hash
 from prefopt.settings import JudgeConfig
 from prefopt.types import Judgement, Question
 
@@ -58,67 +56,11 @@ def find(path: str) -> Callable[..., Any]:
 
 
 def source_of(path: str) -> str | None:
-    """A hash of the module that `module:name` names and of all that it imports from its own folder, or None.
-
-    Of an installed package that is the package alone. What is read at run time, or imported by a computed name, is not
-    seen.
+    """A hash of the source of the function that `module:name` names, see `source_hash`.
 
     Raises: ConfigError when there is no such function; Unreadable.
     """
-    function = find(path)
-    modules = {path.partition(":")[0], str(getattr(function, "__module__", ""))}  # it may be defined elsewhere
-    files: dict[str, Path] = {}
-    for name in sorted(modules):
-        module = sys.modules.get(name)
-        file = getattr(module, "__file__", None)
-        if file is not None:
-            root = Path(file).resolve().parents[name.count(".") + (Path(file).name == "__init__.py")]
-            _collect(name, root, files)
-            files.setdefault(name, Path(file))
-    if not files:
-        return None
-    whole = storage.running_hash(path.encode())
-    for name, found in sorted(files.items()):
-        whole.update(f"{name} {storage.sha256(found)}\n".encode())
-    return whole.hexdigest()[:16]
-
-
-def _collect(name: str, root: Path, files: dict[str, Path]) -> None:
-    """Add a module, the packages that it is in, and what these import, as far as they lie under `root`.
-
-    Args: root: the folder that `import` found the first name in. files: of modules that are known, by their names.
-    """
-    installed = {Path(sysconfig.get_path(key)).resolve() for key in ("purelib", "platlib", "stdlib")}
-    top = name.partition(".")[0]
-    waiting = [name]
-    while waiting:
-        wanted = waiting.pop()
-        parent = wanted.rpartition(".")[0]
-        if parent and parent not in files:
-            waiting.append(parent)
-        first = wanted.partition(".")[0]
-        if wanted in files or (first != top and (root in installed or first == "prefopt")):
-            continue
-        place = root.joinpath(*wanted.split("."))
-        file = next((f for f in (place.with_suffix(".py"), place / "__init__.py") if storage.is_there(f)), None)
-        if file is None:
-            continue
-        files[wanted] = file
-        package = wanted if file.name == "__init__.py" else parent
-        with contextlib.suppress(SyntaxError, ValueError):
-            waiting += _imports(ast.parse(storage.read_bytes(file) or b""), package)
-
-
-def _imports(tree: ast.AST, package: str) -> Iterator[str]:
-    """Names of modules that may be imported anywhere in a module. Args: package: which relative imports start from."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            parts = package.split(".") if package else []
-            base = ".".join([*parts[: len(parts) - node.level + 1], node.module or ""]) if node.level else node.module
-            base = (base or "").strip(".")
-            yield from filter(None, [base, *(f"{base}.{alias.name}".strip(".") for alias in node.names)])
+    return source_hash(path, [path.partition(":")[0], str(getattr(find(path), "__module__", ""))])  # both: an alias
 
 
 class FunctionJudge(JudgeKind):
