@@ -1,4 +1,4 @@
-"""The commands that docs/distributed.md leads by from one process to two nodes, with two processes on this machine.
+"""The commands of docs/distributed.md that lead from a single process to two nodes, with two ranks on this machine.
 
 The fifth is a job; tests/slurm/test_readme.py submits its like to a real Slurm.
 """
@@ -16,7 +16,7 @@ from tests.dist.ranks import free_port
 from tests.fork_server import ROOT
 
 PAGE = (ROOT / "docs/distributed.md").read_text()
-COMMANDS = re.search(r"## From one process to two nodes\n.*?```bash\n(.*?)```", PAGE, re.DOTALL)[1].strip().splitlines()
+COMMANDS = re.search(r"## From a single process to two nodes\n.*?```bash\n(.*?)```", PAGE, re.DOTALL)[1].strip().splitlines()
 NAMES = ["alone", "ddp", "zero3", "nodes", "job"]
 
 

@@ -15,7 +15,7 @@ class Begun(dict):
 
 
 def ours(rows, tokenizer, folder, max_length=512):
-    """Per row: {side: (ids, which are scored)}, or the `BadRow` that says why it was refused."""
+    """Per row: {side: (ids, which are scored)}, or the `BadRow` with the reason why it was refused."""
     file = folder / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     read = list(RowReader(file))
@@ -69,29 +69,29 @@ def _side_kinds(mine, other, tokenizer):
         ids, scored = ids[1:], scored[1:]
     if len(other_ids) > len(ids) and other_ids[: len(ids)] == ids:
         assert any(other_scored[len(ids) :])
-        yield "EOS twice" if other_ids[len(ids) :] == (eos,) == ids[-1:] else "scored after the terminator"
+        yield "EOS twice" if other_ids[len(ids) :] == (eos,) == ids[-1:] else "loss after the end of turn"
         other_ids, other_scored = other_ids[: len(ids)], other_scored[: len(ids)]
     if ids != other_ids:
         yield "other ids"
         return
     boundary = scored.index(True)
     if any(other_scored[:boundary]):
-        yield "end of the prompt scored"
+        yield "end of the prompt in the loss"
     if any(theirs and not our for our, theirs in zip(scored[boundary:], other_scored[boundary:], strict=True)):
-        yield "user's turns scored"
+        yield "user turns in the loss"
     if any(our and not theirs for our, theirs in zip(scored, other_scored, strict=True)):
-        yield "beginning of the completion not scored"
+        yield "beginning of the completion masked"
 
 
 def cuts(rows, whole, eos):
-    """What truncation has done to rows that are whole in `whole`, as counts; None in `rows` is a row left out."""
+    """Counts of the effects of truncation on rows that are untruncated in `whole`; None in `rows` is a dropped row."""
     kept = [(short, full) for short, full in zip(rows, whole, strict=True) if short is not None]
     sides = [(short[side], full[side]) for short, full in kept for side in short]
     return {
-        "rows left out": len(rows) - len(kept),
-        "prompts that lose their head": sum(_prompt(s["chosen"]) < _prompt(f["chosen"]) for s, f in kept),
-        "completions that lose their end": sum(ids[-1] != eos for (ids, _), _ in sides),
-        "scored tokens kept": sum(sum(scored) for (_, scored), _ in sides),
+        "rows dropped": len(rows) - len(kept),
+        "prompts truncated from the left": sum(_prompt(s["chosen"]) < _prompt(f["chosen"]) for s, f in kept),
+        "completions truncated from the right": sum(ids[-1] != eos for (ids, _), _ in sides),
+        "completion tokens that remain": sum(sum(scored) for (_, scored), _ in sides),
     }
 
 
