@@ -1,7 +1,7 @@
-"""The words that every floor shares: frozen dataclasses, no behaviour beyond sums. Knows nothing but torch's name.
+"""The types that all layers share: frozen dataclasses without behaviour. torch is imported for annotations only.
 
-Letters in shapes: B pairs, S sequences (B chosen, then B rejected where there are any), R rows and T columns of a
-batch, N scored tokens. Log-probabilities, KL and entropy are in nats.
+Letters in shapes: B pairs, S sequences (B chosen, then B rejected if there are any), R rows and T columns of a batch,
+N loss tokens. Log-probabilities, KL and entropy are in nats.
 """
 
 from __future__ import annotations
@@ -33,16 +33,17 @@ class Column:
 
 @dataclass(frozen=True)
 class Needs:
-    """What a method asks of the engine; everything it does not ask for is not computed, loaded or carried.
+    """What a method reads; everything else is not computed, loaded or carried.
 
     Args:
-        reference: `none`: no reference model is loaded. `sequence`: the reference's log-probability of the completions,
-            so it may be precomputed. `token`: the reference's whole distribution at each token, so it must be live.
-        output: what the model says of a sequence: `token_stats`, or `scores`, one number per sequence from a head of
-            its own; such a model is a classifier with one logit, and has no reference.
-        rows: `pairs`, or `chosen_only` for a method that never reads the rejected side.
+        reference: `none`: no reference model is loaded. `sequence`: the reference's log-probabilities of the
+            completions, which may be cached. `token`: its full distribution at each token, computed live or from cached
+            hidden states.
+        output: the model's output: `token_stats`, or `scores`, one number per sequence; the latter is a classifier with
+            one logit, and has no reference.
+        rows: `pairs`, or `chosen_only` for a method that does not read the rejected completion.
         sequences: `completions`: the two sequences of a pair are the prompt with either completion. `both_orders`: they
-            are the prompt with both, the chosen one first and the rejected one first.
+            are the prompt with both completions, with the chosen one first and with the rejected one first.
         coupled: whether the loss sorts or averages over the pairs of a batch; then one micro-batch must be the batch.
         columns: extra numbers per pair that the loss reads.
     """
@@ -57,14 +58,14 @@ class Needs:
 
 @dataclass(frozen=True)
 class PairRow:
-    """One row as it was read, before any tokenizer. Prompt and completions are text, or lists of chat messages.
+    """One example as it was read, not yet tokenized. Prompt and completions are text, or lists of chat messages.
 
-    `rejected` is None in data for methods that need the chosen side only; `chosen` is None where only prompts are read
-    and the row has no more. `where` is `file:line`. `ids` are prompt, chosen and maybe rejected as tokens, where the
-    row has them and they are this tokenizer's: what a policy has sampled is trained on as it was sampled.
-    `template_args` are the row's own arguments of the chat template: `tools`, `documents`, and what its
-    `chat_template_kwargs` holds. A message may hold more than text: `tool_calls`, content that is None. `prompt_key` is
-    a hash of the prompt as the file has it, whatever tokenizer and template read it; "" where no file was read.
+    `rejected` is None in data for methods that need the chosen completion only; `chosen` is None where only prompts are
+    read and the example has no completion. `where` is `file:line`. `ids` are the token ids of prompt, chosen and
+    possibly rejected completion, if the example has them and they are this tokenizer's, so that sampled tokens are
+    trained on unchanged. `template_args` are the example's own arguments of the chat template: `tools`, `documents`,
+    and the members of `chat_template_kwargs`. Messages may also have `tool_calls`, and content None. `prompt_key` is a
+    hash of the prompt in the file, independent of tokenizer and template; "" where no file was read.
     """
 
     prompt: str | list[dict[str, Any]]
@@ -79,12 +80,11 @@ class PairRow:
 
 @dataclass(frozen=True)
 class EncodedPair:
-    """One row as token ids. Completions end with the terminator where it fits; the prompt begins with BOS if any.
+    """One example as token ids. A completion ends with the EOS or end-of-turn token if it fits; a prompt begins with BOS.
 
-    `chosen_mask` and `rejected_mask` say which completion tokens are scored (all of them, but for completions of
-    several turns, where only the assistant's tokens count). `prompt_key` is a hash of the prompt as it was rendered,
-    `raw_prompt_key` one of the prompt as the file has it,
-    if the pair comes from one.
+    `chosen_mask` and `rejected_mask` are the loss masks of the completions: True on all tokens, but for completions of
+    several turns, where only the assistant's tokens are. `prompt_key` is a hash of the rendered prompt,
+    `raw_prompt_key` one of the prompt in the file, if the pair comes from one.
     """
 
     prompt_ids: list[int]
@@ -100,9 +100,9 @@ class EncodedPair:
 
 @dataclass(frozen=True)
 class PairBatch:
-    """Rows of tokens, and which of their positions are scored: the same for every layout.
+    """A batch of token rows and the positions of its loss tokens, in the same form for every layout.
 
-    The hidden state at flat position `score_index[n]` of the (R * T) grid predicts the token `labels[n]` of sequence
+    The hidden state at flat position `loss_index[n]` of the (R * T) grid predicts the token `labels[n]` of sequence
     `sequence_index[n]`. Sequences 0..B-1 are the chosen completions, B..2B-1 the rejected ones. A batch of no pairs is
     legal: one row of padding, N = 0.
     """
@@ -110,20 +110,20 @@ class PairBatch:
     input_ids: torch.Tensor  # (R, T) int64
     attention_mask: torch.Tensor  # (R, T) int64, 1 on real tokens
     position_ids: torch.Tensor  # (R, T) int64
-    score_index: torch.Tensor  # (N,) int64 into R * T
+    loss_index: torch.Tensor  # (N,) int64 into R * T
     labels: torch.Tensor  # (N,) int64
     sequence_index: torch.Tensor  # (N,) int64 into S
-    last_index: torch.Tensor  # (S,) int64 into R * T, where the last token of each sequence stands
-    chosen_lengths: torch.Tensor  # (B,) int64, scored tokens
+    last_index: torch.Tensor  # (S,) int64 into R * T, position of the last token of each sequence
+    chosen_lengths: torch.Tensor  # (B,) int64, loss tokens
     rejected_lengths: torch.Tensor | None  # (B,) int64, None when rows are chosen_only
     columns: Mapping[str, torch.Tensor]  # each (B,) float64
     where: tuple[str, ...]  # (B,) file:line of each pair
     segments: np.ndarray | None = (
         None  # (U, 4) int64 on the host, see `data.layouts.Grid`; None: each row is one sequence
     )
-    # Of the reference, where they were computed before: see `engine.reference`.
+    # Cached values of the reference, see `training.reference_cache`.
     ref_logps: torch.Tensor | None = None  # (N,) log-probability of each label
-    ref_hidden: torch.Tensor | None = None  # (N, H of the reference) final hidden state at each score_index
+    ref_hidden: torch.Tensor | None = None  # (N, H of the reference) final hidden state at each loss_index
 
     @property
     def pairs(self) -> int:
@@ -132,7 +132,7 @@ class PairBatch:
 
 @dataclass(frozen=True)
 class TokenStats:
-    """What the head says of each scored token; every member is (N,) in float32 or better, or None if not asked for."""
+    """Statistics of each loss token; every member is (N,) in float32 or better, or None if it was not requested."""
 
     logp: torch.Tensor
     ref_logp: torch.Tensor | None = None
@@ -143,15 +143,15 @@ class TokenStats:
 
 @dataclass(frozen=True)
 class PairStats:
-    """What a loss sees of each sequence: its score, or sums of token statistics. Every member is (B,) or None.
+    """The inputs of a loss per sequence: its score, or sums of token statistics. Every member is (B,) or None.
 
-    Log-probabilities are None when the output is scores, and scores when it is not. Members of the rejected side are
-    None when rows are chosen_only; those of the reference when there is none.
+    Log-probabilities are None if the output is scores, and scores are None otherwise. Members of the rejected
+    completion are None if rows are chosen_only, those of the reference if there is none.
     """
 
     chosen_logps: torch.Tensor | None
     rejected_logps: torch.Tensor | None
-    chosen_lengths: torch.Tensor  # scored tokens
+    chosen_lengths: torch.Tensor  # loss tokens
     rejected_lengths: torch.Tensor | None
     chosen_ref_logps: torch.Tensor | None = None
     rejected_ref_logps: torch.Tensor | None = None
@@ -183,8 +183,8 @@ class PairStats:
 class Term:
     """One summand of the objective: `weight * global sum of value / global sum of count`.
 
-    `value` (B,) carries the gradient. `count` (B,) is what the term is an average over, pairs or tokens; it may depend
-    on the batch's lengths and columns, never on the model.
+    `value` (B,) carries the gradient. `count` (B,) is the normalizer per pair: 1 for an average over pairs, the number
+    of tokens for one over tokens. It may depend on the batch's lengths and columns, never on the model.
     """
 
     name: str
@@ -209,9 +209,9 @@ class Prompt:
     """One prompt of a round.
 
     Args:
-        prompt: as it was read, text or chat messages; this is what a judge sees.
-        ids: the tokens that the policy reads: the prompt as the method renders it, through the chat template, BOS once.
-        key: 16 hexadecimal digits, the same for the same prompt.
+        prompt: the prompt as it was read, text or chat messages, which a judge receives.
+        ids: the token ids that the policy reads: the prompt rendered by the method and the chat template, with one BOS.
+        key: 16 hexadecimal digits, equal for equal prompts.
         where: `file:line`.
         answer: the data's own completion where the file has one, for verifiable rewards and for pairs against the data.
         answer_ids: the same as tokens, with its EOS or end-of-turn token.
@@ -262,7 +262,7 @@ class Question:
     answer: str | None = None
 
 
-WinProb = Literal["pairwise_sigmoid", "blender_score"]  # ways from a judge's numbers to probabilities, see `ranking`
+WinProb = Literal["pairwise_sigmoid", "blender_score"]  # how win probabilities are computed from scores, see `ranking`
 
 
 @dataclass(frozen=True)
@@ -301,7 +301,7 @@ class ScoredGroup:
 
 @dataclass(frozen=True)
 class ChosenPair:
-    """A pair of completions of a group by their indices, and the numbers that a loss reads of it."""
+    """A pair of completions of a group by their indices, and the columns that a loss reads."""
 
     chosen: int
     rejected: int

@@ -89,7 +89,7 @@ def collate(
         attention_mask=torch.from_numpy(attention_mask).view(rows, width),
         position_ids=torch.from_numpy(position_ids).view(rows, width),
         segments=placed.segments,
-        score_index=torch.from_numpy(index[at - 1]),
+        loss_index=torch.from_numpy(index[at - 1]),
         labels=torch.from_numpy(tokens[at]),
         sequence_index=torch.from_numpy(sequence),
         last_index=torch.from_numpy(index[np.cumsum(lengths) - 1]),

@@ -106,7 +106,7 @@ def show_batch(batch: PairBatch, tokenizer: Any, *, pairs: int = 2, color: bool 
                 positions = positions_of(batch.segments, sequence, len(sides) * batch.pairs).tolist()
             behind = dict(pairwise(positions))
             mine = batch.sequence_index == sequence
-            at = [behind.get(position, position + 1) for position in batch.score_index[mine].tolist()]
+            at = [behind.get(position, position + 1) for position in batch.loss_index[mine].tolist()]
             labels = dict(zip(at, batch.labels[mine].tolist(), strict=True))
             runs: list[tuple[bool, list[int]]] = []
             for position in positions:

@@ -1,4 +1,4 @@
-"""The only place that sees hidden states: backbone -> scored positions -> head statistics -> sums per completion."""
+"""The forward pass: backbone -> hidden states of the loss tokens -> statistics of the head -> sums per completion."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ SCORES = ("scores",)
 
 
 class Policy(nn.Module):
-    """What accelerate wraps: a model, and the frozen reference beside it if a method needs one live.
+    """The module that accelerate wraps: a model, and the frozen reference beside it if the method needs a live one.
 
-    Its forward goes from token ids to what a loss reads, so that every hook of the wrapper (gradient all-reduce,
-    gathering of sharded weights) sees the head too.
+    Its forward computes the inputs of a loss from token ids, so that the wrapper's hooks (gradient all-reduce,
+    gathering of sharded weights) cover the head too.
     """
 
-    # These three names tell accelerate's FSDP2 where embedding, backbone and head are.
+    # accelerate's FSDP2 finds embedding, backbone and head by this name, get_input_embeddings and get_output_embeddings
     base_model_prefix = "backbone"
 
     def __init__(self, lm: PreTrainedModel, reference: PreTrainedModel | None) -> None:
@@ -43,7 +43,7 @@ class Policy(nn.Module):
             _check_backbone(model)
         self.lm = lm
         self.reference = reference
-        # around the passes whose activations wait for the backward pass
+        # the context of passes that save activations for the backward pass, such as one that offloads them
         self.saving: AbstractContextManager[Any] = contextlib.nullcontext()
         self.attention = self.reference_attention = attention_kind(adapters.base_of(lm))
         if reference is not None:
@@ -56,12 +56,12 @@ class Policy(nn.Module):
 
     @property
     def config(self) -> Any:
-        """That of the model's text part: backends size their buffers by it."""
+        """The config of the text model; backends size their buffers by it."""
         return adapters.base_of(self.lm).config.get_text_config()
 
     @property
     def _no_split_modules(self) -> list[str]:
-        """Classes of the layers that FSDP2 shards one by one."""
+        """Names of the layer classes that FSDP2 shards one by one."""
         names = getattr(adapters.base_of(self.lm), "_no_split_modules", None) or ()
         return sorted({*names} & {type(module).__name__ for module in self.modules()})
 
@@ -72,8 +72,8 @@ class Policy(nn.Module):
         return self.lm.get_output_embeddings()
 
     def forward(self, *, run: Callable[[], Any] | None = None, **inputs: Any) -> Any:
-        """What a loss reads of these inputs; or, given `run`, what that returns when it is called in here, where the
-        weights that a backend has sharded are gathered as modules need them."""
+        """The inputs of a loss; or the result of `run`, called in here because sharded weights are gathered by hooks of
+        this module's forward."""
         return self._outputs(**inputs) if run is None else run()
 
     def _outputs(self, *args: Any, **inputs: Any) -> Any:
@@ -81,7 +81,7 @@ class Policy(nn.Module):
 
     @contextlib.contextmanager
     def as_reference(self) -> Iterator[PreTrainedModel | None]:
-        """The model that scores as the reference while this lasts, or None. For use without gradients."""
+        """The model that computes as the reference while this lasts, or None. For use without gradients."""
         yield self.reference
 
     def train(self, mode: bool = True) -> Policy:
@@ -92,10 +92,10 @@ class Policy(nn.Module):
 
 
 class Scorer(Policy):
-    """A classifier with one logit, which is read at the last token of each sequence.
+    """A classifier whose single logit is read at the last token of each sequence.
 
-    Args: lm: its head is a linear layer named `score`; it is made precise in place. Or one with an adapter, made by
-        `adapters`.
+    Args: lm: its head is a linear layer named `score`, which is made precise in place; or a model with an adapter from
+        `adapter_loading`.
     """
 
     def __init__(self, lm: PreTrainedModel) -> None:
@@ -112,7 +112,7 @@ class Scorer(Policy):
         segments: np.ndarray | None = None,
         token_weights: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, ...]:
-        """The score of each sequence, (S,), in float32 or better, and the routing where token weights are given.
+        """The score of each sequence, (S,), in float32 or better, and the routing if token weights are given.
 
         Args: as in PairBatch, and as in `experts.routing`.
         """
@@ -124,9 +124,9 @@ class Scorer(Policy):
 
 
 class ReferenceHead(nn.Module):
-    """The output head of a reference whose hidden states are kept: a frozen copy of what is needed beside them.
+    """A frozen copy of the output head of a reference whose hidden states are cached.
 
-    Args: lm: the reference, as it is while this is made.
+    Args: lm: the reference.
     """
 
     def __init__(self, lm: PreTrainedModel) -> None:
@@ -143,15 +143,15 @@ class ReferenceHead(nn.Module):
 
 
 class PolicyWithReference(Policy):
-    """A language model, and maybe a reference, whose forward gives token statistics.
+    """A language model and an optional reference, whose forward returns token statistics.
 
     Args:
-        lm: a causal language model whose output head is a plain linear layer; it is made head-aware in place. Or one
-            with an adapter, made by `adapters`.
-        reference: another one, frozen here; or which weights of `lm` itself stand still; or None.
-        kernel: tile sizes and what may be kept of them.
-        reference_head: the head for hidden states of a reference that batches carry; None where that is the head of
-            the weights that stand still.
+        lm: a causal language model whose output head is a plain linear layer, which is changed to a StatsLinear in
+            place; or a model with an adapter from `adapter_loading`.
+        reference: another model, frozen here; or which weights of `lm` itself are the frozen reference; or None.
+        kernel: tile sizes and size of the cache of logits.
+        reference_head: the head for cached hidden states in batches; None where that is the head of the frozen weights
+            of `lm`.
     """
 
     def __init__(
@@ -162,7 +162,7 @@ class PolicyWithReference(Policy):
         reference_head: ReferenceHead | None = None,
     ) -> None:
         super().__init__(lm, None if isinstance(reference, adapters.Frozen) else reference)
-        if not adapters.has_adapter(lm):  # one with an adapter was made head-aware before the adapter came
+        if not adapters.has_adapter(lm):  # with an adapter, the head was changed before the adapter was added
             make_head_aware(lm)
         self.frozen = reference if isinstance(reference, adapters.Frozen) else None
         self.kernel = kernel
@@ -186,27 +186,28 @@ class PolicyWithReference(Policy):
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor,
         position_ids: torch.Tensor,
-        score_index: torch.Tensor,
+        loss_index: torch.Tensor,
         labels: torch.Tensor,
         want: tuple[str, ...],
         segments: np.ndarray | None = None,
         ref_hidden: torch.Tensor | None = None,
         token_weights: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor | None, ...]:
-        """Token statistics of the scored positions, in the order of TokenStats, each (N,) or None.
+        """Token statistics of the N loss tokens, in the order of TokenStats, each (N,) or None.
 
-        Behind them the policy's routing where token weights are given.
+        They are followed by the policy's routing if token weights are given.
 
-        Args: as in PairBatch, and as in `experts.routing`; `want` names statistics beside the policy's log-probability.
+        Args: as in PairBatch and `experts.routing`; `want` names statistics beside the policy's log-probability.
         """
         rows = Rows(input_ids, attention_mask, position_ids, segments)
         reads = bool(set(want) & {"ref_logp", "kl", "reverse_kl"})
-        live = reads and ref_hidden is None  # before the policy, whose activations are then not held beside its own
-        ref = self._reference_request(rows, score_index) if live else {}
+        # a live reference runs before the policy, so that its activations are freed before the policy's are saved
+        live = reads and ref_hidden is None
+        ref = self._reference_request(rows, loss_index) if live else {}
         with self.saving:
-            hidden, routing = _states_and_routing(self.lm, self.attention, rows, score_index, token_weights)
-        if reads and not live:  # after it, when a backend that shards has gathered a head that is the policy's too
-            ref = self._reference_request(rows, score_index, ref_hidden)
+            hidden, routing = _states_and_routing(self.lm, self.attention, rows, loss_index, token_weights)
+        if reads and not live:  # after the policy: a sharding backend has then gathered a head that both share
+            ref = self._reference_request(rows, loss_index, ref_hidden)
         scale, softcap = self._scaling
         request = HeadRequest(
             labels=labels,
@@ -222,13 +223,13 @@ class PolicyWithReference(Policy):
         return (*head(hidden, request=request), *routing)
 
     def _reference_request(
-        self, rows: Rows, score_index: torch.Tensor, hidden: torch.Tensor | None = None
+        self, rows: Rows, loss_index: torch.Tensor, hidden: torch.Tensor | None = None
     ) -> dict[str, Any]:
-        """The reference's part of a request to the head; nothing where there is no reference.
+        """The reference's members of a HeadRequest; empty if there is no reference.
 
-        Its head is read while it is the reference: a policy that trains its head whole has two.
+        The head is read inside `as_reference`, because a policy with the head in `modules_to_save` has two heads.
 
-        Args: hidden: its states, where they are known.
+        Args: hidden: the reference's hidden states, (N, H), where they are cached.
         """
         with torch.no_grad(), self.as_reference() as reference:
             owner = reference if self.reference_head is None else self.reference_head
@@ -237,7 +238,7 @@ class PolicyWithReference(Policy):
             head = owner.get_output_embeddings()
             if hidden is None:
                 assert reference is not None, "the batch carries no hidden states of the reference"
-                hidden = _scored_states(reference, self.reference_attention, rows, score_index)
+                hidden = _hidden_of_rows(reference, self.reference_attention, rows, loss_index)
             scale, softcap = self._reference_scaling
             return {
                 "ref_hidden": hidden.to(head.weight.dtype),
@@ -249,55 +250,56 @@ class PolicyWithReference(Policy):
 
 
 def _check_backbone(lm: Any) -> None:
-    """Raises: TrainError for a model whose head cannot be reached apart from what is below it."""
+    """Raises: TrainError for a model whose backbone cannot be called without its head."""
     if lm is None:
         return
     base = adapters.base_of(lm)
     if base.base_model is base:
         raise TrainError(
-            f"model.path: {type(base).__name__} names '{base.base_model_prefix}' as the part below its head and has no "
-            "such part, so its hidden states cannot be had by themselves; expected a causal language model such as "
-            "Llama or Qwen"
+            f"model.path: {type(base).__name__} names '{base.base_model_prefix}' as its backbone and has no such "
+            "module, so its hidden states cannot be computed without the head; expected a causal language model such "
+            "as Llama or Qwen"
         )
 
 
 def _backbone(lm: PreTrainedModel) -> nn.Module:
-    """The part of a causal language model below its head."""
+    """The backbone of a causal language model, without its head."""
     return adapters.base_of(lm).base_model
 
 
-def _scored_states(lm: PreTrainedModel, kind: Kind, rows: Rows, score_index: torch.Tensor) -> torch.Tensor:
-    """Final hidden states of the scored positions only, (N, H): no other position reaches the head."""
-    return _states_and_routing(lm, kind, rows, score_index)[0]
+def _hidden_of_rows(lm: PreTrainedModel, kind: Kind, rows: Rows, loss_index: torch.Tensor) -> torch.Tensor:
+    """Final hidden states that predict the loss tokens, (N, H): no other position reaches the head."""
+    return _states_and_routing(lm, kind, rows, loss_index)[0]
 
 
 def _states_and_routing(
     lm: PreTrainedModel,
     kind: Kind,
     rows: Rows,
-    score_index: torch.Tensor,
+    loss_index: torch.Tensor,
     token_weights: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-    """The same, and the members of `experts.Routing` where token weights are given."""
-    asked = {} if token_weights is None else {"output_router_logits": True}
-    outputs = _backbone(lm)(**rows.arguments(kind, lm.dtype), use_cache=False, **asked)
-    hidden = outputs.last_hidden_state.flatten(0, 1).index_select(0, score_index)
+    """The same, and the members of `experts.Routing` if token weights are given."""
+    more = {} if token_weights is None else {"output_router_logits": True}
+    outputs = _backbone(lm)(**rows.arguments(kind, lm.dtype), use_cache=False, **more)
+    # (R, T, H) -> (R * T, H) -> (N, H)
+    hidden = outputs.last_hidden_state.flatten(0, 1).index_select(0, loss_index)
     if token_weights is None:
         return hidden, ()
     logits = getattr(outputs, "router_logits", None)
     if not logits:
         raise TrainError(
-            f"model.router_aux_weight: {type(adapters.base_of(lm)).__name__} gives no logits of its routers, expected "
-            "some for their load-balancing loss (--model.router_aux_weight 0 leaves it out)"
+            f"model.router_aux_weight: {type(adapters.base_of(lm)).__name__} returns no router logits, expected "
+            "them for the load-balancing loss (--model.router_aux_weight 0 turns it off)"
         )
     found = experts.routing(logits, adapters.base_of(lm).config, token_weights)
     return hidden, (found.chosen, found.probabilities, found.tokens)
 
 
-def scored_states(lm: PreTrainedModel, kind: Kind, batch: PairBatch) -> torch.Tensor:
-    """The same of a batch, without head and reference. Args: kind: how this model's attention is told of segments."""
+def loss_token_states(lm: PreTrainedModel, kind: Kind, batch: PairBatch) -> torch.Tensor:
+    """The hidden states of a batch, without head and reference. Args: kind: of its attention."""
     rows = Rows(batch.input_ids, batch.attention_mask, batch.position_ids, batch.segments)
-    return _scored_states(lm, kind, rows, batch.score_index)
+    return _hidden_of_rows(lm, kind, rows, batch.loss_index)
 
 
 def token_stats_of(model: Callable[..., Any], batch: PairBatch, want: tuple[str, ...]) -> TokenStats:
@@ -307,7 +309,7 @@ def token_stats_of(model: Callable[..., Any], batch: PairBatch, want: tuple[str,
         model: a PolicyWithReference, wrapped or not.
         batch: on the model's device.
         want: statistics beside the policy's log-probability; see TokenStats. The reference's log-probability is taken
-            from the batch where that has it.
+            from the batch if it is cached there.
     """
     return _token_stats(model, batch, want)[0]
 
@@ -315,15 +317,15 @@ def token_stats_of(model: Callable[..., Any], batch: PairBatch, want: tuple[str,
 def _token_stats(
     model: Callable[..., Any], batch: PairBatch, want: tuple[str, ...], **more: Any
 ) -> tuple[TokenStats, Sequence[torch.Tensor]]:
-    """(token statistics, what the model returns behind them)."""
-    kept = batch.ref_logps if "ref_logp" in want else None
-    if kept is not None:
+    """(token statistics, further outputs of the model)."""
+    cached = batch.ref_logps if "ref_logp" in want else None
+    if cached is not None:
         want = tuple(name for name in want if name != "ref_logp")
     returned = model(
         input_ids=batch.input_ids,
         attention_mask=batch.attention_mask,
         position_ids=batch.position_ids,
-        score_index=batch.score_index,
+        loss_index=batch.loss_index,
         labels=batch.labels,
         want=want,
         segments=batch.segments,
@@ -332,7 +334,7 @@ def _token_stats(
     )
     members = len(fields(TokenStats))
     found = TokenStats(*returned[:members])
-    return found if kept is None else replace(found, ref_logp=kept.to(found.logp.dtype)), returned[members:]
+    return found if cached is None else replace(found, ref_logp=cached.to(found.logp.dtype)), returned[members:]
 
 
 def scores_of(model: Callable[..., Any], batch: PairBatch) -> torch.Tensor:
@@ -352,14 +354,14 @@ def _scores(model: Callable[..., Any], batch: PairBatch, **more: Any) -> tuple[t
 
 
 def pair_stats(model: Callable[..., Any], batch: PairBatch, want: tuple[str, ...]) -> PairStats:
-    """What a loss reads of a batch: token statistics summed per completion, or scores, where those are wanted."""
+    """The inputs of a loss: token statistics summed per completion, or scores if `want` is SCORES."""
     return _pair_stats(model, batch, want)[0]
 
 
 def pair_stats_and_routing(
     model: Callable[..., Any], batch: PairBatch, want: tuple[str, ...]
 ) -> tuple[PairStats, experts.Routing]:
-    """The same, and what the policy's routers did in this pass."""
+    """The same, and the routing of the policy's experts in this pass."""
     stats, routing = _pair_stats(model, batch, want, token_weights=experts.token_weights(batch))
     return stats, experts.Routing(*routing)
 
@@ -368,9 +370,9 @@ def _pair_stats(
     model: Callable[..., Any], batch: PairBatch, want: tuple[str, ...], **more: Any
 ) -> tuple[PairStats, Sequence[torch.Tensor]]:
     if want != SCORES:
-        tokens, behind = _token_stats(model, batch, want, **more)
-        return sum_by_sequence(tokens, batch), behind
-    (scores, *behind), pairs = _scores(model, batch, **more), batch.pairs
+        tokens, further = _token_stats(model, batch, want, **more)
+        return sum_by_sequence(tokens, batch), further
+    (scores, *further), pairs = _scores(model, batch, **more), batch.pairs
     stats = PairStats(
         None,
         None,
@@ -379,11 +381,11 @@ def _pair_stats(
         chosen_scores=scores[:pairs],
         rejected_scores=None if batch.rejected_lengths is None else scores[pairs:],
     )
-    return stats, behind
+    return stats, further
 
 
 def sum_by_sequence(tokens: TokenStats, batch: PairBatch) -> PairStats:
-    """Token statistics (N,) -> sums per completion (B,)."""
+    """Token statistics (N,) -> sums per completion, (B,) each: sequences 0..B-1 are chosen, B..2B-1 rejected."""
     pairs, rejected = batch.pairs, batch.rejected_lengths
     sequences = pairs if rejected is None else 2 * pairs
 
@@ -401,14 +403,14 @@ def sum_by_sequence(tokens: TokenStats, batch: PairBatch) -> PairStats:
 
 
 def statistics_for(needs: Needs) -> tuple[str, ...]:
-    """What a training step computes for a method with these needs: what its loss reads, no more."""
+    """The statistics that a training step computes for a method with these needs: those that its loss reads."""
     if needs.output == "scores":
         return SCORES
     return {"none": (), "sequence": ("ref_logp",), "token": ("ref_logp", "kl")}[needs.reference]
 
 
 def statistics_to_evaluate(needs: Needs, cache: str = "none") -> tuple[str, ...]:
-    """What an evaluation computes: all that there is to know. Args: cache: what is kept of the reference."""
+    """The statistics that an evaluation computes: all that are available. Args: cache: the setting reference.cache."""
     if needs.output == "scores":
         return SCORES
     if needs.reference == "none":

@@ -20,7 +20,7 @@ from prefopt.errors import ConfigError
 from prefopt.settings import RunConfig
 from prefopt.training import adapters, quantized, sharding
 from prefopt.training.attention import MASKED, Kind, cheaper_as_causal
-from prefopt.training.forward import Policy, scored_states, to_device
+from prefopt.training.forward import Policy, loss_token_states, to_device
 from prefopt.training.model_checks import vocabulary
 from prefopt.types import EncodedPair, Needs
 
@@ -338,6 +338,6 @@ def probe_states(
     lm.eval()
     try:
         with torch.autocast(device.type, dtype, enabled=dtype != lm.dtype):
-            return scored_states(lm, kind, batch).double()
+            return loss_token_states(lm, kind, batch).double()
     finally:
         lm.train(training)

@@ -22,7 +22,7 @@ from prefopt.errors import TrainError
 from prefopt.settings import RunConfig
 from prefopt.storage import Damaged, Lock, Unreadable, write_by, write_sealed
 from prefopt.training import adapters, models, sharding
-from prefopt.training.forward import PolicyWithReference, scored_states, to_device, token_stats_of
+from prefopt.training.forward import PolicyWithReference, loss_token_states, to_device, token_stats_of
 from prefopt.training.launcher import print_rank_0
 from prefopt.training.layout_choice import choose_layouts, relative_gap
 from prefopt.training.logits import head_scaling
@@ -320,7 +320,7 @@ class _Pass:
 
     def _of_tokens(self, batch: PairBatch) -> torch.Tensor:
         if self.kind == "hidden":
-            found = scored_states(self.reference.lm, self.policy.attention, batch)
+            found = loss_token_states(self.reference.lm, self.policy.attention, batch)
         else:
             found = token_stats_of(self.policy, batch, ()).logp
         return found.to(self.dtype).cpu()

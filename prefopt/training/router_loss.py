@@ -41,9 +41,9 @@ class RouterLoss:
         for batch in batches:
             batch = to_device(batch, run.runtime.device)
             if not scores:  # no positions for the head
-                none = batch.score_index[:0]
+                none = batch.loss_index[:0]
                 batch = replace(
-                    batch, score_index=none, labels=none, sequence_index=none, ref_logps=None, ref_hidden=None
+                    batch, loss_index=none, labels=none, sequence_index=none, ref_logps=None, ref_hidden=None
                 )
             want = statistics_for(run.needs) if scores else ()
             found = pair_stats_and_routing(run.model, batch, want)[1].packed().double()

@@ -15,7 +15,7 @@ def test_collate_when_two_pairs_then_every_tensor_is_as_by_hand():
     assert batch.attention_mask.tolist() == [[1] * 6, [1] * 2 + [0] * 4, [1] * 5 + [0], [1] * 4 + [0] * 2]
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 5]] * 4
     # Hidden state t-1 predicts token t; token 8 is not scored.
-    assert batch.score_index.tolist() == [2, 4, 6, 14, 15, 18, 19, 20]
+    assert batch.loss_index.tolist() == [2, 4, 6, 14, 15, 18, 19, 20]
     assert batch.labels.tolist() == [7, 1, 3, 9, 1, 4, 4, 1]
     assert batch.sequence_index.tolist() == [0, 0, 1, 2, 2, 3, 3, 3]
     assert batch.chosen_lengths.tolist() == [2, 1]
@@ -39,7 +39,7 @@ def test_collate_when_padded_further_then_the_scored_tokens_are_the_same():
     assert wide.input_ids.shape == (4, 16)
     assert torch.equal(plain.labels, wide.labels)
     assert wide.attention_mask.sum() == plain.attention_mask.sum()
-    assert torch.equal(wide.input_ids.flatten()[wide.score_index + 1], wide.labels)
+    assert torch.equal(wide.input_ids.flatten()[wide.loss_index + 1], wide.labels)
 
 
 @pytest.mark.parametrize("need_rejected", [True, False])
@@ -47,16 +47,16 @@ def test_collate_when_there_is_no_pair_then_one_row_of_padding(need_rejected):
     batch = collate([], pad_id=2, need_rejected=need_rejected, columns=("win",), pad_to_multiple_of=4)
     assert batch.input_ids.tolist() == [[2, 2, 2, 2]]
     assert batch.pairs == 0
-    assert batch.score_index.shape == batch.labels.shape == batch.sequence_index.shape == (0,)
+    assert batch.loss_index.shape == batch.labels.shape == batch.sequence_index.shape == (0,)
     assert batch.columns["win"].shape == (0,)
     assert batch.where == ()
     assert (batch.rejected_lengths is not None) == need_rejected
-    assert batch.score_index.dtype == batch.chosen_lengths.dtype == torch.int64
+    assert batch.loss_index.dtype == batch.chosen_lengths.dtype == torch.int64
 
 
 def test_collate_when_pad_is_a_real_token_then_masks_do_not_care():
     a, b = (collate([LONG, SHORT], pad_id=pad) for pad in (1, 99))
-    assert torch.equal(a.score_index, b.score_index)
+    assert torch.equal(a.loss_index, b.loss_index)
     assert torch.equal(a.attention_mask, b.attention_mask)
 
 

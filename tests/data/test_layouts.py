@@ -23,7 +23,7 @@ def test_prefix_shared_when_two_pairs_then_every_tensor_is_as_by_hand():
     assert batch.attention_mask.tolist() == [[1] * 8, [1] * 5 + [0] * 3]
     assert batch.segments.tolist() == [[0, 3, 3, 2], [8, 1, 1, 3]]
     # the first token of the rejected side is scored from the prompt's last cell, as is that of the chosen one
-    assert batch.score_index.tolist() == [2, 4, 8, 2, 6, 8, 10, 11]
+    assert batch.loss_index.tolist() == [2, 4, 8, 2, 6, 8, 10, 11]
     assert batch.labels.tolist() == [7, 1, 3, 9, 1, 4, 4, 1]
     assert batch.sequence_index.tolist() == [0, 0, 1, 2, 2, 3, 3, 3]
 
@@ -33,7 +33,7 @@ def test_packed_when_two_pairs_then_rows_are_as_long_as_the_longest_sequence():
     assert batch.input_ids.tolist() == [[0, 5, 6, 7, 8, 1], [0, 5, 6, 9, 1, P], [0, 4, 4, 1, 0, 3]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 0], [0, 1, 2, 3, 0, 1]]
     assert batch.segments.tolist() == [[0, 6, 0, 0], [16, 2, 0, 0], [6, 5, 0, 0], [12, 4, 0, 0]]
-    assert batch.score_index.tolist() == [2, 4, 16, 8, 9, 12, 13, 14]
+    assert batch.loss_index.tolist() == [2, 4, 16, 8, 9, 12, 13, 14]
     assert batch.labels.tolist() == [7, 1, 3, 9, 1, 4, 4, 1]
 
 
@@ -42,7 +42,7 @@ def test_packed_prefix_shared_when_one_row_then_pairs_stand_behind_each_other():
     assert batch.input_ids.tolist() == [[0, 5, 6, 7, 8, 1, 9, 1, 0, 3, 4, 4, 1, P, P, P]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 5, 3, 4, 0, 1, 1, 2, 3, 0, 0, 0]]
     assert batch.segments.tolist() == [[0, 3, 3, 2], [8, 1, 1, 3]]
-    assert batch.score_index.tolist() == [2, 4, 8, 2, 6, 8, 10, 11]
+    assert batch.loss_index.tolist() == [2, 4, 8, 2, 6, 8, 10, 11]
 
 
 def test_visible_when_a_pair_and_a_sequence_share_a_row_then_as_by_hand():

@@ -21,7 +21,7 @@ from prefopt.training.forward import (
     ALL_STATISTICS,
     PolicyWithReference,
     pair_stats,
-    scored_states,
+    loss_token_states,
     sum_by_sequence,
     token_stats_of,
 )
@@ -177,8 +177,8 @@ def _policy_beside(wrapped, policy, batch):
 def _head_beside(wrapped, policy, batch):
     """Statistics of the head's weight, without a call of the wrapper or of the head."""
     with torch.no_grad():
-        ref_hidden = scored_states(policy.reference, policy.reference_attention, batch)
-    hidden = scored_states(policy.lm, policy.attention, batch)
+        ref_hidden = loss_token_states(policy.reference, policy.reference_attention, batch)
+    hidden = loss_token_states(policy.lm, policy.attention, batch)
     reference = {"ref_hidden": ref_hidden, "ref_weight": policy.reference.lm_head.weight}
     return sum_by_sequence(token_stats(hidden, policy.lm.lm_head.weight, batch.labels, want=WANT, **reference), batch)
 

@@ -10,14 +10,14 @@ from prefopt.data.collate import collate
 def states_shifted(pairs, **settings):
     """Each token is scored from the hidden state of the token itself, one too late."""
     batch = collate(pairs, **settings)
-    return replace(batch, score_index=batch.score_index + 1)
+    return replace(batch, loss_index=batch.loss_index + 1)
 
 
 def mask_shifted(pairs, **settings):
     """The boundary lies one token too early: the prompt's last token is scored, the completion's last is not."""
     batch = collate(pairs, **settings)
-    labels = batch.input_ids.flatten()[batch.score_index]
-    return replace(batch, score_index=(batch.score_index - 1).clamp(min=0), labels=labels)
+    labels = batch.input_ids.flatten()[batch.loss_index]
+    return replace(batch, loss_index=(batch.loss_index - 1).clamp(min=0), labels=labels)
 
 
 def position_leaked(pairs, **settings):
@@ -49,7 +49,7 @@ def chosen_leaked(pairs, **settings):
         input_ids=torch.cat((batch.input_ids[: len(pairs)], leaky.input_ids)),
         attention_mask=torch.cat((batch.attention_mask[: len(pairs)], leaky.attention_mask)),
         position_ids=torch.cat((batch.position_ids[: len(pairs)], positions)),
-        score_index=torch.cat((batch.score_index[clean], leaky.score_index + len(pairs) * width)),
+        loss_index=torch.cat((batch.loss_index[clean], leaky.loss_index + len(pairs) * width)),
     )
 
 

@@ -222,7 +222,7 @@ def neighbour_leaked(batch, pairs):
 def position_shifted(batch, pairs):
     """One token of the last rejected completion stands one position too late."""
     positions = batch.position_ids.clone()
-    at = int(batch.score_index[-1])  # the last token but one of the last completion
+    at = int(batch.loss_index[-1])  # the last token but one of the last completion
     positions.view(-1)[at] += 1
     return replace(batch, position_ids=positions)
 
@@ -237,12 +237,12 @@ def positions_not_restarted(batch, pairs):
 
 def scored_from_the_cell_before(batch, pairs):
     """The first token of a rejected completion is scored from the cell before it, which is the chosen one's last."""
-    at = batch.score_index.clone()
+    at = batch.loss_index.clone()
     for pair, (first, trunk, one, _) in enumerate(batch.segments.tolist()):
         mine = (batch.sequence_index == len(pairs) + pair).nonzero().flatten()
         if len(mine) and int(at[mine[0]]) == first + trunk - 1:
             at[mine[0]] = first + trunk + one - 1
-    return replace(batch, score_index=at)
+    return replace(batch, loss_index=at)
 
 
 FAULTS = [

@@ -48,7 +48,7 @@ def ours(runtime, method, models, steps, lr):
 def _scored(inputs):
     """Which cells hold a scored token, (R, T) bool: those behind the states that are scored."""
     scored = torch.zeros(inputs["input_ids"].numel(), dtype=torch.bool)
-    scored[inputs["score_index"] + 1] = True
+    scored[inputs["loss_index"] + 1] = True
     return scored.view(inputs["input_ids"].shape)
 
 

@@ -219,5 +219,5 @@ def test_policy_when_its_backbone_has_another_name_then_the_reason_is_given():
     few = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "head_dim": 8}
     few |= {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 2, "intermediate_size_mlp": 16}
     lm = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama4_text", **few, pad_token_id=None))
-    with pytest.raises(TrainError, match="Llama4ForCausalLM names 'language_model' as the part below its head"):
+    with pytest.raises(TrainError, match="Llama4ForCausalLM names 'language_model' as its backbone"):
         PolicyWithReference(lm, None, KernelConfig())

@@ -14,7 +14,7 @@ from prefopt.errors import ConfigError
 from prefopt.settings import KernelConfig, parse
 from prefopt.training import layout_choice as subject
 from prefopt.training.attention import Rows
-from prefopt.training.forward import ALL_STATISTICS, PolicyWithReference, scored_states, token_stats_of
+from prefopt.training.forward import ALL_STATISTICS, PolicyWithReference, loss_token_states, token_stats_of
 from prefopt.types import EncodedPair
 from tests.invariant.steps import VOCAB, random_pairs, two_models
 from tests.training.architectures import ARCHITECTURES, tiny_model
@@ -123,7 +123,9 @@ def test_auto_when_attention_has_a_window_then_longer_sequences_stay_padded(kind
         "padded",
     ]
     kind = layouts.kind
-    hidden = [scored_states(lm, kind, collate(within, pad_id=2, layout=x)) for x in ("padded", "packed_prefix_shared")]
+    hidden = [
+        loss_token_states(lm, kind, collate(within, pad_id=2, layout=x)) for x in ("padded", "packed_prefix_shared")
+    ]
     torch.testing.assert_close(*hidden)
     assert choose(lm, "--data.max_length", "8")[1] is None
     with pytest.raises(
@@ -253,10 +255,10 @@ def test_varlen_attention_when_rows_are_packed_then_the_lengths_it_is_given_make
     AttentionInterface.register("plain_varlen", _varlen)
     AttentionMaskInterface.register("plain_varlen", lambda **_: None)
     lm, pairs = two_models(torch.float32)[0], random_pairs(pairs=6)
-    expected = scored_states(lm, "dense", collate(pairs, pad_id=2))
+    expected = loss_token_states(lm, "dense", collate(pairs, pad_id=2))
     lm.set_attn_implementation("plain_varlen")
     for more in ({}, {"extra_padding": 5}):
-        found = scored_states(lm, "varlen", collate(pairs, pad_id=2, layout="packed", one_row=True, **more))
+        found = loss_token_states(lm, "varlen", collate(pairs, pad_id=2, layout="packed", one_row=True, **more))
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     assert subject.possible_layouts(SimpleNamespace(rows="pairs"), "varlen") == ("padded", "packed")
 
