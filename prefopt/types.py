@@ -80,7 +80,7 @@ class PairRow:
 
 @dataclass(frozen=True)
 class EncodedPair:
-    """One example as token ids. A completion ends with the EOS or end-of-turn token if it fits; a prompt begins with BOS.
+    """One example as token ids. Completions end with EOS or an end-of-turn token if it fits, prompts begin with BOS.
 
     `chosen_mask` and `rejected_mask` are the loss masks of the completions: True on all tokens, but for completions of
     several turns, where only the assistant's tokens are. `prompt_key` is a hash of the rendered prompt,

@@ -1,1 +1,1 @@
-"""One file, one method, one paper. Needs torch alone."""
+"""The methods: one file per method, which implements one paper. They need torch only."""

@@ -1,4 +1,4 @@
-"""Direct Preference Optimization (arXiv 2305.18290) and its relatives that read the same two log-ratios."""
+"""Direct Preference Optimization (arXiv 2305.18290) and variants that read the same two log-ratios."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ def dpo(
 
     Args:
         chosen_logratios, rejected_logratios: log policy minus log reference, summed over tokens. Shape `(pairs,)`.
-        beta: strength of the pull to the reference.
-        variant: which of the six.
+        beta: KL-regularisation strength.
+        variant: one of the six losses above.
         label_smoothing: assumed probability e that the label is wrong, 0 <= e < 0.5; for cdpo and robust only.
-        chosen_lengths, rejected_lengths: tokens of the completions, for ipo_mean only. Shape `(pairs,)`.
+        chosen_lengths, rejected_lengths: number of completion tokens, for ipo_mean only. Shape `(pairs,)`.
     Returns: unreduced loss, shape `(pairs,)`.
-    Raises: ValueError for an unknown variant, lengths missing or superfluous, label_smoothing where it has no meaning.
+    Raises: ValueError for an unknown variant, missing or unused lengths, or label_smoothing for a variant without it.
     Reference: Rafailov et al., Direct Preference Optimization, arXiv 2305.18290, eq. 7; cdpo and ipo_sum as in the
         authors' code; IPO: Azar et al., arXiv 2310.12036, eq. 17; robust: Chowdhury et al., arXiv 2403.00409; hinge:
         Zhao et al., SLiC-HF, arXiv 2305.10425. Differs from the authors' code: nothing.
@@ -51,7 +51,7 @@ def dpo(
     from torch.nn.functional import logsigmoid
 
     if label_smoothing and variant not in _SMOOTHED:
-        raise ValueError(f"label_smoothing has no meaning for variant {variant!r}, only for {' and '.join(_SMOOTHED)}")
+        raise ValueError(f"label_smoothing is not read by variant {variant!r}, only by {' and '.join(_SMOOTHED)}")
     if not 0 <= label_smoothing < 0.5:
         raise ValueError(f"label_smoothing: found {label_smoothing}, expected 0 <= label_smoothing < 0.5")
     if variant == "ipo_mean":
@@ -81,19 +81,19 @@ class DPO(Method):
     """Direct Preference Optimization: a logistic loss on the difference of two log-ratios."""
 
     beta: float = 0.1
-    """Strength of the pull to the reference; > 0."""
+    """KL-regularisation strength beta: a larger beta keeps the policy closer to the reference; > 0."""
     # 0.1 in the authors' README and, for all tasks but TL;DR (0.5), in the paper's appendix on hyper-parameters
 
     variant: Variant = "sigmoid"
-    """The loss: sigmoid is the paper's; ipo_sum and ipo_mean are IPO on sums or on means over tokens."""
+    """Loss function: sigmoid is the paper's; ipo_sum and ipo_mean are IPO on summed and on per-token log-ratios."""
     # arXiv 2305.18290, eq. 7
 
     label_smoothing: float = 0.0
-    """Assumed probability that a label is wrong, above 0 and below 0.5, for cdpo and robust; 0 elsewhere."""
+    """Assumed probability that a label is wrong, between 0 and 0.5, for cdpo and robust; 0 for other variants."""
     # 0 in the authors' config
 
     reference_free: bool = False
-    """Drop the reference from the loss; logged rewards still use it."""
+    """Remove the reference from the loss; logged rewards still use it."""
     # false in the authors' config
 
     def __post_init__(self) -> None:
@@ -150,14 +150,14 @@ class DPO(Method):
     @property
     def tied_at_reference(self) -> tuple[str, ...]:
         tied = super().tied_at_reference
-        # without the reference in the loss, its logit compares the policy's own log-probabilities from the start
+        # without the reference in the loss, the logit compares log-probabilities of the policy itself
         return tuple(name for name in tied if name != "accuracy/logit") if self.reference_free else tied
 
     def other_optimum(self) -> str:
         if self.variant == "sigmoid" and not self.reference_free:
             return ""
         free = " without the reference" if self.reference_free else ""
-        return f"pi* is where DPO's sigmoid loss leads; {self.variant}{free} has another optimum."
+        return f"pi* is the optimum of DPO's sigmoid loss; {self.variant}{free} has another optimum."
 
     def describe(self) -> str:
         smoothing = f", label_smoothing {self.label_smoothing:g}" if self.label_smoothing else ""

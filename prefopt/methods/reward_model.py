@@ -1,4 +1,4 @@
-"""A Bradley-Terry reward model: one score per completion, whose differences are log-odds of being preferred."""
+"""A Bradley-Terry reward model: one score per completion; score differences are log-odds of being preferred."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def reward_model(
 
     Args:
         chosen_scores, rejected_scores: s_w and s_l, the model's score of each completion. Shape `(pairs,)`.
-        margin: m, by how much the chosen completion is better; None: 0. Shape `(pairs,)`.
-        center_coefficient: c, the pull of the scores to a mean of 0, which the rest of the loss leaves open.
+        margin: m, the margin by which the chosen score should lead; None: 0. Shape `(pairs,)`.
+        center_coefficient: c, weight of the penalty that centres scores at 0, which the first term leaves undetermined.
     Returns: unreduced loss, shape `(pairs,)`.
     Reference: Ouyang et al., Training language models to follow instructions with human feedback, arXiv 2203.02155,
         eq. 1, for pairs; the margin: Touvron et al., Llama 2, arXiv 2307.09288, eq. 2; the centring: Eisenstein et al.,
@@ -47,7 +47,7 @@ def reward_model(
 
 
 def score_metrics(stats: PairStats) -> Metrics:
-    """The scores under the names that every method's rewards have."""
+    """The scores as rewards, under the metric names of all methods."""
     assert stats.chosen_scores is not None
     assert stats.rejected_scores is not None
     chosen, rejected = stats.chosen_scores.detach(), stats.rejected_scores.detach()
@@ -64,11 +64,11 @@ class RewardModel(Method):
     """Bradley-Terry reward model: a classifier with one logit, read at the end of prompt and completion."""
 
     center_coefficient: float = 0.0
-    """Pull of a pair's two scores to a sum of 0; >= 0."""
+    """Weight of the penalty (chosen score + rejected score)^2, which centres scores at 0; >= 0."""
     # off in TRL; 0.01 is the value of arXiv 2312.09244
 
     use_margin: bool = False
-    """Read column `margin`: by how much the chosen score must lead."""
+    """Read the column `margin`: the margin by which the chosen score should lead."""
     # Llama 2's reward models, arXiv 2307.09288, section 3.2.2; ordinary pairs have none
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning on the chosen completion: the usual stage before preference training."""
+"""Supervised fine-tuning on the chosen completion, the usual stage before preference training."""
 
 from __future__ import annotations
 
@@ -39,5 +39,5 @@ class SFT(Method):
     def loss(self, stats: PairStats, batch: PairBatch) -> LossOutput:
         assert stats.chosen_logps is not None
         losses = sft(stats.chosen_logps)
-        # counted in tokens: the mean over a micro-batch would weigh tokens by how the batch was cut
+        # normalised by the tokens of the global batch: a mean per micro-batch would weigh tokens by its size
         return LossOutput(terms=(Term("nll", losses, stats.chosen_lengths),))

@@ -33,10 +33,10 @@ def sppo(
 ) -> torch.Tensor:
     """The SPPO loss of each pair.
 
-    a = chosen_logratios,  b = rejected_logratios,  eta = 1 / beta; each target eta (.) is cut to +-target_clamp
+    a = chosen_logratios,  b = rejected_logratios,  eta = 1 / beta; each target eta (.) is clamped to +-target_clamp
     soft    1/2 [(a - eta (P_w - 1/2))^2 + (b - eta (P_l - 1/2))^2]
     single  1/2 [(a - eta (p - 1/2))^2 + (b + eta (p - 1/2))^2]
-    hard    (a - eta/2)^2 + (b + eta/2)^2, a sum without the factor 1/2, as TRL scales it
+    hard    (a - eta/2)^2 + (b + eta/2)^2, without the factor 1/2, as in TRL
 
     Args:
         chosen_logratios, rejected_logratios: log policy minus log reference, summed over tokens. Shape `(pairs,)`.
@@ -44,10 +44,10 @@ def sppo(
             it beats the rejected one; hard: None. Shape `(pairs,)`.
         rejected_win_prob: soft: P_l, the probability that the rejected completion beats one of the policy; else None.
         beta: 1 / eta of the paper.
-        variant: where the targets come from.
-        target_clamp: largest distance of a target from 0, in nats; None: none. Not in the paper.
+        variant: source of the targets, as above.
+        target_clamp: largest absolute value of a target, in nats; None: no limit. Not in the paper.
     Returns: unreduced loss, shape `(pairs,)`, in the log-ratios' dtype.
-    Raises: ValueError for an unknown variant, or probabilities that are missing or not read.
+    Raises: ValueError for an unknown variant, or probabilities that are missing or unused.
     Reference: Wu et al., Self-Play Preference Optimization for Language Model Alignment, arXiv 2405.00675,
         algorithm 1. Differs from the authors' code: float64 targets are cast to the log-ratios' dtype, theirs promote
         the loss; `hard` is TRL's.
@@ -77,21 +77,21 @@ class SPPO(RoundsMethod, Method):
     """Self-Play Preference Optimization: the log-ratio of each completion is regressed on its win probability."""
 
     beta: float = 1e-3
-    """1 / eta: the targets are (win probability - 1/2) / beta, in nats; > 0."""
+    """1 / eta of the paper: the targets are (win probability - 1/2) / beta, in nats; > 0."""
     # eta 1e3 in the paper (arXiv 2405.00675), beta 0.001 in the authors' scripts
 
     variant: Variant = "soft"
-    """Targets: soft: the paper's, from columns chosen_win_prob and rejected_win_prob; single: from column
-    pair_win_prob, P(chosen beats rejected); hard: probabilities 1 and 0, and twice the scale."""
+    """Source of the targets: soft: the paper's, from columns chosen_win_prob and rejected_win_prob; single: from column
+    pair_win_prob, P(chosen beats rejected); hard: probabilities 1 and 0, with twice the loss scale."""
     # arXiv 2405.00675, algorithm 1
 
     win_prob: WinProb = "pairwise_sigmoid"
-    """In rounds, win probability and order of the candidates from the judge: pairwise_sigmoid: the paper's;
+    """In rounds, how win probabilities and the ranking follow from the judge: pairwise_sigmoid: the paper's;
     blender_score: the authors' code, about twice as sharp, which ranks by one score per candidate."""
     # arXiv 2405.00675, section 4; rank.py and compute_prob of the authors' code
 
     target_clamp: float | None = None
-    """Largest distance of a target from 0, in nats; none: no limit. Against judges that are too sure of themselves."""
+    """Largest absolute value of a target, in nats; none: no limit. Limits the effect of over-confident judges."""
     # not in the paper; over-confidence on near-identical responses is reported in arXiv 2606.01561
 
     def __post_init__(self) -> None:
@@ -116,13 +116,11 @@ class SPPO(RoundsMethod, Method):
             variant=self.variant,
             target_clamp=self.target_clamp,
         )
-        # no accuracy/logit: the two sides are separate regressions, and there is no logit that compares them
+        # no accuracy/logit: the completions have separate regressions, and no logit compares them
         return LossOutput(terms=(pair_term(losses),), metrics=reward_metrics(stats, self.beta))
 
     def other_optimum(self) -> str:
-        return (
-            "SPPO's log-ratios go to (win probability - 1/2) / beta, not to reward / beta, so it does not end at pi*."
-        )
+        return "SPPO's log-ratios converge to (win probability - 1/2) / beta, not to reward / beta, so its optimum is not pi*."
 
     def loss_at_reference(self) -> float | None:
         target = 0.5 / self.beta if self.target_clamp is None else min(0.5 / self.beta, self.target_clamp)
@@ -133,9 +131,10 @@ class SPPO(RoundsMethod, Method):
         return self.win_prob
 
     def make_pairs(self, group: ScoredGroup) -> Sequence[ChosenPair] | str:
-        """Best against worst by aggregate score, with their probabilities of beating one of the K, self-tie included.
+        """The best and the worst candidate by aggregate score, with their mean win probabilities as columns.
 
-        P_i = 1/K sum_k P(i beats k), of the K that were judged (arXiv 2405.00675, algorithm 1, line 5).
+        P_i = 1/K sum_k P(i beats k) over the K judged candidates, i itself included as a tie
+        (arXiv 2405.00675, algorithm 1, line 5).
         """
         import numpy as np
 

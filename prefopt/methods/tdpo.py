@@ -1,4 +1,4 @@
-"""Token-level Direct Preference Optimization (arXiv 2404.11999): DPO plus the KL that each completion has cost."""
+"""Token-level Direct Preference Optimization (arXiv 2404.11999): DPO with sequential KL terms in its logit."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ def tdpo(
     Args:
         chosen_logratios, rejected_logratios: log policy minus log reference, summed over tokens. Shape `(pairs,)`.
         chosen_kl, rejected_kl: forward KL(reference || policy), summed over the completion's tokens. Shape `(pairs,)`.
-        beta: strength of the pull to the reference.
-        alpha: weight of the difference of the two KL.
-        detach_chosen_kl: whether the chosen side's KL is a constant, `sg` above.
+        beta: KL-regularisation strength.
+        alpha: weight of the difference of the two KL terms.
+        detach_chosen_kl: whether gradients stop at the chosen completion's KL, `sg` above.
     Returns: unreduced loss, shape `(pairs,)`.
     Reference: Zeng et al., Token-level Direct Preference Optimization, arXiv 2404.11999, objectives TDPO1 and TDPO2.
-        Differs from the authors' code: nothing here; but our KL comes from log_softmax, theirs from softmax().log(),
-        which is NaN once a logit underflows.
+        Differs from the authors' code: the loss does not; the KL is computed by log_softmax, theirs by
+        softmax().log(), which is NaN when a probability underflows.
     """
     from torch.nn.functional import logsigmoid
 
@@ -67,15 +67,15 @@ class TDPO(Method):
     """Token-level DPO: DPO with the sequential forward KL of both completions inside the logit."""
 
     beta: float = 0.1
-    """Strength of the pull to the reference; > 0."""
+    """KL-regularisation strength beta: a larger beta keeps the policy closer to the reference; > 0."""
     # config/loss/tdpo.yaml of the authors: beta 0.1
 
     variant: Variant = "tdpo2"
-    """tdpo2 stops the gradient of the chosen side's KL and weighs the KL difference by alpha; tdpo1 does neither."""
+    """tdpo2 stops the gradient of the chosen KL and weights the KL difference by alpha; tdpo1 does neither."""
     # the paper's proposal; the authors' config says if_tdpo2: false, so that their README's command trains tdpo1
 
     alpha: float | None = None
-    """Weight of the KL difference in tdpo2, where None is 0.5; must not be given with tdpo1."""
+    """Weight of the KL difference in tdpo2; None: 0.5. It must not be given with tdpo1."""
     # config/loss/tdpo.yaml of the authors: alpha 0.5
 
     def __post_init__(self) -> None:
@@ -102,7 +102,7 @@ class TDPO(Method):
         chosen, rejected, detach = stats.chosen_logratios, stats.rejected_logratios, self.variant == "tdpo2"
         sides = (chosen, rejected, stats.chosen_kl, stats.rejected_kl)
         losses = tdpo(*sides, beta=self.beta, alpha=self._alpha, detach_chosen_kl=detach)
-        # the paper's own reward, as its authors log it: the KL has weight 1 whatever alpha is
+        # the paper's reward, as its authors log it: the KL has weight 1 for any alpha
         chosen_rewards = self.beta * (chosen + stats.chosen_kl)
         rejected_rewards = self.beta * (rejected + stats.rejected_kl)
         metrics = (
@@ -122,8 +122,8 @@ class TDPO(Method):
 
     def other_optimum(self) -> str:
         return (
-            f"{self.variant.upper()} stops short of pi*, the star of the plot, however long it trains: the KL terms in "
-            "its logit hold the policy nearer to the reference than beta alone does."
+            f"{self.variant.upper()} does not converge to pi*, the star of the plot: the KL terms in its logit keep "
+            "the policy closer to the reference than beta alone does."
         )
 
     def describe(self) -> str:

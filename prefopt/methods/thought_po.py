@@ -1,4 +1,4 @@
-"""Thought Preference Optimization (arXiv 2410.10630): DPO on thoughts and responses; a judge sees the latter alone."""
+"""Thought Preference Optimization (arXiv 2410.10630): DPO on thoughts and responses; judges receive responses only."""
 
 from __future__ import annotations
 
@@ -16,42 +16,42 @@ from prefopt.rounds_method import RoundsMethod
 from prefopt.thoughts import Answer, Messages, OnRepeat, ThoughtFormat
 from prefopt.types import ChosenPair, LossOutput, Needs, PairBatch, PairStats, Response, ScoredGroup, Term
 
-RIDGE = 0.01  # of the fit to a comparing judge's verdicts: without one, who wins every battle has no finite strength
-RHOS = tuple(i / 20 for i in range(11))  # what `rho: auto` chooses from: the paper's range, 0 to 0.5
+RIDGE = 0.01  # ridge penalty of the Bradley-Terry fit: without it a candidate that wins every battle has no finite one
+RHOS = tuple(i / 20 for i in range(11))  # candidates of `rho: auto`: the paper's range, 0 to 0.5
 
 
 @dataclass(frozen=True)
 class ThoughtPO(RoundsMethod, Method):
-    """Thought Preference Optimization: the policy thinks before it answers, and only its answers are judged."""
+    """Thought Preference Optimization: the policy writes a thought before its response; only responses are judged."""
 
     ambiguous: ClassVar[tuple[str, ...]] = ("tpo",)
     testbed_world: ClassVar[str | None] = "scratchpad"
 
     beta: float = 0.1
-    """Strength of the pull to the reference; > 0."""
+    """KL-regularisation strength beta: a larger beta keeps the policy closer to the reference; > 0."""
     # not published; 0.1 is DPO's
 
     nll_weight: float = 0.0
-    """Weight of the likelihood of the chosen thought and response, in nats per token; >= 0."""
-    # the paper tried DPO with such a term (IRPO) and saw no difference
+    """Weight of the NLL of the chosen thought and response, in nats per token; >= 0."""
+    # the paper found no difference with such a term (IRPO)
 
     thought_prompt: str = "specific"
-    """How thoughts are asked for in rounds: generic, specific, system, or a file; none: the direct baseline."""
+    """The prompt that asks for thoughts in rounds: generic, specific, system, or a file; none: the direct baseline."""
     # arXiv 2410.10630, figure 2; the text is ours, the markers are the paper's
 
     response_marker: str | None = None
-    """What the policy writes between thought and response. None: what the thought prompt's file names."""
+    """The text between thought and response. None: the marker of the thought prompt's file."""
 
     thought_marker: str | None = None
-    """What it writes before the thought. None: what the thought prompt's file names."""
+    """The text before the thought. None: the marker of the thought prompt's file."""
 
     on_repeated_marker: OnRepeat = "error"
-    """A marker in the response: the completion holds no response, or the response begins after the first marker."""
+    """If a marker is repeated in the response: error: the completion is unparsed; first: it is split at the first one."""
     # not in the paper
 
     rho: float | Literal["auto"] = "auto"
-    """Weight of length against score, both as standard scores; >= 0. auto: the least of 0, 0.05, ..., 0.5 with which
-    chosen responses are on average no longer than rejected ones, in each round anew."""
+    """Length-control weight rho, on standardised scores and lengths; >= 0. auto: in each round the smallest of 0, 0.05,
+    ..., 0.5 with which chosen responses are on average no longer than rejected ones."""
     # the paper: 0 to 0.5, chosen so that the chosen responses are no longer than the rejected ones
 
     def __post_init__(self) -> None:
@@ -62,20 +62,22 @@ class ThoughtPO(RoundsMethod, Method):
             self._require(math.isfinite(self.rho) and self.rho >= 0, "rho", "a number >= 0, or auto")
         if not self.thinks:
             for key in ("response_marker", "thought_marker"):
-                self._require(getattr(self, key) is None, key, "none: with thought_prompt none nothing is cut in two")
+                self._require(
+                    getattr(self, key) is None, key, "none: with thought_prompt none completions are not split"
+                )
         for key in ("response_marker", "thought_marker"):
             value = getattr(self, key)
             self._require(value is None or value == value.strip(), key, "a text without white space at its ends")
-        assert self.format is not None  # reads the file, whose faults are the user's to know before any model is loaded
+        assert self.format is not None  # reads the file, so that its errors are raised before a model is loaded
 
     @property
     def thinks(self) -> bool:
-        """Whether a thought is asked for at all."""
+        """Whether the policy is prompted for thoughts."""
         return self.thought_prompt != thoughts.NONE
 
     @functools.cached_property
     def format(self) -> ThoughtFormat:
-        """How thoughts are asked for and told from responses."""
+        """The thought prompt and the markers that separate thoughts from responses."""
         return thoughts.read_format(
             self.thought_prompt,
             key="method.thought_prompt",
@@ -102,32 +104,32 @@ class ThoughtPO(RoundsMethod, Method):
 
     def equation(self) -> str:
         nll = f" + {self.nll_weight:g} (-log pi(y_w|x)), the latter a mean over tokens" if self.nll_weight else ""
-        return f"-log s(beta (chosen_logratios - rejected_logratios)){nll}; completions are thought and response"
+        return f"-log s(beta (chosen_logratios - rejected_logratios)){nll}; completions hold thought and response"
 
     def paper(self) -> str:
         return "Wu et al., Thinking LLMs: General Instruction Following with Thought Generation, arXiv 2410.10630."
 
-    # How it works in rounds -------------------------------------------------------------------------------------------
+    # In rounds --------------------------------------------------------------------------------------------------------
 
     def render_prompt(self, prompt: str | Messages) -> str | Messages:
         return self.format.render(prompt)
 
     def judge_view(self, text: str) -> Response | str:
-        """The response alone, or why there is none: neither thought nor thought prompt reaches a judge."""
+        """The response without its thought, or why there is none."""
         answer = self.format.parse(text)
         return answer if isinstance(answer, str) else Response(answer.response)
 
     def tuned(self, groups: Sequence[ScoredGroup]) -> ThoughtPO:
-        """With `rho: auto` made a number: the least one of the paper's range that does what it is there for.
+        """The method with `rho: auto` replaced by the smallest sufficient value of the paper's range.
 
-        Chosen responses must on average be no longer than rejected ones, in characters, over the pairs of these groups
-        whose two sides both hold a response. Where none of them does it, the largest.
+        A value is sufficient if chosen responses are on average no longer than rejected ones, in characters, over the
+        pairs of these groups in which both completions have a response. If none is, the largest value is taken.
         """
         if self.rho != "auto":
             return self
         measured = [self._measured(group) for group in groups]
 
-        def holds(rho: float) -> bool:
+        def sufficient(rho: float) -> bool:
             chosen = rejected = 0.0
             for group, (scores, lengths) in zip(groups, measured, strict=True):
                 ends = self._ends(group, scores, lengths, rho)
@@ -135,26 +137,26 @@ class ThoughtPO(RoundsMethod, Method):
                     chosen, rejected = chosen + lengths[ends[0]], rejected + lengths[ends[1]]
             return chosen <= rejected
 
-        return dataclasses.replace(self, rho=next((rho for rho in RHOS if holds(rho)), RHOS[-1]))
+        return dataclasses.replace(self, rho=next((rho for rho in RHOS if sufficient(rho)), RHOS[-1]))
 
     def order(self, group: ScoredGroup) -> Any:
         """Length-controlled scores of the judged responses, NaN where the judge failed, `(judged,)`.
 
-        `s_i = z(r_i) - rho z(l_i)`, r the judge's score, or the strength fitted to its verdicts where it compares, l
-        the response's length in characters (arXiv 2410.10630, length control).
+        `s_i = z(r_i) - rho z(l_i)` with r the judge's score, or for a pairwise judge the fitted Bradley-Terry strength,
+        and l the response's length in characters (arXiv 2410.10630, length control).
         """
         from prefopt.ranking import length_controlled
 
-        assert self.rho != "auto", "`tuned` has made it a number"
+        assert self.rho != "auto", "`tuned` replaces auto by a number"
         return length_controlled(*self._measured(group), rho=self.rho)
 
     def make_pairs(self, group: ScoredGroup) -> Sequence[ChosenPair] | str:
-        """Best against worst by length-controlled score; a completion without a response is worse than any.
+        """The best and the worst completion by length-controlled score; one without a response is worse than any other.
 
-        The first of equals. A prompt without a judged response gives no pair, nor one whose responses are all equal by
-        the judge, unless a completion without a response stands beside them.
+        Of equal ones the first is taken. There is no pair without a judged response, or if the judge scores all
+        responses equally and every completion has one.
         """
-        assert self.rho != "auto", "`tuned` has made it a number"
+        assert self.rho != "auto", "`tuned` replaces auto by a number"
         ends = self._ends(group, *self._measured(group), self.rho)
         if isinstance(ends, str):
             return ends
@@ -162,9 +164,9 @@ class ThoughtPO(RoundsMethod, Method):
         return [ChosenPair(group.judged[best], group.unparsed[0] if worst is None else group.judged[worst])]
 
     def _measured(self, group: ScoredGroup) -> tuple[Any, Any]:
-        """What the judge thinks of each judged response, length apart, NaN where it failed; and their lengths.
+        """(scores of the judged responses, NaN where the judge failed; their lengths in characters), `(judged,)` each.
 
-        Both `(judged,)`. The verdicts of a judge that compares are fitted here, once.
+        For a pairwise judge the scores are Bradley-Terry strengths fitted to its verdicts.
         """
         import numpy as np
 
@@ -173,13 +175,13 @@ class ThoughtPO(RoundsMethod, Method):
         lengths = np.array([len(self._response(group, index)) for index in group.judged], dtype=np.float64)
         if group.judgement.scores is not None:
             return np.array(group.judgement.scores, dtype=np.float64), lengths
-        # both orders of a pair are two battles; a verdict that changes with the order is one win for each
+        # both orders of a pair are two battles; contradictory verdicts are one win for each
         battles = 2 * win_probabilities(group.judgement)
-        fought = np.isfinite(battles).sum(1) > 1  # against itself each has a tie
+        fought = np.isfinite(battles).sum(1) > 1  # the diagonal is a tie with itself
         return np.where(fought, elo(battles, ridge=RIDGE), np.nan), lengths
 
     def _ends(self, group: ScoredGroup, scores: Any, lengths: Any, rho: float) -> tuple[int, int | None] | str:
-        """Where best and worst stand among the judged, None for a completion without a response; or why not."""
+        """(index of the best, of the worst) among the judged, None for one without a response; or why there is none."""
         import numpy as np
 
         from prefopt.ranking import length_controlled
@@ -198,7 +200,7 @@ class ThoughtPO(RoundsMethod, Method):
         return best, int(known[order.argmin()])
 
     def round_figures(self, groups: Sequence[ScoredGroup], pairs: Sequence[Sequence[ChosenPair]]) -> dict[str, float]:
-        """Of a round's candidates and pairs: lengths in characters, and how many completions hold no response."""
+        """Metrics of a round's candidates and pairs: lengths in characters, and the fraction without a response."""
         figures = self.text_figures([c.text for group in groups for c in group.completions])
         figures["rho"] = float(self.rho)
         both = [(group, pair) for group, some in zip(groups, pairs, strict=True) for pair in some]
@@ -211,7 +213,7 @@ class ThoughtPO(RoundsMethod, Method):
         return figures
 
     def text_figures(self, texts: Sequence[str]) -> dict[str, float]:
-        """Of completions: share that holds a response, mean length of thoughts and responses in characters."""
+        """Metrics of completions: fraction with a response, mean length of thoughts and responses in characters."""
         answers = [self.format.parse(text) for text in texts]
         parsed = [answer for answer in answers if isinstance(answer, Answer)]
         figures = {"parsed": len(parsed) / len(answers)} if answers else {}
@@ -234,7 +236,7 @@ class ThoughtPO(RoundsMethod, Method):
         return seen.text if isinstance(seen, Response) else ""
 
     def _lengths(self, groups: Sequence[ScoredGroup], pairs: Sequence[Sequence[ChosenPair]]) -> tuple[float, float]:
-        """Mean length of chosen and rejected responses where both sides hold one; 0 and 0 where there is no pair."""
+        """Mean length of chosen and rejected responses over pairs in which both have one; (0, 0) if there are none."""
         sides = [
             (len(self._response(group, pair.chosen)), len(self._response(group, pair.rejected)))
             for group, some in zip(groups, pairs, strict=True)

@@ -59,7 +59,7 @@ def test_method_that_does_not_lead_to_the_optimum_says_why_in_one_line(key):
     method = methods()[key]
     said = method.other_optimum()
     if key.startswith("tdpo"):
-        assert "stops short of pi*, the star of the plot" in said
+        assert "does not converge to pi*, the star of the plot" in said
     if key == "dpo":
         assert said == ""
     assert "\n" not in said

@@ -159,7 +159,7 @@ def test_figures_count_lengths_and_what_cannot_be_read():
         ({"rho": math.inf}, "method.rho: found inf"),
         ({"thought_prompt": "specifik"}, "did you mean 'specific'?"),
         ({"on_repeated_marker": "frist"}, "did you mean 'first'?"),
-        ({"thought_prompt": "none", "response_marker": "<A>"}, "with thought_prompt none nothing is cut in two"),
+        ({"thought_prompt": "none", "response_marker": "<A>"}, "with thought_prompt none completions are not split"),
         ({"response_marker": " <A>"}, "a text without white space at its ends"),
         ({"response_marker": ""}, "names no response marker"),
     ],
