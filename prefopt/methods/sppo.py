@@ -120,7 +120,10 @@ class SPPO(RoundsMethod, Method):
         return LossOutput(terms=(pair_term(losses),), metrics=reward_metrics(stats, self.beta))
 
     def other_optimum(self) -> str:
-        return "SPPO's log-ratios converge to (win probability - 1/2) / beta, not to reward / beta, so its optimum is not pi*."
+        return (
+            "SPPO's log-ratios converge to (win probability - 1/2) / beta, not to reward / beta, so its optimum is not "
+            "pi*."
+        )
 
     def loss_at_reference(self) -> float | None:
         target = 0.5 / self.beta if self.target_clamp is None else min(0.5 / self.beta, self.target_clamp)

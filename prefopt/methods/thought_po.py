@@ -46,7 +46,7 @@ class ThoughtPO(RoundsMethod, Method):
     """The text before the thought. None: the marker of the thought prompt's file."""
 
     on_repeated_marker: OnRepeat = "error"
-    """If a marker is repeated in the response: error: the completion is unparsed; first: it is split at the first one."""
+    """Where the response repeats a marker: error: the completion is unparsed; first: it is split at the first one."""
     # not in the paper
 
     rho: float | Literal["auto"] = "auto"
