@@ -156,6 +156,22 @@ def test_a_method_name_is_no_literal_outside_its_file():
         assert not found, f"{path.relative_to(ROOT)} names a method: {found}"
 
 
+@pytest.mark.parametrize("kinds", [registry.JUDGES, registry.ENGINES], ids=lambda kinds: kinds.folder)
+def test_no_code_asks_for_a_judge_or_an_engine_by_its_name(kinds):
+    """No comparison with `.kind` or `.engine`, and no `kind=` or `engine=`, has one of the names."""
+    field = kinds.key.partition(".")[2]
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            found = []
+            if isinstance(node, ast.Compare):
+                sides = [node.left, *node.comparators]
+                if any(isinstance(side, ast.Attribute) and side.attr == field for side in sides):
+                    found = [c.value for side in sides for c in ast.walk(side) if isinstance(c, ast.Constant)]
+            elif isinstance(node, ast.keyword) and node.arg == field and isinstance(node.value, ast.Constant):
+                found = [node.value.value]
+            assert not {*found} & {*kinds.names()}, f"{path.relative_to(ROOT)}:{node.lineno}"
+
+
 @pytest.mark.parametrize("name", registry.names())
 def test_a_method_has_a_page_a_config_and_tests(name):
     """A method is one file, and with it a page, a config, tests by hand; golden numbers where authors have code."""
