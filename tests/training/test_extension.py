@@ -43,7 +43,7 @@ def test_finished_run_under_a_constant_rate_when_extended_then_is_the_longer_run
 def test_run_when_killed_while_it_is_extended_then_ends_as_the_extended_one(train, tmp_path):
     run, select = tmp_path / "run", {"eval__select": "loss"}
     train("run", **SHORT, **select)
-    kill = {"at": "prefopt.training.extension:_put_aside", "when": "before", "count": 1, "do": "SIGKILL"}
+    kill = {"at": "prefopt.training.extension:_move_model_aside", "when": "before", "count": 1, "do": "SIGKILL"}
     train("run", status=-signal.SIGKILL, fault=kill, **LONG, **select)
     said = train("run", **LONG, **select)
     assert "this run is finished" not in said
