@@ -178,4 +178,4 @@ def test_module_that_fails_to_import_is_one_line(tmp_path, monkeypatch):
 
 def test_the_example_of_the_page_is_the_file():
     root = Path(__file__).resolve().parents[2]
-    assert (root / "examples/log_every_step.py").read_text() in (root / "docs/running.md").read_text()
+    assert (root / "examples/log_every_step.py").read_text() in (root / "docs/tracking.md").read_text()
