@@ -68,7 +68,7 @@ def save(
         return mine
 
     _write_folder(final, write_all, root, ranks)
-    with failing_together(ranks):
+    with raise_on_all_ranks(ranks):
         if ranks.rank == 0:
             before = [folder for folder in steps(root) if step_of(folder) <= step]
             for old in {*steps(root)} - {*before[-keep_last:]}:
@@ -106,14 +106,14 @@ def _write_folder(final: Path, write: Write, checkpoints: Path, ranks: Ranks = S
     temporary, first = final.with_name(_TEMPORARY + final.name), ranks.rank == 0
     aside: Path | None = None
     try:
-        with failing_together(ranks):
+        with raise_on_all_ranks(ranks):
             if first:
                 storage.empty_folder(temporary)
-        with failing_together(ranks):
+        with raise_on_all_ranks(ranks):
             mine = write(temporary)
             entries = {} if first else {str(path.relative_to(temporary)): storage.flushed(path) for path in mine or ()}
         others = dict(ranks.gather_objects([*entries.items()]))
-        with failing_together(ranks):
+        with raise_on_all_ranks(ranks):
             if first:
                 storage.seal(temporary, others)
                 aside = storage.make_room(final)
@@ -138,7 +138,7 @@ class _FailedElsewhere(TrainError):
 
 
 @contextlib.contextmanager
-def failing_together(ranks: Ranks) -> Iterator[None]:
+def raise_on_all_ranks(ranks: Ranks) -> Iterator[None]:
     """At its end all ranks wait for each other; an exception on one of them is raised on all."""
     failure: Exception | None = None
     try:
@@ -206,7 +206,7 @@ def damage(folder: Path, ranks: Ranks = SINGLE_RANK) -> str | None:
     """
     expected: dict[str, tuple[int, str]] | None = None
     mine: list[str | None] = []
-    with failing_together(ranks):
+    with raise_on_all_ranks(ranks):
         expected = storage.entries_of(folder)
         names = [*(expected or {})][ranks.rank :: ranks.world]
         mine = [storage.difference(folder / name, *(expected or {})[name]) for name in names]
@@ -221,7 +221,7 @@ def latest(root: Path, report: Callable[[str], None] = lambda line: None, ranks:
     Raises: Unreadable, on all ranks: a checkpoint that cannot be read at the moment may be the newest good one.
     """
     found: list[Path] = []
-    with failing_together(ranks):
+    with raise_on_all_ranks(ranks):
         if ranks.rank == 0:
             found = steps(root)
     folders = ranks.gather_objects([found] if ranks.rank == 0 else [])[0]  # the same list on all ranks

@@ -246,7 +246,7 @@ def _thought_section(method: Method) -> list[str]:
 It was trained to write its thoughts, then `{response}`, then its response.{first} Only the response is meant for a
 reader. `prefopt infer --model FOLDER` prompts it and prints the response only; `--thought show` prints both.
 
-With other tools, put the prompt into this text where it says `{{prompt}}`; without that mark it is a system message:
+With other tools, replace `{{prompt}}` in this text by the prompt; a text without `{{prompt}}` is a system message:
 
 ```
 {ThoughtFormat(**thought).asking()}
@@ -259,7 +259,7 @@ thought, marker, response = completion.partition({response!r})
 answer = response.strip() if marker and {response!r} not in response else None  # None: sample again
 ```
 
-The same stands in `generation_config.json` under `thought`, and `eos_token_id` there names all tokens that end an
+`generation_config.json` has the same under `thought`, and `eos_token_id` there names all tokens that end an
 answer."""
     ]
 

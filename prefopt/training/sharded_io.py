@@ -53,12 +53,12 @@ def save_model(
             value = gather(name)
             if runtime.is_main:
                 weights[name] = _in_host(value)
-        with checkpoint.failing_together(runtime):
+        with checkpoint.raise_on_all_ranks(runtime):
             if runtime.is_main:
                 adapter_saving.save(lm, folder, weights)
         return []
     held = dtype or backend.config.model.dtype
-    with checkpoint.failing_together(runtime):
+    with checkpoint.raise_on_all_ranks(runtime):
         if runtime.is_main:  # everything but the weights; it would remove files that look like weights
             adapter_saving.save(lm, folder, {}, held)
     # published files may merge several weights of a layer into one
@@ -67,7 +67,7 @@ def save_model(
     sizes = _sizes(tensors, held)
     written, where = _save_tensors(backend, folder, "model", sizes, gather, max_shard_mb, groups, publish)
     if len(set(where.values())) > 1:
-        with checkpoint.failing_together(runtime):
+        with checkpoint.raise_on_all_ranks(runtime):
             if runtime.is_main:
                 index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where}
                 (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
@@ -118,8 +118,8 @@ def _save_tensors(
     Args: sizes: in bytes. groups: names that share a file. publish: converts the tensors of a file before writing.
     """
     groups = groups or {name: [name] for name in sizes}
-    together = {group: sum(sizes[name] for name in names) for group, names in groups.items()}
-    runs = [[name for group in run for name in groups[group]] for run in cut(together, int(max_shard_mb * 1e6))]
+    group_sizes = {group: sum(sizes[name] for name in names) for group, names in groups.items()}
+    runs = [[name for group in run for name in groups[group]] for run in cut(group_sizes, int(max_shard_mb * 1e6))]
     mine: dict[str, str] = {}
 
     def save(number: int, values: dict[str, torch.Tensor]) -> Path:
@@ -202,7 +202,7 @@ def write(
                 written.append(save(own, values))
             except Exception as error:
                 failure = error
-    with checkpoint.failing_together(ranks):
+    with checkpoint.raise_on_all_ranks(ranks):
         if failure is not None:
             raise failure
     return written
