@@ -38,7 +38,7 @@ class RoundTraining:
         choosing: held-out prompts by whose answers a round chooses among the policies that it passes through.
         policies, candidates, judge: of the run.
         tokenizer_hash: of the policy's tokenizer.
-        train: trains one round: (its config, evaluators beside those of the run) -> exit status.
+        train_once: trains one round: (its config, evaluators beside those of the run) -> exit status.
     """
 
     config: RunConfig
