@@ -23,7 +23,7 @@ def test_only_what_holds_no_response_is_sampled_again_with_other_seeds(tokenizer
         tokenizer,
         prompts,
         lambda text, number, seed: "so <R> yes" if seed in good else "so",
-        tell=lambda phase, number: told.append(number),
+        progress=lambda phase, number: told.append(number),
     )
     assert [one.tries for one in found] == [1, 3, 4]
     assert [one.answer for one in found] == [Answer("so", "yes")] * 2 + [None]
@@ -47,7 +47,7 @@ def test_a_prompt_without_room_is_not_asked_and_the_others_are(tokenizer, prompt
     told = []
     prompts = [prompt_of("say it " * 20, "long"), prompt_of("say", "short")]
     engine, found = answers(
-        tokenizer, prompts, lambda *_: "<R> a", context=20, tell=lambda phase, number: told.append(number)
+        tokenizer, prompts, lambda *_: "<R> a", context=20, progress=lambda phase, number: told.append(number)
     )
     assert [text for _, text, _, _ in engine.calls] == ["say"]
     assert found[0].answer is None

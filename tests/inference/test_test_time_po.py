@@ -137,7 +137,7 @@ def test_progress_adds_up_to_all_samples_whatever_is_skipped(tokenizer, prompt_o
             Spy(value),
             tokenizer,
             settings(n=3, depth=2),
-            tell=lambda phase, samples, told=told: told.append(samples),
+            progress=lambda phase, samples, told=told: told.append(samples),
         )
         assert sum(told) == 2 * (3 + 2 * 5)
 
