@@ -21,7 +21,7 @@ from prefopt.training.slurm_environment import join_step
 
 def train(argv: Sequence[str]) -> int:
     """`prefopt train`: one training run, or rounds on the ranks of this launch where --rounds.count is given."""
-    return _command("train", argv, lambda: settings.help_text(argv), _train)
+    return _command("train", argv, settings.help_text, _train)
 
 
 def _train(argv: Sequence[str]) -> int:
@@ -51,7 +51,7 @@ def rounds(argv: Sequence[str]) -> int:
         join_step()
         return run_rounds(argv)
 
-    return _command("rounds", argv, lambda: rounds_help(argv), run)
+    return _command("rounds", argv, rounds_help, run)
 
 
 def infer(argv: Sequence[str]) -> int:
@@ -106,13 +106,15 @@ def plan(argv: Sequence[str]) -> int:
     return _command("plan", argv, plan_help, run)
 
 
-def _command(name: str, argv: Sequence[str], help_text: Callable[[], str], run: Callable[[Sequence[str]], int]) -> int:
+def _command(
+    name: str, argv: Sequence[str], help_text: Callable[[Sequence[str]], str], run: Callable[[Sequence[str]], int]
+) -> int:
     """Print the help where it is asked for, else run the command. Returns: the exit status, see `exit_status`."""
 
     def run_or_help() -> int:
         if "--help" in argv or "-h" in argv:
             with contextlib.suppress(BrokenPipeError):
-                print(help_text())
+                print(help_text(argv))
             return 0
         silence_deepspeed()
         return run(argv)

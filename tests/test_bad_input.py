@@ -138,7 +138,7 @@ def test_tokens_when_the_budget_is_smaller_than_a_pair_then_row_and_length_are_n
 @pytest.mark.parametrize("value", ["0", "-5", "1.5"])
 def test_tokens_when_they_are_no_number_of_tokens_then_says_so(error, value):
     assert error(train__tokens_per_batch=value).endswith(
-        "expected a number > 0, or none" if value != "1.5" else "expected a whole number or none"
+        "expected a number > 0, or none" if value != "1.5" else "expected an integer or none"
     )
 
 
@@ -146,8 +146,8 @@ def test_tokens_when_the_testbed_streams_then_says_so(server, tmp_path):
     ended = server.train(["--method", "dpo", "--train.tokens_per_batch", "500", "--output", str(tmp_path / "run")])
     assert ended.status == 2
     assert ended.err == (
-        "error: train.tokens_per_batch: the testbed's stream of pairs has no lengths to plan by (name the size of a "
-        "fixed set, testbed.pairs, or leave it out)\n"
+        "error: train.tokens_per_batch: the lengths of the testbed's stream of pairs are not known; set the size of a "
+        "fixed training set (--testbed.pairs 40000), or leave it out\n"
     )
 
 

@@ -17,9 +17,9 @@ from prefopt.sweeps import rounds_jobs
 from prefopt.training.launcher import print_rank_0
 from prefopt.training.runtime import Runtime
 
-USAGE = f"""usage: rounds.py --method NAME --rounds.count N [--GROUP.SETTING VALUE ...]
-       rounds.py --stage {"|".join(STAGES)} --round K [--part I/N] (the same flags)
-       rounds.py --launcher slurm [--parts N] [--sbatch FLAGS] [--sbatch.STAGE FLAGS] (the same flags)
+USAGE = f"""usage: {{rounds}} --method NAME --rounds.count N [--GROUP.SETTING VALUE ...]
+       {{rounds}} --stage {"|".join(STAGES)} --round K [--part I/N] (the same flags)
+       {{rounds}} --launcher slurm [--parts N] [--sbatch FLAGS] [--sbatch.STAGE FLAGS] (the same flags)
 
 Without --stage: runs every stage of every round that is not done yet, each in a process of its own; the train stage is
 started by --rounds.launcher. With --stage: runs that stage; --part 0/4 to 3/4 share its shards among four processes.
@@ -31,7 +31,8 @@ With --launcher slurm: submits a job for each stage, each after the one before; 
 def rounds_help(argv: Sequence[str]) -> str:
     """The usage of the command, then the settings."""
     named = any(argument.partition("=")[0] == "--rounds.count" for argument in argv)
-    return USAGE + "\n" + settings.help_text([*argv, *([] if named else ["--rounds.count", "1"])])
+    flags = [*argv, *([] if named else ["--rounds.count", "1"])]
+    return settings.help_text(flags, USAGE.format(rounds=settings.program("rounds")))
 
 
 def run_rounds(argv: Sequence[str]) -> int:

@@ -22,11 +22,12 @@ from prefopt.settings.groups import (
     TrackConfig,
     TrainConfig,
 )
-from prefopt.settings.help import FOLDED, help_text
+from prefopt.settings.help import program
 from prefopt.settings.identity import FREE_TO_CHANGE, LENGTHS, differences
 from prefopt.settings.sampling_groups import GenerateConfig, JudgeConfig, RoundsConfig
 from prefopt.settings.schema import RunConfig, sources, yaml_of
 from prefopt.settings.train import from_dict, parse
+from prefopt.settings.train_help import FOLDED, help_text
 from prefopt.settings.yaml_files import load_yaml
 
 __all__ = [
@@ -59,6 +60,7 @@ __all__ = [
     "load_yaml",
     "overrides",
     "parse",
+    "program",
     "rate_source",
     "sources",
     "yaml_of",

@@ -16,7 +16,10 @@ from prefopt.settings.yaml_files import parse_yaml
 
 
 def coerce(value: Any, hint: Any, where: str) -> Any:
-    """`value` as the type `hint`, or a ConfigError that begins with `where`. Text is read as a flag's value is."""
+    """Convert `value` to the type `hint`. Text is parsed like the value of a flag.
+
+    Raises: ConfigError that begins with `where`.
+    """
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if isinstance(value, str):
         redaction.learn_from(where, value)
@@ -75,13 +78,13 @@ def coerce(value: Any, hint: Any, where: str) -> Any:
         try:
             number = float(value)
         except (TypeError, ValueError):
-            raise refuse("a whole number") from None
+            raise refuse("an integer") from None
         except OverflowError:
             number = float("inf")
         if number != number or number in (float("inf"), float("-inf")) or number != int(number):
-            raise refuse("a whole number")
+            raise refuse("an integer")
         if abs(number) >= 2**63:
-            raise refuse("a whole number below 2^63")
+            raise refuse("an integer below 2^63")
         return int(value) if isinstance(value, int) or str(value).lstrip("+-").isdigit() else int(number)
     if hint is float:
         try:
@@ -89,13 +92,13 @@ def coerce(value: Any, hint: Any, where: str) -> Any:
         except (TypeError, ValueError):
             raise refuse("a number") from None
         except OverflowError:
-            raise refuse("a number that a float holds") from None
+            raise refuse("a number that fits in a float") from None
     if hint is str:
         if isinstance(value, (str, int, float)):
             if "\0" in str(value):
                 raise refuse("text without a NUL character")
             if not str(value).isascii() and any("\ud800" <= letter <= "\udfff" for letter in str(value)):
-                raise refuse("text in UTF-8, which the run's files can hold")
+                raise refuse("text that can be written as UTF-8")
             return str(value)
         raise refuse("text")
     raise ConfigError(
@@ -104,14 +107,14 @@ def coerce(value: Any, hint: Any, where: str) -> Any:
 
 
 def type_name(hint: Any) -> str:
-    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "none"}
+    names = {int: "an integer", float: "a number", str: "text", bool: "true or false", type(None): "none"}
     if hint in names:
         return names[hint]
     if typing.get_origin(hint) is Literal:
         choices = typing.get_args(hint)
         return "one of " + ", ".join(map(str, choices)) if len(choices) > 1 else str(choices[0])
     if typing.get_origin(hint) is tuple:
-        kind = type_name(typing.get_args(hint)[0]).removeprefix("a ")
+        kind = type_name(typing.get_args(hint)[0]).removeprefix("an ").removeprefix("a ")
         return f"a list of {kind}s" if kind != "text" else "a list"
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
         return " or ".join(type_name(a) for a in typing.get_args(hint))

@@ -1,4 +1,4 @@
-"""The settings of the `data` command: the vocabulary of `config`, read by the same rules, for who looks at pairs."""
+"""The settings of the `data` command, read by the same rules as those of a training run."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from typing import Any, Literal
 
 from prefopt import registry
 from prefopt.errors import ConfigError
-from prefopt.settings.groups import ModelConfig, check_template_settings
-from prefopt.settings.help import Option, help_page, options_of
+from prefopt.settings.groups import ModelConfig, check_template
+from prefopt.settings.help import OptionGroup, about, help_page, options_of, program, split_topics
 from prefopt.settings.nested import nest
+from prefopt.settings.ranges import Group, ranged
 from prefopt.settings.reader import build, split_flags, unknown_keys, unknown_setting
 from prefopt.settings.schema import sources as split_sources
 from prefopt.settings.schema import type_hints
@@ -20,43 +21,53 @@ from prefopt.settings.train import normalized
 
 
 @dataclass(frozen=True)
-class PreviewDataConfig:
-    """How rows are read and cut, as in training."""
+class PreviewDataConfig(Group):
+    """Reading and truncation of the examples, as in training."""
+
+    prefix = "--data."
 
     columns: dict[str, str] = field(default_factory=dict)
-    """Our key -> the file's key, e.g. `--data.columns.chosen good`."""
+    """Column of the data file to read as KEY, e.g. `--data.columns.chosen good` reads column good as chosen."""
     on_bad_row: Literal["error", "skip"] = "skip"
-    """Stop at a bad row, or count it in the report."""
-    max_length: int = 1024
-    """Tokens of prompt and completion together; a longer prompt loses its head first."""
+    """Invalid examples: stop with an error, or count them in the report."""
+    max_length: int = ranged(1024, at_least=2)
+    """Maximum tokens of prompt plus completion; data.overlong applies to longer pairs."""
     overlong: Literal["truncate_prompt", "drop", "truncate_completion"] = "truncate_prompt"
-    """Of a longer pair, what goes: the beginning of the prompt first, all of it, or the end of completions."""
+    """Pairs above data.max_length: left-truncate the prompt, drop the pair, or right-truncate the completions."""
     special_tokens: tuple[str, ...] = ()
-    """Special tokens that the text of the data may hold, e.g. [THINK],[/THINK]; any other one makes a bad row."""
+    """Special tokens that the data's text may contain, e.g. [THINK],[/THINK]; any other makes an example invalid."""
     chat_template: str | None = None
-    """Jinja file that replaces the tokenizer's chat template."""
+    """Jinja file to use instead of the tokenizer's chat template."""
     dialogues: Literal["text", "messages"] = "text"
-    """Read HH dialogues as the text that they are, or as the turns of the chat template."""
+    """Format of Human/Assistant dialogues (HH): plain text, or messages rendered by the chat template."""
     template_args: dict[str, Any] = field(default_factory=dict)
-    """Further arguments of the chat template, e.g. `--data.template_args.enable_thinking false`; those of a row win."""
+    """Extra chat template argument KEY, e.g. `--data.template_args.enable_thinking false`; an example's own value
+    takes precedence."""
     template_date: str | None = None
-    """The date, e.g. 2026-11-30, that a chat template which asks for today's is told. None: today."""
-    template_timeout: float = 10.0
-    """Processor time, in seconds, that the chat template may take to render a conversation."""
+    """Date passed to chat templates that ask for the current date, e.g. 2026-11-30. None: today."""
+    template_timeout: float = ranged(10.0, above=0)
+    """Maximum CPU seconds for rendering one conversation."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_template(self, self.prefix)
 
 
 @dataclass(frozen=True)
-class PreviewConfig:
-    """What is looked at, and how."""
+class PreviewConfig(Group):
+    """All settings of a preview of data."""
+
+    prefix = "--"
 
     method: str | None = None
-    """Read the rows as this method does. None: as pairs, without further columns."""
+    """Read the examples as this method does. None: as pairs, without extra columns."""
     tokenizer: str | None = None
-    """Folder or hub id of a tokenizer alone; model.path names one with its model, whose size is then checked too."""
-    examples: int = 3
-    """Rows shown, spread over the pairs that are kept, the first one among them; 0 shows none."""
+    """Folder or Hub id of a tokenizer. With --model.path, the model's tokenizer is used and its vocabulary size
+    checked."""
+    examples: int = ranged(3, at_least=0)
+    """Number of examples to print, evenly spaced in the data, the first one included; 0 prints none."""
     html: str | None = None
-    """Write report and rows to this page instead, which needs nothing beside itself."""
+    """Write the report and the examples to this self-contained HTML page instead."""
     data: PreviewDataConfig = field(default_factory=PreviewDataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     sources: tuple[str, ...] = ()
@@ -69,7 +80,7 @@ _NOT_FLAGS = ("sources",)
 def parse_data(argv: Sequence[str]) -> PreviewConfig:
     """The settings of the `data` command from its command line.
 
-    Raises: ConfigError, one line that names the key, what was found, what was expected and the nearest mend.
+    Raises: ConfigError, one line that names the setting, what was found, what was expected and a fix.
     """
     words = list(argv)
     named = []
@@ -86,22 +97,15 @@ def parse_data(argv: Sequence[str]) -> PreviewConfig:
     sources = tuple(name for text in named for name in split_sources(text))
     found = dataclasses.replace(found, sources=sources, model=normalized(found.model, "path"))
     if not named:
-        raise ConfigError(
-            "no data is named, expected a file, folder or hub id: prefopt data pairs.jsonl --model.path DIR"
-        )
+        raise ConfigError("no data given, expected a file, folder or Hub id: prefopt data pairs.jsonl --model.path DIR")
     if not all(sources):
-        raise ConfigError(f"found {' '.join(named)!r}, expected names of sources with a comma between two of them")
+        raise ConfigError(f"found {' '.join(named)!r}, expected names of sources separated by commas")
     if (found.tokenizer is None) == (found.model.path is None):
-        both = "named by both --tokenizer and --model.path" if found.tokenizer else "not named"
-        raise ConfigError(f"the tokenizer is {both}, expected one of --model.path DIR and --tokenizer DIR")
-    if found.examples < 0:
-        raise ConfigError(f"--examples: found {found.examples}, expected a number >= 0")
-    check_template_settings(found.data, "data.")
-    if found.data.max_length < 2:
-        raise ConfigError(f"--data.max_length: found {found.data.max_length}, expected at least 2")
+        both = "given by both --tokenizer and --model.path" if found.tokenizer else "not given"
+        raise ConfigError(f"the tokenizer is {both}; expected either --model.path DIR or --tokenizer DIR")
     if found.html is not None:
         if Path(found.html).suffix not in (".html", ".htm"):
-            raise ConfigError(f"--html: found {found.html!r}, expected the name of a page such as page.html")
+            raise ConfigError(f"--html: found {found.html!r}, expected a file name such as page.html")
         if not Path(found.html).resolve().parent.is_dir():
             raise ConfigError(f"--html: the folder of '{found.html}' does not exist")
     if found.method is not None:
@@ -117,21 +121,18 @@ def _known_keys() -> list[str]:
     return [key for key in keys if key not in (*_UNREAD, *_NOT_FLAGS)]
 
 
-def data_help() -> str:
-    """The grouped `--help` of the command."""
-    head = [
-        "usage: prefopt data FILE[,FILE ...] --model.path DIR [--html PAGE] [--GROUP.SETTING VALUE ...]",
-        "",
-        "Prints what training would print of the data, and shows some rows as the model reads them: prompt, scored,",
-        "unscored and special tokens in colours. FILE: a JSON, CSV or Parquet file, a folder, or a hub id.",
-        "",
+def data_help(argv: Sequence[str] = ()) -> str:
+    """The `--help` page of the command; `--help GROUP` prints that group alone."""
+    head = (
+        f"usage: {program('data')} FILE[,FILE ...] --model.path DIR [--html PAGE] [--GROUP.SETTING VALUE ...]\n\n"
+        "Prints the data report of training and some examples as token sequences, with prompt, loss tokens, tokens "
+        "without loss and special tokens in different colours. FILE: a JSON, CSV or Parquet file, a folder, or a Hub "
+        "id.\n"
+    )
+    hidden = tuple(f"--{key}" for key in (*_UNREAD, *_NOT_FLAGS))
+    groups = [
+        OptionGroup("run", "", options_of(PreviewConfig, "", hidden)),
+        OptionGroup("data", about(PreviewDataConfig), options_of(PreviewDataConfig, "data.", hidden)),
+        OptionGroup("model", "The model whose tokenizer is used.", options_of(ModelConfig, "model.", hidden)),
     ]
-    hidden = {f"--{key}" for key in (*_UNREAD, *_NOT_FLAGS)}
-
-    def rows(cls: Any, prefix: str) -> list[Option]:
-        return [row for row in options_of(cls, prefix) if row[0] not in hidden]
-
-    groups: list[tuple[str, str, list[Option]]] = [("look", "", rows(PreviewConfig, ""))]
-    groups.append(("data", (PreviewDataConfig.__doc__ or "").strip(), rows(PreviewDataConfig, "data.")))
-    groups.append(("model", "Whose tokenizer it is.", rows(ModelConfig, "model.")))
-    return help_page(head, groups)
+    return help_page([head], groups, split_topics(argv)[0])

@@ -12,7 +12,7 @@ from prefopt.settings.groups import OptimConfig
 from prefopt.settings.nested import flatten, lookup, merge
 from prefopt.settings.schema import RunConfig, as_plain
 
-# What a run on the testbed departs in from the defaults: a model of 60k parameters wants other steps than one of 8B.
+# Defaults of runs on the testbed, whose model has 60k parameters.
 TESTBED_DEFAULTS: dict[str, Any] = {
     "method": {"beta": 1.0},
     "optim": {"lr": 2e-3, "schedule": "cosine", "warmup_steps": 20},
@@ -20,8 +20,7 @@ TESTBED_DEFAULTS: dict[str, Any] = {
     "eval": {"every": 50, "batch": 512},
 }
 
-
-# What rounds on the testbed depart in beside these.
+# Defaults of rounds on the testbed, over those above.
 TESTBED_ROUNDS_DEFAULTS: dict[str, Any] = {
     "method": {"beta": 0.2},
     "optim": {"lr": 3e-3, "schedule": "linear", "warmup_steps": 3},
@@ -31,11 +30,9 @@ TESTBED_ROUNDS_DEFAULTS: dict[str, Any] = {
     "generate": {"max_tokens": 4, "batch": 2560},
 }
 
+ROUNDS_WORLD = "cyclic"  # the testbed's world in rounds, unless the method declares one
 
-ROUNDS_WORLD = "cyclic"  # unless the method names one
-
-
-# What rounds in one world depart in beside those.
+# Defaults of rounds in one world, over those above.
 WORLD_ROUNDS_DEFAULTS: dict[str, dict[str, Any]] = {
     "scratchpad": {
         "method": {"beta": 0.5, "thought_prompt": "scratchpad"},
@@ -46,44 +43,43 @@ WORLD_ROUNDS_DEFAULTS: dict[str, dict[str, Any]] = {
     },
 }
 
-
-# A departure gives way when the user names the setting that it would silently overrule.
-_GIVES_WAY = {
+# Setting of the user -> the testbed default that would silently override it, and is dropped.
+_DROPPED_DEFAULTS = {
     "optim.warmup_ratio": "optim.warmup_steps",
     **{f"train.{name}": "train.max_steps" for name in ("epochs", "max_tokens", "max_seconds")},
 }
 
 
 def method_defaults(method_class: type[Method]) -> dict[str, Any]:
-    """Settings that a method has defaults of its own for."""
+    """Defaults that a method declares for settings outside its own group."""
     return {} if method_class.default_lr is None else {"optim": {"lr": method_class.default_lr}}
 
 
-def testbed_defaults(method_class: type[Method], named: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings that have defaults of their own on the testbed. Args: named: what the user has given."""
+def testbed_defaults(method_class: type[Method], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Defaults of the testbed. Args: given: the settings that the user has given."""
     known = {f.name for f in dataclasses.fields(method_class)}
-    hidden = {over for named_key, over in _GIVES_WAY.items() if lookup(named, named_key) is not None}
-    departures = TESTBED_DEFAULTS
-    if lookup(named, "rounds.count") not in (None, 0, "0"):
-        world = lookup(named, "testbed.world") or getattr(method_class, "testbed_world", None) or ROUNDS_WORLD
+    dropped = {default for key, default in _DROPPED_DEFAULTS.items() if lookup(given, key) is not None}
+    defaults = TESTBED_DEFAULTS
+    if lookup(given, "rounds.count") not in (None, 0, "0"):
+        world = lookup(given, "testbed.world") or getattr(method_class, "testbed_world", None) or ROUNDS_WORLD
         rounds = merge(TESTBED_ROUNDS_DEFAULTS, WORLD_ROUNDS_DEFAULTS.get(str(world), {}))
-        departures = merge(departures, merge(rounds, {"testbed": {"world": world}}))
-    departures = {
-        group: {k: v for k, v in settings.items() if f"{group}.{k}" not in hidden}
-        for group, settings in departures.items()
+        defaults = merge(defaults, merge(rounds, {"testbed": {"world": world}}))
+    defaults = {
+        group: {k: v for k, v in settings.items() if f"{group}.{k}" not in dropped}
+        for group, settings in defaults.items()
     }
-    departures["method"] = {k: v for k, v in departures["method"].items() if k in known}
-    return departures
+    defaults["method"] = {k: v for k, v in defaults["method"].items() if k in known}
+    return defaults
 
 
 @dataclass(frozen=True)
 class Override:
-    """A setting that is not at its default. `default` is None where the setting must be given."""
+    """A setting whose value is not the default. `default` is None for a setting without one."""
 
     key: str
     value: Any
     default: Any
-    on_testbed: bool  # it is the testbed's own default
+    on_testbed: bool  # the value is the testbed's default
 
     @property
     def name(self) -> str:

@@ -1,251 +1,314 @@
-"""The groups of settings that every training run has."""
+"""The groups of settings that every training run has. The string under a field is its `--help` text."""
 
 from __future__ import annotations
 
 import datetime
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-from prefopt.errors import ConfigError
+from prefopt.errors import ConfigError, did_you_mean
+from prefopt.settings.ranges import Group, ranged
+
+SEED_LIMIT = 2**31  # seeds are below it
+
+# Arguments of `apply_chat_template` that prefopt sets itself, so a user cannot pass them to the template.
+RESERVED_ARGS = (
+    *("messages", "conversation", "chat_template", "add_generation_prompt", "continue_final_message", "tokenize"),
+    *("padding", "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask"),
+    *("tokenizer_kwargs", "sanitize_control_tokens", "strftime_now"),
+)
+
+# Short names of optimizers; training/optimizers.py makes them.
+OPTIMIZERS = ("adamw", "adamw_8bit", "paged_adamw_8bit", "adafactor", "rmsprop", "sgd")
 
 
 @dataclass(frozen=True)
-class ModelConfig:
-    """The policy at the start of the run."""
+class ModelConfig(Group):
+    """The policy at the start of training."""
+
+    prefix = "model."
 
     path: str | None = None
-    """Folder or hub id of a causal language model or a LoRA adapter. None: the testbed's base policy."""
+    """Folder or Hugging Face Hub id of a causal language model or a LoRA adapter. None: the testbed's base policy."""
     revision: str | None = None
-    """Revision of a hub model."""
+    """Hub revision of the model: a branch, tag or commit. None: the default branch."""
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
-    """Precision in which weights are held and updated."""
+    """Data type in which weights are stored and updated."""
     export_dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = None
-    """Precision of the exported weights. None: that in which they are held."""
+    """Data type of the exported weights. None: model.dtype."""
     attention: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] = "sdpa"
-    """Attention implementation, as transformers names it; eager in place of sdpa where a family has none."""
+    """Attention implementation, named as in transformers. Models without sdpa use eager."""
     quantize: Literal["nf4", "fp4"] | None = None
-    """QLoRA: hold the weights below the head in 4 bits (bitsandbytes), doubly quantised, under an adapter. None: no."""
+    """QLoRA: store the frozen weights below the head in 4 bits (bitsandbytes, double quantisation). None: off."""
     compute_dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Precision of products with quantised weights. None: that of train.mixed_precision, else of model.dtype."""
+    """Data type of matrix products with quantised weights. None: that of train.mixed_precision, else model.dtype."""
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, more time."""
+    """Recompute activations in the backward pass: uses less GPU memory and takes more time."""
     offload_activations: bool = False
-    """Keep what the backbone saves for the backward pass in the host's memory: less on the GPU, more time."""
-    router_aux_weight: float | None = None
-    """Of a mixture-of-experts: coefficient of its routers' load-balancing loss. None: the one in the model's config."""
+    """Keep saved activations in host memory until the backward pass: uses less GPU memory and takes more time."""
+    router_aux_weight: float | None = ranged(None, at_least=0, note="0 turns the loss off")
+    """Coefficient of the router load-balancing loss of mixture-of-experts models. None: the model config's value."""
     trust_remote_code: bool = False
-    """Run model code that comes with the weights."""
+    """Execute model code that is distributed with the weights."""
 
 
 @dataclass(frozen=True)
-class ReferenceConfig:
-    """The frozen model that a method compares the policy with, loaded only if the method needs one."""
+class ReferenceConfig(Group):
+    """The frozen reference model of the method, loaded only if the method reads one."""
+
+    prefix = "reference."
 
     path: str | None = None
-    """Folder or hub id. None: the policy's starting weights; with LoRA no second copy of them is held."""
+    """Folder or Hub id of the reference model. None: the policy's initial weights; LoRA runs then load no copy."""
     cache: Literal["none", "logps", "hidden"] = "none"
-    """Compute its log-probabilities, or for token-level KL its hidden states, once, and keep them for all runs."""
+    """Precompute the reference once for all runs: its log-probabilities, or its hidden states for token-level KL."""
     cache_dir: str | None = None
-    """Where caches lie. None: `reference` in prefopt's cache."""
+    """Folder of the reference caches. None: `reference` in prefopt's cache folder."""
     cache_dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Of kept hidden states."""
-    sync_every: int | None = None
-    """Optimizer steps after which the reference is drawn to the policy. None: it never moves."""
-    sync_weight: float = 1.0
-    """Weight of the policy then; 1 replaces the reference, less mixes."""
+    """Data type of cached hidden states."""
+    sync_every: int | None = ranged(None, above=0)
+    """Optimizer steps between synchronisations of the reference with the policy. None: the reference stays fixed."""
+    sync_weight: float = ranged(1.0, above=0, at_most=1)
+    """Weight of the policy in each synchronisation: 1 copies the policy, less averages (EMA, as in TR-DPO)."""
 
 
 @dataclass(frozen=True)
-class LoraConfig:
-    """Train a low-rank adapter (peft) on frozen weights. An adapter that model.path holds is continued as it is."""
+class LoraConfig(Group):
+    """Low-rank adapter (PEFT) on frozen weights. An adapter in model.path keeps its own settings."""
 
-    r: int | None = None
-    """Rank; naming it turns LoRA on. None: train all weights, or the adapter that model.path holds."""
-    alpha: int | None = None
-    """The adapter counts alpha / r. None: 2 r."""
+    prefix = "lora."
+
+    r: int | None = ranged(None, above=0)
+    """Rank of the adapter; setting it turns LoRA on. None: train all weights, or the adapter that model.path holds."""
+    alpha: int | None = ranged(None, above=0)
+    """LoRA alpha: the adapter's output is scaled by alpha / r. None: 2 r."""
     use_rslora: bool | None = None
-    """The adapter counts alpha / sqrt(r) instead. None: false."""
-    dropout: float = 0.0
-    """Share of the adapter's inputs dropped in training steps; never in the reference, never in evaluations."""
+    """Rank-stabilised LoRA: scale by alpha / sqrt(r) instead. None: false."""
+    dropout: float = ranged(0.0, at_least=0, below=1)
+    """Dropout probability of the adapter's inputs in training steps; off in the reference and in evaluations."""
     target_modules: tuple[str, ...] = ()
-    """Names of the linear layers that get an adapter, e.g. q_proj,v_proj. None, or all-linear: all but the head."""
+    """Linear layers that receive an adapter, e.g. q_proj,v_proj. Empty or all-linear: all of them except the head."""
     modules_to_save: tuple[str, ...] = ()
-    """Modules trained whole beside the adapter, and saved with it, e.g. lm_head."""
+    """Modules trained in full and saved with the adapter, e.g. lm_head."""
     merge: bool = False
-    """Export a plain model, the adapter merged into its weights; the adapter itself goes to `adapter/` beside it."""
+    """Export a plain model with the adapter merged into its weights; the adapter is saved in `adapter/` next to it."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        twice = sorted({*self.target_modules} & {*self.modules_to_save})
+        if twice:
+            raise self.error("modules_to_save", f"'{twice[0]}' is also in lora.target_modules; name it in one of them")
 
 
 @dataclass(frozen=True)
-class DataConfig:
-    """Pairs and how they become tokens."""
+class DataConfig(Group):
+    """Preference pairs and their tokenization."""
+
+    prefix = "data."
 
     train: str | None = None
-    """JSON, CSV or Parquet file, folder or hub id; several with commas between. None: the testbed's pairs."""
+    """Training pairs: a JSON, CSV or Parquet file, a folder or a Hub id; separate several sources with commas.
+    None: the testbed's pairs."""
     weights: tuple[float, ...] | None = None
-    """Of each source of data.train, its share of the pairs of an epoch. None: each pair once."""
+    """Sampling weight of each source in data.train. None: every pair once per epoch."""
     eval: str | None = None
-    """Held-out pairs, named like data.train. None: a share of the training pairs, split by prompt."""
-    eval_fraction: float = 0.05
-    """Share of prompts held out where no eval file is named; 0 holds out none."""
+    """Held-out pairs, named as in data.train. None: split off from the training pairs, by prompt."""
+    eval_fraction: float = ranged(0.05, at_least=0, below=1)
+    """Fraction of prompts held out for evaluation if data.eval is not given; 0 holds out none."""
     columns: dict[str, str] = field(default_factory=dict)
-    """Our key -> the file's key, e.g. `--data.columns.chosen good`."""
+    """Column of the data file to read as KEY, e.g. `--data.columns.chosen good` reads column good as chosen."""
     on_bad_row: Literal["error", "skip"] = "error"
-    """Stop at a bad row, or drop it and count it in the report."""
-    max_length: int = 1024
-    """Tokens of prompt and completion together; a longer prompt loses its head first."""
+    """Invalid examples: stop with an error, or skip them and count them in the data report."""
+    max_length: int = ranged(1024, at_least=2)
+    """Maximum tokens of prompt plus completion; data.overlong applies to longer pairs."""
     overlong: Literal["truncate_prompt", "drop", "truncate_completion"] = "truncate_prompt"
-    """Of a longer pair, what goes: the beginning of the prompt first, all of it, or the end of completions."""
+    """Pairs above data.max_length: left-truncate the prompt, drop the pair, or right-truncate the completions."""
     special_tokens: tuple[str, ...] = ()
-    """Special tokens that the text of the data may hold, e.g. [THINK],[/THINK]; any other one makes a bad row."""
+    """Special tokens that the data's text may contain, e.g. [THINK],[/THINK]; any other makes an example invalid."""
     chat_template: str | None = None
-    """Jinja file that replaces the tokenizer's chat template."""
+    """Jinja file to use instead of the tokenizer's chat template."""
     dialogues: Literal["text", "messages"] = "text"
-    """Train on HH dialogues as the text that they are, or as the turns of the chat template."""
+    """Format of Human/Assistant dialogues (HH): plain text, or messages rendered by the chat template."""
     template_args: dict[str, Any] = field(default_factory=dict)
-    """Further arguments of the chat template, e.g. `--data.template_args.enable_thinking false`; those of a row win."""
+    """Extra chat template argument KEY, e.g. `--data.template_args.enable_thinking false`; an example's own value
+    takes precedence."""
     template_date: str | None = None
-    """The date, e.g. 2026-11-30, that a chat template which asks for today's is told. None: that of the run's start."""
-    template_timeout: float = 10.0
-    """Processor time, in seconds, that the chat template may take to render a conversation."""
+    """Date passed to chat templates that ask for the current date, e.g. 2026-11-30. None: the day the run started."""
+    template_timeout: float = ranged(10.0, above=0)
+    """Maximum CPU seconds for rendering one conversation."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_template(self, self.prefix)
 
 
 @dataclass(frozen=True)
-class OptimConfig:
-    """Optimizer and learning rate; the same for every method unless you say otherwise."""
+class OptimConfig(Group):
+    """Optimizer and learning rate schedule."""
+
+    prefix = "optim."
 
     name: str = "adamw"
     """adamw, adamw_8bit, paged_adamw_8bit, adafactor, rmsprop, sgd, or the dotted path of a torch optimizer class."""
-    lr: float = 1e-6
+    lr: float = ranged(1e-6, above=0)
     """Peak learning rate."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
-    """After warm-up: down to 0 over `train.schedule_epochs`, or constant."""
-    warmup_ratio: float = 0.1
-    """Warm-up as a share of the schedule's steps."""
-    warmup_steps: int | None = None
-    """Warm-up in steps; takes the place of warmup_ratio."""
-    weight_decay: float = 0.0
-    """Decay of weight matrices, vectors are left alone; decoupled in adamw, part of the gradient in rmsprop and sgd."""
-    clip: float = 1.0
-    """Largest gradient norm, over all parameters; 0 turns clipping off."""
+    """Learning rate after warm-up: decay to 0 over train.schedule_epochs, or constant."""
+    warmup_ratio: float = ranged(0.1, at_least=0, at_most=1)
+    """Warm-up length as a fraction of the schedule's steps."""
+    warmup_steps: int | None = ranged(None, at_least=0)
+    """Warm-up length in optimizer steps. None: from optim.warmup_ratio."""
+    weight_decay: float = ranged(0.0, at_least=0)
+    """Weight decay of matrices (biases and norms have none): decoupled in adamw, an L2 gradient in rmsprop and sgd."""
+    clip: float = ranged(1.0, at_least=0, note="0 turns clipping off")
+    """Maximum global gradient norm; 0 turns gradient clipping off."""
     args: dict[str, Any] = field(default_factory=dict)
-    """Further arguments of the optimizer class, e.g. `--optim.args.eps 1e-6`."""
+    """Extra argument KEY of the optimizer class, e.g. `--optim.args.eps 1e-6`."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.name not in OPTIMIZERS and not re.fullmatch(r"\w+(\.\w+)+", self.name):
+            known = f"expected one of {', '.join(OPTIMIZERS)} or a dotted path"
+            raise self.error("name", f"found '{self.name}', {known}{did_you_mean(self.name, OPTIMIZERS)}")
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """The loop."""
+class TrainConfig(Group):
+    """The training loop."""
 
-    global_batch: int = 64
-    """Pairs per optimizer step over all processes; accumulation is derived from it."""
-    tokens_per_batch: int | None = None
-    """Tokens per step: as many pairs as fit, prompts counted with either completion. Takes global_batch's place."""
-    micro_batch: int = 8
-    """Pairs per forward pass and process: memory only, the result does not depend on it."""
+    prefix = "train."
+
+    global_batch: int = ranged(64, above=0)
+    """Pairs per optimizer step over all ranks; gradient accumulation is derived from it."""
+    tokens_per_batch: int | None = ranged(None, above=0)
+    """Tokens per optimizer step, counting the prompt with each completion; replaces train.global_batch. None: off."""
+    micro_batch: int = ranged(8, above=0)
+    """Pairs per forward pass and rank. It changes memory and speed, not results."""
     layout: Literal["auto", "padded", "packed", "prefix_shared", "packed_prefix_shared"] = "auto"
-    """How sequences stand in rows: memory and speed only. auto: the fastest exact one for each micro-batch."""
+    """How sequences are arranged in batch rows. It changes memory and speed, not results. auto: the fastest exact
+    layout for each micro-batch."""
     group_by_length: bool = False
-    """Put pairs of like length into one step: less padding, the same expected gradient."""
-    epochs: float = 1.0
+    """Batch pairs of similar length in one step: less padding, the same expected gradient."""
+    epochs: float = ranged(1.0, above=0)
     """Passes over the training pairs."""
-    schedule_epochs: float | None = None
-    """Passes that the learning-rate schedule is laid out for. None: the run's own length."""
-    max_steps: int | None = None
-    """Optimizer steps; takes the place of train.epochs. Required for an endless stream."""
-    max_tokens: int | None = None
-    """Train until so many tokens are processed (`tokens_processed`), in place of epochs or steps, schedule included."""
-    max_seconds: float | None = None
-    """Train until optimizer steps have taken so long, over all attempts, in place of epochs or steps; the same."""
+    schedule_epochs: float | None = ranged(None, above=0)
+    """Schedule length in epochs, if it should exceed the run. None: the length of the run."""
+    max_steps: int | None = ranged(None, above=0)
+    """Stop after this many optimizer steps, instead of train.epochs. Required for endless streams. None: no limit."""
+    max_tokens: int | None = ranged(None, above=0)
+    """Stop after processing this many tokens (`tokens_processed`), instead of train.epochs; it is also the schedule's
+    length. None: no limit."""
+    max_seconds: float | None = ranged(None, above=0)
+    """Stop after this many seconds in optimizer steps, summed over restarts, instead of train.epochs; it is also the
+    schedule's length. None: no limit."""
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
-    """Autocast of the forward pass, in fp16 with a gradient scaler; statistics stay float32."""
+    """Autocast of the forward pass; fp16 adds a gradient scaler. Log-probabilities and losses stay in float32."""
     compile: bool = False
-    """Compile the layers of the backbone (torch.compile); compiling takes its time at the start."""
-    save_every: int = 100
+    """Compile the decoder layers with torch.compile; the first steps are slower."""
+    save_every: int = ranged(100, above=0)
     """Optimizer steps between checkpoints."""
-    keep_last: int = 2
-    """Checkpoints kept."""
-    max_shard_mb: float = 2000
-    """MB of a file of weights; each process holds and writes one at a time."""
+    keep_last: int = ranged(2, above=0)
+    """Number of most recent checkpoints to keep."""
+    max_shard_mb: float = ranged(2000, above=0)
+    """Maximum size of a weight file in MB; each rank holds and writes one file at a time."""
     check_memory: bool = True
-    """On a GPU, refuse before any model is loaded what cannot fit there by the plan of its memory."""
-    rendezvous_timeout: float = 300.0
-    """Seconds that processes wait for each other at the start."""
-    threads: int | None = None
-    """CPU threads per process. None: OMP_NUM_THREADS, else 1 for models under 3M parameters, else cores / processes."""
+    """On GPUs, stop before loading any model if the memory plan does not fit."""
+    rendezvous_timeout: float = ranged(300.0, above=0)
+    """Seconds that ranks wait for each other when the run starts."""
+    threads: int | None = ranged(None, above=0)
+    """CPU threads per rank. None: OMP_NUM_THREADS, else 1 for models below 3M parameters, else cores / ranks."""
     show_batch: bool = False
-    """Print the first batch, decoded, with its masks."""
+    """Print the first batch as text with its loss masks."""
     check_first_batch: bool = True
-    """Before step 1, score the first rows a second time by an independent path and stop if they differ."""
+    """Before step 1, recompute the first examples' log-probabilities by an independent path; stop if they differ."""
     deterministic: bool = False
-    """Only deterministic algorithms on a GPU (slower)."""
+    """Use only deterministic GPU algorithms (slower)."""
     callbacks: tuple[str, ...] = ()
     """Callback classes to call during training, by dotted path, e.g. `my_callbacks.LogWeightNorm`."""
 
 
 @dataclass(frozen=True)
-class EvalConfig:
-    """Held-out evaluation; its figures do not depend on batch or process count."""
+class EvalConfig(Group):
+    """Evaluation on held-out pairs; metrics do not depend on batch size or world size."""
 
-    every: int = 100
-    """Optimizer steps between evaluations; there is always one at the end, and one at the start by eval.at_start."""
+    prefix = "eval."
+
+    every: int = ranged(100, above=0)
+    """Optimizer steps between evaluations. The end of training is always evaluated."""
     at_start: bool = True
-    """Evaluate before the first step too, which figures at the end are compared with."""
-    max_pairs: int | None = None
-    """Score at most so many held-out pairs: a random sample, the same at every evaluation and for every run and seed on
-    the same pairs. None: all."""
-    batch: int = 16
-    """Pairs per forward pass and process."""
+    """Also evaluate before the first step, as the baseline of the final metrics."""
+    max_pairs: int | None = ranged(None, above=0)
+    """Maximum number of held-out pairs to score: a random sample that is the same at every evaluation and for every
+    run on these pairs. None: all."""
+    batch: int = ranged(16, above=0)
+    """Pairs per forward pass and rank."""
     select: str | None = None
-    """Export the model of the evaluation with the best of this metric: the lowest loss, the highest of any other, or as
-    `kl/chosen:min` or `samples/kl:max` say. None: the last model."""
-    patience: int | None = None
-    """Stop after so many evaluations in a row without a better eval.select. None: train to the end."""
-    generate: int = 0
-    """Held-out prompts that policy and reference answer at each evaluation, as generate.* says. 0: none."""
+    """Export the model of the best evaluation by this metric: lowest loss, highest otherwise, or with a direction, e.g.
+    `kl/chosen:min`. None: the final model."""
+    patience: int | None = ranged(None, above=0)
+    """Early stopping: number of evaluations without improvement of eval.select. None: off."""
+    generate: int = ranged(0, at_least=0)
+    """Number of held-out prompts for which policy and reference generate samples at each evaluation, using generate.*.
+    0: none."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        metric, colon, direction = (self.select or "loss").partition(":")
+        if not metric or (colon and direction not in ("min", "max")):
+            such = metric or "kl/chosen"
+            expected = f"a metric, optionally with a direction, e.g. {such}:min or {such}:max"
+            raise self.error("select", f"found '{self.select}', expected {expected}")
 
 
 @dataclass(frozen=True)
-class KernelConfig:
-    """Tiles of the fused head: memory and speed only, never results."""
+class KernelConfig(Group):
+    """Tile sizes of the fused output head; they change memory and speed, not results."""
 
-    token_tile: int | None = None
-    """Scored tokens per tile. None: what suits the device."""
-    vocab_tile: int | None = None
-    """Vocabulary entries per tile. None: what suits the device."""
-    cache_mb: int = 1024
-    """MiB of logits per forward pass that may be kept for the backward pass, which then has less to compute."""
+    prefix = "kernel."
+
+    token_tile: int | None = ranged(None, above=0)
+    """Completion tokens per tile. None: chosen for the device."""
+    vocab_tile: int | None = ranged(None, above=0)
+    """Vocabulary entries per tile. None: chosen for the device."""
+    cache_mb: int = ranged(1024, at_least=0, note="0 caches none")
+    """MiB of logits per forward pass to cache for the backward pass, which then recomputes fewer of them."""
 
 
 @dataclass(frozen=True)
-class TrackConfig:
-    """Trackers beside metrics.jsonl, which is always written."""
+class TrackConfig(Group):
+    """Experiment trackers, in addition to metrics.jsonl, which is always written."""
+
+    prefix = "track."
 
     to: tuple[Literal["wandb", "tensorboard", "trackio"], ...] = ()
-    """Trackers to log to, e.g. `--track.to wandb`."""
+    """Trackers to log to, e.g. `--track.to wandb`; separate several with commas."""
     project: str = "prefopt"
     """Project name in the tracker."""
     wandb_mode: Literal["offline", "online"] = "offline"
-    """wandb writes to the output folder, or also to its server."""
+    """offline: wandb writes to the output folder only. online: it also uploads to its server."""
 
 
 @dataclass(frozen=True)
-class TestbedConfig:
-    """The exactly solvable world, used when no model and no data are named."""
+class TestbedConfig(Group):
+    """Synthetic task with a known optimum, used if neither model.path nor data.train is given."""
 
     __test__ = False  # not a test class, whatever pytest thinks of its name
+    prefix = "testbed."
 
     world: Literal["bandit", "cyclic", "scratchpad"] = "bandit"
-    """Which world. In rounds cyclic, or the one that the method names."""
-    pairs: int | None = None
-    """Size of a fixed training set. None: a fresh stream, no pair seen twice."""
-    seed: int = 0
-    """Of the reward and the base policy."""
-    eval_pairs: int = 512
-    """Held-out pairs."""
+    """Synthetic task. The default in rounds is cyclic, or the world that the method declares."""
+    pairs: int | None = ranged(None, above=0)
+    """Size of a fixed training set. None: an endless stream in which no pair repeats."""
+    seed: int = ranged(0, at_least=0, below=SEED_LIMIT)
+    """Random seed of the reward and the base policy."""
+    eval_pairs: int = ranged(512, above=0)
+    """Number of held-out pairs."""
 
 
 class TemplateSettings(Protocol):
-    """Settings of a run that reach its chat template: those of `data`, or of `infer`."""
+    """Settings that configure the chat template: `data` of a run, or those of `infer`."""
 
     @property
     def template_args(self) -> Mapping[str, Any]: ...
@@ -255,27 +318,11 @@ class TemplateSettings(Protocol):
     def template_timeout(self) -> float: ...
 
 
-# Arguments of `apply_chat_template` that decide what is rendered, or how it comes back, and are not the template's.
-RESERVED_ARGS = (
-    *("messages", "conversation", "chat_template", "add_generation_prompt", "continue_final_message", "tokenize"),
-    *("padding", "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask"),
-    *("tokenizer_kwargs", "sanitize_control_tokens", "strftime_now"),
-)
-
-
-# Short names of optimizers; engine/optimizers.py makes them.
-OPTIMIZERS = ("adamw", "adamw_8bit", "paged_adamw_8bit", "adafactor", "rmsprop", "sgd")
-
-
-def check_template_settings(settings: TemplateSettings, prefix: str) -> None:
-    """Raises: ConfigError, naming the setting."""
+def check_template(settings: TemplateSettings, prefix: str) -> None:
+    """Check the chat template's arguments and date. Raises: ConfigError, naming the setting."""
     reserved = next((name for name in settings.template_args if name in RESERVED_ARGS), None)
     if reserved is not None:
-        raise ConfigError(f"{prefix}template_args.{reserved}: is decided here, expected an argument of the template")
-    if not 0 < settings.template_timeout < float("inf"):
-        raise ConfigError(
-            f"{prefix}template_timeout: found {settings.template_timeout}, expected a number of seconds above 0"
-        )
+        raise ConfigError(f"{prefix}template_args.{reserved}: prefopt sets this argument itself; leave it out")
     try:
         if settings.template_date is not None:
             datetime.date.fromisoformat(settings.template_date)

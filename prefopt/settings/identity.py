@@ -11,11 +11,11 @@ from prefopt.settings.nested import flatten, lookup
 from prefopt.settings.schema import RunConfig, all_defaults, sources
 from prefopt.storage import text_hash
 
-# Settings of a run's length: a finished run is trained on where they are raised.
+# Settings of a run's length; raising one extends a finished run.
 LENGTHS = ("train.max_steps", "train.epochs", "train.max_tokens", "train.max_seconds")
 
 
-# Settings that may change between the attempts at one run: they do not move the trajectory by more than rounding.
+# Settings that may change when a run is resumed: they change its trajectory by no more than rounding.
 FREE_TO_CHANGE = (
     *("dry_run", "output", "track", "kernel", "eval.batch", "reference.cache_dir"),
     *("model.gradient_checkpointing", "model.offload_activations"),
@@ -29,17 +29,17 @@ FREE_TO_CHANGE = (
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """`key: old -> new` for each setting in which two runs' dictionaries differ and that may not change in a run.
+    """`key: old -> new` for each setting that differs between two runs and must not change when a run is resumed.
 
-    A setting that the old run did not have yet counts as its default.
+    A setting that did not exist when the old run started has its default there.
     """
     before, after = flatten(old), flatten(new)
     for key, value in flatten(all_defaults()).items():
         if key in after and lookup(old, key, before) is before:
             before[key] = value
-    # what dropout drops, and how many tokens are fed, depends on how a step is cut and laid out
-    cut = before.get("lora.dropout") or before.get("train.max_tokens")
-    held = ("train.micro_batch", "train.layout", "train.compile") if cut else ()
+    # dropout masks, and the number of tokens processed, depend on micro-batches and layout
+    depends = before.get("lora.dropout") or before.get("train.max_tokens")
+    held = ("train.micro_batch", "train.layout", "train.compile") if depends else ()
     return [
         f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
         for key in sorted(before.keys() | after.keys())
@@ -49,7 +49,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 
 def default_output(config: RunConfig) -> str:
-    """A name that the same settings give again, so that the same command continues the same run."""
+    """An output folder named by a hash of the settings, so that the same command resumes the same run."""
     settings = {
         k: v
         for k, v in flatten(config.to_dict()).items()

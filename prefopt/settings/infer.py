@@ -1,4 +1,4 @@
-"""The settings of the `infer` command: the vocabulary of `config`, read by the same rules, for who answers prompts."""
+"""The settings of the `infer` command, read by the same rules as those of a training run."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from typing import Any, Literal
 from prefopt import registry
 from prefopt.errors import ConfigError
 from prefopt.settings import identity
-from prefopt.settings.groups import ModelConfig, TestbedConfig, check_template_settings
-from prefopt.settings.help import Option, help_page, options_of
+from prefopt.settings.groups import SEED_LIMIT, ModelConfig, TestbedConfig, check_template
+from prefopt.settings.help import Option, OptionGroup, about, help_page, options_of, program, split_topics
 from prefopt.settings.nested import flatten, lookup, merge, nest
+from prefopt.settings.ranges import Group, ranged
 from prefopt.settings.reader import build, origin, read_config_file, split_flags, unknown_keys, unknown_setting
-from prefopt.settings.round_rules import check_sampling
+from prefopt.settings.round_rules import protect_api_keys
 from prefopt.settings.sampling_groups import GenerateConfig, JudgeConfig
 from prefopt.settings.schema import as_plain, type_hints
 from prefopt.settings.train import normalized
@@ -24,49 +25,51 @@ from prefopt.storage import text_hash
 
 
 @dataclass(frozen=True)
-class InferConfig:
-    """Everything that decides how prompts are answered. `--model DIR` is short for `--model.path DIR`."""
+class InferConfig(Group):
+    """All settings of an inference run. `--model DIR` is short for `--model.path DIR`."""
 
     strategy: str = "plain"
-    """How a prompt is answered; see above."""
-    n: int | None = None
-    """Samples of each step; takes the place of generate.n. None: 1 for strategy plain, else 5."""
-    depth: int | None = None
-    """Steps after the first samples. None: 2 for strategies that revise, 0 for the others."""
+    """Inference strategy, one of the list above."""
+    n: int | None = ranged(None, at_least=1)
+    """Samples per step. None: 1 for strategy plain, 5 for the others."""
+    depth: int | None = ranged(None, at_least=0)
+    """Revision steps after the first samples. None: 2 for strategies that revise, 0 for the others."""
     prompts: str | None = None
-    """JSONL file with `prompt` in each row, text or chat messages; or a .txt file with one prompt per line."""
+    """JSONL file with a `prompt` in each row, a string or chat messages; or a .txt file with one prompt per line."""
     prompt: str | None = None
-    """One prompt. With neither, prompts are read from the terminal. Without a model, or with --judge.kind world, they
-    are the testbed's."""
-    limit: int | None = None
-    """Most prompts that are answered. None: all of the file; 64 of the testbed."""
+    """A single prompt. Without --prompt and --prompts, prompts are read from the terminal; without a model, or with
+    --judge.kind world, they are the testbed's."""
+    limit: int | None = ranged(None, at_least=1)
+    """Maximum number of prompts to answer. None: all prompts of the file, or 64 of the testbed's."""
     as_chat: bool | None = None
-    """Whether a text is a user's turn for the chat template. None: typed ones and lines of a .txt file are, where the
-    model has a template, and texts in JSONL stand for themselves, as in training."""
+    """Render string prompts with the chat template, as a user turn. None: yes for the terminal and .txt files if the
+    model has a template, no for JSONL, as in training."""
     thought: Literal["hide", "show"] = "hide"
-    """Whether the thoughts of a model that thinks first are shown beside its responses."""
-    retries: int = 3
-    """Strategy plain: how often a completion without a response is sampled again, with another seed."""
-    critique_tokens: int | None = None
-    """Most tokens of a critique and of a list of improvements. None: generate.max_tokens."""
-    quoted_tokens: int = 2048
-    """Most tokens of a response that is quoted in a prompt; it loses its tail."""
+    """Hide or show the thoughts of a model that thinks before its response."""
+    retries: int = ranged(3, at_least=0)
+    """Strategy plain: how often a completion without a response is resampled, with another seed."""
+    critique_tokens: int | None = ranged(None, at_least=1)
+    """Maximum tokens of a critique or a list of improvements. None: generate.max_tokens."""
+    quoted_tokens: int = ranged(2048, at_least=1)
+    """Maximum tokens of a response quoted in a prompt; longer ones are right-truncated."""
     templates: str | None = None
-    """Folder whose .txt files take the place of the prompts that come with prefopt, each by its name."""
+    """Folder of .txt files that replace prefopt's prompt templates of the same names."""
     chat_template: str | None = None
-    """Jinja file that replaces the tokenizer's chat template."""
+    """Jinja file to use instead of the tokenizer's chat template."""
     template_args: dict[str, Any] = field(default_factory=dict)
-    """Further arguments of the chat template, e.g. `--template_args.enable_thinking false`; those of a row win."""
+    """Extra chat template argument KEY, e.g. `--template_args.enable_thinking false`; a prompt's own value takes
+    precedence."""
     template_date: str | None = None
-    """The date, e.g. 2026-11-30, that a chat template which asks for today's is told. None: that of the run's start."""
-    template_timeout: float = 10.0
-    """Processor time, in seconds, that the chat template may take to render a conversation."""
+    """Date passed to chat templates that ask for the current date, e.g. 2026-11-30. None: the day the run started."""
+    template_timeout: float = ranged(10.0, above=0)
+    """Maximum CPU seconds for rendering one conversation."""
     output: str = ""
-    """JSONL file or folder. None: the terminal for strategy plain with a model, else a folder named by the settings."""
-    seed: int = 0
-    """Of all samples."""
-    threads: int | None = None
-    """CPU threads. None: OMP_NUM_THREADS, else 1 for models under 3M parameters, else all cores."""
+    """Output JSONL file or folder. Empty: the terminal for strategy plain with a model, else a folder under runs/ whose
+    name is derived from the settings."""
+    seed: int = ranged(0, at_least=0, below=SEED_LIMIT)
+    """Random seed of all samples."""
+    threads: int | None = ranged(None, at_least=1)
+    """CPU threads. None: OMP_NUM_THREADS, else 1 for models below 3M parameters, else all cores."""
     model: ModelConfig = field(default_factory=ModelConfig)
     generate: GenerateConfig = field(default_factory=GenerateConfig)
     judge: JudgeConfig = field(default_factory=JudgeConfig)
@@ -74,7 +77,7 @@ class InferConfig:
 
     @property
     def on_testbed(self) -> bool:
-        """Whether prompts and judge are the testbed's: without a model, or where that judge is named."""
+        """Whether prompts and judge are the testbed's: without a model, or with --judge.kind world."""
         return self.model.path is None or registry.is_testbed_judge(self.judge.kind)
 
     @property
@@ -88,7 +91,7 @@ class InferConfig:
         return self.judge.kind not in (None, "none")
 
     def to_dict(self) -> dict[str, Any]:
-        """As nested plain values: what a YAML file that gives this very run would hold."""
+        """As nested plain values: the content of a YAML file that gives the same run."""
         plain = {f.name: as_plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
         for key in ("generate.n", *_UNREAD):
             group, _, leaf = key.partition(".")
@@ -96,9 +99,9 @@ class InferConfig:
         return plain
 
 
-# What answers on the testbed depart in: a response is three words and a terminator.
+# Defaults on the testbed, where a response is three words and the EOS token.
 TESTBED_DEFAULTS: dict[str, Any] = {"limit": 64, "generate": {"max_tokens": 4, "batch": 512}}
-# Settings of a run's groups that nothing reads here.
+# Settings of a run's groups that inference does not read.
 _UNREAD = (
     "generate.logprobs",
     "model.gradient_checkpointing",
@@ -106,26 +109,19 @@ _UNREAD = (
     "testbed.pairs",
     "testbed.eval_pairs",
 )
-# Settings that may change between the attempts at one run, beside those of any run.
+# Settings that may change when a run is resumed, in addition to those of a training run.
 FREE_TO_CHANGE = ("thought", "threads")
-_ABOUT = {
-    "--config": ("FILE", "YAML file of settings; flags take precedence over it."),
-    "--model": (
-        "DIR",
-        "Folder or hub id of a language model or a LoRA adapter. None: the testbed's base policy.",
-    ),
-}
 
 
 def parse_infer(argv: Sequence[str]) -> InferConfig:
-    """The settings of the `infer` command from its command line, as `config.parse` reads those of a run.
+    """The settings of the `infer` command from its command line.
 
-    Raises: ConfigError, one line that names the key, what was found, what was expected and the nearest mend.
+    Raises: ConfigError, one line that names the setting, what was found, what was expected and a fix.
     """
     flags = split_flags(argv)
     if "method.name" in flags:
-        registry.get(str(flags["method.name"]))  # says of a strategy that it is one
-        raise ConfigError("--method: nothing is trained here; name the trained model (--model DIR)")
+        registry.get(str(flags["method.name"]))  # a strategy's name has an error of its own
+        raise ConfigError("--method: inference trains no model; name a trained one (--model DIR)")
     file = flags.pop("config", None)
     if file is True:
         raise ConfigError("--config: found no value, expected a YAML file")
@@ -135,7 +131,7 @@ def parse_infer(argv: Sequence[str]) -> InferConfig:
     layers.append(("", nest(flags)))
     merged: dict[str, Any] = {}
     for where, layer in layers:
-        if isinstance(layer.get("model"), (str, bool)):  # --model DIR; without a value it is refused as model.path is
+        if isinstance(layer.get("model"), (str, bool)):  # --model DIR; without a value, the error is that of model.path
             layer["model"] = {"path": layer["model"]}
         _check_keys(layer, where)
         merged = merge(merged, layer)
@@ -149,7 +145,7 @@ def _check_keys(layer: Mapping[str, Any], where: str) -> None:
     known = [key for key in _known_keys() if not (where and key in ("config", "help"))]
     for key in unknown_keys(layer, known, where):
         if key == "generate.n":
-            raise ConfigError(f"{origin(where, key)}: here the number of samples is called n (--n 5)")
+            raise ConfigError(f"{origin(where, key)}: the number of samples is the setting n of inference (--n 5)")
         raise unknown_setting(key, known, where)
 
 
@@ -162,7 +158,7 @@ def _known_keys() -> list[str]:
 
 
 def _completed(found: InferConfig, named: bool) -> InferConfig:
-    """The settings with what follows from them, held to each other."""
+    """The settings with defaults that depend on others filled in, after all rules are checked."""
 
     def need(holds: bool, key: str, expected: str) -> None:
         if not holds:
@@ -171,52 +167,43 @@ def _completed(found: InferConfig, named: bool) -> InferConfig:
     registry.check_strategy(found.strategy)
     usual = registry.strategies()[found.strategy]
     one = usual.n == 1
-    need(found.n is None or found.n >= 1, "n", "a number >= 1")
-    need(found.depth is None or found.depth >= 0, "depth", "a number >= 0")
     if one and found.n not in (None, 1):
         more = " or ".join(name for name, other in registry.strategies().items() if other.n > 1)
-        raise ConfigError(f"n: found {found.n}, but strategy '{found.strategy}' draws one sample (--strategy {more})")
+        raise ConfigError(
+            f"n: found {found.n}, but strategy '{found.strategy}' uses one sample; choose another (--strategy {more})"
+        )
     if found.depth and not usual.depth:
         more = " or ".join(name for name, other in registry.strategies().items() if other.depth)
         raise ConfigError(
-            f"depth: found {found.depth}, but strategy '{found.strategy}' takes no step after its samples "
+            f"depth: found {found.depth}, but strategy '{found.strategy}' does not revise; choose another "
             f"(--strategy {more})"
         )
     n = usual.n if found.n is None else found.n
     depth = usual.depth if found.depth is None else found.depth
     found = dataclasses.replace(found, n=n, depth=depth, generate=dataclasses.replace(found.generate, n=n))
-    for key in ("limit", "critique_tokens", "threads"):
-        value = getattr(found, key)
-        need(value is None or value >= 1, key, "a number >= 1, or none")
-    need(found.retries >= 0, "retries", "a number >= 0")
-    need(found.quoted_tokens >= 1, "quoted_tokens", "a number >= 1")
-    for key in ("seed", "testbed.seed"):
-        need(0 <= lookup(found.to_dict(), key) < 2**31, key, "a whole number from 0 to 2147483647")
-    check_template_settings(found, "")
-    check_sampling({**found.to_dict(), "generate": as_plain(found.generate)})
+    check_template(found, "")
+    protect_api_keys(found.generate, found.judge)
     if found.prompts is not None and found.prompt is not None:
-        raise ConfigError("--prompt: given beside --prompts; name one of them")
-    need(found.prompt is None or bool(found.prompt.strip()), "prompt", "a text")
+        raise ConfigError("--prompt: given with --prompts; leave one out")
+    need(found.prompt is None or bool(found.prompt.strip()), "prompt", "text that is not empty")
     if found.on_testbed:
         for key in ("prompts", "prompt", "as_chat", "chat_template", "template_args", "template_date"):
             if getattr(found, key) not in (None, {}):
                 raise ConfigError(
-                    f"--{key}: given without --model or with the testbed's judge, and the testbed has prompts of its "
-                    "own; name the model (--model DIR) and another judge"
+                    f"--{key}: given without --model or with the testbed's judge, but the testbed has its own "
+                    "prompts; name a model (--model DIR) and another judge"
                 )
     elif found.testbed != TestbedConfig():
-        raise ConfigError(
-            "testbed: given beside --model; leave one of them out, or let the testbed judge too (--judge.kind world)"
-        )
+        raise ConfigError("testbed: given with --model; leave one out, or use the testbed's judge (--judge.kind world)")
     if found.typed and found.output:
-        raise ConfigError("--output: given without prompts to write of (--prompts FILE, or --prompt TEXT)")
+        raise ConfigError("--output: given without prompts; name them (--prompts FILE, or --prompt TEXT)")
     found = dataclasses.replace(
         found, judge=_named_judge(found, one), model=normalized(found.model, "path"), **_local(found)
     )
     _refuse_unread(found, bool(usual.depth))
     if found.output.endswith(".jsonl") and found.judged:
         raise ConfigError(
-            f"--output {found.output}: strategy '{found.strategy}' with a judge writes several files, expected a folder"
+            f"--output {found.output}: strategy '{found.strategy}' with a judge writes several files; expected a folder"
         )
     if not found.output and found.judged and not found.typed:
         found = dataclasses.replace(found, output=f"runs/{_default_folder(found)}")
@@ -224,7 +211,7 @@ def _completed(found: InferConfig, named: bool) -> InferConfig:
 
 
 def _refuse_unread(found: InferConfig, revises: bool) -> None:
-    """Raises: ConfigError for a setting that the strategy does not read."""
+    """Raises: ConfigError for a setting that the strategy does not use."""
     reads = {
         "retries": not found.judged,
         **dict.fromkeys(("critique_tokens", "quoted_tokens", "templates"), revises),
@@ -234,7 +221,7 @@ def _refuse_unread(found: InferConfig, revises: bool) -> None:
         if not read and value != getattr(InferConfig(), key):
             judge = " with a judge" if found.judged else ""
             raise ConfigError(
-                f"{key}: found {value!r}, which strategy '{found.strategy}'{judge} does not read (leave it out)"
+                f"{key}: found {value!r}, but strategy '{found.strategy}'{judge} does not use it; leave it out"
             )
 
 
@@ -248,12 +235,12 @@ def _named_judge(found: InferConfig, one: bool) -> JudgeConfig:
             f"of strategy '{found.strategy}', one of {', '.join(registry.judges_of_files())}"
         )
     if found.judge.reward_scale == "std":
-        raise ConfigError("judge.reward_scale: found 'std', which is of the candidates of a round, expected a number")
+        raise ConfigError("judge.reward_scale: found 'std', which is computed over a round; expected a number")
     return found.judge
 
 
 def _local(found: InferConfig) -> dict[str, Any]:
-    """Paths in one spelling."""
+    """Paths in their normal form."""
     named = {key: getattr(found, key) for key in ("prompts", "templates", "chat_template", "output")}
     return {key: str(Path(path)) for key, path in named.items() if path}
 
@@ -265,37 +252,41 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 
 def _default_folder(found: InferConfig) -> str:
-    """A name that the same settings give again, so that the same command continues the same run."""
+    """An output folder named by a hash of the settings, so that the same command resumes the same run."""
     lines = differences({}, found.to_dict())
     digest = text_hash(json.dumps(lines))[:8]
     task = found.testbed.world if found.on_testbed else Path(found.prompts or "prompt").stem
     return f"infer-{task}-{found.strategy}-{digest}"
 
 
-def infer_help() -> str:
-    """The grouped `--help` of the command."""
-    general = [(flag, kind, "", text) for flag, (kind, text) in _ABOUT.items()]
-    general += options_of(InferConfig, "")
-    head = [
-        "usage: infer.py [--model DIR] [--prompts FILE | --prompt TEXT] [--strategy NAME] [--GROUP.SETTING VALUE ...]",
-        "",
-        "strategies:",
-        *(f"  {name:<42} {strategy.about}" for name, strategy in registry.strategies().items()),
-        "",
+def infer_help(argv: Sequence[str] = ()) -> str:
+    """The `--help` page of the command; `--help GROUP` prints that group alone."""
+    usage = (
+        f"usage: {program('infer')} [--model DIR] [--prompts FILE | --prompt TEXT] [--strategy NAME] "
+        "[--GROUP.SETTING VALUE ...]\n"
+    )
+    strategies = [Option(name, "", "", strategy.about) for name, strategy in registry.strategies().items()]
+    groups = [
+        OptionGroup("strategies", "How prompts can be answered (--strategy NAME).", strategies),
+        OptionGroup("run", "", [*_RUN_OPTIONS, *options_of(InferConfig, "")]),
     ]
-    groups: list[tuple[str, str, list[Option]]] = [("run", "", general)]
     for name, hint in type_hints(InferConfig).items():
         if dataclasses.is_dataclass(hint):
-            about = _GROUPS.get(name) or (hint.__doc__ or "").strip()
-            rows = [row for row in options_of(hint, f"{name}.") if row[0] not in _HIDDEN]
-            groups.append((name, about, rows))
-    return help_page(head, groups)
+            groups.append(OptionGroup(name, _ABOUT.get(name) or about(hint), options_of(hint, f"{name}.", _HIDDEN)))
+    return help_page([usage], groups, split_topics(argv)[0])
 
 
 _HIDDEN = ("--model.path", "--generate.n", *(f"--{key}" for key in _UNREAD))
-_GROUPS = {
-    "model": "How the policy is loaded.",
-    "generate": "How completions are sampled.",
-    "judge": "Who scores the responses. It sees prompt and response, never a thought.",
-    "testbed": "The exactly solvable world, used when no model is named.",
+_RUN_OPTIONS = (
+    Option("--config", "FILE", "", "YAML file of settings; flags take precedence over it."),
+    Option(
+        *("--model", "DIR", ""),
+        "Folder or Hub id of a causal language model or a LoRA adapter. None: the testbed's base policy.",
+    ),
+)
+_ABOUT = {
+    "model": "Loading of the model.",
+    "generate": "Sampling of completions. Engine-specific settings name their engine first.",
+    "judge": "The judge that scores the responses. It receives prompt and response, never a thought.",
+    "testbed": "Synthetic task with a known optimum, used if no model is given.",
 }

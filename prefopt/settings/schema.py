@@ -13,6 +13,7 @@ import yaml
 
 from prefopt.method import Method
 from prefopt.settings.groups import (
+    SEED_LIMIT,
     DataConfig,
     EvalConfig,
     KernelConfig,
@@ -24,12 +25,13 @@ from prefopt.settings.groups import (
     TrackConfig,
     TrainConfig,
 )
+from prefopt.settings.ranges import Group, ranged
 from prefopt.settings.sampling_groups import GenerateConfig, JudgeConfig, RoundsConfig
 
 
 @dataclass(frozen=True)
-class RunConfig:
-    """Everything that decides a run."""
+class RunConfig(Group):
+    """All settings of a training run."""
 
     method: Method
     method_name: str
@@ -46,13 +48,14 @@ class RunConfig:
     judge: JudgeConfig = field(default_factory=JudgeConfig)
     track: TrackConfig = field(default_factory=TrackConfig)
     testbed: TestbedConfig = field(default_factory=TestbedConfig)
-    seed: int = 0
-    """Of the data order and everything random in the run."""
+    seed: int = ranged(0, at_least=0, below=SEED_LIMIT)
+    """Random seed of the data order and of everything else in the run."""
     output: str = ""
-    """Output folder; the same command continues the run it holds."""
+    """Output folder; running the same command again resumes the run in it. Empty: a name under runs/ that is derived
+    from the settings."""
     dry_run: bool | Literal["config"] = False
-    """Print the data report, what differs from the defaults and a plan of the run, and stop. config: every setting too,
-    as YAML."""
+    """Print the data report, the settings that differ from the defaults and the plan of the run, then stop. config:
+    also print all settings as YAML."""
 
     @property
     def on_testbed(self) -> bool:
@@ -64,7 +67,7 @@ class RunConfig:
         return self.method.tied_at_reference if self.reference.path in (None, self.model.path) else ()
 
     def to_dict(self) -> dict[str, Any]:
-        """As nested plain values: what a YAML file that gives this very run would hold."""
+        """As nested plain values: the content of a YAML file that gives the same run."""
         plain = {
             f.name: as_plain(getattr(self, f.name)) for f in dataclasses.fields(self) if f.name not in NOT_SETTINGS
         }

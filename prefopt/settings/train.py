@@ -23,11 +23,11 @@ from prefopt.settings.schema import RunConfig, sources
 
 
 def parse(argv: Sequence[str]) -> RunConfig:
-    """The settings of a run from its command line.
+    """The settings of a training run from its command line.
 
     Args:
         argv: flags without the program's name, e.g. `["--method", "dpo", "--optim.lr", "1e-6"]`.
-    Raises: ConfigError, one line that names the key, what was found, what was expected and the nearest mend.
+    Raises: ConfigError, one line that names the setting, what was found, what was expected and a fix.
     """
     flags = split_flags(argv)
     file = flags.pop("config", None)
@@ -39,7 +39,7 @@ def parse(argv: Sequence[str]) -> RunConfig:
     name = next((n for n in reversed(named) if n), None)
     if name is None:
         for where, layer in layers:
-            check_keys(layer, "", Method, where)  # a mistyped --method is one of the unknown keys
+            check_keys(layer, "", Method, where)  # a mistyped --method is an unknown setting
         raise ConfigError(
             f"--method: not given, expected one of {', '.join(registry.names())} (or a dotted module path)"
         )
@@ -80,7 +80,7 @@ def parse(argv: Sequence[str]) -> RunConfig:
 
 
 def from_dict(settings: Mapping[str, Any]) -> RunConfig:
-    """The config that `RunConfig.to_dict` came from."""
+    """The inverse of `RunConfig.to_dict`."""
     plain: dict[str, Any] = json.loads(json.dumps(settings))
     name = plain["method"].pop("name")
     method = build(registry.get(name), plain.pop("method"), "method.", {})
@@ -88,7 +88,7 @@ def from_dict(settings: Mapping[str, Any]) -> RunConfig:
 
 
 def with_compute_dtype(config: RunConfig) -> ModelConfig:
-    """The model's settings with the precision of quantised products named."""
+    """The model's settings, with the default of compute_dtype filled in where weights are quantised."""
     model = config.model
     if model.quantize is None or model.compute_dtype is not None or model.dtype == "float64":
         return model
@@ -97,7 +97,7 @@ def with_compute_dtype(config: RunConfig) -> ModelConfig:
 
 
 def with_judge_kind(config: RunConfig) -> JudgeConfig:
-    """The judge's settings with its kind named, where rounds leave no choice."""
+    """The judge's settings, with the default of its kind filled in. Raises: ConfigError where rounds need a judge."""
     if config.judge.kind is not None or config.rounds.count < 1:
         return config.judge
     if config.rounds.pairs == "data_sampled":
@@ -105,22 +105,22 @@ def with_judge_kind(config: RunConfig) -> JudgeConfig:
     if config.on_testbed:
         return dataclasses.replace(config.judge, kind=registry.testbed_judge())
     raise ConfigError(
-        f"judge.kind: not given, expected the judge that ranks the completions, one of "
+        "judge.kind: not given, expected the judge that ranks the completions, one of "
         f"{', '.join(registry.judges_of_files())}"
     )
 
 
 def normalized(group: Any, *names: str) -> Any:
-    """The group with local paths in one spelling: `./pairs.jsonl` and `pairs.jsonl` are the same run."""
+    """The group with local paths in their normal form: `./pairs.jsonl` and `pairs.jsonl` give the same run."""
     paths = {name: getattr(group, name) for name in names}
     local = {name: str(Path(path)) for name, path in paths.items() if path is not None and Path(path).exists()}
     return dataclasses.replace(group, **local)
 
 
 def normalized_sources(data: DataConfig) -> DataConfig:
-    """The same of data.train and data.eval, source by source."""
-    spelt: dict[str, Any] = {
+    """The data settings with the local paths in data.train and data.eval in their normal form."""
+    normal: dict[str, Any] = {
         key: ",".join(str(Path(name)) if Path(name).exists() else name for name in sources(getattr(data, key))) or None
         for key in ("train", "eval")
     }
-    return dataclasses.replace(data, **spelt)
+    return dataclasses.replace(data, **normal)

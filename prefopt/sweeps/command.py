@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from prefopt.errors import ConfigError, did_you_mean
 from prefopt.redaction import printable
-from prefopt.settings.help import help_page, options_of
+from prefopt.settings.help import OptionGroup, about, help_page, options_of, program
 from prefopt.settings.reader import build, split_flags
 from prefopt.settings.schema import type_hints
 from prefopt.storage import owner_of
@@ -33,7 +33,7 @@ MANIFEST = "manifest.jsonl"
 
 @dataclass(frozen=True)
 class SweepOptions:
-    """How the runs are started."""
+    """Starting the runs of a sweep."""
 
     launcher: Literal["local", "slurm"] = "local"
     """Where runs are started: as processes of this machine, or as Slurm array jobs."""
@@ -55,8 +55,8 @@ class SweepOptions:
     """Print the runs and the commands that would start them; start nothing."""
 
 
-USAGE = """usage: prefopt sweep FILE.yaml [--launcher local|slurm] [--slots N] [--retry true] [--dry_run true]
-       prefopt sweep status|results|cancel FILE.yaml
+USAGE = """usage: {sweep} FILE.yaml [--launcher local|slurm] [--slots N] [--retry true] [--dry_run true]
+       {sweep} status|results|cancel FILE.yaml
 
 FILE.yaml holds the settings of all runs (docs/sweeps.md). Finished runs are skipped, interrupted runs are resumed,
 and failed runs are restarted only with --retry. Exit status 0: all runs are finished, or submitted; 1: some runs have
@@ -69,7 +69,8 @@ def sweep(argv: Sequence[str]) -> int:
     """Run the command. Returns: the exit status. Raises: PrefoptError."""
     if not argv or "--help" in argv or "-h" in argv:
         with contextlib.suppress(BrokenPipeError):
-            print(help_page([USAGE], [("options", "", options_of(SweepOptions, ""))]))
+            group = OptionGroup("options", about(SweepOptions), options_of(SweepOptions, ""))
+            print(help_page([USAGE.format(sweep=program("sweep"))], [group]))
         return 0 if argv else 2
     positional = list(itertools.takewhile(lambda word: not word.startswith("--"), argv))
     action = positional.pop(0) if positional and positional[0] in _ACTIONS else "start"

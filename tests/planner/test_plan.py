@@ -230,13 +230,13 @@ def test_command_prints_a_row_for_each_backend_and_the_cache(server, models, tmp
     ("flags", "expected"),
     [
         (("--gpus", "0"), "--gpus: found 0, expected a number >= 1"),
-        (("--gpus", "many"), "--gpus: found 'many', expected a whole number"),
-        (("--gpu_memory", "-1"), "--gpu_memory: found -1.0, expected GB above 0"),
-        (("--tflops", "450,200"), "--tflops: found 450,200, expected the lowest and the highest, e.g. 200,450"),
+        (("--gpus", "many"), "--gpus: found 'many', expected an integer"),
+        (("--gpu_memory", "-1"), "--gpu_memory: found -1.0, expected a number > 0"),
+        (("--tflops", "450,200"), "--tflops: found 450,200, expected the lowest and the highest TFLOP/s, e.g. 200,450"),
         (("--gpu_memmory", "80"), "--gpu_memmory: unknown setting; did you mean 'gpu_memory'?"),
         (("--train.micro_bach", "2"), "did you mean"),
         (("--completion_tokens", "1024"), "--completion_tokens: found 1024, expected less than data.max_length (1024)"),
-        (("--prompt_tokens", "900", "--completion_tokens", "500"), "no more than data.max_length (1024) together"),
+        (("--prompt_tokens", "900", "--completion_tokens", "500"), "expected a sum of at most data.max_length (1024)"),
     ],
 )
 def test_bad_input_is_one_line(server, models, tmp_path, flags, expected):
@@ -249,7 +249,7 @@ def test_bad_input_is_one_line(server, models, tmp_path, flags, expected):
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        ((), "--model.path: not given, expected the model that is to be trained"),
+        ((), "--model.path: not given, expected the model to train"),
         (("--model.path", "./nowhere"), "model.path: './nowhere' does not exist"),
     ],
 )

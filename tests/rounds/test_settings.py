@@ -35,7 +35,7 @@ def test_pairs_against_the_data_need_no_judge():
 @pytest.mark.parametrize(
     ("argv", "line"),
     [
-        (["--rounds.prompts", "5"], "rounds.prompts: given without rounds; name how many (--rounds.count 3)"),
+        (["--rounds.prompts", "5"], "rounds.prompts: given without rounds; set their number (--rounds.count 3)"),
         (["--judge.kind", "length"], "judge.kind: given without rounds"),
         (
             [*FILES, "--rounds.count", "2"],
@@ -43,29 +43,35 @@ def test_pairs_against_the_data_need_no_judge():
         ),
         (
             [*FILES, *ROUNDS, "--generate.n", "1"],
-            "generate.n: found 1, expected at least 2: a pair is the best of them",
+            "generate.n: found 1, expected at least 2: a pair is the best against the worst",
         ),
         (
             [*FILES, "--rounds.count", "2", "--judge.kind", "none"],
             "judge.kind: not given, expected the judge",
         ),
-        ([*FILES, "--rounds.count", "2", "--judge.kind", "world"], "`world` is the testbed's own"),
+        (
+            [*FILES, "--rounds.count", "2", "--judge.kind", "world"],
+            "found 'world', which judges the testbed only",
+        ),
         ([*FILES, *ROUNDS, "--judge.kid", "x"], "did you mean 'judge.kind'?"),
-        ([*FILES, "--rounds.count", "-1"], "rounds.count: found -1, expected 0 to 99 rounds"),
+        ([*FILES, "--rounds.count", "-1"], "rounds.count: found -1, expected a number >= 0 and <= 99"),
         ([*FILES, *ROUNDS, "--rounds.shard", "0"], "rounds.shard: found 0, expected a number >= 1"),
         ([*FILES, *ROUNDS, "--generate.max_tokens", "1024"], "expected less than data.max_length (1024)"),
         ([*FILES, *ROUNDS, "--generate.n", "0"], "generate.n: found 0, expected a number >= 1"),
         ([*FILES, *ROUNDS, "--generate.batch", "0"], "generate.batch: found 0, expected a number >= 1"),
         ([*FILES, *ROUNDS, "--generate.temperature", "-1"], "generate.temperature: found -1.0, expected a number >= 0"),
         ([*FILES, *ROUNDS, "--generate.temperature", "inf"], "generate.temperature: found inf, expected a number >= 0"),
-        ([*FILES, *ROUNDS, "--generate.top_p", "0"], "generate.top_p: found 0.0, expected a share above 0, up to 1"),
-        ([*FILES, *ROUNDS, "--rounds.max_similarity", "2"], "rounds.max_similarity: found 2.0, expected above 0"),
+        ([*FILES, *ROUNDS, "--generate.top_p", "0"], "generate.top_p: found 0.0, expected a number > 0 and <= 1"),
+        (
+            [*FILES, *ROUNDS, "--rounds.max_similarity", "2"],
+            "rounds.max_similarity: found 2.0, expected a number > 0",
+        ),
         ([*FILES, *ROUNDS, "--data.eval_fraction", "0.2"], "data.eval_fraction: given with rounds, which hold out"),
         (["--rounds.count", "2", "--testbed.pairs", "100"], "testbed.pairs: given with rounds, whose pairs"),
         ([*FILES, "--rounds.count", "1", "--rounds.pairs", "data_sampled"], "generate.n: found 5, expected 1: rounds"),
         (
             ["--rounds.count", "2", "--rounds.pairs", "data_worst"],
-            "needs completions in data.train; the testbed has none",
+            "rounds.pairs: found 'data_worst', but the testbed has no completions of its own",
         ),
     ],
 )
@@ -76,11 +82,11 @@ def test_bad_settings_of_rounds_are_one_line(argv, line):
 def test_a_stop_text_without_a_character_is_refused(tmp_path):
     (tmp_path / "settings.yaml").write_text("generate: {stop: ['']}\n")
     line = refused("--config", str(tmp_path / "settings.yaml"), *FILES, *ROUNDS)
-    assert "generate.stop: found [''], expected texts of at least one character" in line
+    assert "generate.stop: found [''], expected strings of at least one character" in line
 
 
 def test_sppo_cannot_learn_from_the_datas_completion_or_sharpen_probabilities():
-    with pytest.raises(ConfigError, match="reads chosen_win_prob, which nobody knows of the data's own completion"):
+    with pytest.raises(ConfigError, match="reads chosen_win_prob, which is not known for the data's completions"):
         parse(["--method", "sppo", *FILES, *ROUNDS, "--rounds.pairs", "data_worst"])
-    with pytest.raises(ConfigError, match="'blender_score' reads a judge's logits or scores, and judge 'world' gives"):
+    with pytest.raises(ConfigError, match="'blender_score', which reads logits or scores, but judge 'world' returns"):
         parse(["--method", "sppo", "--rounds.count", "1", "--method.win_prob", "blender_score"])

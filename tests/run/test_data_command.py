@@ -94,25 +94,26 @@ def test_data_when_in_a_terminal_then_has_colours_unless_none_are_wanted(no_colo
     [
         (
             ["--model.path", "{m}"],
-            "no data is named, expected a file, folder or hub id: prefopt data pairs.jsonl --model.path DIR",
+            "no data given, expected a file, folder or Hub id: prefopt data pairs.jsonl --model.path DIR",
         ),
-        (["{d}"], "the tokenizer is not named, expected one of --model.path DIR and --tokenizer DIR"),
+        (["{d}"], "the tokenizer is not given; expected either --model.path DIR or --tokenizer DIR"),
         (
             ["{d}", "--model.path", "{m}", "--tokenizer", "{m}"],
-            "the tokenizer is named by both --tokenizer and --model.path, expected one of --model.path DIR and "
+            "the tokenizer is given by both --tokenizer and --model.path; expected either --model.path DIR or "
             "--tokenizer DIR",
         ),
         (["{d}", "--tokeniser", "{m}"], "--tokeniser: unknown setting; did you mean 'tokenizer'?"),
         (["{d}", "--model.path", "{m}", "--examples", "-1"], "--examples: found -1, expected a number >= 0"),
         (["{d}", "--model.path", "{m}", "--html", "page.txt"],
-         "--html: found 'page.txt', expected the name of a page such as page.html"),
+         "--html: found 'page.txt', expected a file name such as page.html"),
         (["{d}", "--model.path", "{m}", "--html", "no/page.html"],
          "--html: the folder of 'no/page.html' does not exist"),
-        (["{d}", "--model.path", "{m}", "--data.max_length", "1"], "--data.max_length: found 1, expected at least 2"),
+        (["{d}", "--model.path", "{m}", "--data.max_length", "1"],
+         "--data.max_length: found 1, expected a number >= 2"),
         (["{d}", "--model.path", "{m}", "--data.weights", "1"], "--data.weights: unknown setting"),
         (["{d}", "--model.path", "{m}", "--method", "dpoo"], "unknown method 'dpoo'; did you mean 'dpo'?"),
         (["pairs.json", "--model.path", "{m}"], "pairs.json: no such file or folder"),
-        (["{d},", "--model.path", "{m}"], "found '{d},', expected names of sources with a comma between two of them"),
+        (["{d},", "--model.path", "{m}"], "found '{d},', expected names of sources separated by commas"),
         (["{d}", "--tokenizer", "./nothing"], "tokenizer: './nothing' does not exist, expected the folder of a model"),
         (["{d}", "--tokenizer", "{empty}"], "tokenizer: '{empty}' is a folder without a tokenizer"),
     ],

@@ -99,7 +99,7 @@ def test_flags_when_bool_then_may_stand_alone(words, value):
 def test_flags_when_optional_then_none_is_a_value():
     assert parse([*REAL, "--train.max_steps", "7"]).train.max_steps == 7
     assert parse([*REAL, "--train.max_steps", "none"]).train.max_steps is None
-    with pytest.raises(ConfigError, match=r"^seed: found -3, expected a whole number from 0 to 2147483647$"):
+    with pytest.raises(ConfigError, match=r"^seed: found -3, expected a number >= 0 and < 2147483648$"):
         parse([*REAL, "--seed", "-3"])  # read as a value, not as another flag
 
 
@@ -159,29 +159,30 @@ def test_differences_when_an_adapter_has_dropout_then_the_cut_of_a_step_is_among
         ),
         (
             ["--method", "tdpo", *REAL[2:], "--reference.cache", "logps"],
-            "reference.cache: found 'logps', but method 'tdpo' reads the reference's whole distribution at each token; "
+            "reference.cache: found 'logps', but method 'tdpo' reads the reference's full distribution at every token; "
             "expected hidden, or none for a live reference",
         ),
         (
             ["--method", "dpo", "--reference.cache", "logps"],
-            "reference.cache: found 'logps', but no pair of the testbed's stream comes twice; name the size of a fixed "
-            "set (--testbed.pairs 40000), or leave it out",
+            "reference.cache: found 'logps', but no pair of the testbed's stream repeats; set the size of a fixed "
+            "training set (--testbed.pairs 40000), or leave it out",
         ),
         (
             [*REAL, "--reference.cache", "logps", "--reference.sync_every", "8"],
-            "reference.cache: given with reference.sync_every, but what moves cannot be kept; leave one out",
+            "reference.cache: given with reference.sync_every, but a reference that changes cannot be cached; leave "
+            "one out",
         ),
         (
             [*REAL, "--reference.sync_weight", "0.5"],
-            "reference.sync_weight: found 0.5 without reference.sync_every; name that too, or leave it out",
+            "reference.sync_weight: found 0.5 without reference.sync_every; set that too, or leave it out",
         ),
         (
             [*REAL, "--reference.sync_every", "8", "--reference.sync_weight", "1.5"],
-            "reference.sync_weight: found 1.5, expected above 0, up to 1",
+            "reference.sync_weight: found 1.5, expected a number > 0 and <= 1",
         ),
         (
             [*REAL, "--reference.cache", "logps", "--reference.cache_dtype", "float32"],
-            "reference.cache_dtype: is of hidden states, found reference.cache 'logps'; leave it out",
+            "reference.cache_dtype: applies to hidden states only, found reference.cache 'logps'; leave it out",
         ),
         ([*REAL, "--", "x"], "found '--', expected a flag such as --optim.lr 1e-6"),
         ([*REAL, "--seed", "1", "2"], "found '2', expected a flag such as --optim.lr 1e-6"),
@@ -193,14 +194,14 @@ def test_differences_when_an_adapter_has_dropout_then_the_cut_of_a_step_is_among
         ([*REAL, "--optim", "3"], "--optim: 'optim' is a group; name a setting in it, such as optim.name"),
         ([*REAL, "--optim", "3", "--optim.lr", "1"], "--optim.lr: 'optim' is given as a value and as a group"),
         ([*REAL, "--config"], "--config: found no value, expected a YAML file"),
-        ([*REAL, "--seed"], "--seed: found no value, expected a whole number"),
-        ([*REAL, "--seed", "1.5"], "--seed: found '1.5', expected a whole number"),
-        ([*REAL, "--seed", "none"], "--seed: found 'none', expected a whole number"),
+        ([*REAL, "--seed"], "--seed: found no value, expected an integer"),
+        ([*REAL, "--seed", "1.5"], "--seed: found '1.5', expected an integer"),
+        ([*REAL, "--seed", "none"], "--seed: found 'none', expected an integer"),
         ([*REAL, "--optim.lr", "fast"], "--optim.lr: found 'fast', expected a number"),
         ([*REAL, "--optim.lr"], "--optim.lr: found no value, expected a number"),
         ([*REAL, "--optim.lr", "nan"], "optim.lr: found nan, expected a number > 0"),
         ([*REAL, "--optim.lr", "inf"], "optim.lr: found inf, expected a number > 0"),
-        ([*REAL, "--train.max_steps", "many"], "--train.max_steps: found 'many', expected a whole number or none"),
+        ([*REAL, "--train.max_steps", "many"], "--train.max_steps: found 'many', expected an integer or none"),
         ([*REAL, "--train.max_steps", "0"], "train.max_steps: found 0, expected a number > 0, or none"),
         ([*REAL, "--train.micro_batch", "0"], "train.micro_batch: found 0, expected a number > 0"),
         ([*REAL, "--dry_run", "maybe"], "--dry_run: found 'maybe', expected true or false or config"),
@@ -219,24 +220,24 @@ def test_differences_when_an_adapter_has_dropout_then_the_cut_of_a_step_is_among
             "optim.name: found 'adamv', expected one of adamw, adamw_8bit, paged_adamw_8bit, adafactor, rmsprop, sgd "
             "or a dotted path; did you mean 'adamw'?",
         ),
-        ([*REAL, "--data.eval_fraction", "1"], "data.eval_fraction: found 1.0, expected a share from 0 to below 1"),
+        ([*REAL, "--data.eval_fraction", "1"], "data.eval_fraction: found 1.0, expected a number >= 0 and < 1"),
         (
             [*REAL, "--train.schedule_epochs", "0.5"],
             "train.schedule_epochs: found 0.5, expected at least train.epochs (1.0)",
         ),
         (
             REAL[:4],
-            "model.path is given without data.train; name the pairs to train on (--data.train FILE), "
-            "or neither for the testbed",
+            "model.path: given without data.train; name the pairs to train on (--data.train FILE), or leave both out "
+            "for the testbed",
         ),
         (
             REAL[:2] + REAL[4:],
-            "data.train is given without model.path; name the model to train (--model.path DIR), "
-            "or neither for the testbed",
+            "data.train: given without model.path; name the model to train (--model.path DIR), or leave both out for "
+            "the testbed",
         ),
         (
             [*REAL[:2], "--data.eval", "e"],
-            "data.eval is given without data.train; the testbed makes its own held-out pairs",
+            "data.eval: given without data.train, but the testbed generates its own held-out pairs",
         ),
     ],
     ids=lambda value: " ".join(value)[-30:] if isinstance(value, list) else "",
@@ -291,10 +292,11 @@ def test_method_of_a_user_when_a_setting_has_no_default_then_it_must_be_given(tm
 
 
 @pytest.mark.parametrize("method", registry.names())
-def test_help_names_every_setting_and_is_short(method):
+def test_help_names_every_setting_and_is_short(method, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
     short = help_text(["--method", method, "--help"])
     assert len(short.splitlines()) < 120
-    assert "rounds: Rounds of generate, judge, pair, train." in short
+    assert "rounds: Iterative training in rounds of generate, judge, pair, train." in short
     assert "--judge.kind" not in short
     assert "--judge.kind" in help_text(["--method", method, "--rounds.count", "1", "--help"])
     for group in settings.FOLDED:
@@ -303,7 +305,7 @@ def test_help_names_every_setting_and_is_short(method):
         assert f"  --{group}." in asked
         assert f"  --{group}." not in short
     text = help_text(["--method", method, "--help", "all"])
-    words = {word for line in text.splitlines() for word in line.split()[:1] if word.startswith("--")}
+    words = {line.split()[0] for line in text.splitlines() if line.startswith("  --")}
     flags = {word.removesuffix(".KEY") for word in words}  # a mapping takes any key of one's own
     known = set(flatten(parse(["--method", method]).to_dict())) - {"method.name"}
     assert {f"--{key}" for key in known} | {"--method", "--config"} >= flags
@@ -311,7 +313,9 @@ def test_help_names_every_setting_and_is_short(method):
 
 
 def test_help_on_what_is_no_group_names_the_nearest_one():
-    with pytest.raises(ConfigError, match=r"^--help: found 'lorra', expected model, .* or all; did you mean 'lora'\?"):
+    with pytest.raises(
+        ConfigError, match=r"^--help: found 'lorra', expected run, method, model, .* or all; did you mean 'lora'\?"
+    ):
         help_text(["--help", "lorra"])
 
 
@@ -350,26 +354,26 @@ def test_testbed_departures_when_the_user_names_the_alternative_then_give_way():
     [
         (
             ["--train.epochs", "2"],
-            "train.max_steps: found none, expected a number of steps: the testbed's stream",
+            "train.max_steps: found none, expected a number of steps, because the testbed's stream",
         ),
         (["--train.schedule_epochs", "3"], "train.schedule_epochs: the testbed's stream of pairs has no epochs"),
         (
             ["--train.group_by_length"],
-            "train.group_by_length: the testbed's stream of pairs has no lengths to group by",
+            "train.group_by_length: the lengths of the testbed's stream of pairs are not known",
         ),
         (["--lora.r", "0"], "lora.r: found 0, expected a number > 0, or none"),
-        (["--lora.r", "4", "--lora.dropout", "1"], "lora.dropout: found 1.0, expected a share from 0 to below 1"),
+        (["--lora.r", "4", "--lora.dropout", "1"], "lora.dropout: found 1.0, expected a number >= 0 and < 1"),
         (
             ["--lora.r", "4", "--lora.target_modules", "q_proj,up_proj", "--lora.modules_to_save", "up_proj"],
-            "lora.modules_to_save: 'up_proj' is in lora.target_modules too, expected it in one of them",
+            "lora.modules_to_save: 'up_proj' is also in lora.target_modules; name it in one of them",
         ),
         (
             ["--train.mixed_precision", "fp16", "--model.dtype", "bfloat16"],
-            "train.mixed_precision: found 'fp16' with model.dtype 'bfloat16', which it would not autocast, expected "
-            "float32 weights",
+            "train.mixed_precision: found 'fp16' with model.dtype 'bfloat16', which autocast does not apply "
+            "to; expected model.dtype float32",
         ),
         (["--train.schedule_epochs", "inf"], "train.schedule_epochs: found inf, expected a number > 0, or none"),
-        (["--testbed.seed", "-1"], "testbed.seed: found -1, expected a whole number from 0 to 2147483647"),
+        (["--testbed.seed", "-1"], "testbed.seed: found -1, expected a number >= 0 and < 2147483648"),
         (
             ["--optim.name", ".AdamW"],
             "optim.name: found '.AdamW', expected one of adamw, adamw_8bit, paged_adamw_8bit, adafactor, rmsprop, sgd "
@@ -382,7 +386,8 @@ def test_testbed_departures_when_the_user_names_the_alternative_then_give_way():
         ),
         (
             ["--model.quantize", "nf4", "--train.compile", "true"],
-            "train.compile: found true with model.quantize 'nf4', whose products are not compiled; leave one out",
+            "train.compile: found true with model.quantize 'nf4', but quantised matrix products cannot be compiled; "
+            "leave one out",
         ),
         (
             ["--model.attention", "flex_attention", "--train.compile", "true"],
@@ -411,8 +416,8 @@ def test_grouping_when_the_method_looks_at_the_batch_as_a_whole_then_is_refused(
     )
     found = message(*real, "--train.tokens_per_batch", "1000")
     assert found == (
-        "train.tokens_per_batch: method 'sorted_pairs.Sorted' compares the pairs of a batch with each other, and such "
-        "steps have now more of them, now fewer (leave it out)"
+        "train.tokens_per_batch: method 'sorted_pairs.Sorted' compares the pairs of a batch with each other, and the "
+        "number of pairs would vary between steps; leave it out"
     )
 
 
@@ -466,7 +471,7 @@ def test_source_when_a_file_has_a_comma_in_its_name_then_is_one(tmp_path):
     ("flags", "found"),
     [
         (["--data.weights", "1,two"], "--data.weights: found '1,two', expected a list of numbers or none"),
-        (["--rounds.count", "2", "--judge.kind", "length"], "data.weights: given with rounds, which ask each prompt"),
+        (["--rounds.count", "2", "--judge.kind", "length"], "data.weights: given with rounds, which use every prompt"),
     ],
 )
 def test_weights_when_they_cannot_be_used_then_are_refused(flags, found):
@@ -536,11 +541,11 @@ MERGED = "m0: &m0 {x0: 1, y0: 1}\n" + "".join(
         ("output: !!bool maybe", r"cannot be read as bool \(KeyError\)"),
         ("seed: " + "9" * 5000, r"cannot be read as int \(ValueError\)"),
         ("seed: 0x" + "f" * 5000, r"cannot be read as int \(ValueError\)"),
-        ("seed: " + "9" * 400, r"found 9+, expected a whole number$"),
-        ("data: {max_length: 99999999999999999999}", r"found 9+, expected a whole number below 2\^63$"),
-        ("optim: {lr: " + "9" * 400 + "}", r"found 9+, expected a number that a float holds$"),
+        ("seed: " + "9" * 400, r"found 9+, expected an integer$"),
+        ("data: {max_length: 99999999999999999999}", r"found 9+, expected an integer below 2\^63$"),
+        ("optim: {lr: " + "9" * 400 + "}", r"found 9+, expected a number that fits in a float$"),
         ('output: "a\\0b"', r"found 'a\\x00b', expected text without a NUL character$"),
-        ('output: "a\\udce9"', r"expected text in UTF-8, which the run's files can hold$"),
+        ('output: "a\\udce9"', r"expected text that can be written as UTF-8$"),
         ("seed: \0", r"special characters are not allowed|unacceptable character"),
         ("\t- x", r"not readable as YAML"),
         ("x" * 4_000_001, r"found 4,000,001 characters, expected at most 4,000,000"),

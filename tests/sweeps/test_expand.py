@@ -255,7 +255,7 @@ BASE = "fixed: {method: dpo}\n"
             "grid.model.path: the runs start from the start run's model; name model.path in start.per, "
             "or give it under fixed",
         ),
-        (BASE + "start: {method: sft}", "run 1 of 1: model.path is given without data.train"),
+        (BASE + "start: {method: sft}", "run 1 of 1: model.path: given without data.train"),
         (BASE + "minimize: loss", "minimize: given without search; add 'search: optuna' or remove it"),
         (BASE + "search: hyperband", "search: found 'hyperband', expected optuna"),
         (BASE + "search: optuna", "search: expected one metric of the evaluations, such as 'maximize: exact/reward'"),

@@ -167,15 +167,15 @@ def test_two_processes_run_out_of_patience_together(server, command, tmp_path):
 @pytest.mark.parametrize(
     ("argv", "line"),
     [
-        (["--eval.patience", "2"], "eval.patience: found 2, but nothing says what better means; name eval.select"),
+        (["--eval.patience", "2"], "eval.patience: found 2, but no metric to improve is given; set eval.select"),
         (["--eval.select", "loss", "--eval.patience", "0"], "eval.patience: found 0, expected a number > 0, or none"),
         (
             ["--eval.select", "kl/chosen:least"],
-            "eval.select: found 'kl/chosen:least', expected a metric's name, or it with a direction, such as "
-            "kl/chosen:min or kl/chosen:max",
+            "eval.select: found 'kl/chosen:least', expected a metric, optionally with a direction, e.g. kl/chosen:min "
+            "or kl/chosen:max",
         ),
-        (["--eval.select", ":min"], "eval.select: found ':min', expected a metric's name"),
-        (["--rounds.count", "2", "--eval.patience", "2"], "name rounds.select_prompts"),
+        (["--eval.select", ":min"], "eval.select: found ':min', expected a metric"),
+        (["--rounds.count", "2", "--eval.patience", "2"], "set rounds.select_prompts"),
     ],
 )
 def test_bad_settings_of_choosing_are_one_line(argv, line):

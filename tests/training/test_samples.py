@@ -164,23 +164,26 @@ FILES = ["--model.path", "m", "--data.train", "pairs.jsonl"]
     ("argv", "line"),
     [
         (["--eval.generate", "-1"], "eval.generate: found -1, expected a number >= 0"),
-        ([*FILES, "--eval.generate", "2", "--data.eval_fraction", "0"], "eval.generate: found 2, but nothing is held"),
+        (
+            [*FILES, "--eval.generate", "2", "--data.eval_fraction", "0"],
+            "eval.generate: found 2, but no prompts are held",
+        ),
         (["--eval.generate", "2", "--generate.temperature", "-1"], "generate.temperature: found -1.0, expected a"),
         (
             ["--eval.generate", "2", "--generate.n", "3"],
-            "generate.n: given without rounds; name how many (--rounds.count 3), or leave it out (eval.generate reads "
-            "temperature, top_p, top_k, max_tokens, stop, batch)",
+            "generate.n: given without rounds; set their number (--rounds.count 3), or leave it out (eval.generate "
+            "reads temperature, top_p, top_k, max_tokens, stop, batch)",
         ),
         (["--eval.generate", "2", "--generate.engine", "vllm"], "generate.engine: given without rounds"),
         (
             ["--generate.temperature", "0.5"],
-            "generate.temperature: given without rounds and without samples at evaluations; name how many "
+            "generate.temperature: given without rounds and without samples at evaluations; set their number "
             "(--rounds.count 3 or --eval.generate 8), or leave it out",
         ),
-        (["--rounds.count", "2", "--eval.generate", "2"], "eval.generate: found 2, with rounds, which answer"),
+        (["--rounds.count", "2", "--eval.generate", "2"], "eval.generate: found 2 with rounds, which already sample"),
         (
             ["--eval.generate", "2", "--generate.api_key_env", "sk-12345678"],
-            "generate.api_key_env: expected the name of an environment variable (what was found is not shown)",
+            "generate.api_key_env: expected the name of an environment variable (value not shown)",
         ),
     ],
 )
@@ -193,5 +196,5 @@ def test_bad_settings_of_samples_are_one_line(argv, line):
 
 
 def test_method_that_scores_answers_no_prompts():
-    with pytest.raises(ConfigError, match="trains a judge, which answers no prompts; leave it out"):
+    with pytest.raises(ConfigError, match="trains a judge, which generates no text; leave it out"):
         parse(["--method", JUDGE, "--eval.generate", "2"])
