@@ -233,24 +233,24 @@ def start(
         accelerator.native_amp, accelerator.scaler = True, torch.amp.GradScaler(accelerator.device.type)
     if accelerator.num_processes != promised:
         raise TrainError(
-            f"launcher: {promised} processes were started but {accelerator.num_processes} joined "
-            f"({accelerator.distributed_type}); for several CPU processes use --config_file configs/accelerate/cpu.yaml"
+            f"launcher: {promised} ranks were launched but {accelerator.num_processes} joined "
+            f"({accelerator.distributed_type}); for several ranks on a CPU use --config_file configs/accelerate/cpu.yaml"
         )
     found = _BACKENDS.get(str(accelerator.distributed_type.value))
     if found is None:
         raise TrainError(
-            f"launcher: backend {accelerator.distributed_type.value} is not supported, expected one process, DDP, "
+            f"launcher: backend {accelerator.distributed_type.value} is not supported, expected a single process, DDP, "
             "DeepSpeed or FSDP2; use one of configs/accelerate/*.yaml"
         )
     if wanted != "ddp" and found != wanted:
         asked = {"zero": "DeepSpeed", "fsdp2": "FSDP2"}[wanted]
         raise TrainError(
-            f"launcher: {asked} was asked for, but {found} came of it; start several processes with "
+            f"launcher: {asked} was requested, but the backend is {found}; launch several ranks with "
             f"accelerate launch --config_file configs/accelerate/{'zero3' if wanted == 'zero' else 'fsdp2'}.yaml"
         )
     if found == "fsdp2" and not accelerator.is_fsdp2:
         raise TrainError(
-            "launcher: FSDP of version 1 was asked for, expected fsdp_version 2; "
+            "launcher: FSDP version 1 was requested, expected fsdp_version 2; "
             "use --config_file configs/accelerate/fsdp2.yaml"
         )
     sharding = None

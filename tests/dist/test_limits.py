@@ -42,7 +42,7 @@ CASES = {
     "use_cpu: true": (
         "zero3",
         lambda folder: {"ACCELERATE_USE_CPU": "true"},
-        "error: launcher: DeepSpeed was asked for, but ddp came of it;",
+        "error: launcher: DeepSpeed was requested, but the backend is ddp;",
     ),
 }
 
