@@ -234,7 +234,7 @@ def start(
     if accelerator.num_processes != promised:
         raise TrainError(
             f"launcher: {promised} ranks were launched but {accelerator.num_processes} joined "
-            f"({accelerator.distributed_type}); for several ranks on a CPU use --config_file configs/accelerate/cpu.yaml"
+            f"({accelerator.distributed_type}); for ranks on a CPU use --config_file configs/accelerate/cpu.yaml"
         )
     found = _BACKENDS.get(str(accelerator.distributed_type.value))
     if found is None:
