@@ -124,7 +124,7 @@ def test_a_name_that_is_no_file_is_refused_with_the_nearest_one(settings, messag
 def test_the_source_of_a_users_own_judge_is_part_of_its_identity(tmp_path, monkeypatch):
     (tmp_path / "loud_lab.py").write_text(JUDGE)
     monkeypatch.syspath_prepend(tmp_path)
-    settings = JudgeConfig(kind="loud_lab")
+    settings = JudgeConfig(kind="loud_lab.CalmJudge")
     before = judges.identity(settings)
     assert judges.identity(settings) == before
     (tmp_path / "loud_lab.py").write_text(JUDGE.replace("-float", "float"))

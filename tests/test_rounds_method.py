@@ -39,7 +39,7 @@ def test_a_class_that_defines_a_member_without_the_mixin_is_refused(tmp_path, mo
     monkeypatch.syspath_prepend(tmp_path)
     importlib.invalidate_caches()
     with pytest.raises(
-        ConfigError, match=r"^method 'own_pairs': it defines make_pairs, .* class Own\(RoundsMethod, Met"
+        ConfigError, match=r"^method 'own_pairs.Own': it defines make_pairs, .* class Own\(RoundsMethod, Met"
     ):
-        registry.get("own_pairs")
+        registry.get("own_pairs.Own")
     sys.modules.pop("own_pairs")
