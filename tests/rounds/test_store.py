@@ -159,7 +159,7 @@ def test_disk_that_is_full_loses_no_finished_shard(stage, monkeypatch):
 
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(
-        RoundError, match=r"00001\.jsonl: cannot be written: No space left on device; all shards that were"
+        RoundError, match=r"00001\.jsonl: cannot be written: No space left on device; finished shards are"
     ):
         stage.write(1, rows(1))
     assert stage.missing() == [1]
