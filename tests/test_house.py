@@ -83,10 +83,6 @@ def test_no_import_circle():
         visit(module)
 
 
-# Offenders of today; each set shrinks and goes.
-LONG_MODULES = {"prefopt.training.trainer"}
-LARGE_CLASSES = {"Trainer"}
-REACHING = {"prefopt.planner.fit", "prefopt.planner.plan_report"}
 OF_TORCH = {"_parameters", "_buffers"}  # private attributes of nn.Module, which classes of ours have too
 
 
@@ -121,18 +117,18 @@ def test_no_module_reaches_into_the_private_names_of_another(path):
             owner = node.value.id if isinstance(node.value, ast.Name) else ""
             if owner in imported or (owner not in ("self", "cls") and node.attr in others):
                 found.add(ast.unparse(node))
-    assert not found or name_of(path) in REACHING, f"private names of other modules: {sorted(found)}"
+    assert not found, f"private names of other modules: {sorted(found)}"
 
 
 def test_no_module_is_longer_than_500_lines():
     long = {name_of(path) for path in FILES if len(path.read_text().splitlines()) > 500}
-    assert long <= LONG_MODULES
+    assert not long
 
 
 def test_no_class_has_more_than_25_methods_and_no_two_public_classes_have_one_name():
     classes = [node for path in FILES for node in ast.parse(path.read_text()).body if isinstance(node, ast.ClassDef)]
     large = {node.name for node in classes if sum(isinstance(part, ast.FunctionDef) for part in node.body) > 25}
-    assert large <= LARGE_CLASSES
+    assert not large
     public = [node.name for node in classes if not is_private(node.name)]
     assert {name for name in public if public.count(name) > 1} == set()
 
