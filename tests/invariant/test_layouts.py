@@ -12,6 +12,7 @@ from prefopt.data.layouts import LAYOUTS, shares_prompts
 from prefopt.errors import TrainError
 from prefopt.settings import ModelConfig
 from prefopt.training import attention, batching, layout_choice
+from prefopt.training.models import recompute_activations
 from tests.dist.ranks import run_ranks
 from tests.helpers import byte_bpe_tokenizer
 from tests.invariant.adapted import adapted_policy
@@ -107,7 +108,7 @@ def test_step_when_activations_are_recomputed_then_loss_and_gradients_are_the_or
     models = models_of("llama", torch.float64)
     rows = random_pairs(TOKEN_LEVEL.needs.columns)
     bench = Bench(runtime, TOKEN_LEVEL, models, layout=layout)
-    models.recompute_activations(bench.run.policy.lm)
+    recompute_activations(bench.run.policy.lm)
     assert_all_equal(oracle_step(*models, TOKEN_LEVEL, rows), steps_of(bench, rows, [layout]), 1e-9)
 
 

@@ -72,7 +72,7 @@ def test_check_when_the_reference_is_cached_in_bfloat16_then_its_log_probabiliti
     method = next(method for name, method in KNOWN.items() if name.startswith("dpo"))
     pairs = random_pairs(method.needs.columns)
     live = Bench(runtime, method, (reference, reference), tokenizer=tokenizer).run
-    batch = live._collate(pairs)
+    batch = live.batcher.collate(pairs)
     values = token_stats_of(live.policy, batch, ()).logp.detach()
     values += 0.03 * torch.randn(
         values.shape, generator=torch.Generator().manual_seed(0)
