@@ -1,15 +1,15 @@
-"""Numbers as a person reads them. Knows nothing of what they are of."""
+"""Formatting of numbers and tables for people."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 
-NOTHING = "-"  # in the place of a figure that does not exist, or would mislead
+NOTHING = "-"  # shown for a value that does not exist, or would be misleading
 
 
 def readable(value: float, digits: int = 4) -> str:
-    """A number to `digits` significant digits: `1,220` and not 1.22e+03, `0.0012`, and `2e-6` where it is small."""
+    """A number with `digits` significant digits: `1,220` instead of 1.22e+03, `0.0012`, and `2e-6` for small ones."""
     if isinstance(value, int):
         return f"{value:,}"
     if not math.isfinite(value):
@@ -26,6 +26,6 @@ def readable(value: float, digits: int = 4) -> str:
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a table: the first column to the left, the others to the right."""
+    """Lines of a table: the first column is left-aligned, the others right-aligned."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows]

@@ -1,4 +1,4 @@
-"""Texts with marks in braces, such as {prompt}, where other texts are put."""
+"""Templates with placeholders in braces, such as {prompt}."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from collections.abc import Collection
 
 from prefopt.errors import did_you_mean
 
-_MARK = re.compile(r"\{([a-z_]+)\}")
+_PLACEHOLDER = re.compile(r"\{([a-z_]+)\}")
 
 
 def filled(template: str, **texts: str) -> str:
-    """The template with its marks replaced; what stands in the texts is left as it is, and so is a mark without one."""
-    return _MARK.sub(lambda mark: texts.get(mark[1], mark[0]), template)
+    """The template with its placeholders filled in; braces inside the texts and unknown placeholders are unchanged."""
+    return _PLACEHOLDER.sub(lambda match: texts.get(match[1], match[0]), template)
 
 
 def listed(names: Collection[str]) -> str:
-    """Marks as a person reads them, in the alphabet's order."""
+    """Placeholders with braces, sorted."""
     return ", ".join(f"{{{name}}}" for name in sorted(names))
 
 
 def problem(template: str, required: Collection[str], allowed: Collection[str]) -> str | None:
-    """What is wrong with the marks of a template, as the words after its name; None where all is well."""
-    found = {*_MARK.findall(template)}
+    """What is wrong with the placeholders of a template, as a predicate after its name; None where nothing is."""
+    found = {*_PLACEHOLDER.findall(template)}
     missing, odd = sorted({*required} - found), sorted(found - {*allowed})
     if missing:
         return f"has no {{{missing[0]}}}"

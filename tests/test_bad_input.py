@@ -68,7 +68,7 @@ def test_data_when_a_line_is_broken_json_then_the_line_is_named(error, task, tmp
     (tmp_path / "broken.jsonl").write_text(task.pairs.read_text() + '{"prompt": \n')
     assert error(data__train="broken.jsonl") == (
         "broken.jsonl:51: broken JSON (Expecting value at column 12), expected one JSON object "
-        "(drop the row, or --data.on_bad_row skip)"
+        "(drop the example, or --data.on_bad_row skip)"
     )
 
 
@@ -79,7 +79,7 @@ def test_data_when_messages_meet_a_tokenizer_without_chat_template_then_says_so(
     row = {"prompt": turn("user", "Hi"), "chosen": turn("assistant", "a"), "rejected": turn("assistant", "b")}
     (tmp_path / "chat.jsonl").write_text(json.dumps(row) + "\n")
     assert error(data__train="chat.jsonl") == (
-        "the rows are chat messages and the tokenizer has no chat template, expected one (--data.chat_template FILE)"
+        "the data has chat messages and the tokenizer has no chat template, expected one (--data.chat_template FILE)"
     )
 
 
@@ -161,7 +161,7 @@ def test_model_when_a_token_has_no_row_then_the_token_and_its_pair_are_named(err
     assert found.startswith(f"{task.pairs}:")
     assert found.partition(": ")[2].startswith("token ")
     assert found.endswith(
-        f" has no row in the model: the tokenizer has {vocab} tokens, the model {vocab - 5} rows "
+        f" is outside the model's vocabulary: the tokenizer has {vocab} tokens, the model {vocab - 5} rows "
         "(use the model's own tokenizer)"
     )
 
@@ -174,7 +174,7 @@ def test_model_when_it_has_more_rows_than_tokens_and_no_pad_token_then_trains_an
     path = variant("padless", tiny_llama(len(tokenizer) + 20, hidden=16, layers=1), tokenizer)
     ended = server.train(command("dpo", tmp_path / "run", model__path=path, train__max_steps=1, data__eval=task.pairs))
     assert ended.status == 0, ended.err
-    assert ended.out.count("the tokenizer has no pad token; EOS '</s>' pads instead\n") == 1
+    assert ended.out.count("the tokenizer has no pad token; EOS '</s>' is used for padding\n") == 1
 
 
 def test_reference_when_its_vocabulary_is_another_then_both_sizes_are_named(error, task, variant):

@@ -1,4 +1,4 @@
-"""What is wrong with a row: the complaint in one line, and the words for what was found in it."""
+"""Errors of single examples: one line each, and the description of the value that was found."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from prefopt.types import PairRow
 
 OnBadRow = Literal["error", "skip"]
 
-DROP = "drop the row, or --data.on_bad_row skip"
-MOST_LEVELS = 64  # of lists and objects inside each other, in what is read of a row
-_MOST_SHOWN = 200  # characters of what was found
+DROP = "drop the example, or --data.on_bad_row skip"
+MOST_LEVELS = 64  # nesting depth of lists and objects in the values that are read
+_MOST_SHOWN = 200  # characters of a found value
 
 
 @dataclass(frozen=True)
 class BadRow:
-    """A row that cannot be used. `reason` is what reports count by; `message` is the whole line for a person."""
+    """An example that cannot be used. Reports count by `reason`; `message` is the error line."""
 
     where: str
     reason: str
@@ -28,40 +28,40 @@ class BadRow:
 
 
 class RowProblem(Exception):
-    """Raised on the way from a row to its tokens, caught where rows are counted; never seen by a user as it is.
+    """What is wrong with an example. Caught where examples are counted; users see `BadRow.message`.
 
     Args:
-        reason: a few words to count by.
-        key: the key at fault, or "" for the row as a whole.
-        found, expected: the two halves of the complaint.
-        mend: what the user can do about it.
+        reason: a short name, by which reports count.
+        key: the key at fault, or "" for the example as a whole.
+        found, expected: the two halves of the error line.
+        hint: what the user can do.
     """
 
-    def __init__(self, reason: str, key: str, found: str, expected: str, mend: str = DROP) -> None:
+    def __init__(self, reason: str, key: str, found: str, expected: str, hint: str = DROP) -> None:
         super().__init__(reason)
-        self.reason, self.key, self.found, self.expected, self.mend = reason, key, found, expected, mend
+        self.reason, self.key, self.found, self.expected, self.hint = reason, key, found, expected, hint
 
     def at(self, where: str) -> BadRow:
         key = f"'{short(self.key)}': " if self.key else ""
         line = f"{where}: {key}{short(self.found, 3 * _MOST_SHOWN)}, expected {short(self.expected, 5 * _MOST_SHOWN)}"
-        return BadRow(where, self.reason, escaped(f"{line} ({self.mend})"))
+        return BadRow(where, self.reason, escaped(f"{line} ({self.hint})"))
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A value of a table whose column has an extension type that is not decoded here, which it names."""
+    """A value of a column with an Arrow extension type that is not decoded. Args: name: of the type."""
 
     name: str
 
 
 def first_bad_row(row: BadRow, rest: Iterator[PairRow | BadRow]) -> DataError:
-    """The error for a bad row under `on_bad_row: error`, with the number of bad rows that follow it in the file."""
+    """The error for a bad row under `on_bad_row: error`, with the number of bad rows after it in the file."""
     more = sum(isinstance(item, BadRow) for item in rest)
     return DataError(row.message + (f"; {more:,} more bad row{'s' * (more > 1)} in the file" if more else ""))
 
 
 class BadRows:
-    """Counts bad rows by reason, with the places of the first ones and what was wrong with the very first."""
+    """Counts of bad rows by reason, with the places of the first ones and the message of the very first."""
 
     def __init__(self, examples: int) -> None:
         self.most = examples
@@ -79,15 +79,15 @@ class BadRows:
     def most_common(self) -> list[tuple[str, int]]:
         return sorted(self.counts.items(), key=lambda item: -item[1])
 
-    def none_left(self, path: str, read: int, what: str = "can be used") -> DataError:
-        """The error where every row is bad: each reason with its number, and the first row of the first ones."""
+    def none_left(self, path: str, read: int, what: str = "is usable") -> DataError:
+        """The error where every row is bad: counts by reason, and the first message of the most common reasons."""
         reasons = ", ".join(f"{number:,} {reason}" for reason, number in self.most_common())
         first = "; ".join(self._first[reason] for reason, _ in self.most_common()[: self.most])
-        return DataError(f"{path}: none of the {read:,} rows {what}: {reasons}; {first}")
+        return DataError(f"{path}: none of the {read:,} examples {what}: {reasons}; {first}")
 
 
 def kind(value: object) -> str:
-    """What a value is, for the `found` of a complaint."""
+    """Description of a value, for the `found` of an error."""
     if value is None:
         return "null"
     if isinstance(value, Stored):
@@ -106,13 +106,13 @@ def kind(value: object) -> str:
 
 
 def _digits(value: int) -> int:
-    """Decimal digits of a whole number, which Python refuses to write out beyond some thousand."""
+    """Number of decimal digits of an integer, which Python refuses to print beyond some thousand."""
     guess = int(abs(value).bit_length() * 0.30102999566398) + 1
     return guess if abs(value) < 10**guess and abs(value) >= 10 ** (guess - 1) else guess - 1
 
 
 def short(text: str, most: int = _MOST_SHOWN) -> str:
-    """A text that came from the data, short enough for a line."""
+    """A text from the data, shortened to fit into a line."""
     return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
@@ -125,7 +125,7 @@ def check_text(text: str, name: str) -> None:
 
 
 def plain(value: Any, name: str, level: int = 0) -> Any:
-    """A value as JSON can hold it; what JSON has no words for (times, binary data) becomes None.
+    """A value as JSON can represent it; other values (times, binary data) become None.
 
     Raises: RowProblem for invalid text, and where lists and objects are nested more than `MOST_LEVELS` deep.
     """

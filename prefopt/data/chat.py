@@ -1,4 +1,4 @@
-"""From a `PairRow` to text: where the prompt ends, which stretches of the text are scored. Knows templates, no ids."""
+"""Render a `PairRow` as text: the end of the prompt, and the spans that the loss reads. No token ids."""
 
 from __future__ import annotations
 
@@ -18,12 +18,15 @@ REASONING = ("reasoning_content", "reasoning", "thinking")
 
 @dataclass(frozen=True)
 class Rendered:
-    """One side of a row as text.
+    """Prompt and one completion as text.
 
-    `text` is the prompt and the completion. `spans` are the scored stretches as (begin, end) in characters; the first
-    begins where the prompt ends and the last ends where the text ends. `terminated`: the template has written its own
-    end-of-turn token at the end, so none must be added. `chat`: the template has rendered it. `notes` are what else is
-    to be said of it, to be counted.
+    Args:
+        text: prompt and completion.
+        spans: of the text that the loss reads, (begin, end) in characters; the first begins where the prompt ends, the
+            last ends where the text ends.
+        terminated: whether the text ends with the template's end-of-turn token, so that no EOS is added.
+        chat: whether a chat template rendered it.
+        notes: remarks that the report counts.
     """
 
     text: str
@@ -47,19 +50,19 @@ def render(
     args: Mapping[str, Any] | None = None,
     structure: Structure | None = None,
 ) -> Rendered:
-    """The text of one side, by the tokenizer's chat template where the row is made of messages.
+    """Render prompt and completion, by the tokenizer's chat template if they are messages.
 
-    Only the assistant's turns are scored, each to the end-of-turn token behind its content; what the template writes
-    after that one is never generated. Where turns begin and end is found by rendering the conversation up to them, so
-    the template needs no generation marks; each such rendering must be a prefix of the whole, up to that token.
+    The loss reads assistant turns only, each up to the end-of-turn token after its content; what the template writes
+    after that token is never generated. The beginning and end of a turn are found by rendering the conversation up to
+    it, so the template needs no generation tags; each such rendering must be a prefix of the full one up to that token.
 
     Args:
-        prompt, completion: of a `PairRow`; a prompt that ends with an assistant's turn is the beginning of the answer.
+        prompt, completion: of a `PairRow`; a prompt that ends with an assistant turn is the beginning of the answer.
         tokenizer: one of transformers'.
-        key: named in complaints.
-        rendering: what the template is given; args: by the row itself.
-        structure: of the tokenizer, if it is at hand.
-    Raises: RowProblem when the template refuses the row, rewrites what came before or drops what is to be scored;
+        key: for error lines.
+        rendering: arguments of the template; args: the example's own arguments.
+        structure: of the tokenizer, if known.
+    Raises: RowProblem when the template refuses the example, changes earlier turns or drops content of the completion;
         DataError when there is no template.
     """
     if isinstance(prompt, str):
@@ -82,14 +85,14 @@ def render(
     whole = text(messages)
     spans: list[tuple[int, int]] = []
     notes = ["the chat template writes an answer more than once"] * structure.closing.repeats
-    notes += [f"the chat template does not read '{name}', which the row holds" for name in unread_args(tokenizer, args)]
+    notes += [f"the chat template does not read the example's '{name}'" for name in unread_args(tokenizer, args)]
     terminated = False
     for i in range(first, len(messages)):
         if messages[i]["role"] != "assistant":
             continue
         if i == first:
             before = prompt_text(prompt, tokenizer, rendering, args, key)
-            notes += ["the chat template leaves out the content of a prompt turn"] * _vanished(prompt, before)
+            notes += ["the chat template omits the content of a prompt turn"] * _vanished(prompt, before)
         else:
             before = text(messages[:i], generation_prompt=True)
         after = whole if i == len(messages) - 1 else text(messages[: i + 1])
@@ -104,7 +107,7 @@ def render(
             raise _dropped(key, i, lost, tokenizer, args)
         notes += _unread(messages[i], after[:content_end])
         if whole[: content_end + len(closing)] != after[: content_end + len(closing)]:
-            # Some templates end the last turn otherwise than those that others follow.
+            # Some templates end the last turn differently from earlier ones.
             closing = structure.next_special(whole, content_end)
             if not closing or whole[:content_end] != after[:content_end]:
                 raise _rewritten(key, "beginning", i)
@@ -120,7 +123,7 @@ def prompt_text(
     args: Mapping[str, Any] | None = None,
     key: str = "prompt",
 ) -> str:
-    """Chat messages as the text that an answer follows, or goes on from where the last of them is the assistant's.
+    """Render the messages of a prompt with the generation prompt; a final assistant turn is left open instead.
 
     Raises: RowProblem when the template refuses them; DataError when there is no template.
     """
@@ -130,7 +133,7 @@ def prompt_text(
 
 
 def texts_in(value: Any) -> Iterator[str]:
-    """Every text in a message, or in what a template is given."""
+    """Every text in a message, or in an argument of a template."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
@@ -143,10 +146,10 @@ def texts_in(value: Any) -> Iterator[str]:
 
 
 def _closing(after: str, begin: int, structure: Structure) -> tuple[int, str]:
-    """(where the last turn's end-of-turn token begins, that token) in a rendering that ends with this turn.
+    """(begin of the last turn's end-of-turn token, that token) in a rendering that ends with this turn.
 
-    The template's usual one, the first behind the turn's beginning; else the one that ends the rendering; else "" at
-    its end.
+    The first of the template's usual token after the beginning of the turn; else the special token that ends the
+    rendering; else "" at its end.
     """
     end = structure.closing.end
     at = after.find(end, begin) if end else -1
@@ -161,13 +164,13 @@ def _rewritten(key: str, name: str, turn: int) -> RowProblem:
     return RowProblem(
         "template rewrites the prompt",
         key,
-        f"the chat template renders the {name} of turn {turn + 1} otherwise alone than in the whole",
-        "a template whose prompt is a prefix of the whole",
+        f"the chat template renders the {name} of turn {turn + 1} differently when more turns follow",
+        "a template that renders a prompt as a prefix of the conversation",
         "use another one: --data.chat_template FILE",
     )
 
 
-# What a template leaves out -------------------------------------------------------------------------------------------
+# Omitted content ------------------------------------------------------------------------------------------------------
 
 
 def _squeezed(text: str) -> str:
@@ -175,14 +178,14 @@ def _squeezed(text: str) -> str:
 
 
 def _holds(text: str, content: str) -> bool:
-    """Whether a rendering holds a content, whatever became of its white space."""
+    """Whether a rendering contains a content, ignoring white space."""
     if content in text or _squeezed(content) in _squeezed(text):
         return True
     return _squeezed(json.dumps(content, ensure_ascii=False)[1:-1]) in _squeezed(text)
 
 
 def _lost(message: Mapping[str, Any], after: str, begin: int, end: int) -> str | None:
-    """What of an assistant's turn is not in its rendering, or None."""
+    """Content of an assistant turn that is not in its rendering, or None."""
     content = message.get("content")
     content = content.strip() if isinstance(content, str) else ""
     # The prompt may have opened the turn with the first characters of the content, such as <think>.
@@ -205,7 +208,7 @@ def _unread(message: Mapping[str, Any], rendered: str) -> Iterator[str]:
     for name in REASONING:
         value = message.get(name)
         if isinstance(value, str) and value.strip() and not _holds(rendered, value.strip()):
-            yield f"the chat template leaves out '{name}' of an answer"
+            yield f"the chat template omits '{name}' of an answer"
 
 
 _CUTS = re.compile(
@@ -217,21 +220,21 @@ _CUTS = re.compile(
 
 
 def _dropped(key: str, turn: int, lost: str, tokenizer: Any, args: Mapping[str, Any] | None) -> RowProblem:
-    """The complaint about a turn of which something is not rendered, with the line of the template that may be why."""
+    """The error for a turn whose content is not fully rendered, with the line of the template that may be the cause."""
     source = tokenizer.get_chat_template(None, (args or {}).get("tools"))
     cuts = [(n, cut[0]) for n, line in enumerate(source.splitlines(), 1) for cut in _CUTS.finditer(line)]
 
-    def speaks(cut: str) -> bool:
-        """Whether it cuts at a text that is there."""
+    def matches(cut: str) -> bool:
+        """Whether it cuts at a text that the lost content contains."""
         return any(part in lost for pair in re.findall(r"'([^']+)'|\"([^\"]+)\"", cut) for part in pair if part.strip())
 
-    mine = next((cut for cut in cuts if speaks(cut[1])), next(iter(cuts), None))
+    mine = next((cut for cut in cuts if matches(cut[1])), next(iter(cuts), None))
     line = "" if mine is None else f"; see line {mine[0]} of the template: {mine[1]}"
     return RowProblem(
         "template drops content",
         key,
-        f"the chat template leaves out '{_short(lost)}' of turn {turn + 1}{line}",
-        "all of it in the text that is scored",
+        f"the chat template omits '{_short(lost)}' of turn {turn + 1}{line}",
+        "all of the content in the rendered turn",
         f"use another one: --data.chat_template FILE; or {DROP}",
     )
 

@@ -1,7 +1,7 @@
 """Two completions in one sequence, for a judge that reads both: the prompt, then the first one, then the second one.
 
-The text is `PROMPT` FIRST `completion` SECOND `completion` and the terminator. Its parts are tokenised one by one, so a
-completion has the same tokens in either place. A conversation is written out as text, whatever the chat template.
+The text is `PROMPT` FIRST `completion` SECOND `completion` and EOS. Its parts are tokenised one by one, so a completion
+has the same tokens in either position. A conversation is written as plain text, without the chat template.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from prefopt.storage import text_hash
 from prefopt.types import EncodedPair, Needs, PairRow
 
 FIRST, SECOND = "\n\n[Response A]\n", "\n\n[Response B]\n"
-PROMPT_SHARE = 1224 / 2048  # of the tokens, where not all has room: PairRM's limits are 1224 and twice 412
+PROMPT_FRACTION = 1224 / 2048  # of the tokens, under truncation: PairRM's limits are 1224 and twice 412
 
 
 def encoder_for(needs: Needs) -> type[Encoder]:
@@ -24,7 +24,7 @@ def encoder_for(needs: Needs) -> type[Encoder]:
 
 
 def plain_text(turns: str | Messages) -> str:
-    """A prompt or a completion as text: one turn as it stands, several with their roles before them."""
+    """A prompt or a completion as text: one turn as it is, several turns with their roles before them."""
     if isinstance(turns, str):
         return turns
     if len(turns) == 1:
@@ -33,12 +33,12 @@ def plain_text(turns: str | Messages) -> str:
 
 
 class BothOrders(Encoder):
-    """Turns a pair into two sequences, the prompt with both completions: the chosen one first, the rejected one first.
+    """Encodes a pair as two sequences of the prompt and both completions: chosen first, and rejected first.
 
-    What fits is left whole. Else the prompt loses its head until it has `PROMPT_SHARE`, or what the completions leave;
-    the rest is theirs, half each, where a shorter one leaves the other what it does not need; they lose their tails.
+    Under truncation the prompt is left-truncated to `PROMPT_FRACTION` of the tokens, or to what the completions leave;
+    the completions get the rest, half each (a shorter one leaves its unused part to the other), right-truncated.
 
-    `overlong: truncate_completion` cuts as `truncate_prompt` does, since each of the three has its share.
+    `overlong: truncate_completion` is the same as `truncate_prompt` here.
 
     Args: as of Encoder. Raises: DataError when `max_length` leaves no token for each of the three.
     """
@@ -57,7 +57,7 @@ class BothOrders(Encoder):
             )
 
     def reread(self, pair: EncodedPair) -> EncodedPair:
-        """A pair that was encoded completion by completion, in both orders."""
+        """Both orders of a pair that was encoded as two completions."""
         assert pair.rejected_ids is not None
         row = PairRow("", "", "", pair.columns, pair.where, prompt_key=pair.raw_prompt_key)
         return self._join(row, pair.prompt_key, pair.prompt_ids, [pair.chosen_ids, pair.rejected_ids]).pair
@@ -79,7 +79,7 @@ class BothOrders(Encoder):
         length = len(one) + len(other) + fixed
         room = self.max_length - fixed
         self._check_length(len(prompt) + length)
-        limit = max(int(room * PROMPT_SHARE), room - len(one) - len(other), 2)
+        limit = max(int(room * PROMPT_FRACTION), room - len(one) - len(other), 2)
         kept = prompt
         if len(prompt) > limit:
             kept = prompt[:1] + prompt[len(prompt) - limit + 1 :] if self.bos is not None else prompt[-limit:]
@@ -101,11 +101,11 @@ class BothOrders(Encoder):
         return CutPair(pair, (len(prompt), length, length), kept is not prompt, any(shorter), 0 if self._end else 2)
 
     def _bare(self, key: str, ids: list[int]) -> list[int]:
-        """A completion without the terminator at its end."""
+        """A completion without EOS at its end."""
         ids = ids[:-1] if ids and ids[-1] == self.eos else ids
         if not ids:
             raise RowProblem("empty completion", key, "no token", "a non-empty completion")
         if self.eos in ids:
             text = self.tokenizer.convert_ids_to_tokens(self.eos)
-            raise RowProblem("terminator inside", key, f"'{text}' inside a completion", "it at the end only")
+            raise RowProblem("EOS inside the completion", key, f"'{text}' inside a completion", "it at the end only")
         return ids

@@ -1,6 +1,6 @@
-"""One file's rows: JSON lines, JSON arrays, CSV, Parquet, compressed or not. Knows no format of a row.
+"""Rows of one file: JSON lines, JSON arrays, CSV, Parquet, compressed or not. Independent of the format of a row.
 
-What a file is goes by its first bytes; a name only tells CSV from TSV. At most one row is held in memory.
+The file type is detected from the first bytes; the name only distinguishes CSV and TSV. At most one row is in memory.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ _MAGIC = {
     b"\x04\x22\x4d\x18": "lz4",
     b"PK\x03\x04": "zip",
 }
-_HEAD = 1 << 16  # bytes by which a file's layout is found
+_HEAD = 1 << 16  # bytes from which the file type is detected
 _CHUNK = 1 << 18
 CONVERT = "convert the file, or --data.on_bad_row skip"
 
 
 class TextRow(dict[str, Any]):
-    """A row of a file in which every value is text, numbers too."""
+    """A row of a file format in which every value is text."""
 
 
 class TwiceNamed(dict[str, Any]):
-    """A JSON object in which some keys stand more than once; it holds what came last."""
+    """A JSON object with repeated keys; it has the last value of each."""
 
     def __init__(self, pairs: list[tuple[str, Any]]) -> None:
         super().__init__(pairs)
@@ -61,7 +61,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Container:
-    """What a file is. Args: layout: `lines`, `array`, `values`, `csv`, `tsv` or `parquet`; compression: or ""."""
+    """The type of a file. Args: layout: `lines`, `array`, `values`, `csv`, `tsv` or `parquet`; compression: or ""."""
 
     path: Path
     name: str
@@ -72,11 +72,11 @@ class Container:
         return f"{self.compression} {self.layout}".strip()
 
     def records(self, max_row_bytes: int) -> Iterator[tuple[int, object]]:
-        """(line or row, the row or what is wrong with it), from 1.
+        """(number from 1, the row or what is wrong with it).
 
-        A line is counted in JSON lines and CSV, where an editor finds it; a row in all others.
+        The number is that of the line in JSON lines and CSV, and that of the row in all other formats.
 
-        Raises: DataError where the file cannot be read, or holds no row.
+        Raises: DataError where the file cannot be read, or has no rows.
         """
         number = 0
         try:
@@ -84,7 +84,7 @@ class Container:
             for number, item in rows:
                 yield number, item
         except _UNREADABLE as error:
-            place = f" behind row {number:,}" if number else ""
+            place = f" after row {number:,}" if number else ""
             as_what = f" as {self.compression}" if self.compression else ""
             raise DataError(f"{self.name}: cannot be read{as_what}{place}: {error_line(error)}") from None
         if not number:
@@ -106,9 +106,9 @@ _UNREADABLE = (OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile
 
 
 def container(path: Path, name: str) -> Container:
-    """What the file at `path` is, by its first bytes.
+    """The type of the file at `path`, from its first bytes.
 
-    Raises: DataError where it cannot be read, or is nothing that rows are read from; the line names what it is.
+    Raises: DataError where it cannot be read, or is of an unsupported type, which the error names.
     """
     try:
         with path.open("rb") as file:
@@ -137,9 +137,9 @@ def _layout(head: bytes, suffix: str, name: str) -> str:
     if twice := _compression(head):
         raise DataError(f"{name}: {twice} inside a compressed file: decompress it first")
     if head.startswith(b"ARROW1") or suffix == ".arrow":
-        raise DataError(f"{name}: a single Arrow file; name the folder that datasets.save_to_disk has written")
+        raise DataError(f"{name}: a single Arrow file; give the folder that datasets.save_to_disk has written")
     if head[257:262] == b"ustar":
-        raise DataError(f"{name}: a tar archive: unpack it and name the file or folder")
+        raise DataError(f"{name}: a tar archive: unpack it and give the file or folder")
     encoding = json.detect_encoding(head).replace("-le", "le").replace("-be", "be") if head else "utf-8"
     if not encoding.startswith("utf-8"):
         raise DataError(f"{name}: {encoding.upper()} text, expected UTF-8 (iconv -f {encoding.upper()} -t UTF-8)")
@@ -148,13 +148,13 @@ def _layout(head: bytes, suffix: str, name: str) -> str:
     lines = head.removeprefix(b"\xef\xbb\xbf").lstrip().split(b"\n", 2)
     if lines[0].startswith(b"["):
         return "array"
-    # An object that goes on over several lines, as json.dump(indent=2) and jq write them: its first line is no JSON
-    # and the next one begins no object.
-    goes_on = len(lines) > 1 and lines[0].startswith(b"{") and not lines[1].lstrip().startswith(b"{")
-    return "values" if goes_on and isinstance(_json(lines[0]), RowProblem) and lines[1].strip() else "lines"
+    # An object over several lines, as json.dump(indent=2) and jq write it: its first line is not JSON and the next one
+    # does not begin an object.
+    multi_line = len(lines) > 1 and lines[0].startswith(b"{") and not lines[1].lstrip().startswith(b"{")
+    return "values" if multi_line and isinstance(_json(lines[0]), RowProblem) and lines[1].strip() else "lines"
 
 
-def _opened(path: Path, compression: str) -> Any:  # which is what all of these share: a binary file
+def _opened(path: Path, compression: str) -> Any:  # a binary file of one of several classes
     """The file's bytes, decompressed."""
     if compression == "gzip":
         return gzip.open(path)
@@ -171,15 +171,15 @@ def _opened(path: Path, compression: str) -> Any:  # which is what all of these 
         archive = zipfile.ZipFile(path)
         members = [one for one in archive.namelist() if not one.endswith("/") and not one.startswith("__MACOSX")]
         if len(members) != 1:
-            raise zipfile.BadZipFile(f"a zip archive of {len(members)} files: unpack it and name the file or folder")
+            raise zipfile.BadZipFile(f"a zip archive of {len(members)} files: unpack it and give the file or folder")
         try:
             return archive.open(members[0])
-        except RuntimeError as error:  # it wants a password
+        except RuntimeError as error:  # it is encrypted
             raise zipfile.BadZipFile(str(error)) from None
     return path.open("rb")
 
 
-# JSON.
+# JSON
 
 
 def _lines(file: IO[bytes], max_row_bytes: int) -> Iterator[tuple[int, object]]:
@@ -200,35 +200,33 @@ def _too_large(size: int, most: int) -> RowProblem:
 
 
 def _json(text: bytes) -> object:
-    """One JSON value, or what is wrong with it."""
+    """Parse one JSON value; returns a RowProblem where it is broken."""
     try:
         return json.loads(text.strip(b"\r\n").decode("utf-8-sig"), object_pairs_hook=_object)
     except UnicodeDecodeError as error:
         return RowProblem("invalid UTF-8", "", f"byte {error.start + 1} is not UTF-8", "UTF-8 text", CONVERT)
     except json.JSONDecodeError as error:
         if b"\r" in text.strip() and b"\n" not in text.strip():
-            found = "lines that end with a carriage return alone"
+            found = "lines that end with a carriage return only"
             return RowProblem("broken JSON", "", found, "line feeds (LF or CRLF)", CONVERT)
         return RowProblem("broken JSON", "", f"broken JSON ({error.msg} at column {error.colno})", "one JSON object")
     except RecursionError:
-        return RowProblem("nested too deeply", "", "JSON nested too deeply", "lists and objects some levels deep")
-    except ValueError:  # Python writes and reads whole numbers of so many digits at most
+        return RowProblem("nested too deeply", "", "JSON nested too deeply", "fewer levels of lists and objects")
+    except ValueError:  # Python parses integers up to a limit of digits
         most = f"{sys.get_int_max_str_digits():,}"
-        return RowProblem(
-            "number too long", "", f"a whole number of more than {most} digits", "numbers that can be read"
-        )
+        return RowProblem("number too long", "", f"an integer of more than {most} digits", f"at most {most} digits")
 
 
 _OUTSIDE, _INSIDE = re.compile(rb'["{}\[\],]'), re.compile(rb'["\\]')  # of a string
 
 
 def _values(file: IO[bytes], name: str, array: bool, max_row_bytes: int) -> Iterator[bytes | RowProblem]:
-    """The elements of a JSON array, or the objects that follow one another, as text, one at a time.
+    """The elements of a JSON array, or of concatenated objects, as text, one at a time.
 
-    Only quotes, brackets and commas are looked at, so that one element may be broken, or too large to hold, without
-    harm to the next. Raises: DataError where an array does not end, or where more follows it.
+    Only quotes, brackets and commas are parsed, so an element that is broken or too large does not affect the next one.
+    Raises: DataError where an array does not end, or where text follows it.
     """
-    base = 1 if array else 0  # depth of what stands between two elements
+    base = 1 if array else 0  # nesting depth between two elements
     depth, inside, escaped = 0, False, False
     parts: list[bytes] = []
     size = 0
@@ -276,7 +274,7 @@ def _values(file: IO[bytes], name: str, array: bool, max_row_bytes: int) -> Iter
                 break
             at, what = mark.end(), mark[0]
             if ended:
-                raise DataError(f"{name}: more text behind the JSON array, expected one array, or one object per line")
+                raise DataError(f"{name}: more text after the JSON array, expected one array, or one object per line")
             if what == b'"':
                 inside = True
             elif what in b"[{":
@@ -303,15 +301,15 @@ def _values(file: IO[bytes], name: str, array: bool, max_row_bytes: int) -> Iter
         raise DataError(f"{name}: the JSON ends too early, in its last element: is the file complete?")
     if size and not b"".join(parts).isspace():
         if array:
-            raise DataError(f"{name}: more text behind the JSON array, expected one array, or one object per line")
+            raise DataError(f"{name}: more text after the JSON array, expected one array, or one object per line")
         yield from element()
 
 
-# CSV.
+# CSV
 
 
 def _table(file: IO[bytes], name: str, tabs: bool, max_row_bytes: int) -> Iterator[tuple[int, object]]:
-    """Rows of CSV or TSV as `TextRow`s by the names of the first line, each with the line that it begins on."""
+    """Rows of CSV or TSV as `TextRow`s with the names of the header, each with its first line number."""
     csv.field_size_limit(max(csv.field_size_limit(), max_row_bytes))
     begin = 1
 
@@ -330,14 +328,14 @@ def _table(file: IO[bytes], name: str, tabs: bool, max_row_bytes: int) -> Iterat
         names = next(reader, [])
         twice = [key for i, key in enumerate(names) if key in names[:i]]
         if twice:
-            raise DataError(f"{name}: two columns are named '{twice[0]}', expected a name of its own for each")
+            raise DataError(f"{name}: two columns are named '{twice[0]}', expected unique names")
         begin = blank + reader.line_num + 1
         for row in reader:
             size = sum(map(len, row))
             if size > max_row_bytes:
                 yield begin, _too_large(size, max_row_bytes)
             elif row and len(row) != len(names):
-                expected = f"{len(names):,}, as the first line has"
+                expected = f"{len(names):,}, as in the first line"
                 yield begin, RowProblem("wrong number of fields", "", f"{len(row):,} fields", expected)
             elif any(_ESCAPED.search(value) for value in row):
                 yield begin, RowProblem("invalid UTF-8", "", "bytes that are not UTF-8", "UTF-8 text", CONVERT)
@@ -350,10 +348,10 @@ def _table(file: IO[bytes], name: str, tabs: bool, max_row_bytes: int) -> Iterat
         text.close()
 
 
-_ESCAPED = re.compile("[\udc80-\udcff]")  # what stands for a byte that is not UTF-8
+_ESCAPED = re.compile("[\udc80-\udcff]")  # surrogateescape: bytes that are not UTF-8
 
 
-# Arrow.
+# Arrow
 
 
 def _parquet(path: Path, name: str) -> Iterator[tuple[int, object]]:
@@ -366,22 +364,22 @@ def _parquet(path: Path, name: str) -> Iterator[tuple[int, object]]:
             names = file.schema_arrow.names
             twice = [key for i, key in enumerate(names) if key in names[:i]]
             if twice:
-                raise DataError(f"{name}: two columns are named '{twice[0]}', expected a name of its own for each")
+                raise DataError(f"{name}: two columns are named '{twice[0]}', expected unique names")
             for batch in file.iter_batches(batch_size=256):
                 for row in rows_of(batch):
                     number += 1
                     yield number, row
     except (OSError, ValueError, KeyError, pyarrow.ArrowException) as error:
-        place = f" behind row {number:,}" if number else ""
+        place = f" after row {number:,}" if number else ""
         raise DataError(f"{name}: cannot be read as Parquet{place}: {error_line(error)}") from None
 
 
 def rows_of(batch: Any) -> Iterator[object]:
-    """The rows of an Arrow table as objects, by what their columns hold and not by how it is stored.
+    """The rows of an Arrow table as objects.
 
-    Columns of the type `arrow.json`, which `datasets` writes where values are of several kinds, are decoded, in lists
-    and structs too. A value of any other extension type is `Stored`. A struct's null fields are left out: a table
-    fills in the keys that a row lacks.
+    Columns of type `arrow.json`, which `datasets` writes for values of mixed types, are decoded, in lists and structs
+    too. A value of any other extension type becomes `Stored`. Null fields of a struct are removed, since tables store
+    missing keys as null.
     """
     decoders = {field.name: decoder for field in batch.schema if (decoder := _decoder(field)) is not None}
     for row in batch.to_pylist():
@@ -395,7 +393,7 @@ def rows_of(batch: Any) -> Iterator[object]:
 
 
 def _decoder(field: Any) -> Callable[[Any], Any] | None:
-    """What turns a value of an Arrow field into what it means; None where it is that already."""
+    """The function that decodes values of an Arrow field; None where none is needed."""
     import pyarrow
 
     kind = field.type
@@ -443,6 +441,6 @@ def _decoded(text: Any, name: str) -> object:
 
 
 def error_line(error: BaseException) -> str:
-    """The first line of what a library raises, in at most 200 characters."""
-    told = getattr(error, "strerror", None) or str(error)
-    return (str(told).strip().splitlines() or [type(error).__name__])[0][:200]
+    """The first line of an exception's message, at most 200 characters."""
+    message = getattr(error, "strerror", None) or str(error)
+    return (str(message).strip().splitlines() or [type(error).__name__])[0][:200]

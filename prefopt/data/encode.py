@@ -26,18 +26,18 @@ from prefopt.errors import DataError
 from prefopt.storage import Damaged, Unreadable, locked, running_hash, text_hash, text_number
 from prefopt.types import Column, EncodedPair, PairRow
 
-FORMAT_VERSION = 6  # raise it whenever the same file and settings would give other ids, masks, counts or notes
+FORMAT_VERSION = 6  # raise it whenever the same file and settings would give other ids, masks or counts
 _ROWS, _REPORT = "rows.arrow", "report.json"  # of a folder of the cache
-_NAME = "\0"  # in a kept note, the place of the data's base, which may be another one when it is read
-_WRITTEN = 4096  # rows in one piece of the cache file
+_NAME = "\0"  # in a cached note, stands for the data's base path, which may differ when the cache is read
+_BATCH = 4096  # rows per record batch of the cache file
 
 
 class MappedPairs(PairView):
-    """The encoded pairs of a cache folder, memory-mapped: any number of them costs no memory, one costs microseconds.
+    """The encoded pairs of a cache folder, memory-mapped: none is held in memory, and reading one takes microseconds.
 
     Args:
         folder: one written by `encode_file`.
-        path: the data's base, put before each row's place in `where`.
+        path: the data's base path, a prefix of each `where`.
     """
 
     def __init__(self, folder: Path, path: str) -> None:
@@ -76,7 +76,7 @@ class MappedPairs(PairView):
         )
 
     def facts(self, name: str, begin: int, end: int) -> np.ndarray:
-        """See `pairs.facts`: read from the file's own tables of lengths, numbers and keys."""
+        """See `pairs.facts`; read from the offsets and columns of the mapped file."""
         found = [np.empty(0, np.int64)]
         for at in range(max(bisect_right(self._starts, begin) - 1, 0), bisect_left(self._starts, end)):
             start, size = self._starts[at], len(self._chunks[at]["where"])
@@ -106,7 +106,7 @@ def _fact(chunk: Mapping[str, Any], name: str, begin: int, end: int) -> np.ndarr
         offsets, marks = chunk[f"{side}_mask"]
         before = np.concatenate(([0], marks[offsets[begin] : offsets[end]].cumsum(dtype=np.int64)))
         at = offsets[begin : end + 1] - offsets[begin]
-        # nothing is stored where all tokens are scored
+        # no mask is stored where all tokens are loss tokens
         return np.where(np.diff(at) > 0, np.diff(before[at]), _fact(chunk, side, begin, end))
     values: np.ndarray = chunk[name][begin:end]
     return values
@@ -118,13 +118,13 @@ def _ids(view: tuple[np.ndarray, np.ndarray], i: int) -> list[int]:
 
 
 def _mask(view: tuple[np.ndarray, np.ndarray], i: int, length: int) -> list[bool]:
-    stored = _ids(view, i)  # nothing is stored where all tokens are scored
+    stored = _ids(view, i)  # no mask is stored where all tokens are loss tokens
     return [bool(value) for value in stored] if stored else [True] * length
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """A data file ready to train on. `fingerprint` is a hash of the encoded content, wherever the file lies."""
+    """An encoded data file. `fingerprint` is a hash of the encoded content, independent of the path."""
 
     pairs: Sequence[EncodedPair]
     report: DataReport
@@ -140,7 +140,7 @@ class Joined:
 
 
 def joined(sources: Sequence[Encoded]) -> Joined:
-    """Data files one after the other. One alone is what it was."""
+    """Concatenate data files; a single one keeps its fingerprint."""
     if len(sources) == 1:
         return Joined(sources[0].pairs, sources[0].fingerprint)
     fingerprint = text_hash("\n".join(one.fingerprint for one in sources))
@@ -165,17 +165,17 @@ def encode_file(
     overlong: Overlong = "truncate_prompt",
     special_tokens: Sequence[str] = (),
 ) -> Encoded:
-    """Reads, tokenises and cuts a data file, or maps what an earlier call has made of the same content.
+    """Read, tokenise and truncate a data file, or map the cache of an earlier call with the same content.
 
-    Of several processes on a machine one works and the others wait for it.
+    Of several processes on a machine one encodes and the others wait for it.
 
     Args:
         path, columns, need_rejected, extra, max_row_bytes, dialogues: as `RowReader`.
         tokenizer, max_length, rendering, overlong, special_tokens: as `Encoder`.
         kind: which encoder.
         on_bad_row: `error` stops at the first bad row; `skip` drops and counts them.
-        vocab_rows: rows of the model's embedding; more rows than tokens is normal, fewer is refused.
-        cache_dir: where encoded files are kept.
+        vocab_rows: rows of the model's embedding matrix; more rows than tokens is normal, fewer is refused.
+        cache_dir: folder of encoded files.
 
     Raises: DataError.
     """
@@ -216,12 +216,12 @@ def encode_file(
                     _write(folder, reader, encoder, name, on_bad_row)
                     loaded, _ = _load(folder, name, base)
         except OSError as error:
-            raise DataError(f"{cache_dir}: cannot keep the encoded data here: {error.strerror or error}") from None
+            raise DataError(f"{cache_dir}: cannot store the encoded data here: {error.strerror or error}") from None
     if loaded is None:
         raise DataError(f"{folder}: the encoded data cannot be read back; is the disk full?")
     encoded, largest = loaded
     if wrong is not None:
-        note = f"the encoded data in {folder} was damaged ({wrong}) and has been made again"
+        note = f"the encoded data in {folder} was damaged ({wrong}) and was encoded again"
         encoded = replace(encoded, report=replace(encoded.report, notes=(*encoded.report.notes, note)))
     if vocab_rows is not None and largest >= vocab_rows:
         raise _no_vocab_row(encoded.pairs, vocab_rows, tokenizer)
@@ -234,8 +234,8 @@ def _no_vocab_row(pairs: Sequence[EncodedPair], rows: int, tokenizer: Any) -> Da
             if token >= rows:
                 text = tokenizer.convert_ids_to_tokens(token)
                 return DataError(
-                    f"{pair.where}: token {token} ('{text}') has no row in the model: the tokenizer has "
-                    f"{len(tokenizer):,} tokens, the model {rows:,} rows (use the model's own tokenizer)"
+                    f"{pair.where}: token {token} ('{text}') is outside the model's vocabulary: the tokenizer has "
+                    f"{len(tokenizer):,} tokens, the model's embedding {rows:,} rows (use the model's own tokenizer)"
                 )
     raise AssertionError("the largest id of the file is in none of its rows")
 
@@ -250,7 +250,7 @@ def _cache_key(content: str, tokenizer: Any, settings: list[Any]) -> str:
 
 
 def tokenizer_content(tokenizer: Any) -> str:
-    """A hash of all that decides which ids a text gets."""
+    """A hash of everything that determines the token ids of a text."""
     if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:
         model = json.loads(backend.to_str())
         # These two change with every call that pads or truncates; neither is used here.
@@ -263,9 +263,9 @@ def tokenizer_content(tokenizer: Any) -> str:
 
 
 def _load(folder: Path, name: str, base: str) -> tuple[tuple[Encoded, int] | None, str | None]:
-    """(what stands in a cache folder, None where it is missing or damaged; what is wrong with a damaged one).
+    """(content of a cache folder, None if missing or damaged; what is wrong with a damaged one).
 
-    All of it is hashed, at every start: a single other bit would be another token. Places are put behind `base`.
+    The content is hashed at every start, because one flipped bit would be another token. Places get the prefix `base`.
 
     Raises: Unreadable.
     """
@@ -294,7 +294,7 @@ def _load(folder: Path, name: str, base: str) -> tuple[tuple[Encoded, int] | Non
 
 
 def _write(folder: Path, reader: RowReader, encoder: Encoder, name: str, on_bad_row: OnBadRow) -> None:
-    """Makes a cache folder in one step: it is built beside its place and renamed. The caller holds the lock."""
+    """Create a cache folder atomically: it is built in a scratch folder and renamed. The caller holds the lock."""
     with storage.built_beside(folder, alone=True) as scratch:
         _build(scratch, reader, encoder, name, on_bad_row)
         storage.remove_ours(folder)  # a damaged one, or there is none
@@ -302,14 +302,14 @@ def _write(folder: Path, reader: RowReader, encoder: Encoder, name: str, on_bad_
 
 
 def _build(folder: Path, reader: RowReader, encoder: Encoder, name: str, on_bad_row: OnBadRow) -> None:
-    """Writes `rows.arrow` and `report.json`, a few thousand rows in memory at a time. Places are kept bare."""
+    """Write `rows.arrow` and `report.json` with a few thousand rows in memory. Places are stored without the base."""
     import pyarrow
 
     count: Counter[str] = Counter()
     bad = BadRows(EXAMPLES)
     base = reader.source.base
     noted: Counter[str] = Counter()
-    first: dict[str, str] = {}  # where each was noted first
+    first: dict[str, str] = {}  # place of the first example of each note
     lengths: dict[str, Counter[int]] = {
         side: Counter() for side in ("prompt", "chosen", *(["rejected"] if reader.need_rejected else []))
     }
@@ -357,7 +357,7 @@ def _build(folder: Path, reader: RowReader, encoder: Encoder, name: str, on_bad_
             masks = [record["chosen_mask"], record["rejected_mask"], sorted(pair.columns.items())]
             content.update(f"{ids}{masks}".encode())
             pending.append(record)
-            if len(pending) == 4096:
+            if len(pending) == _BATCH:
                 writer.write_batch(pyarrow.RecordBatch.from_pylist(pending, schema))
                 pending = []
         writer.write_batch(pyarrow.RecordBatch.from_pylist(pending, schema))
@@ -366,13 +366,12 @@ def _build(folder: Path, reader: RowReader, encoder: Encoder, name: str, on_bad_
 
     notes = [note for note in [pad_token(encoder.tokenizer)[1]] if note]
     if encoder.eos is None:
-        notes.append("the tokenizer has no EOS token, so nothing ends a completion")
+        notes.append("the tokenizer has no EOS token, so completions do not end with one")
     if count["cut"] > 0.01 * count["kept"]:
-        share = 100 * count["cut"] / count["kept"]
-        notes.append(
-            f"warning: {share:.1f}% of the pairs are cut; raise data.max_length, or choose what goes by data.overlong"
-        )
-    notes += [f"{note}: {number:,} rows, the first {_NAME}{first[note]}" for note, number in noted.most_common()]
+        percent = 100 * count["cut"] / count["kept"]
+        notes.append(f"warning: {percent:.1f}% of the pairs are truncated; raise data.max_length, or see data.overlong")
+    for note, number in noted.most_common():
+        notes.append(f"{note}: {number:,} example{'s' * (number != 1)}, the first {_NAME}{first[note]}")
     notes += reader.unread.notes(chat=bool(getattr(encoder.tokenizer, "chat_template", None)))
     report = DataReport(
         path="",
@@ -399,17 +398,17 @@ def _build(folder: Path, reader: RowReader, encoder: Encoder, name: str, on_bad_
 
 
 def _percentiles(counted: Mapping[int, int]) -> tuple[int, int, int, int]:
-    """p5, p50, p95 and the largest of numbers that were counted: values among them, nearest to the share."""
+    """p5, p50, p95 and max of a counted multiset, by the nearest rank."""
     values = sorted(counted)
-    behind = [*accumulate(counted[value] for value in values)]  # how many are at most as large
+    cumulative = [*accumulate(counted[value] for value in values)]  # cumulative counts
     p5, p50, p95, top = (
-        values[bisect_right(behind, round((behind[-1] - 1) * share))] for share in (0.05, 0.5, 0.95, 1)
+        values[bisect_right(cumulative, round((cumulative[-1] - 1) * quantile))] for quantile in (0.05, 0.5, 0.95, 1)
     )
     return p5, p50, p95, top
 
 
 def _repeated(seen: array[int]) -> int:
-    """How many of the numbers are there already; sorts them in place."""
+    """Number of repeated hashes; sorts them in place."""
     hashes = np.frombuffer(seen, np.uint64)
     hashes.sort()
     return sum(

@@ -1,7 +1,7 @@
-"""From `PairRow`s to token ids: boundary, BOS, EOS, truncation.
+"""Encode `PairRow`s as token ids: boundary of prompt and completion, BOS, EOS, truncation.
 
-Prompt and completion are tokenised together, so a token never differs from what the model would have seen. What every
-row must be is `structure`'s to say.
+Prompt and completion are tokenised together, so that training reads the tokens of the whole text. Which special tokens
+may be where is checked by `structure`.
 """
 
 from __future__ import annotations
@@ -21,38 +21,39 @@ from prefopt.storage import text_hash
 from prefopt.types import EncodedPair, PairRow
 
 Overlong = Literal["truncate_prompt", "drop", "truncate_completion"]
-TOO_LONG = "longer than data.max_length"  # the reason of rows that `overlong: drop` drops
+TOO_LONG = "longer than data.max_length"  # reason of examples that `overlong: drop` drops
 _BATCH = 512  # rows tokenised at a time
-_SLOW = 3  # rows that may take their template too long before it is given up
+_MOST_TIMEOUTS = 3  # template timeouts after which encoding stops
 
 
 @dataclass(frozen=True)
 class CutPair:
-    """An encoded pair and what truncation did to it. Lengths are those before it. `notes` are to be counted."""
+    """An encoded pair. `lengths` are those before truncation; the report counts `notes`."""
 
     pair: EncodedPair
     lengths: tuple[int, ...]  # prompt, chosen and, in pairs, rejected
     cut_prompt: bool
     cut_completion: bool
-    unterminated: int  # completions without EOS or an end-of-turn token
+    unterminated: int  # completions without EOS or end-of-turn token
     notes: tuple[str, ...] = ()
 
 
 class Encoder:
-    """Turns rows into token ids with one tokenizer.
+    """Encodes examples with one tokenizer.
 
     Args:
         tokenizer: one of transformers'.
-        max_length: the most tokens that prompt and completion may have together.
-        rendering: what the chat template is given.
-        overlong: of a longer row, whether the prompt's head goes first, the completion's tail, or all of it.
-        special_tokens: special tokens that the text of data may hold.
+        max_length: most tokens of prompt and completion together.
+        rendering: arguments of the chat template.
+        overlong: whether a longer example is left-truncated in the prompt first, right-truncated in the completion
+            first, or dropped.
+        special_tokens: special tokens that the text of data may contain.
 
     Raises: DataError when `max_length` leaves no room for a prompt token and a completion token, or for a chat template
         that does not come to an end.
     """
 
-    form = "completions"  # of the sequences that it makes
+    form = "completions"  # name of the kind of sequences; part of cache keys
     splits_text = False  # whether a text's completion may be tokenised alone, where it merges with its prompt
 
     def __init__(
@@ -66,7 +67,7 @@ class Encoder:
     ) -> None:
         if max_length < 2:
             raise DataError(
-                f"data.max_length: found {max_length}, expected at least 2: a prompt token and a scored one"
+                f"data.max_length: found {max_length}, expected at least 2: one prompt token and one completion token"
             )
         self.tokenizer, self.max_length, self.overlong = tokenizer, max_length, overlong
         self.rendering = rendering or Rendering()
@@ -76,9 +77,9 @@ class Encoder:
         self._slow = 0
 
     def rows(self, rows: Iterable[PairRow]) -> Iterator[CutPair | BadRow]:
-        """Each row encoded, or what is wrong with it, in order. Rows are tokenised a few hundred at a time.
+        """Each example encoded, or what is wrong with it, in order. A few hundred are tokenised at a time.
 
-        Raises: DataError when one row after the other takes the chat template too long.
+        Raises: DataError when the chat template times out repeatedly.
         """
         rows = iter(rows)
         while batch := list(islice(rows, _BATCH)):
@@ -101,8 +102,8 @@ class Encoder:
                     yield problem.at(row.where)
 
     def _prepare(self, row: PairRow) -> tuple[Any, list[str]]:
-        """(what `_finish` is to be told, the texts whose ids it is to be given)."""
-        if row.ids is not None:  # a row that carries its ids needs no text
+        """(what `_finish` needs, the texts whose ids it needs)."""
+        if row.ids is not None:  # sampled by a policy: encoded already
             return None, []
         self._check_texts(row)
         sides = [self._render(row, key, side) for key, side in _sides(row)]
@@ -119,8 +120,8 @@ class Encoder:
     ) -> list[int]:
         """The tokens of a prompt alone, as a policy reads them before it answers.
 
-        Args: args: the row's own arguments of the chat template. check: hold it to what training holds rows to.
-        Raises: RowProblem when the chat template refuses it, or nothing is left of it.
+        Args: args: the example's own arguments of the chat template. check: apply the checks of training data.
+        Raises: RowProblem when the chat template refuses it, or it has no tokens.
         """
         if check and not isinstance(prompt, str):
             self._check_text("prompt", texts_in([prompt, args]))
@@ -131,7 +132,7 @@ class Encoder:
         return ids
 
     def _with_bos(self, prompt: list[int]) -> list[int]:
-        """BOS exactly once, where this tokenizer adds one."""
+        """The prompt with BOS exactly once, if this tokenizer adds one."""
         if self.bos is not None:
             begin = next((i for i, token in enumerate(prompt) if token != self.bos), len(prompt))
             prompt = [self.bos, *prompt[begin:]]
@@ -140,18 +141,18 @@ class Encoder:
         return prompt
 
     def pair(self, row: PairRow) -> EncodedPair:
-        """One row encoded. Raises: DataError with the complaint when it is a bad row."""
+        """One example encoded. Raises: DataError with the error line of a bad one."""
         (encoded,) = self.rows([row])
         if isinstance(encoded, BadRow):
             raise DataError(encoded.message)
         return encoded.pair
 
-    # What a row may hold
+    # Checks of the text
 
     def _check_texts(self, row: PairRow) -> None:
-        """Raises: RowProblem where the data's own text holds what the tokenizer would read as a control token.
+        """Raises: RowProblem where the data's own text contains a special token of the tokenizer.
 
-        A text prompt may: it is written as the model reads it, turns and all.
+        A text prompt may contain them: it is written as the model reads it, including the markup of turns.
         """
         if not isinstance(row.prompt, str):
             self._check_text("prompt", texts_in([row.prompt, row.template_args]))
@@ -168,19 +169,21 @@ class Encoder:
             if token is None:
                 continue
             if self.structure.ends_with_terminator(token) and key != "prompt":
-                raise RowProblem("terminator inside", key, f"'{token}' inside a completion", "it at the end only")
+                found = f"'{token}' inside a completion"
+                raise RowProblem("EOS inside the completion", key, found, "it at the end only")
             raise RowProblem(
                 "special token in the text",
                 key,
                 f"'{token}' in the text, a special token of the tokenizer",
                 "text without special tokens",
-                f"{DROP}; or let it be read as that token: --data.special_tokens '{token}'",
+                f"{DROP}; or allow it: --data.special_tokens '{token}'",
             )
 
     def _check_slow(self, problem: RowProblem, where: str) -> None:
         self._slow += problem.reason == TOO_SLOW
-        if self._slow >= _SLOW:
-            raise DataError(f"{problem.at(where).message}; so did {self._slow - 1} rows before it")
+        if self._slow >= _MOST_TIMEOUTS:
+            message = problem.at(where).message
+            raise DataError(f"{message}; the chat template timed out for {self._slow - 1} examples before")
 
     def _checked(self, cut: CutPair) -> CutPair:
         side, found = self.structure.problem_of(cut.pair)
@@ -202,7 +205,7 @@ class Encoder:
         )
 
     def _tokenize(self, texts: list[str]) -> list[list[int]]:
-        """The ids of each text; one that stands there twice, as the prompt of both sides, is tokenised once."""
+        """The ids of each text; repeated texts, such as the prompt of both completions, are tokenised once."""
         if not texts:  # some tokenizers have no fast form and cannot take an empty list
             return []
         once = list(dict.fromkeys(texts))
@@ -219,18 +222,18 @@ class Encoder:
         keys = [key for key, _ in _sides(row)]
         encoded = [self._side(*args) for args in zip(keys, sides, parts, strict=True)]
         prompt = encoded[0][0]
-        assert all(other == prompt for other, _, _ in encoded), "one prompt text has given two lists of ids"
+        assert all(other == prompt for other, _, _ in encoded), "one prompt text was tokenised in two ways"
         prompt = self._with_bos(prompt)
         completions, masks = [ids for _, ids, _ in encoded], [mask for _, _, mask in encoded]
         whole = [self._ends(ids, side) for ids, side in zip(completions, sides, strict=True)]
         key = text_hash(sides[0].prompt)[:16]
         notes = tuple(dict.fromkeys(note for side in sides for note in side.notes))
         if self.structure.unknown is not None and any(self.structure.unknown in ids for ids in (prompt, *completions)):
-            notes = (*notes, "the tokenizer has no token for some of the text, and reads its unknown token there")
+            notes = (*notes, "the text contains characters that the tokenizer maps to its unknown token")
         return self._cut(row, key, prompt, completions, masks, whole, notes)
 
     def _sampled(self, row: PairRow, ids: tuple[list[int], ...]) -> CutPair:
-        """A row that carries its ids. A completion that was not ended stays so: nothing is added to it."""
+        """An example that a policy sampled, as token ids. A completion that was stopped by its limit gets no EOS."""
         prompt, *completions = ids
         masks = [[True] * len(side) for side in completions]
         whole = [side[-1] in self.terminators for side in completions]
@@ -246,14 +249,21 @@ class Encoder:
         whole: list[bool],
         notes: tuple[str, ...] = (),
     ) -> CutPair:
-        """At most `max_length` tokens of it. Args: key: of the prompt; whole: whether each completion is terminated."""
+        """Truncate to `max_length` tokens.
+
+        With P prompt tokens and C tokens of the longer completion, `truncate_prompt` leaves
+        max(max_length - C, 1) prompt tokens, then right-truncates completions to what remains.
+
+        Args: key: hash of the prompt; whole: whether each completion ends with EOS or an end-of-turn token.
+        """
         lengths = (len(prompt), *(len(ids) for ids in completions))
         self._check_length(len(prompt) + max(lengths[1:]))
-        # Both sides keep one prompt: the longer of them decides what is left for it.
+        # Both completions keep the same prompt, so the longer one determines its length.
         need = 1 if self.overlong == "truncate_completion" else max(lengths[1:])
         room = max(self.max_length - need, 1)
         cut_prompt = len(prompt) > room
         if cut_prompt:
+            # left-truncated, without losing BOS
             prompt = prompt[:1] + prompt[len(prompt) - room + 1 :] if self.bos is not None else prompt[-room:]
         left = self.max_length - len(prompt)
         cut = [len(ids) > left for ids in completions]
@@ -271,7 +281,7 @@ class Encoder:
         )
         ended = sum(end and not short for end, short in zip(whole, cut, strict=True))
         if cut_prompt and len(prompt) == 1:
-            notes = (*notes, "the prompt is cut to one token, since a completion fills data.max_length")
+            notes = (*notes, "the prompt is truncated to one token because a completion fills data.max_length")
         return CutPair(pair, lengths, cut_prompt, any(cut), len(completions) - ended, notes)
 
     def _check_length(self, length: int) -> None:
@@ -282,7 +292,7 @@ class Encoder:
         return side.terminated or (self.eos is not None and ids[-1] == self.eos)
 
     def _side(self, key: str, side: Rendered, parts: list[list[int]]) -> tuple[list[int], list[int], list[bool]]:
-        """(prompt ids, completion ids, mask): `parts` are the ids of the texts that `_texts` names."""
+        """(prompt ids, completion ids, mask). Args: parts: ids of the texts that `_texts` lists."""
         ids, marks = parts[-1], [len(part) for part in parts]
         if any(ids[: len(part)] != part for part in parts[:-1]):
             ids, marks = self._apart(key, side, parts)
@@ -298,16 +308,16 @@ class Encoder:
         return ids[:boundary], completion, mask
 
     def _apart(self, key: str, side: Rendered, parts: list[list[int]]) -> tuple[list[int], list[int]]:
-        """(ids, where each part ends) where a token would span a boundary: each stretch is tokenised alone.
+        """(ids, end of each part) where a token would span a boundary: each part is tokenised alone, as at inference.
 
-        So it is at inference, where a policy reads the prompt's tokens and answers with others. In text the writer
-        chooses where the white space stands, and has chosen the place that no policy can answer from.
+        Only for chat, where the template sets the boundary. In text the author sets it, and a boundary inside a token
+        is one that no policy can generate from.
         """
         spans = RowProblem(
-            "token over the boundary",
+            "token spans the boundary",
             key,
-            "its first characters merge with the end of the prompt into one token",
-            "a prompt that is a token prefix of the whole",
+            "its first characters and the end of the prompt are one token",
+            "prompt tokens that are a prefix of the tokens of prompt and completion",
             "move white space from the end of the prompt to the beginning of the completions",
         )
         if not side.chat and not self.splits_text:
@@ -315,7 +325,7 @@ class Encoder:
         ids, marks = list(parts[0]), [len(parts[0])]
         ends = [mark for span in side.spans for mark in span]
         for (begin, end), whole in zip(pairwise(ends), parts[1:], strict=True):
-            # Some tokenizers put a space before whatever they are given: then it is given something before it.
+            # Some tokenizers prepend a space to every text; a lead of known tokens absorbs it.
             for lead in ("", "\n", "a", "."):
                 first, both = self._tokenize([lead, lead + side.text[begin:end]])
                 joined = [*ids, *both[len(first) :]]
@@ -334,19 +344,19 @@ def _misplaced(key: str, found: str) -> RowProblem:
 
 
 def _sides(row: PairRow) -> list[tuple[str, str | Messages]]:
-    assert row.chosen is not None, "a row without any completion has nothing to score"
+    assert row.chosen is not None, "an example without a completion has no loss tokens"
     return [("chosen", row.chosen)] + ([("rejected", row.rejected)] if row.rejected is not None else [])
 
 
 def _texts(side: Rendered) -> list[str]:
-    """The beginnings whose ends are the boundaries of spans: the prompt first, the whole last."""
+    """The text up to each boundary of a span: the prompt first, the whole text last."""
     return [side.text[:mark] for span in side.spans for mark in span]
 
 
 def pad_token(tokenizer: Any, vocab_rows: int | None = None) -> tuple[int, str | None]:
-    """(the id to pad with, a sentence to say once where it is not the tokenizer's own).
+    """(id of the padding token, a note if it is not the tokenizer's own).
 
-    Args: vocab_rows: rows of the model's embedding, in which what pads needs one; it is masked whatever it is.
+    Args: vocab_rows: rows of the model's embedding matrix; the id must be one of them although padding is masked.
     Raises: DataError when the tokenizer has neither a pad token nor EOS.
     """
     if tokenizer.pad_token_id is not None and (vocab_rows is None or tokenizer.pad_token_id < vocab_rows):
@@ -355,5 +365,5 @@ def pad_token(tokenizer: Any, vocab_rows: int | None = None) -> tuple[int, str |
         raise DataError("the tokenizer has neither a pad token nor an EOS token, expected one of them")
     why = "the tokenizer has no pad token"
     if tokenizer.pad_token_id is not None:
-        why = f"the pad token '{tokenizer.pad_token}' ({tokenizer.pad_token_id}) has no row in the model"
-    return tokenizer.eos_token_id, f"{why}; EOS '{tokenizer.eos_token}' pads instead"
+        why = f"the pad token '{tokenizer.pad_token}' ({tokenizer.pad_token_id}) is outside the model's vocabulary"
+    return tokenizer.eos_token_id, f"{why}; EOS '{tokenizer.eos_token}' is used for padding"

@@ -1,4 +1,4 @@
-"""What a data file turned out to be, in words: the table before training, and a batch decoded with its masks."""
+"""The report of a data file that is printed before training, and a batch decoded with its masks."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from prefopt.data.layouts import positions_of
 from prefopt.redaction import escaped
 from prefopt.types import PairBatch
 
-EXAMPLES = 3  # rows named for each reason
+EXAMPLES = 3  # places listed for each reason
 
 
 @dataclass(frozen=True)
 class DataReport:
-    """Counts of one file. Lengths are in tokens and before truncation, so that `max_length` can be judged by them.
+    """Counts of one file. Lengths are in tokens and before truncation, as a basis for choosing `max_length`.
 
     Args:
-        path: the file, as it was named.
+        path: the file, as given.
         max_length: tokens per sequence, prompt and completion.
-        formats: rows of each format.
-        read, kept: rows.
-        dropped: rows dropped, by reason.
-        examples: `file:line` of the first rows dropped for each reason.
+        formats: number of examples of each format.
+        read, kept: number of examples.
+        dropped: number of dropped examples, by reason.
+        examples: `file:line` of the first examples dropped for each reason.
         lengths: p5, p50, p95 and max for prompt, chosen and, in pairs, rejected.
-        cut_prompts: pairs whose prompt lost its head.
-        cut_completions: pairs of which a completion lost its tail.
-        unterminated: completions without a terminator, of `completions`.
+        cut_prompts: pairs whose prompt was left-truncated.
+        cut_completions: pairs with a right-truncated completion.
+        unterminated: completions without EOS or an end-of-turn token, of `completions`.
         duplicates: pairs that repeat an earlier one.
-        identical: pairs whose two sides are the same tokens, after truncation.
-        notes: what else there is to say, one sentence each.
+        identical: pairs whose two completions are the same tokens, after truncation.
+        notes: further remarks, one sentence each.
     """
 
     path: str
@@ -53,9 +53,9 @@ class DataReport:
     def lines(self) -> list[str]:
         """The report as lines of text."""
         dropped = self.read - self.kept
-        out = [f"data {self.path}: {self.read:,} rows read, {self.kept:,} kept, {dropped:,} dropped"]
+        out = [f"data {self.path}: {self.read:,} examples read, {self.kept:,} kept, {dropped:,} dropped"]
         many = len(self.formats) > 1
-        formats = (name + (f" ({count:,} rows)" if many else "") for name, count in self.formats.items())
+        formats = (name + (f" ({count:,} examples)" if many else "") for name, count in self.formats.items())
         out.append(f"  format      {'; '.join(formats)}")
         for reason, count in sorted(self.dropped.items(), key=lambda item: -item[1]):
             shown = ", ".join(place.rsplit("/", 1)[-1] for place in self.examples.get(reason, ()))
@@ -63,11 +63,16 @@ class DataReport:
         out.append(f"  {'tokens':<10}{'p5':>8}{'p50':>8}{'p95':>8}{'max':>8}")
         for name, values in self.lengths.items():
             out.append(f"  {name:<10}{''.join(f'{value:>8,}' for value in values)}")
-        cut = [f"{n:,} ({100 * n / max(self.kept, 1):.1f}%)" for n in (self.cut_prompts, self.cut_completions)]
-        out.append(f"  cut to {self.max_length:,} tokens: {cut[0]} prompts at the head, {cut[1]} rows at the tail")
+        of_kept = [f"{n:,} ({100 * n / max(self.kept, 1):.1f}%)" for n in (self.cut_prompts, self.cut_completions)]
         out.append(
-            f"  completions without terminator: {self.unterminated:,} of {self.completions:,}; "
-            f"duplicate rows: {self.duplicates:,}"
+            f"  truncated   to {self.max_length:,} tokens: {of_kept[0]} with a left-truncated prompt, "
+            f"{of_kept[1]} with a right-truncated completion"
+        )
+        out.append(
+            f"  unfinished  {self.unterminated:,} of {self.completions:,} completions have no EOS or end-of-turn token"
+        )
+        out.append(
+            f"  duplicates  {self.duplicates:,}"
             + (f"; chosen == rejected: {self.identical:,}" if "rejected" in self.lengths else "")
         )
         return out + [f"  note        {note}" for note in self.notes]

@@ -1,4 +1,4 @@
-"""Which pairs make up which step. The order is a function of (seed, epoch) alone, so a position is one number."""
+"""The pairs of each step. The order is a function of (seed, epoch) alone, so a position in it is one number."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ from prefopt.errors import DataError
 from prefopt.storage import running_hash
 from prefopt.types import EncodedPair
 
-POOL = 50  # steps whose pairs are sorted together: more save little padding, and leave fewer ways to fall into batches
-Shares = Sequence[tuple[float, Sequence[EncodedPair]]]  # sets of pairs, and what share of an epoch's pairs each has
+POOL = 50  # steps whose pairs are sorted together; a larger pool saves little padding and makes batches less random
+Shares = Sequence[tuple[float, Sequence[EncodedPair]]]  # (fraction of an epoch's pairs, pairs) of each set
 
 
 def padded_length(pair: EncodedPair) -> int:
-    """Tokens that each row of a pair takes up in the padded layout: the prompt and the longer completion."""
+    """Row length of a pair in the padded layout: prompt and longer completion."""
     return len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids or ()))
 
 
 class Batches(Protocol):
-    """What the loop trains on: the pairs of each optimizer step, whatever the number of processes."""
+    """The pairs of each optimizer step, independent of the world size."""
 
     @property
     def steps_per_epoch(self) -> int | None:
-        """Of the first epoch, where others may have some more or less; None for an endless stream."""
+        """Steps of the first epoch; others may differ by a few. None for an endless stream."""
 
     def steps(self, epochs: float) -> int:
-        """Optimizer steps of so many epochs from the start, rounded up. Not for an endless stream."""
+        """Optimizer steps of the first `epochs` epochs, rounded up. Not for an endless stream."""
 
     def epochs(self, steps: int) -> float:
-        """How many epochs so many steps from the start are. Not for an endless stream."""
+        """Epochs of the first `steps` steps. Not for an endless stream."""
 
     @property
     def fingerprint(self) -> str:
@@ -46,23 +46,23 @@ class Batches(Protocol):
 
     @property
     def order_hash(self) -> str:
-        """A hash of which pairs make up which step; recorded in the run card, and the same when a run is continued."""
+        """A hash of which pairs make up which step; recorded in the run card, and the same when a run is resumed."""
 
     @property
     def grouped(self) -> Shares | None:
-        """All pairs, where those of a batch are of like length and so no random sample of all; None where they are."""
+        """All pairs, if batches are grouped by length and therefore no random samples of them; else None."""
 
     def counted_pairs(self, step: int) -> float:
-        """By how many pairs a grouped step is divided, so that every pair has the same weight. Of grouped ones only."""
+        """Number of pairs that a grouped step is divided by, so that all pairs have the same weight."""
 
     def global_batch(self, step: int) -> list[EncodedPair]:
         """The pairs of optimizer step `step`, counted from 0 over the whole run."""
 
 
 class Converted:
-    """Batches whose pairs are each turned into another one, such as one that reads the same in another form.
+    """Batches whose pairs are converted to another form.
 
-    Args: batches: an endless stream, or of a fixed set. convert: a pair's other form. form: its name.
+    Args: convert: from a pair to its other form. form: the name of that form.
     """
 
     def __init__(self, batches: Batches, convert: Callable[[EncodedPair], EncodedPair], form: str) -> None:
@@ -71,7 +71,7 @@ class Converted:
         self.fingerprint, self.order_hash = f"{batches.fingerprint}-{form}", batches.order_hash
         self.counted_pairs = batches.counted_pairs
         shares = batches.grouped
-        self.grouped = None if shares is None else [(share, ConvertedPairs(pairs, convert)) for share, pairs in shares]
+        self.grouped = None if shares is None else [(part, ConvertedPairs(pairs, convert)) for part, pairs in shares]
 
     def global_batch(self, step: int) -> list[EncodedPair]:
         return [self.convert(pair) for pair in self.batches.global_batch(step)]
@@ -80,17 +80,17 @@ class Converted:
 class FileBatches:
     """A fixed set of pairs, shuffled anew in each epoch; one batch of an epoch may be smaller, no pair is dropped.
 
-    Nothing is held but a few numbers per pair: lengths where they are needed, and the order of one epoch.
+    Only a few numbers per pair are in memory: lengths where they are needed, and the order of one epoch.
 
     Args:
-        pairs: the encoded rows.
-        global_batch: pairs per optimizer step, over all processes.
+        pairs: the encoded pairs.
+        global_batch: pairs per optimizer step, over all ranks.
         seed: of the shuffling.
         fingerprint: content hash of `pairs`.
-        group_by_length: whether the pairs of a batch are of like length.
-        tokens_per_batch: tokens that a step may have, see `pairs.fed_tokens`; it takes the place of `global_batch`. A
-            step then takes pairs in their order for as long as there is room, so epochs differ in steps.
-        mixture: what an epoch takes of which source; None: each pair once.
+        group_by_length: whether the pairs of a batch have similar lengths.
+        tokens_per_batch: most tokens per step, see `pairs.fed_tokens`; it replaces `global_batch`. A step then takes
+            pairs in their order while they fit, so epochs differ in steps.
+        mixture: pairs per epoch of each source; None: each pair once.
 
     Raises: DataError when a pair alone has more tokens than a step may have.
     """
@@ -116,16 +116,16 @@ class FileBatches:
         self._plan: tuple[int, np.ndarray, np.ndarray] = (-1, np.empty(0), np.empty(0))
 
     def described(self) -> str:
-        """What the steps of a token budget are, in one line."""
+        """Steps of a token budget, in one line."""
         rows, edges = self.plan(0)
         pairs = np.diff(edges)
         tokens = np.add.reduceat(self._tokens[rows], edges[:-1]) if self._tokens is not None else pairs
         return (
-            f"steps of up to {self.budget:,} tokens: {len(pairs):,} in the first epoch, of {pairs.min():,} to "
-            f"{pairs.max():,} pairs, {tokens.mean() / (self.budget or 1):.1%} full"
+            f"steps of up to {self.budget:,} tokens: {len(pairs):,} in the first epoch, with {pairs.min():,} to "
+            f"{pairs.max():,} pairs each, on average {tokens.mean() / (self.budget or 1):.1%} full"
         )
 
-    # How long it is.
+    # Number of steps
 
     @property
     def steps_per_epoch(self) -> int:
@@ -145,7 +145,7 @@ class FileBatches:
         return epoch + position / (self._first_step(epoch + 1) - self._first_step(epoch))
 
     def _first_step(self, epoch: int) -> int:
-        """The number of the first step of an epoch."""
+        """Index of the first step of an epoch."""
         if self.budget is None:
             return epoch * -(-len(self.pairs) // self.size)
         while len(self._firsts) <= epoch:
@@ -162,11 +162,11 @@ class FileBatches:
         epoch = bisect_right(self._firsts, step) - 1
         return epoch, step - self._firsts[epoch]
 
-    # Which pairs.
+    # Pairs of a step
 
     @property
     def order_hash(self) -> str:
-        """Of the first epoch; the later ones follow from the same seed."""
+        """Hash of the first epoch's order; the later ones follow from the same seed."""
         digest, (rows, edges) = running_hash(), self.plan(0)
         for position, (begin, end) in enumerate(pairwise(edges.tolist())):
             digest.update((", " if position else "[").encode() + json.dumps(rows[begin:end].tolist()).encode())
@@ -174,12 +174,12 @@ class FileBatches:
         return digest.hexdigest()
 
     def order(self, epoch: int) -> list[list[int]]:
-        """The numbers of the pairs of each step of an epoch."""
+        """Indices of the pairs of each step of an epoch."""
         rows, edges = self.plan(epoch)
         return [rows[begin:end].tolist() for begin, end in pairwise(edges.tolist())]
 
     def plan(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """(the numbers of the pairs of an epoch in their order, (n,) int32; where each step begins, and the end).
+        """(indices of the pairs of an epoch in their order, (n,) int32; the first of each step, and the end).
 
         Grouped by length: pools of `POOL` steps are drawn at random, sorted and cut into batches, and the batches are
         shuffled. Which pairs make up the smaller batch is drawn before any length is looked at: its pairs weigh more
@@ -210,7 +210,7 @@ class FileBatches:
         return rows, np.concatenate(([0], np.diff(ends)[steps].cumsum()))
 
     def _cut(self, rows: np.ndarray) -> np.ndarray:
-        """Where the steps begin that take these pairs in this order, and the end."""
+        """The first of these pairs of each step, and the end."""
         if self.budget is None or self._tokens is None:
             return np.append(np.arange(0, len(rows), self.size), len(rows))
         ends = self._tokens[rows].cumsum(dtype=np.int64)
@@ -231,7 +231,7 @@ class FileBatches:
     def counted_pairs(self, step: int) -> float:
         epoch, position = self._place(step)
         rows, edges = self.plan(epoch)
-        if self.budget is not None:  # as many as a step has on average, since one of short pairs has more of them
+        if self.budget is not None:  # the average, since a step of short pairs has more of them
             return len(rows) / (len(edges) - 1)
         return int(edges[position + 1] - edges[position])
 

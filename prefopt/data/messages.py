@@ -1,4 +1,4 @@
-"""What a chat message is in a data file, and how dialogues become messages. Knows no row, no template, no tokenizer.
+"""Chat messages of a data file, and the conversion of dialogues to messages. No templates, no tokenizer.
 
 Messages are `{"role": ..., "content": ...}` or ShareGPT's `{"from": ..., "value": ...}`. What else a message has goes
 on to the chat template as it is.
@@ -28,12 +28,12 @@ def is_turn(value: object) -> bool:
 
 
 def read_messages(value: list[Any], name: str) -> Messages:
-    """Messages of a data file as the chat template is given them.
+    """Messages of a data file as they are passed to the chat template.
 
-    Text-only content parts are joined, `tool_calls` that are a JSON string are decoded, ones that are empty are left
-    out, and so is what JSON has no words for. Content may be None where there are tool calls.
+    Text-only content parts are joined, `tool_calls` that are a JSON string are decoded, empty ones are removed, and so
+    are values that JSON cannot represent. Content may be None where there are tool calls.
 
-    Args: name: of the value, for complaints.
+    Args: name: of the value, for error lines.
     Raises: RowProblem.
     """
     return [_message(message, f"{name}[{i}]") for i, message in enumerate(value)]
@@ -52,7 +52,7 @@ def _message(message: object, name: str) -> dict[str, Any]:
             value = _content(value, f"{name}.content")
         else:
             value = plain(value, f"{name}.{key}")
-        if value is not None:  # tables fill the keys that a message lacks with null
+        if value is not None:  # tables store missing keys as null
             out[key] = value
     if "tool_calls" in out:
         out.setdefault("content", None)
@@ -79,7 +79,7 @@ def _others(message: Mapping[str, Any], *known: str) -> dict[str, Any]:
 
 
 def _content(value: object, name: str) -> str | None:
-    """Content as text: a string, or parts of which each is text."""
+    """Content as text: a string, or a list of text parts."""
     if value is None:
         return None
     if isinstance(value, str):
@@ -92,7 +92,7 @@ def _content(value: object, name: str) -> str | None:
         what = part.get("type", "text") if isinstance(part, dict) else None
         text = part.get("text") if isinstance(part, dict) else part
         if isinstance(what, str) and what not in ("text", "input_text", "output_text"):
-            raise RowProblem("content is not text", f"{name}[{i}]", f"a part of type '{what}'", "text parts alone")
+            raise RowProblem("content is not text", f"{name}[{i}]", f"a part of type '{what}'", "text parts only")
         if not isinstance(text, str):
             found = f"found {kind(text)}" + (" for its text" if isinstance(part, dict) else "")
             raise RowProblem("bad message", f"{name}[{i}]", found, "a text part")
@@ -127,9 +127,9 @@ def _call(call: dict[str, Any]) -> dict[str, Any]:
 
 
 def decoded(text: str, name: str, what: str) -> Any:
-    """A value that stands in a data file as JSON text; None where the text is empty.
+    """Decode a value that is stored as JSON text; None where the text is empty.
 
-    Raises: RowProblem where it is no JSON.
+    Raises: RowProblem where it is not JSON.
     """
     if not text.strip():
         return None
@@ -142,9 +142,9 @@ def decoded(text: str, name: str, what: str) -> Any:
 
 
 def dialogue_turns(text: str, name: str) -> Messages:
-    """The turns of an HH dialogue, by its `\\n\\nHuman:` and `\\n\\nAssistant:`; white space around one is not of it.
+    """The turns of an HH dialogue, by its `\\n\\nHuman:` and `\\n\\nAssistant:`; white space around a turn is removed.
 
-    Raises: RowProblem where text stands before the first turn.
+    Raises: RowProblem where there is text before the first turn.
     """
     marks = [*_MARK.finditer(text)]
     if not marks or text[: marks[0].start()].strip():
@@ -158,7 +158,7 @@ def dialogue_turns(text: str, name: str) -> Messages:
 
 
 def is_dialogue_prompt(text: str) -> bool:
-    """Whether a text is an HH dialogue up to the assistant's turn that is asked for."""
+    """Whether a text is an HH dialogue that ends with the header of an assistant turn."""
     return text.endswith(HH_TURN) and any(mark[1] == "Human" for mark in _MARK.finditer(text))
 
 

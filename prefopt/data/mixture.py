@@ -1,4 +1,4 @@
-"""Several sources with weights: how many pairs of each an epoch takes, and which."""
+"""Weighted sources: how many pairs of each source an epoch takes, and which."""
 
 from __future__ import annotations
 
@@ -15,15 +15,14 @@ from prefopt.types import EncodedPair
 
 
 class Mixture:
-    """Draws the pairs of each epoch from several sources, as many of each as its weight says.
+    """Draws the pairs of each epoch from several sources, in proportion to their weights.
 
-    An epoch has as many pairs as all sources together. Each source is gone through in passes, every pass shuffled anew,
-    and an epoch goes on where the one before it has stopped: none of its pairs is drawn once more before all others
-    were drawn as often. So a source whose share exceeds its size is repeated in whole passes and a random remainder.
+    An epoch has as many pairs as all sources together. Each source is read in passes, each shuffled anew, and an epoch
+    resumes where the one before it stopped: no pair is drawn again before all others of its source were drawn as often.
 
     Args:
-        bounds: the numbers of the first pair of each source, and of all pairs; no source is empty.
-        weights: of each source, finite and above 0; only their ratios count.
+        bounds: index of the first pair of each source, and the number of all pairs; no source is empty.
+        weights: of each source, finite and above 0; only their ratios matter.
         seed: of the shuffling.
     """
 
@@ -39,7 +38,7 @@ class Mixture:
         return [end - begin for begin, end in zip(self.bounds, self.bounds[1:], strict=False)]
 
     def rows(self, epoch: int) -> torch.Tensor:
-        """The numbers of the pairs of an epoch, source by source, (n,) int32: a function of (seed, epoch) alone."""
+        """Indices of the pairs of an epoch, source by source, (n,) int32: a function of (seed, epoch) alone."""
         parts = []
         for source, (first, size, draws) in enumerate(zip(self.bounds, self.sizes, self.draws, strict=False)):
             begin, end = epoch * draws, (epoch + 1) * draws
@@ -49,17 +48,18 @@ class Mixture:
         return torch.cat(parts)
 
     def shares(self, pairs: Sequence[EncodedPair]) -> list[tuple[float, Sequence[EncodedPair]]]:
-        """The pairs of each source, and what share of an epoch's pairs it has."""
+        """(fraction of an epoch's pairs, pairs) of each source."""
         ranges = zip(self.bounds, self.bounds[1:], self.draws, strict=False)
         return [
             (draws / len(self), Subset(pairs, np.arange(begin, end, dtype=np.int32))) for begin, end, draws in ranges
         ]
 
     def lines(self, names: Iterable[str]) -> list[str]:
-        """What an epoch takes of each source, one line each."""
-        out = [f"an epoch takes {len(self):,} pairs by weight:"]
+        """Lines of the report: pairs per epoch of each source."""
+        out = [f"pairs per epoch, by data.weights: {len(self):,}"]
         for name, draws, size in zip(names, self.draws, self.sizes, strict=True):
-            out.append(f"  {name}: {draws:,} ({draws / len(self):.1%}), each of its {size:,} {draws / size:.3g} times")
+            times = f"each of its {size:,} is drawn {draws / size:.3g} times"
+            out.append(f"  {name}: {draws:,} ({draws / len(self):.1%}), {times}")
         return out
 
     def _pass(self, source: int, turn: int, size: int) -> torch.Tensor:
@@ -68,14 +68,14 @@ class Mixture:
 
 
 def apportion(total: int, weights: Sequence[float]) -> list[int]:
-    """`total` shared out in whole numbers by weight; what is left over goes to the largest remainders, first to first.
+    """Partition `total` into integers in proportion to `weights`, by the largest-remainder method (ties: the first).
 
     Args: weights: finite, not negative, not all 0.
     """
     largest = max(weights)
     scaled = [weight / largest for weight in weights]  # so that their sum is finite
     exact = [total * weight / math.fsum(scaled) for weight in scaled]
-    whole = [math.floor(share) for share in exact]
+    whole = [math.floor(value) for value in exact]
     order = sorted(range(len(exact)), key=lambda i: (whole[i] - exact[i], i))
     for i in order[: total - sum(whole)]:
         whole[i] += 1
@@ -83,10 +83,10 @@ def apportion(total: int, weights: Sequence[float]) -> list[int]:
 
 
 def mixture_of(pairs: Sequence[EncodedPair], weights: Mapping[str, float], seed: int) -> Mixture:
-    """The mixture of what is left of several sources.
+    """The mixture of several sources, of which some pairs may be held out.
 
-    Args: pairs: of all sources, one after the other, or some of them; weights: of each source, above 0, in that order.
-    Raises: DataError when nothing is left of a source.
+    Args: pairs: of all sources, concatenated, or a subset of them; weights: of each source, above 0, in that order.
+    Raises: DataError when all pairs of a source are held out.
     """
     whole = pairs.pairs if isinstance(pairs, Subset) else pairs
     bounds = whole.bounds if isinstance(whole, Concatenated) else [0, len(whole)]
@@ -95,7 +95,7 @@ def mixture_of(pairs: Sequence[EncodedPair], weights: Mapping[str, float], seed:
     for name, begin, end in zip(weights, bounds, bounds[1:], strict=False):
         if begin == end:
             raise DataError(
-                f"data.weights: nothing is left of {name} to train on, all its prompts are held out (--data.eval FILE, "
+                f"data.weights: all prompts of {name} are held out, so it has no training pairs (use --data.eval FILE, "
                 "a smaller data.eval_fraction, or weight 0)"
             )
     return Mixture(bounds, list(weights.values()), seed)

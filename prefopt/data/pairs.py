@@ -1,6 +1,6 @@
-"""Views of encoded pairs: some of them, several sets as one. What a plan needs is read as arrays, never row by row.
+"""Views of encoded pairs: subsets, and concatenations. Lengths and keys are read as arrays, not pair by pair.
 
-A view knows its rows by their numbers and holds none of them, so a million pairs in a mapped file stay there.
+A view holds indices and no pairs, so a million pairs stay in the mapped file.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import numpy as np
 from prefopt.storage import text_hash
 from prefopt.types import EncodedPair
 
-BLOCK = 1 << 16  # rows whose facts are held at once
+BLOCK = 1 << 16  # pairs whose metadata is in memory at once
 
 
 def _key(pair: EncodedPair) -> int:
-    """Pairs that do not come from a file are keyed by the prompt's ids, or by the key that they have."""
+    """The key of the prompt; pairs that do not come from a file are keyed by the prompt's ids."""
     key = pair.prompt_key or text_hash(str(pair.prompt_ids))[:16]
     return int(key, 16)
 
@@ -36,10 +36,10 @@ _FACTS: dict[str, Callable[[EncodedPair], int]] = {
 
 
 def facts(pairs: Sequence[EncodedPair], name: str, begin: int, end: int) -> np.ndarray:
-    """One number of each of the pairs `begin` to `end`, without their tokens where the set can tell.
+    """One number of each of the pairs `begin` to `end`; a mapped set reads it without reading tokens.
 
-    Args: name: `prompt`, `chosen` or `rejected`: tokens; `chosen_scored`, `rejected_scored`: scored tokens;
-        `prompt_key` or `raw_prompt_key`; or `column.NAME`. What there is none of is 0.
+    Args: name: `prompt`, `chosen` or `rejected`: number of tokens; `chosen_scored`, `rejected_scored`: number of loss
+        tokens; `prompt_key` or `raw_prompt_key`; or `column.NAME`. 0 where a pair has no rejected completion.
     Returns: (end - begin,) int64, uint64 for keys, float64 for columns.
     """
     if hasattr(pairs, "facts"):
@@ -52,7 +52,7 @@ def facts(pairs: Sequence[EncodedPair], name: str, begin: int, end: int) -> np.n
 
 
 def blocks(pairs: Sequence[EncodedPair]) -> Iterator[tuple[int, int]]:
-    """(begin, end) of stretches of the pairs that are small enough to hold their facts."""
+    """(begin, end) of blocks of pairs that are small enough to hold their metadata."""
     return ((begin, min(begin + BLOCK, len(pairs))) for begin in range(0, len(pairs), BLOCK))
 
 
@@ -74,9 +74,9 @@ def padded_lengths(pairs: Sequence[EncodedPair]) -> np.ndarray:
 
 
 def fed_tokens(pairs: Sequence[EncodedPair]) -> np.ndarray:
-    """Tokens of each pair's sequences: the prompt with either completion, or with the chosen one alone. (n,) int32.
+    """Input tokens of each pair: the prompt with either completion, or with the chosen one alone. (n,) int32.
 
-    A prompt counts for each of them, also where a layout lets the two share it.
+    A prompt counts once per completion, also in layouts in which the two share it.
     """
 
     def of(begin: int, end: int) -> np.ndarray:
@@ -87,7 +87,7 @@ def fed_tokens(pairs: Sequence[EncodedPair]) -> np.ndarray:
 
 
 class PairView(Sequence[EncodedPair]):
-    """What the sequences of this module have in common. A slice of one is a list."""
+    """Base of the sequences of this module. A slice is a list."""
 
     def _at(self, i: int) -> EncodedPair:
         raise NotImplementedError
@@ -105,9 +105,9 @@ class PairView(Sequence[EncodedPair]):
 
 
 class Subset(PairView):
-    """Some of the pairs of a sequence, in its order.
+    """A subset of the pairs of a sequence, in its order.
 
-    Args: rows: (n,) their numbers, ascending.
+    Args: rows: (n,) their indices, ascending.
     """
 
     def __init__(self, pairs: Sequence[EncodedPair], rows: np.ndarray) -> None:
@@ -124,7 +124,7 @@ class Subset(PairView):
         rows = self.rows[begin:end]
         first, last = (int(rows[0]), int(rows[-1]) + 1) if len(rows) else (0, 0)
         parts = [np.empty(0, np.int64)]
-        for start in range(first, last, BLOCK):  # the rows between them are read too, but never all at once
+        for start in range(first, last, BLOCK):  # in blocks, since the pairs between them are read too
             stop = min(start + BLOCK, last)
             mine = rows[np.searchsorted(rows, start) : np.searchsorted(rows, stop)]
             if len(mine):
@@ -133,7 +133,7 @@ class Subset(PairView):
 
 
 class Concatenated(PairView):
-    """Several sequences of pairs, one after the other. `bounds` are the numbers at which each begins, and the end."""
+    """Several sequences of pairs, concatenated. `bounds` are the indices at which each begins, and the end."""
 
     def __init__(self, parts: Sequence[Sequence[EncodedPair]]) -> None:
         self.parts = tuple(parts)
@@ -157,7 +157,7 @@ class Concatenated(PairView):
 
 
 class ConvertedPairs(PairView):
-    """Pairs that are each turned into another one when they are read."""
+    """Pairs that are converted when they are read."""
 
     def __init__(self, pairs: Sequence[EncodedPair], convert: Callable[[EncodedPair], EncodedPair]) -> None:
         self.pairs, self.convert = pairs, convert

@@ -1,4 +1,4 @@
-"""Encoded pairs for a person's eyes: which tokens are prompt, which are scored, which are special. Terminal or page."""
+"""Preview of encoded pairs, in a terminal or as an HTML page: prompt, loss tokens, special tokens."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from prefopt.types import EncodedPair
 Kind = Literal["prompt", "scored", "unscored"]
 _KINDS: dict[str, str] = {
     "prompt": "prompt",
-    "scored": "completion, scored by the loss",
-    "unscored": "completion, not scored",
+    "scored": "completion, read by the loss",
+    "unscored": "completion, masked",
 }
-_MOST_IDS = 8  # tokens of one piece: a character has 4 bytes, and bytes that make none could go on for ever
+_MOST_IDS = 8  # tokens of one piece: a character has at most 4 bytes, but invalid bytes could continue without end
 
 
 @dataclass(frozen=True)
 class Piece:
-    """The text of a token, or of the few tokens that make up a character between them.
+    """The text of one token, or of several tokens that form one character.
 
-    Args: ids: the tokens; position: of the first one in its sequence; special: whether the tokenizer calls it so.
+    Args: ids: the tokens; position: of the first one in its sequence; special: whether it is a special token.
     """
 
     text: str
@@ -36,8 +36,8 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Shown:
-    """A pair as pieces; `rejected` is empty where there is none."""
+class PreviewedPair:
+    """A pair as pieces of text; `rejected` is empty where there is none."""
 
     where: str
     prompt: list[Piece]
@@ -50,8 +50,8 @@ class Shown:
         return [(name, side) for name, side in (("chosen", self.chosen), ("rejected", self.rejected)) if side]
 
 
-def shown(pair: EncodedPair, tokenizer: Any) -> Shown:
-    """A pair as the text of its tokens."""
+def preview_pair(pair: EncodedPair, tokenizer: Any) -> PreviewedPair:
+    """Decode a pair token by token."""
     special = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
     special |= {*tokenizer.all_special_ids}
     first = len(pair.prompt_ids)
@@ -60,7 +60,7 @@ def shown(pair: EncodedPair, tokenizer: Any) -> Shown:
         kinds: list[Kind] = ["scored" if scored else "unscored" for scored in mask or ()]
         return _pieces(tokenizer, ids or [], kinds, special, first)
 
-    return Shown(
+    return PreviewedPair(
         where=pair.where,
         prompt=_pieces(tokenizer, pair.prompt_ids, ["prompt"] * first, special, 0),
         chosen=side(pair.chosen_ids, pair.chosen_mask),
@@ -70,7 +70,7 @@ def shown(pair: EncodedPair, tokenizer: Any) -> Shown:
 
 
 def _pieces(tokenizer: Any, ids: list[int], kinds: Sequence[Kind], special: set[int], first: int) -> list[Piece]:
-    """Tokens with the text that each adds to the piece before it; tokens that share a character are one piece."""
+    """Tokens with the text that each adds to the previous piece; tokens that share a character are one piece."""
 
     def text_of(some: list[int]) -> str:
         return str(tokenizer.decode(some, skip_special_tokens=False, clean_up_tokenization_spaces=False))
@@ -84,7 +84,7 @@ def _pieces(tokenizer: Any, ids: list[int], kinds: Sequence[Kind], special: set[
         if whole.endswith("\ufffd") and not last and i + 1 - begin < _MOST_IDS:
             continue
         alone = text_of(ids[begin : i + 1])
-        # else a decoder that rewrites what came before
+        # else the decoder changes earlier text
         text = whole[len(before) :] if whole.startswith(before) else alone
         out.append(Piece(text, tuple(ids[begin : i + 1]), first + begin, kinds[i], token in special))
         previous, begin, before = begin, i + 1, alone
@@ -92,7 +92,7 @@ def _pieces(tokenizer: Any, ids: list[int], kinds: Sequence[Kind], special: set[
 
 
 def spread(number: int, of: int) -> list[int]:
-    """`number` rows spread evenly over `of`, the first among them."""
+    """`number` indices spread evenly over `of`, beginning with the first."""
     number = min(number, of)
     return [i * of // number for i in range(number)]
 
@@ -100,18 +100,18 @@ def spread(number: int, of: int) -> list[int]:
 def _counts(name: str, side: list[Piece]) -> str:
     tokens = sum(len(piece.ids) for piece in side)
     scored = sum(len(piece.ids) for piece in side if piece.kind == "scored")
-    return f"{name} {tokens:,} tokens" + ("" if name == "prompt" else f", {scored:,} scored")
+    return f"{name} {tokens:,} tokens" + ("" if name == "prompt" else f", {scored:,} loss tokens")
 
 
-# A terminal -----------------------------------------------------------------------------------------------------------
+# Terminal -------------------------------------------------------------------------------------------------------------
 
 _COLOURS = {"prompt": "36", "scored": "1;32", "unscored": "33"}
 
 
-def terminal(pairs: Sequence[Shown], *, color: bool) -> str:
-    """The pairs as lines for a terminal. Control characters are made visible: a data file cannot steer a terminal.
+def terminal(pairs: Sequence[PreviewedPair], *, color: bool) -> str:
+    """The pairs as lines for a terminal. Control characters are escaped, so a data file cannot control the terminal.
 
-    Args: color: colours; else the scored tokens stand in ⟦brackets⟧ and special ones in ‹angles›.
+    Args: color: use colours; else loss tokens are in ⟦brackets⟧ and special tokens in ‹angle quotes›.
     """
 
     def paint(text: str, code: str) -> str:
@@ -132,7 +132,7 @@ def terminal(pairs: Sequence[Shown], *, color: bool) -> str:
         return "".join(out)
 
     legend = [paint(name, _COLOURS[kind]) for kind, name in _KINDS.items()]
-    lines = ["  ".join([*legend, paint("special", "7")]) if color else "⟦scored by the loss⟧  ‹special token›"]
+    lines = ["  ".join([*legend, paint("special", "7")]) if color else "⟦read by the loss⟧  ‹special token›"]
     for pair in pairs:
         lines += ["", f"{printable(pair.where)}: {_counts('prompt', pair.prompt)}"]
         lines += [f"  {line}".rstrip() for line in text_of(pair.prompt).split("\n")]
@@ -143,7 +143,7 @@ def terminal(pairs: Sequence[Shown], *, color: bool) -> str:
     return "\n".join(lines)
 
 
-# A page ---------------------------------------------------------------------------------------------------------------
+# HTML page ------------------------------------------------------------------------------------------------------------
 
 _STYLE = """
 :root { --ink: #1c2126; --soft: #5c6670; --paper: #f6f5f1; --card: #ffffff; --line: #dcd9d0;
@@ -176,8 +176,8 @@ h3 { font-size: .82rem; font-weight: 600; color: var(--soft); margin: .75rem 0 .
 """
 
 
-def page(title: str, report: Sequence[str], pairs: Sequence[Shown]) -> str:
-    """One HTML page with the report and the pairs; it loads nothing."""
+def page(title: str, report: Sequence[str], pairs: Sequence[PreviewedPair]) -> str:
+    """One HTML page with the report and the pairs, without external resources."""
     legend = [f'<span class="{kind}">{name}</span>' for kind, name in _KINDS.items()]
     legend.append('<span class="special">special token</span>')
     body = "\n".join(_article(number, pair) for number, pair in enumerate(pairs, 1))
@@ -190,7 +190,7 @@ def page(title: str, report: Sequence[str], pairs: Sequence[Shown]) -> str:
     )
 
 
-def _article(number: int, pair: Shown) -> str:
+def _article(number: int, pair: PreviewedPair) -> str:
     columns = ", ".join(f"{name} = {value:g}" for name, value in pair.columns.items())
     sides = "".join(f"<section>{_side(name, side)}</section>" for name, side in pair.sides)
     return (
@@ -208,7 +208,7 @@ def _side(name: str, side: list[Piece]) -> str:
 def _spans(side: list[Piece]) -> Iterator[str]:
     for piece in side:
         ids = ", ".join(map(str, piece.ids))
-        title = f"token {ids} at {piece.position}: {_KINDS[piece.kind]}{', special' if piece.special else ''}"
+        title = f"token id {ids}, position {piece.position}: {_KINDS[piece.kind]}{', special' if piece.special else ''}"
         text = html.escape(escaped(piece.text, lines=True))
         text = re.sub("\n", '<span class="break">↵</span>\n', text)
         kind = f"t {piece.kind}{' special' if piece.special else ''}"

@@ -1,4 +1,4 @@
-"""From a data file to the prompts of rounds: each once, as tokens, and short enough to be answered."""
+"""The prompts of rounds from a data file: each once, as tokens, and short enough for a completion."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from prefopt.types import PairRow, Prompt
 
 @dataclass(frozen=True)
 class Prompts:
-    """The prompts of a file in its order, and what to say of it."""
+    """The prompts of a file in its order, and the lines of its report."""
 
     prompts: list[Prompt]
     report: list[str]
@@ -44,11 +44,11 @@ def read_prompts(
 
     Args:
         path, columns, on_bad_row, dialogues, rendering, special_tokens: as in `encode_file`.
-        render: the prompt as the policy reads it, from the one in the file.
-        max_prompt: most tokens of a prompt: it must leave room for an answer.
-        max_length: most tokens of a prompt and the file's answer together; a longer answer loses its tail.
-        with_answers: whether every row must have a completion, the chosen one.
-    Raises: DataError at a bad row, under `error`, or when no row can be used.
+        render: from the prompt of the file to the prompt that the policy reads.
+        max_prompt: most tokens of a prompt, which must leave room for a completion.
+        max_length: most tokens of a prompt and the file's answer together; a longer answer is right-truncated.
+        with_answers: whether every example must have a completion.
+    Raises: DataError at a bad row, under `error`, or when no example is usable.
     """
     encoder = Encoder(tokenizer, max_length, rendering=rendering, special_tokens=special_tokens)
     reader = RowReader(path, columns=columns, need_rejected=False, prompts_only=not with_answers, dialogues=dialogues)
@@ -68,11 +68,11 @@ def read_prompts(
         else:
             prompts[found.key] = found
     if not prompts:
-        raise bad.none_left(path, read, "holds a prompt that can be used")
+        raise bad.none_left(path, read, "has a usable prompt")
     lengths = sorted(len(prompt.ids) for prompt in prompts.values())
     report = [
-        f"{path}: {read:,} rows, {len(prompts):,} prompts"
-        + (f" ({twice:,} rows repeat one)" if twice else "")
+        f"{path}: {read:,} examples, {len(prompts):,} prompts"
+        + (f" ({twice:,} duplicates)" if twice else "")
         + f", {lengths[0]} to {lengths[-1]} tokens, median {lengths[len(lengths) // 2]}"
     ]
     report += [
@@ -89,8 +89,7 @@ def _prompt(
         try:
             asked = render(row.prompt)
         except ValueError as error:
-            mend = "drop the row, or --data.on_bad_row skip"
-            raise RowProblem("prompt cannot be asked", "prompt", str(error), "one that can be", mend) from None
+            raise RowProblem("prompt refused", "prompt", str(error), "a prompt that the method accepts") from None
         ids = encoder.prompt(asked, row.template_args, check=True)
         if len(ids) > most:
             raise RowProblem(
@@ -103,26 +102,26 @@ def _prompt(
     except RowProblem as problem:
         return problem.at(row.where)
     key = prompt_key(row.prompt)
-    if row.template_args:  # one question with two sets of tools is two prompts
+    if row.template_args:  # the same question with other tools is another prompt
         key = text_hash(f"{key}{json.dumps(row.template_args, sort_keys=True)}")[:16]
     if row.chosen is None:
         return Prompt(row.prompt, tuple(ids), key, row.where)
     (encoded,) = encoder.rows([row])
     if isinstance(encoded, BadRow):
         return encoded
-    answer = encoded.pair.chosen_ids[: encoder.max_length - len(ids)]  # so that training need not cut the prompt
+    answer = encoded.pair.chosen_ids[: encoder.max_length - len(ids)]  # so that training does not truncate the prompt
     return Prompt(row.prompt, tuple(ids), key, row.where, answer_text(row.chosen), tuple(answer))
 
 
 def answer_text(completion: str | Messages) -> str:
-    """What a judge may compare a response with: the text, or that of the assistant's turns."""
+    """The reference answer for a judge: the text, or that of the assistant turns."""
     if isinstance(completion, str):
         return completion.strip()
     return "\n".join(turn.get("content") or "" for turn in completion if turn["role"] == "assistant").strip()
 
 
 def hold_out(prompts: Sequence[Prompt], number: int) -> tuple[list[Prompt], list[Prompt]]:
-    """(all others, `number` prompts to compare policies on), by the hash of the prompt, whatever else there is."""
+    """(training prompts, `number` held-out prompts), by the hash of the prompt, independent of the other prompts."""
     order = sorted(prompts, key=lambda prompt: text_hash(prompt.key))
     held = {prompt.key for prompt in order[:number]}
     return [p for p in prompts if p.key not in held], [p for p in prompts if p.key in held]
@@ -131,19 +130,19 @@ def hold_out(prompts: Sequence[Prompt], number: int) -> tuple[list[Prompt], list
 def slices(
     prompts: Sequence[Prompt], rounds: int, each: int | None, seed: int, held_out: int = 0
 ) -> list[list[Prompt]]:
-    """The prompts of each round, drawn without putting back.
+    """The prompts of each round, drawn without replacement.
 
-    Args: each: prompts per round; None: an equal share. held_out: how many were taken away before, for the error.
+    Args: each: prompts per round; None: an equal number. held_out: number of held-out prompts, for the error line.
 
     Raises: DataError when there are too few.
     """
     each = len(prompts) // rounds if each is None else each
     if each < 1 or each * rounds > len(prompts):
         raise DataError(
-            f"rounds.prompts: {rounds} rounds of {max(each, 1):,} need {rounds * max(each, 1):,} prompts, there are "
+            f"rounds.prompts: {rounds} rounds of {max(each, 1):,} need {rounds * max(each, 1):,} prompts, found "
             f"{len(prompts):,}"
-            + (f" beside {held_out:,} held out (rounds.eval_prompts)" if held_out else "")
-            + "; a prompt is used once (lower rounds.prompts, rounds.count or rounds.eval_prompts, or name more data)"
+            + (f" and {held_out:,} held out (rounds.eval_prompts)" if held_out else "")
+            + "; each prompt is used once (lower rounds.prompts, rounds.count or rounds.eval_prompts, or add data)"
         )
     order = sorted(prompts, key=lambda prompt: text_hash(f"{seed}:{prompt.key}"))
     return [order[i * each : (i + 1) * each] for i in range(rounds)]

@@ -1,6 +1,6 @@
-"""From a file's rows to `PairRow`s: which keys a row has, what its prompt is, what is wrong with it. No tokenizer.
+"""Parse records of a file into `PairRow`s: format, prompt, completions, errors. No tokenizer.
 
-Every complaint is one line, `file:line: 'key': what was found, what was expected (the nearest mend)`.
+Every error is one line, `file:line: 'key': what was found, what was expected (a fix)`.
 """
 
 from __future__ import annotations
@@ -50,14 +50,14 @@ __all__ = [
 Dialogues = Literal["text", "messages"]
 
 KEYS = ("prompt", "chosen", "rejected", "completion", "messages", "conversations", "instruction", "input", "output")
-_COMPLETIONS = ("chosen", "completion", "messages", "conversations", "output")  # the first that a row has
+_COMPLETIONS = ("chosen", "completion", "messages", "conversations", "output")  # in this order
 _TEMPLATE_ARGS = ("tools", "documents", "chat_template_kwargs")
-MAP = "rename it, or name it under data.columns"
+MAP = "rename it, or map it with data.columns"
 
 
 @dataclass(frozen=True)
 class RowReport:
-    """All rows of a file in memory: for small files and for looking at one. Training goes through `encode_file`."""
+    """All examples of a file in memory: for small files and inspection. Training uses `encode_file`."""
 
     rows: list[PairRow]
     bad: list[BadRow]
@@ -65,12 +65,12 @@ class RowReport:
 
     @property
     def dropped(self) -> dict[str, int]:
-        """How many rows were dropped, by reason."""
+        """Number of dropped examples, by reason."""
         return dict(Counter(row.reason for row in self.bad))
 
 
 def read_rows(path: str | Path, *, on_bad_row: OnBadRow = "error", **settings: Any) -> RowReport:
-    """All rows of a file, good ones and bad ones apart.
+    """Read all examples of a file; good and bad ones are returned separately.
 
     Args: settings: see `RowReader`; on_bad_row: `error` stops at the first bad row, `skip` collects them.
     Raises: DataError when the file cannot be read, or at a bad row under `error`.
@@ -89,24 +89,24 @@ def read_rows(path: str | Path, *, on_bad_row: OnBadRow = "error", **settings: A
 
 
 def prompt_key(prompt: str | Messages) -> str:
-    """16 hexadecimal digits, the same for the same prompt, whatever tokenizer or template reads it."""
+    """16 hexadecimal digits that identify a prompt, independent of tokenizer and template."""
     return digest(prompt)[:16]
 
 
 class RowReader:
-    """Goes through a file once and gives each row as a `PairRow` or a `BadRow`, holding one row at a time.
+    """Iterates over a source once; yields each example as a `PairRow` or a `BadRow`, with one in memory at a time.
 
     Args:
-        path: a file, a folder of them, a folder written by `datasets.save_to_disk`, or a hub id; a split is named after
-            a colon (`FOLDER:train`).
-        columns: our key -> the file's key.
-        need_rejected: whether a row must be a pair. Where it need not and is one all the same, it is checked like any
-            pair and its rejected side left out, so that one file gives the same rows to every method.
+        path: a file, a folder of them, a folder written by `datasets.save_to_disk`, or a hub id; a split follows a
+            colon (`FOLDER:train`).
+        columns: prefopt's key -> the file's key.
+        need_rejected: whether an example must be a pair. Without it a pair is checked like any other and its rejected
+            completion dropped, so that a file gives the same examples to every method.
         extra: numbers that the method reads.
-        max_row_bytes: longer rows are bad ones; they are never held in memory.
-        prompts_only: whether a row may be a prompt without any completion; its chosen side is then None.
-        tokenizer: a hash; rows that carry it in `tokenizer` carry this tokenizer's ids too, which are then read.
-        dialogues: whether HH dialogues stay text, or become messages.
+        max_row_bytes: longer rows are bad ones; they are never in memory.
+        prompts_only: whether an example may be a prompt without completion; `chosen` is then None.
+        tokenizer: a hash; examples with this value of `tokenizer` contain token ids of this tokenizer, which are used.
+        dialogues: whether HH dialogues remain text, or are converted to messages.
 
     Raises: DataError when there is nothing to read.
     """
@@ -125,8 +125,8 @@ class RowReader:
     ) -> None:
         self.prompts_only, self.tokenizer, self.dialogues = prompts_only, tokenizer, dialogues
         self.columns, self.need_rejected, self.extra = dict(columns or {}), need_rejected, extra
-        self.formats: Counter[str] = Counter()  # of the rows given so far
-        self.unread = Unread()  # of the same
+        self.formats: Counter[str] = Counter()  # of the examples yielded so far
+        self.unread = Unread()  # likewise
         known = [*KEYS, *(column.name for column in extra)]
         for key in self.columns:
             if key not in known:
@@ -155,7 +155,7 @@ class RowReader:
                 "not an object", "", f"found {kind(record)}", "a JSON object, one per line", "write the file as JSONL"
             )
         if isinstance(record, TwiceNamed) and (twice := sorted(record.twice & self._read)):
-            raise RowProblem("key twice", twice[0], "stands twice in the row", "each key once")
+            raise RowProblem("key twice", twice[0], "is in the example twice", "each key once")
         if self.tokenizer is not None and record.get("tokenizer") == self.tokenizer:
             return self._sampled(record, where), "token ids"
         prompt = self._prompt(record)
@@ -165,12 +165,12 @@ class RowReader:
             if prompt is not None:
                 try:
                     return self._whole(record, prompt, where)
-                except RowProblem:  # what else the row holds need not be a pair
+                except RowProblem:  # the other keys need not form a pair
                     return self._prompt_alone(record, prompt, where)
         return self._whole(record, prompt, where)
 
     def _prompt(self, record: Mapping[str, Any]) -> str | Messages | None:
-        """The prompt that a row names, None where it is to be found in the completions."""
+        """The explicit prompt of an example; None where it is part of the completions."""
         if self._get(record, "prompt") is not None:
             return self._side(record, "prompt")
         if self._get(record, "instruction") is not None:
@@ -197,7 +197,7 @@ class RowReader:
         wanted = ("chosen",) if self.need_rejected else _COMPLETIONS
         chosen_key = next((key for key in wanted if self._get(record, key) is not None), "chosen")
         if prompt is None and chosen_key == "chosen" and self._get(record, "conversations") is not None:
-            prompt = self._side(record, "conversations")  # ShareGPT: what came before, and two answers to it
+            prompt = self._side(record, "conversations")  # ShareGPT preferences: a conversation, and two answers to it
         chosen = self._side(record, chosen_key)
         rejected = None
         if self.need_rejected or (chosen_key == "chosen" and self._get(record, "rejected") is not None):
@@ -206,8 +206,8 @@ class RowReader:
             raise RowProblem(
                 "mixed types",
                 self._key("rejected"),
-                f"{kind(rejected)} where '{self._key(chosen_key)}' is {kind(chosen)}",
-                "both sides of one kind",
+                f"found {kind(rejected)}, but '{self._key(chosen_key)}' is {kind(chosen)}",
+                "both completions of the same type",
             )
         asked, chosen, rejected, form = self._split(prompt, chosen, rejected, chosen_key)
         self._check_completion(chosen, chosen_key)
@@ -225,7 +225,7 @@ class RowReader:
         rejected: str | Messages | None,
         where: str,
     ) -> tuple[PairRow, bool]:
-        """The row with what its template is given, and whether its text became messages. Counts what was not read."""
+        """(the example, whether its text was converted to messages). Counts ignored keys."""
         key, turned = prompt_key(prompt), False
         if isinstance(prompt, str) and is_dialogue_prompt(prompt):
             if self.dialogues == "messages":
@@ -250,7 +250,7 @@ class RowReader:
         self.unread.count(record, used, row, self._get(record, "prompt"), paired=rejected is not None)
         return row, turned
 
-    # What the prompt is.
+    # The prompt
 
     def _split(
         self, prompt: str | Messages | None, chosen: str | Messages, rejected: str | Messages | None, chosen_key: str
@@ -293,28 +293,28 @@ class RowReader:
             raise RowProblem(
                 "no prompt",
                 self._key(key),
-                "a dialogue whose line ends are of two characters (CRLF)"
+                "a dialogue with CRLF line ends"
                 if crlf
-                else "text without a '\\n\\nAssistant:' turn in a row without a prompt",
-                "line feeds alone" if crlf else f"a key '{self._key('prompt')}', or a dialogue",
-                "convert them" if crlf else "add the prompt, or name its key under data.columns",
+                else "text without a '\\n\\nAssistant:' turn in an example without a prompt",
+                "LF line ends" if crlf else f"a key '{self._key('prompt')}', or a dialogue",
+                "convert them" if crlf else "add the prompt, or map its key with data.columns",
             )
         return head + turn, completion
 
     def _turns(self, prompt: str) -> Messages:
         turns = dialogue_turns(prompt.removesuffix(HH_TURN), self._key("prompt"))
         if turns[-1]["role"] == "assistant":
-            found, expected = "two turns of the assistant at its end", "a turn of the human before the last one"
+            found, expected = "two assistant turns at its end", "a human turn before the last one"
             raise RowProblem("prompt without a question", self._key("prompt"), found, expected)
         return turns
 
     def _answer(self, side: str | Messages | None, key: str) -> Messages | None:
-        """A completion of a dialogue as a turn."""
+        """The completion of a dialogue as an assistant turn."""
         if not isinstance(side, str):
             return side
         if "\n\nHuman:" in side or HH_TURN in side:
-            found = "a completion that goes on with another turn"
-            raise RowProblem("not an answer", self._key(key), found, "the assistant's answer alone")
+            found = "a completion with another turn after the answer"
+            raise RowProblem("not an answer", self._key(key), found, "the assistant's answer only")
         return as_turn(side.strip())
 
     def _shared_turns(self, chosen: Messages, rejected: Messages | None, chosen_key: str) -> int:
@@ -329,19 +329,19 @@ class RowReader:
         cut = 0
         while cut < min(len(chosen), len(rejected)) and chosen[cut] == rejected[cut]:
             cut += 1
-        # Sides that part at a user turn answer different questions; one side may also end where the other goes on.
+        # Completions that first differ in a user turn answer different questions; one may also be a prefix of another.
         parted = {side[cut]["role"] if cut < len(side) else "" for side in (chosen, rejected)}
         if cut == 0 or parted != {"assistant"} or chosen[cut - 1]["role"] == "assistant":
             raise RowProblem(
                 "different dialogues",
                 self._key("rejected"),
-                f"messages that part from '{self._key(chosen_key)}' at turn {cut + 1}, which is not an answer on both "
-                "sides to a shared question",
+                f"messages that differ from '{self._key(chosen_key)}' at turn {cut + 1}, which is not an answer in "
+                "both to a shared question",
                 "the same messages up to two different answers",
             )
         return cut
 
-    # One value of a row.
+    # Single values
 
     def _key(self, key: str) -> str:
         return self.columns.get(key, key)
@@ -351,7 +351,7 @@ class RowReader:
 
     def _missing(self, record: Mapping[str, Any], key: str) -> RowProblem:
         keys = sorted(str(name) for name, value in record.items() if value is not None)
-        found = f"the row has {', '.join(repr(short(name, 60)) for name in keys[:12]) or 'no keys'}"
+        found = f"the example has {', '.join(repr(short(name, 60)) for name in keys[:12]) or 'no keys'}"
         used = {self._key(other) for other in KEYS if other != key}
         near = did_you_mean(self._key(key), [name for name in keys if name not in used])
         what = "a completion" if key in KEYS else "a number"
@@ -372,22 +372,22 @@ class RowReader:
         return read_messages(value, name)
 
     def _check_question(self, prompt: str | Messages) -> None:
-        """A prompt may end with the assistant's turn, which the completions then go on with."""
+        """Check that a prompt can be answered. It may end with an assistant turn, which the completions continue."""
         if isinstance(prompt, list) and (not prompt or "tool_calls" in prompt[-1]):
             raise RowProblem(
                 "prompt without a question",
                 self._key("prompt"),
-                "ends with a tool call that no tool has answered" if prompt else "an empty list",
+                "ends with a tool call without a result" if prompt else "an empty list",
                 "messages that end with a turn to answer, or with the beginning of the answer",
             )
 
     def _sampled(self, record: Mapping[str, Any], where: str) -> PairRow:
-        """A row of what a policy was asked and has answered, by its token ids; its texts are for people."""
+        """An example that a policy sampled, as token ids; its texts are not used in training."""
         keys = ["prompt_ids", "chosen_ids", *(["rejected_ids"] if self.need_rejected else [])]
         for key in keys:
             ids = record.get(key)
             if not (isinstance(ids, list) and ids and all(type(i) is int and 0 <= i < 2**31 for i in ids)):
-                raise RowProblem("bad token ids", key, "no list of token ids", "what a round has written")
+                raise RowProblem("bad token ids", key, "not a list of token ids", "a list as rounds write it")
         numbers = {column.name: self._number(record, column) for column in self.extra}
         texts = [record.get(key) for key in ("prompt", "chosen", "rejected")]
         sides = (texts[0] or "", texts[1] or "", (texts[2] or "") if self.need_rejected else None)
@@ -420,7 +420,7 @@ class RowReader:
                 raise RowProblem("empty completion", name, "an empty assistant turn", "a non-empty completion")
 
     def _template_args(self, record: Mapping[str, Any]) -> dict[str, Any]:
-        """The row's own arguments of the chat template."""
+        """The example's own arguments of the chat template."""
         args: dict[str, Any] = {}
         for key, shape in (("tools", list), ("documents", list), ("chat_template_kwargs", dict)):
             value = record.get(key)
@@ -450,7 +450,7 @@ class RowReader:
             try:
                 value = float(value)
             except ValueError:
-                raise RowProblem("bad number", name, "text that is no number", "a number") from None
+                raise RowProblem("bad number", name, "text that is not a number", "a number") from None
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise RowProblem("bad number", name, f"found {kind(value)}", "a number")
         if abs(value) > sys.float_info.max or value != value:

@@ -1,7 +1,7 @@
-"""What stands at a name: a file, a folder of files, a dataset of `datasets`, a hub id; and which split of it is meant.
+"""Data sources: a file, a folder of files, a saved dataset, a hub id; and the split of each.
 
-A source gives (where, record or problem) for each row, and a hash of its content for the cache. Its `base` is what all
-places of its rows begin with.
+A source yields (where, record or problem) for each row, and a hash of its content for the cache. Its `base` is the
+prefix of all places of its rows.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from prefopt.storage import running_hash, text_hash
 _SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
 _SPLITS |= dict.fromkeys(("validation", "valid", "val", "dev"), "validation")
 _SPLITS |= {"eval": "eval", "evaluation": "eval"}
-# What datasets and the hub write beside the rows.
-_NO_ROWS = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json", "config.json")
+# Metadata files of datasets and the hub.
+_METADATA = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json", "config.json")
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})(?:-[0-9a-f]{16})?")
 _NUMBER = re.compile(r"(.*?[a-z])(?:[-_. ]+|[-_. ]*(?:part|shard|chunk)[-_. ]*)\d+", re.IGNORECASE)
 
@@ -34,21 +34,21 @@ _NUMBER = re.compile(r"(.*?[a-z])(?:[-_. ]+|[-_. ]*(?:part|shard|chunk)[-_. ]*)\
 class Files:
     """Files that are read one after the other.
 
-    Args: base: what the places of their rows begin with; files: (the place of its rows, what it is) of each.
+    Args: base: prefix of the places of their rows.
     """
 
     def __init__(self, base: str, files: Sequence[Container], max_row_bytes: int) -> None:
         self.base, self.files, self.max_row_bytes = base, files, max_row_bytes
 
     def notes(self) -> list[str]:
-        """What the report says of where they lie."""
+        """Notes of the report about their folders."""
         folders = dict.fromkeys(str(file.path.parent) for file in self.files)
         names = [folder.removeprefix(self.base).strip("/") or "the folder itself" for folder in folders]
         listed = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
-        return [f"the files of {len(names):,} folders are read as one: {listed}"] if len(names) > 1 else []
+        return [f"files of {len(names):,} folders are read as one source: {listed}"] if len(names) > 1 else []
 
     def content(self, memory: Path | None = None) -> str:
-        """A hash of what the files hold and how they are read; `memory` as in `file_hash`."""
+        """A hash of the files' content and containers; `memory` as in `file_hash`."""
         parts = [f"{file} {file.name.removeprefix(self.base)} {file_hash(file.path, memory)}" for file in self.files]
         return text_hash("\n".join(parts).encode(errors="surrogateescape"))
 
@@ -65,11 +65,11 @@ class Table:
         self.base, self.table = name, table
 
     def notes(self) -> list[str]:
-        """Nothing: one split of a dataset is one table."""
+        """None: one split of a dataset is one table."""
         return []
 
     def content(self, memory: Path | None = None) -> str:
-        """A hash of the rows: of the files that they are mapped from, where there are such."""
+        """A hash of the rows, or of the files that they are mapped from."""
         files = [Path(file["filename"]) for file in self.table.cache_files]
         if files and self.table._indices is None:
             hashes = "\n".join(file_hash(file, memory) for file in files)
@@ -90,12 +90,12 @@ class Table:
                 yield f"{self.base}:{number}", row
 
     def _batches(self) -> Iterator[Any]:
-        """Tables of some hundred rows, as they are stored: nothing in them is decoded."""
+        """Tables of 256 rows, as they are stored: nothing is decoded."""
         return iter(self.table.with_format("arrow").iter(256))
 
 
 class _Digest(io.RawIOBase):
-    """A file that keeps nothing but the hash of what is written to it."""
+    """A writable file that only hashes what is written to it."""
 
     def __init__(self) -> None:
         self._digest = running_hash()
@@ -112,9 +112,9 @@ class _Digest(io.RawIOBase):
 
 
 def open_source(name: str, max_row_bytes: int = MAX_ROW_BYTES) -> Files | Table:
-    """What stands at `name`: a file, a folder or a hub id, with `:split` after it where there are several.
+    """Open the source `name`: a file, a folder or a hub id, with `:split` after it where there are several.
 
-    Raises: DataError when nothing is there or nothing in it can be read.
+    Raises: DataError when it does not exist or contains nothing that can be read.
     """
     path, split = _path(name), ""
     mode = _mode(path, name)
@@ -131,31 +131,31 @@ def open_source(name: str, max_row_bytes: int = MAX_ROW_BYTES) -> Files | Table:
         return _folder(name, path, split, max_row_bytes)
     _refuse_unless_file(mode, name)
     if split:
-        raise DataError(f"{name}: a file has no splits; name the file alone: {path}")
+        raise DataError(f"{name}: a file has no splits; give the file without a split: {path}")
     return Files(name, [container(path, name)], max_row_bytes)
 
 
 def _path(name: str) -> Path:
     try:
         return Path(name).expanduser()
-    except RuntimeError as error:  # `~someone` who is not there
+    except RuntimeError as error:  # `~user` of an unknown user
         raise DataError(f"{name}: {str(error).rstrip('.').lower()}") from None
 
 
 def _mode(path: Path, name: str) -> int | None:
-    """What kind of thing is there; None: nothing."""
+    """The file mode at a path; None where nothing exists."""
     try:
         return path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError):
         return None
     except ValueError:
-        raise DataError(f"{name!r}: a name that holds a NUL character, expected a file or folder") from None
+        raise DataError(f"{name!r}: a name with a NUL character, expected a file or folder") from None
     except OSError as error:
         raise DataError(f"{short(name)}: cannot be read: {error.strerror}") from None
 
 
 def _refuse_unless_file(mode: int, name: str) -> None:
-    """Raises: DataError for what has a name and is no file, by what it is."""
+    """Raises: DataError for a path that is not a regular file, with its kind."""
     kinds = {
         stat.S_IFIFO: "a FIFO (a pipe), which can be read only once",
         stat.S_IFSOCK: "a socket",
@@ -163,7 +163,7 @@ def _refuse_unless_file(mode: int, name: str) -> None:
         stat.S_IFBLK: "a device",
     }
     if not stat.S_ISREG(mode):
-        raise DataError(f"{name}: {kinds.get(stat.S_IFMT(mode), 'no file')}, expected a file or folder")
+        raise DataError(f"{name}: {kinds.get(stat.S_IFMT(mode), 'not a file')}, expected a file or folder")
 
 
 def _near_files(path: Path) -> str:
@@ -177,7 +177,7 @@ def _near_files(path: Path) -> str:
     return f"; did you mean '{path.parent / near[0]}'?" if near else ""
 
 
-# Folders.
+# Folders
 
 
 def _folder(name: str, path: Path, split: str, max_row_bytes: int) -> Files | Table:
@@ -193,8 +193,8 @@ def _folder(name: str, path: Path, split: str, max_row_bytes: int) -> Files | Ta
     found = _data_files(path, name)
     if not found:
         one = next(path.rglob("state.json"), None)
-        hint = "" if one is None else f"; datasets.save_to_disk has written {one.parent}: name that folder"
-        raise DataError(f"{name}: nothing to read in this folder, expected .jsonl or .parquet files{hint}")
+        hint = "" if one is None else f"; datasets.save_to_disk has written {one.parent}: give that folder"
+        raise DataError(f"{name}: no data files in this folder, expected .jsonl or .parquet files{hint}")
     # train.jsonl beside test.jsonl must never be read as one file.
     splits = {file: _split_of(file.relative_to(path)) for file in found}
     known = sorted({s for s in splits.values() if s})
@@ -203,14 +203,14 @@ def _folder(name: str, path: Path, split: str, max_row_bytes: int) -> Files | Ta
         if not files:
             there = ", ".join(known) or "no splits"
             near = [other for other in known if split.lower() in re.split(r"[^a-z]+", other.lower())]
-            which = f"; name one: {path}:{_likeliest(near)}" if near else did_you_mean(split, known)
+            which = f"; choose one: {path}:{_likeliest(near)}" if near else did_you_mean(split, known)
             raise DataError(f"{name}: no split '{split}' in this folder; it has {there}{which}")
     elif len(set(splits.values())) > 1:
         no_split = sum(not s for s in splits.values())
-        beside = f" and {no_split:,} file{'s' * (no_split > 1)} of none" if no_split else ""
+        beside = f" and {no_split:,} file{'s' * (no_split > 1)} without a split" if no_split else ""
         raise DataError(
-            f"{name}: the folder holds several splits ({', '.join(known)}){beside}; "
-            f"name one: {path}:{_likeliest(known)}"
+            f"{name}: the folder has several splits ({', '.join(known)}){beside}; "
+            f"choose one: {path}:{_likeliest(known)}"
         )
     else:
         files = found
@@ -220,15 +220,15 @@ def _folder(name: str, path: Path, split: str, max_row_bytes: int) -> Files | Ta
 
 
 def _likeliest(splits: Sequence[str]) -> str:
-    """The split that a run on preferences most likely wants."""
+    """The split that is most likely meant for training on preferences."""
     return max(splits, key=lambda split: ("train" in split.lower(), "pref" in split.lower(), split))
 
 
 def _data_files(path: Path, name: str) -> list[Path]:
-    """The files with rows below a folder, hidden ones left out, in the order of their names.
+    """The data files below a folder, without hidden ones, sorted by name.
 
-    Raises: DataError where a folder cannot be listed, or a file of them is a link to nothing or no file: they would be
-    missing from the rows in silence.
+    Raises: DataError where a folder cannot be listed, or a file is a broken link or not a regular file: its rows would
+    be missing silently.
     """
 
     def unreadable(error: OSError) -> None:
@@ -238,7 +238,7 @@ def _data_files(path: Path, name: str) -> list[Path]:
     seen: set[tuple[int, int]] = set()
     for folder, below, files in os.walk(path, onerror=unreadable, followlinks=True):
         here = os.stat(folder)
-        if (here.st_dev, here.st_ino) in seen:  # a link to a folder above it
+        if (here.st_dev, here.st_ino) in seen:  # a link to a parent folder
             below.clear()
             continue
         seen.add((here.st_dev, here.st_ino))
@@ -253,17 +253,17 @@ def _data_files(path: Path, name: str) -> list[Path]:
 
 
 def _stem(file: str) -> str | None:
-    """The name of a file with rows without its suffixes; None where its name is none of such a file."""
+    """The name of a data file without its suffixes; None where it is not the name of a data file."""
     bare = file
     for suffix in COMPRESSED:
         bare = bare.removesuffix(suffix)
     stem, suffix = os.path.splitext(bare)
-    return stem if suffix in SUFFIXES and file not in _NO_ROWS else None
+    return stem if suffix in SUFFIXES and file not in _METADATA else None
 
 
 def _split_of(file: Path) -> str:
-    """The split of a file in a folder: the whole name of the file, or of the nearest folder, that has the word of a
-    split in it. `data/train_prefs-00000-of-00001.parquet` is of `train_prefs`, `valid/part-3.jsonl` of `validation`."""
+    """The split of a file in a folder: the whole name of the file, or of the nearest folder, that contains the word of
+    a split. `data/train_prefs-00000-of-00001.parquet` is of `train_prefs`, `valid/part-3.jsonl` of `validation`."""
     stem = _stem(file.name) or ""
     for part in (stem, *reversed(file.parts[:-1])):
         numbered = _SHARD.fullmatch(part) or _NUMBER.fullmatch(part)
@@ -275,14 +275,14 @@ def _split_of(file: Path) -> str:
 
 
 def _refuse_shards_that_are_not_all(name: str, files: Sequence[Path]) -> None:
-    """Raises: DataError where one of several shards is missing, or one split is there in two forms."""
+    """Raises: DataError where a shard is missing, or a file is there in two formats."""
     shards: dict[tuple[Path, str], dict[str, set[str]]] = {}
     stems: dict[tuple[Path, str], Path] = {}
     for file in files:
         stem = _stem(file.name) or ""
         other = stems.setdefault((file.parent, stem), file)
         if other != file:
-            raise DataError(f"{name}: {other.name} and {file.name} are two forms of one file, expected one of them")
+            raise DataError(f"{name}: {other.name} and {file.name} are one file in two formats, expected one of them")
         if shard := _SHARD.fullmatch(stem):
             shards.setdefault((file.parent, shard[1]), {}).setdefault(shard[3], set()).add(shard[2])
     for (folder, stem), by_number in shards.items():
@@ -298,20 +298,20 @@ def _refuse_shards_that_are_not_all(name: str, files: Sequence[Path]) -> None:
 
 
 def _refuse_several_configurations(name: str, path: Path, files: Sequence[Path]) -> None:
-    """Raises: DataError where the README of a downloaded dataset parts these files into several configurations."""
+    """Raises: DataError where the README of a downloaded dataset assigns these files to several configurations."""
     patterns = _configurations(path / "README.md")
     places = [file.relative_to(path).as_posix() for file in files]
     mine = [{key for key, globs in patterns.items() if any(fnmatch(place, one) for one in globs)} for place in places]
     if len(patterns) > 1 and all(mine) and not set.intersection(*mine):
         there = sorted(set.union(*mine))
         raise DataError(
-            f"{name}: the folder holds several configurations ({', '.join(there)}), as its README.md says; name the "
-            f"folder of one, or its files with commas between: {files[0].parent}"
+            f"{name}: the folder has several configurations ({', '.join(there)}) according to its README.md; give the "
+            f"folder of one, or its files separated by commas: {files[0].parent}"
         )
 
 
 def _configurations(readme: Path) -> dict[str, list[str]]:
-    """The patterns of the files of each configuration that the head of a dataset's README names."""
+    """The file patterns of each configuration in the metadata of a dataset's README."""
     import yaml
 
     found: dict[str, list[str]] = {}
@@ -325,11 +325,11 @@ def _configurations(readme: Path) -> dict[str, list[str]]:
                 str(path).removeprefix("./") for one in paths for path in (one if isinstance(one, list) else [one])
             ]
     except (OSError, ValueError, LookupError, TypeError, yaml.YAMLError, RecursionError):
-        return {}  # no README, or one that parts nothing
+        return {}  # no README, or one without configurations
     return found
 
 
-# The hub, and splits of a dataset.
+# The hub, and splits of a dataset
 
 
 def _hub(name: str, base: str, split: str) -> Table:
@@ -339,9 +339,9 @@ def _hub(name: str, base: str, split: str) -> Table:
         table = datasets.load_dataset(base)
     except Exception as error:
         raise DataError(
-            f"{name}: neither a file or folder here nor a dataset that can be reached on the hub "
-            f"({error_line(error)}); download it where there is a network (hf download --repo-type dataset {base} "
-            "--local-dir DIR) and name DIR here; with HF_HUB_OFFLINE=1 only what was downloaded before is looked for"
+            f"{name}: neither an existing file or folder nor a dataset that can be reached on the hub "
+            f"({error_line(error)}); download it on a machine with network access (hf download --repo-type dataset "
+            f"{base} --local-dir DIR) and give DIR; with HF_HUB_OFFLINE=1 only datasets in the local cache are found"
         ) from None
     return Table(name, _one_split(name, table, split))
 
@@ -349,12 +349,13 @@ def _hub(name: str, base: str, split: str) -> Table:
 def _one_split(name: str, table: Any, split: str) -> Any:
     if not isinstance(table, Mapping):
         if split:
-            raise DataError(f"{name}: this dataset has no splits; leave ':{split}' out")
+            raise DataError(f"{name}: this dataset has no splits; remove ':{split}'")
         return table
     splits = sorted(map(str, table))
     if not split and len(splits) == 1:
         return table[splits[0]]
     if split not in splits:
         found = f"no split '{split}'{did_you_mean(split, splits)}" if split else "several splits"
-        raise DataError(f"{name}: {found}; name one of: {', '.join(splits)} (as in {name.split(':')[0]}:{splits[-1]})")
+        known = ", ".join(splits)
+        raise DataError(f"{name}: {found}; choose one of: {known} (as in {name.split(':')[0]}:{splits[-1]})")
     return table[split]

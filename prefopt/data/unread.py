@@ -1,4 +1,4 @@
-"""What a data file holds and nobody reads, though its name says that it should matter: one line of the report each."""
+"""Columns and values that are ignored although their names suggest that they matter: one note of the report each."""
 
 from __future__ import annotations
 
@@ -9,94 +9,98 @@ from typing import Any
 
 from prefopt.types import PairRow
 
-# Columns that change what a row means, and what to do where one is not read.
+# Columns that change the meaning of an example, and what to do where one is ignored.
 _MEDIA = ("image", "images", "video", "videos", "audio", "audios", "pixel_values")
 _TURNS = "put it into the prompt as messages"
 _MATTER = {
     "system": _TURNS,
     "system_prompt": _TURNS,
-    "instruction": "name it under data.columns.prompt, or leave 'prompt' out",
-    "input": "it is read beside 'instruction' alone",
+    "instruction": "name it under data.columns.prompt, or remove 'prompt'",
+    "input": "it is read only together with 'instruction'",
     "history": _TURNS,
     "context": "put it into the prompt",
-    "weight": "pairs are weighed alike",
-    "functions": "a chat template takes 'tools'",
-    "template_args": "a chat template takes 'chat_template_kwargs'",
-    **dict.fromkeys(_MEDIA, "only text is trained on"),
+    "weight": "all pairs have the same weight",
+    "functions": "chat templates read 'tools'",
+    "template_args": "chat templates read 'chat_template_kwargs'",
+    **dict.fromkeys(_MEDIA, "prefopt trains on text only"),
 }
-_SCORED = ("weight", "train", "loss")  # keys of a message that say elsewhere whether its turn is scored
+_LOSS_KEYS = ("weight", "train", "loss")  # keys of a message by which other libraries mask its turn
 _TEMPLATE = ("tools", "documents", "chat_template_kwargs")
 _MESSAGES = re.compile(r"""\s*\[\s*\{\s*['"](role|content|from|value)['"]\s*:""")
 
 
 class Unread:
-    """Counts, row by row, what was not read of it."""
+    """Counts what was ignored in the examples of a source."""
 
     def __init__(self) -> None:
         self._counts: Counter[str] = Counter()
-        self.dialogues = 0  # rows of text that are HH dialogues
-        self.folders: list[str] = []  # what the source says of where its files lie
+        self.dialogues = 0  # text examples that are HH dialogues
+        self.folders: list[str] = []  # notes of the source about its folders
 
     def count(self, record: Mapping[str, Any], used: set[str], row: PairRow, prompt: object, *, paired: bool) -> None:
-        """Args: used: keys of the record that were read; prompt: the record's own prompt, None where it has none;
-        paired: whether the row has a rejected side, read or not."""
+        """Count what this example has and was ignored.
+
+        Args:
+            used: keys of the record that were read.
+            prompt: the record's own prompt, None where it has none.
+            paired: whether it has a rejected completion, read or not.
+        """
         for key, hint in _MATTER.items():
             if key in record and key not in used and _holds_something(record[key]):
-                self._counts[f"'{key}' is not read in {{rows}} ({hint})"] += 1
+                self._counts[f"'{key}' is ignored in {{examples}} ({hint})"] += 1
         sides = [side for side in (row.chosen, row.rejected) if side is not None]
         turns = [turn for side in sides if not isinstance(side, str) for turn in side if turn["role"] == "assistant"]
-        for key in _SCORED:
+        for key in _LOSS_KEYS:
             if any(_is_false(turn.get(key)) for turn in turns):
-                self._counts[f"'{key}' of a turn is not read in {{rows}} (all answers of a completion are scored)"] += 1
+                why = "the loss reads every assistant turn of a completion"
+                self._counts[f"'{key}' of a turn is ignored in {{examples}} ({why})"] += 1
         if isinstance(row.prompt, str):
             for key in _TEMPLATE:
                 if key not in used and _holds_something(record.get(key)):
                     self._counts[
-                        f"'{key}' is not read in {{rows}} of text (a chat template takes it: use messages)"
+                        f"'{key}' is ignored in {{examples}} of text (only a chat template reads it: use messages)"
                     ] += 1
             texts = [row.prompt, *(side for side in sides if isinstance(side, str))]
             if any(_MESSAGES.match(text) for text in texts):
-                what = "{rows} with text that looks like a list of messages, which is trained on as text"
+                what = "{examples} with text that looks like a list of messages; it is trained on as text"
                 self._counts[f"{what} (store lists, not strings)"] += 1
             if prompt is not None and row.prompt.strip() and sides and all(
                 isinstance(side, str) and side.lstrip().startswith(row.prompt.strip()) for side in sides
             ):  # fmt: skip
-                what = "{rows} with the prompt repeated at the beginning of the completions, where it is trained on"
-                self._counts[f"{what} again (leave it out of one of them)"] += 1
+                what = "{examples} whose completions repeat the prompt at the beginning, so that it is trained on"
+                self._counts[f"{what} (remove it from one of them)"] += 1
             if any("\r\n" in text for text in texts):
-                self._counts["{rows} with line ends of two characters (CRLF), which become tokens"] += 1
+                self._counts["{examples} with CRLF line ends, which become tokens"] += 1
         elif opening := _opening(row.prompt):
             answers = [side[0].get("content") for side in sides if not isinstance(side, str)]
             if answers and all(str(answer or "").lstrip().startswith(opening) for answer in answers):
-                what = (
-                    "{rows} with the beginning of the answer repeated in the completions, where it is trained on again"
-                )
-                self._counts[f"{what} (leave it out of one of them)"] += 1
+                what = "{examples} whose completions repeat the beginning of the answer that the prompt ends with"
+                self._counts[f"{what} (remove it from one of them)"] += 1
         elif isinstance(prompt, str) and prompt.strip() and not _asks(row.prompt, prompt):
-            what = "in {rows} the conversation does not ask what 'prompt' holds, which is not read"
-            self._counts[f"{what} (leave 'prompt' out, or the turns before the answer)"] += 1
+            what = "'prompt' is ignored in {examples}, whose conversation has another question"
+            self._counts[f"{what} (remove 'prompt', or the turns before the answer)"] += 1
         if not paired and row.chosen is not None and _is_false(record.get("label")):
-            what = "trained on all the same: {rows} with a label that is false"
+            what = "'label' is ignored: {examples} with a false label are trained on"
             self._counts[f"{what} (drop them, or make pairs of them)"] += 1
 
     def notes(self, *, chat: bool) -> list[str]:
-        """One sentence each. Args: chat: whether the tokenizer has a chat template."""
-        notes = self.folders + [note.format(rows=_rows(number)) for note, number in self._counts.items()]
+        """One note each. Args: chat: whether the tokenizer has a chat template."""
+        notes = self.folders + [note.format(examples=_examples(number)) for note, number in self._counts.items()]
         if chat and self.dialogues:
             notes.append(
-                f"warning: {_rows(self.dialogues)} with dialogues of '\\n\\nHuman:' and '\\n\\nAssistant:' that are "
-                "trained on as plain text, though the tokenizer has a chat template; --data.dialogues messages makes "
-                "turns of them"
+                f"warning: {_examples(self.dialogues)} with dialogues of '\\n\\nHuman:' and '\\n\\nAssistant:' are "
+                "trained on as plain text although the tokenizer has a chat template; --data.dialogues messages "
+                "converts them to chat messages"
             )
         return notes
 
 
-def _rows(number: int) -> str:
-    return f"{number:,} row{'s' * (number != 1)}"
+def _examples(number: int) -> str:
+    return f"{number:,} example{'s' * (number != 1)}"
 
 
 def _opening(turns: list[dict[str, Any]]) -> str:
-    """The beginning of the answer with which a prompt ends, or ""."""
+    """The beginning of the answer that a prompt ends with, or ""."""
     last = turns[-1] if turns and turns[-1]["role"] == "assistant" else {}
     return str(last.get("content") or "").strip()
 
@@ -106,7 +110,7 @@ def _holds_something(value: object) -> bool:
 
 
 def _asks(turns: list[dict[str, Any]], prompt: str) -> bool:
-    """Whether the text of a row's prompt is in the conversation: in one of its turns, or in all of them together."""
+    """Whether the text of `prompt` is in the conversation: in one of its turns, or in all of them together."""
     wanted = " ".join(prompt.split())
     texts = [" ".join(str(turn["content"] or "").split()) for turn in turns if turn["role"] == "user"]
     return any(wanted in text for text in texts) or all(text in wanted for text in texts)

@@ -33,7 +33,7 @@ def preview_data(config: PreviewConfig) -> int:
 
     from prefopt.data.encode import joined
     from prefopt.data.encoder import pad_token
-    from prefopt.data.preview import page, shown, spread, terminal
+    from prefopt.data.preview import page, preview_pair, spread, terminal
     from prefopt.data.templates import Rendering
     from prefopt.run.encoding import encode_source
     from prefopt.training import model_checks, model_sources, models
@@ -54,7 +54,7 @@ def preview_data(config: PreviewConfig) -> int:
     lines = [*rendering.lines(tokenizer), *(line for source in sources for line in source.report.lines())]
     report = [printable(line) for line in lines]
     pairs = joined(sources).pairs
-    rows = [shown(pairs[i], tokenizer) for i in spread(config.examples, len(pairs))]
+    rows = [preview_pair(pairs[i], tokenizer) for i in spread(config.examples, len(pairs))]
     if config.html is not None:
         try:
             write_whole(Path(config.html), [hidden(page(", ".join(config.sources), report, rows))])

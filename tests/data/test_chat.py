@@ -42,23 +42,25 @@ def test_render_when_the_template_writes_no_terminator_then_it_is_not_claimed():
     [
         (
             "{{ messages | length }}" + CHATML,
-            "f:1: 'chosen': the chat template renders the prompt of turn 2 otherwise alone than in the whole, expected "
-            "a template whose prompt is a prefix of the whole (use another one: --data.chat_template FILE)",
+            "f:1: 'chosen': the chat template renders the prompt of turn 2 differently when more turns follow, "
+            "expected a template that renders a prompt as a prefix of the conversation (use another one: "
+            "--data.chat_template FILE)",
         ),
         (
             CHATML.replace("assistant\n{%", "assistant\n<think>{%"),
-            "f:1: 'chosen': the chat template renders the prompt of turn 2 otherwise alone than in the whole, expected "
-            "a template whose prompt is a prefix of the whole (use another one: --data.chat_template FILE)",
+            "f:1: 'chosen': the chat template renders the prompt of turn 2 differently when more turns follow, "
+            "expected a template that renders a prompt as a prefix of the conversation (use another one: "
+            "--data.chat_template FILE)",
         ),
         (
             "{{ raise_exception('no system turn') }}",
-            "f:1: 'chosen': the chat template says: no system turn, expected a row it takes "
-            "(drop the row, or --data.on_bad_row skip)",
+            "f:1: 'chosen': the chat template raised: no system turn, expected an example that it accepts "
+            "(drop the example, or --data.on_bad_row skip)",
         ),
         (
             "x",
             "f:1: 'chosen': the chat template renders nothing, expected a non-empty completion "
-            "(drop the row, or --data.on_bad_row skip)",
+            "(drop the example, or --data.on_bad_row skip)",
         ),
     ],
 )
@@ -79,5 +81,5 @@ def test_render_when_there_is_no_template_then_one_line_names_the_setting(bare_t
     with pytest.raises(DataError) as error:
         render([USER], [FIRST], bare_tokenizer)
     assert str(error.value) == (
-        "the rows are chat messages and the tokenizer has no chat template, expected one (--data.chat_template FILE)"
+        "the data has chat messages and the tokenizer has no chat template, expected one (--data.chat_template FILE)"
     )

@@ -88,7 +88,8 @@ def test_both_orders_when_there_is_no_room_then_it_says_how_much_is_needed(token
 
 
 @pytest.mark.parametrize(
-    ("chosen", "reason"), [("  ", "empty completion"), ("</s>", "empty completion"), ("a</s>b", "terminator inside")]
+    ("chosen", "reason"),
+    [("  ", "empty completion"), ("</s>", "empty completion"), ("a</s>b", "EOS inside the completion")],
 )
 def test_both_orders_when_a_completion_cannot_be_read_then_the_row_is_bad(chosen, reason, tokenizer):
     found = cut(BothOrders(tokenizer, 200), replace(ROW, chosen=chosen))

@@ -92,12 +92,12 @@ def test_rows_when_a_zip_archive_holds_one_file_then_it_is_read_and_several_are_
     ("name", "content", "message"),
     [
         ("a.json", ARRAY[:-20], "a.json: the JSON ends too early, in its last element: is the file complete?"),
-        ("a.json", ARRAY + ARRAY, "a.json: more text behind the JSON array, expected one array, or one object per "
+        ("a.json", ARRAY + ARRAY, "a.json: more text after the JSON array, expected one array, or one object per "
          "line"),
         ("a.json", b"[]", "a.json: the file has no rows"),
         ("a.csv", b"", "a.csv: the file has no rows"),
         ("a.csv", CSV[:-4], "a.csv:4: broken CSV (unexpected end of data), expected rows whose quotes are closed"),
-        ("a.csv", b"prompt,prompt\na,b\n", "a.csv: two columns are named 'prompt', expected a name of its own for "
+        ("a.csv", b"prompt,prompt\na,b\n", "a.csv: two columns are named 'prompt', expected unique names for "
          "each"),
         ("a.jsonl", b"\xff\xfe" + LINES.decode().encode("utf-16-le"),
          "a.jsonl: UTF-16 text, expected UTF-8 (iconv -f UTF-16 -t UTF-8)"),
@@ -106,7 +106,7 @@ def test_rows_when_a_zip_archive_holds_one_file_then_it_is_read_and_several_are_
         ("a.gz", packed(packed(LINES)), "a.gz: gzip inside a compressed file: decompress it first"),
         ("a.gz", packed(b"x" * 257 + b"ustar" + b"x" * 250), "a.gz: a tar archive: unpack it and name the file "
          "or folder"),
-        ("a.arrow", b"ARROW1", "a.arrow: a single Arrow file; name the folder that datasets.save_to_disk has written"),
+        ("a.arrow", b"ARROW1", "a.arrow: a single Arrow file; give the folder that datasets.save_to_disk has written"),
     ],
 )  # fmt: skip
 def test_file_when_it_cannot_be_read_then_one_line_names_what_it_is(file, name, content, message):
@@ -118,7 +118,7 @@ def test_file_when_it_cannot_be_read_then_one_line_names_what_it_is(file, name, 
 def test_file_when_it_is_cut_off_inside_the_compression_then_one_line_says_behind_which_row(file):
     many = b"".join(json.dumps({**ROWS[0], "chosen": f" {i * 7919 % 10007}"}).encode() + b"\n" for i in range(9000))
     for name, content in (("a.gz", gzip.compress(many)), ("a.xz", lzma.compress(many)), ("a.bz2", bz2.compress(many))):
-        with pytest.raises(DataError, match=rf"^{name}: cannot be read( as \w+ behind row [\d,]+)?: .*") as error:
+        with pytest.raises(DataError, match=rf"^{name}: cannot be read( as \w+ after row [\d,]+)?: .*") as error:
             read(file(name, content[:-30]))
         assert "\n" not in str(error.value)
 
@@ -140,7 +140,7 @@ def test_rows_of_csv_when_fields_or_bytes_are_wrong_then_they_are_bad_rows_and_n
     assert [bad.message.partition(", expected")[0] for bad in report.bad] == [
         "a.csv:4: 3 fields",
         "a.csv:5: bytes that are not UTF-8",
-        "a.csv:6: 'win': text that is no number",
+        "a.csv:6: 'win': text that is not a number",
     ]
 
 

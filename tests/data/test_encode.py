@@ -57,7 +57,7 @@ def test_pair_when_the_text_has_eos_at_its_end_then_it_is_not_doubled_and_never_
     assert Encoder(tokenizer, 99).pair(row(chosen=" good</s>")) == Encoder(tokenizer, 99).pair(row())
     assert problem(tokenizer, "q:", " a</s> b") == (
         "f:1: 'chosen': '</s>' inside a completion, expected it at the end only "
-        "(drop the row, or --data.on_bad_row skip)"
+        "(drop the example, or --data.on_bad_row skip)"
     )
 
 
@@ -84,9 +84,9 @@ def test_pair_when_several_turns_then_the_mask_covers_the_assistants_tokens(toke
 
 def test_pair_when_a_token_spans_the_boundary_then_the_row_is_bad(tokenizer):
     assert problem(tokenizer, "The s", "ky") == (
-        "f:1: 'chosen': its first characters merge with the end of the prompt into one token, expected a prompt that "
-        "is a token prefix of the whole (move white space from the end of the prompt to the beginning of the "
-        "completions)"
+        "f:1: 'chosen': its first characters and the end of the prompt are one token, expected prompt tokens "
+        "that are a prefix of the tokens of prompt and completion (move white space from the end "
+        "of the prompt to the beginning of the completions)"
     )
 
 
@@ -94,7 +94,7 @@ def test_pair_when_the_prompt_is_empty_then_bos_is_the_prompt_or_the_row_is_bad(
     assert Encoder(tokenizer, 99).pair(row("")).prompt_ids == [BOS]
     assert problem(bare_tokenizer, "") == (
         "f:1: 'prompt': no token, expected at least one (this tokenizer adds no BOS) "
-        "(drop the row, or --data.on_bad_row skip)"
+        "(drop the example, or --data.on_bad_row skip)"
     )
 
 
@@ -148,7 +148,7 @@ def test_check_row_structure_when_a_row_is_damaged_then_it_says_how(tokenizer):
     pair = Encoder(tokenizer, 99).pair(row())
     mask = [*pair.chosen_mask, True]
     cases = [
-        (replace(pair, prompt_ids=[BOS, *pair.prompt_ids]), "prompt: BOS (0) stands twice at the start"),
+        (replace(pair, prompt_ids=[BOS, *pair.prompt_ids]), "prompt: BOS (0) is twice at the start"),
         (replace(pair, prompt_ids=pair.prompt_ids[1:]), "prompt: BOS (0) is not the first token"),
         (replace(pair, prompt_ids=[]), "prompt: the prompt has no token"),
         (replace(pair, chosen_ids=[BOS, *pair.chosen_ids], chosen_mask=mask), "chosen: BOS (0) inside the row"),
@@ -169,7 +169,7 @@ def test_check_row_structure_when_a_row_is_damaged_then_it_says_how(tokenizer):
 
 def test_pad_token_when_there_is_none_then_eos_and_a_sentence(tokenizer, bare_tokenizer):
     assert pad_token(tokenizer) == (2, None)
-    assert pad_token(bare_tokenizer) == (EOS, "the tokenizer has no pad token; EOS '</s>' pads instead")
+    assert pad_token(bare_tokenizer) == (EOS, "the tokenizer has no pad token; EOS '</s>' is used for padding")
 
 
 # Files and the cache.
@@ -298,7 +298,7 @@ def test_encode_file_when_the_cache_cannot_be_written_then_one_line_says_so(writ
     path = write(*rows_of(2))
     with pytest.raises(DataError) as error:
         encode_file(path, tokenizer, max_length=20, cache_dir=f"{path}/cache")
-    assert str(error.value) == f"{path}/cache: cannot keep the encoded data here: Not a directory"
+    assert str(error.value) == f"{path}/cache: cannot store the encoded data here: Not a directory"
 
 
 def test_encode_file_when_a_token_has_no_row_in_the_model_then_row_token_and_sizes_are_named(write, tokenizer):
@@ -309,8 +309,8 @@ def test_encode_file_when_a_token_has_no_row_in_the_model_then_row_token_and_siz
         encode_file(path, tokenizer, max_length=20, cache_dir="cache", vocab_rows=largest)
     text = tokenizer.convert_ids_to_tokens(largest)
     assert str(error.value) == (
-        f"pairs.jsonl:1: token {largest} ('{text}') has no row in the model: the tokenizer has {len(tokenizer)} "
-        f"tokens, the model {largest} rows (use the model's own tokenizer)"
+        f"pairs.jsonl:1: token {largest} ('{text}') is outside the model's vocabulary: the tokenizer has "
+        f"{len(tokenizer)} tokens, the model's embedding {largest} rows (use the model's own tokenizer)"
     )
 
 
@@ -320,7 +320,7 @@ def test_encode_file_when_no_row_is_left_then_it_says_why(write, tokenizer):
             write(b"{", b"{", {**PAIR, "chosen": ""}), tokenizer, max_length=20, on_bad_row="skip", cache_dir="c"
         )
     assert str(error.value) == (
-        "pairs.jsonl: none of the 3 rows can be used: 2 broken JSON, 1 empty completion; pairs.jsonl:1: broken JSON "
+        "pairs.jsonl: none of the 3 examples is usable: 2 broken JSON, 1 empty completion; pairs.jsonl:1: broken JSON "
         "(Expecting property name enclosed in double quotes at column 2), expected one JSON object (drop the row, or "
         "--data.on_bad_row skip); pairs.jsonl:3: 'chosen': empty, expected a non-empty completion (drop the row, or "
         "--data.on_bad_row skip)"
@@ -329,9 +329,9 @@ def test_encode_file_when_no_row_is_left_then_it_says_why(write, tokenizer):
 
 def test_encode_file_when_a_row_is_bad_for_the_tokenizer_then_error_stops_and_skip_counts(write, tokenizer):
     path = write(PAIR, {**PAIR, "prompt": "The s", "chosen": "ky"}, PAIR, {**PAIR, "chosen": "a</s>b"})
-    with pytest.raises(DataError, match=r"^pairs.jsonl:2: 'chosen': its first characters merge"):
+    with pytest.raises(DataError, match=r"^pairs.jsonl:2: 'chosen': its first characters and the end"):
         encode_file(path, tokenizer, max_length=20, cache_dir="cache")
     report = encode_file(path, tokenizer, max_length=20, on_bad_row="skip", cache_dir="cache").report
-    assert report.dropped == {"token over the boundary": 1, "terminator inside": 1}
+    assert report.dropped == {"token spans the boundary": 1, "EOS inside the completion": 1}
     assert (report.read, report.kept, report.duplicates) == (4, 2, 1)
     assert json.loads(next(Path("cache").glob("*/report.json")).read_text())["report"]["read"] == 4

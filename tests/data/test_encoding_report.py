@@ -16,18 +16,19 @@ def test_report_when_printed_then_every_count_is_there(write, bare_tokenizer):
         f"  {name:<10}{''.join(f'{n:>8}' for n in report.lengths[name])}" for name in ("prompt", "chosen", "rejected")
     ]
     assert report.lines() == [
-        "data pairs.jsonl: 5 rows read, 4 kept, 1 dropped",
+        "data pairs.jsonl: 5 examples read, 4 kept, 1 dropped",
         "  format      text, explicit prompt",
         "  dropped     1 empty completion: pairs.jsonl:3",
         "  tokens          p5     p50     p95     max",
         *lengths,
-        "  cut to 24 tokens: 2 (50.0%) prompts at the head, 1 (25.0%) rows at the tail",
-        "  completions without terminator: 1 of 8; duplicate rows: 1; chosen == rejected: 0",
-        "  note        the tokenizer has no pad token; EOS '</s>' pads instead",
-        "  note        warning: 50.0% of the pairs are cut; raise data.max_length, or choose what goes by "
-        "data.overlong",
-        "  note        the prompt is cut to one token, since a completion fills data.max_length: 1 rows, the first "
-        "pairs.jsonl:5",
+        "  truncated   to 24 tokens: 2 (50.0%) with a left-truncated prompt, "
+        "1 (25.0%) with a right-truncated completion",
+        "  unfinished  1 of 8 completions have no EOS or end-of-turn token",
+        "  duplicates  1; chosen == rejected: 0",
+        "  note        the tokenizer has no pad token; EOS '</s>' is used for padding",
+        "  note        warning: 50.0% of the pairs are truncated; raise data.max_length, or see data.overlong",
+        "  note        the prompt is truncated to one token because a completion fills data.max_length: 1 example, "
+        "the first pairs.jsonl:5",
     ]
     assert str(report) == "\n".join(report.lines())
     assert DataReport.from_json(json.loads(json.dumps(report.to_json()))) == report

@@ -56,9 +56,9 @@ for _ in range(80):
     ("message", "found"),
     [
         ({**USER, "content": [{"type": "image_url", "image_url": "x"}]},
-         "'prompt[0].content[0]': a part of type 'image_url', expected text parts alone"),
+         "'prompt[0].content[0]': a part of type 'image_url', expected text parts only"),
         ({**USER, "content": [{"type": "text", "text": "q"}, {"type": "image"}]},
-         "'prompt[0].content[1]': a part of type 'image', expected text parts alone"),
+         "'prompt[0].content[1]': a part of type 'image', expected text parts only"),
         ({**USER, "content": None}, "'prompt[0]': a message with 'role', expected 'role' and 'content'"),
         ({**USER, "content": 7}, "'prompt[0].content': found the number 7, expected a string"),
         ({**USER, "role": 7}, "'prompt[0].role': found the number 7, expected a string"),
@@ -162,11 +162,11 @@ def test_rows_when_dialogues_are_wanted_as_messages_then_they_are_turns_with_the
     ("record", "found"),
     [
         ({"chosen": HH + " a\n\nHuman: x", "rejected": HH + " b"},
-         "'chosen': a completion that goes on with another turn, expected the assistant's answer alone"),
+         "'chosen': a completion with another turn after the answer, expected the assistant's answer only"),
         ({"chosen": "Note." + HH + " a", "rejected": "Note." + HH + " b"},
          "'prompt': text before the first turn, expected a dialogue that begins with '\\n\\nHuman:'"),
         ({"prompt": HH + " x\n\nAssistant:", "chosen": " a", "rejected": " b"},
-         "'prompt': two turns of the assistant at its end, expected a turn of the human before the last one"),
+         "'prompt': two assistant turns at its end, expected a human turn before the last one"),
         ({"chosen": HH + " a", "rejected": HH + "a "}, "'rejected': the same as 'chosen', expected two different"),
     ],
 )  # fmt: skip
@@ -178,7 +178,7 @@ def test_dialogue_when_it_is_none_of_turns_then_the_row_is_bad(write, record, fo
 
 def test_dialogue_when_its_line_ends_are_of_two_characters_then_they_are_named(write):
     text = HH.replace("\n", "\r\n")
-    with pytest.raises(DataError, match=r"^pairs.jsonl:1: 'chosen': a dialogue whose line ends are of two characters"):
+    with pytest.raises(DataError, match=r"^pairs.jsonl:1: 'chosen': a dialogue with CRLF line ends"):
         read_rows(write({"chosen": text + " a", "rejected": text + " b"}))
 
 

@@ -83,8 +83,8 @@ def test_mixture_of_what_a_split_has_left_knows_where_each_source_ends():
     found = mixture_of(left, {"a": 1.0, "b": 1.0}, 0)
     assert found.bounds == (0, 3, 6)
     assert found.lines(["a", "b"])[1:] == [
-        "  a: 3 (50.0%), each of its 3 1 times",
-        "  b: 3 (50.0%), each of its 3 1 times",
+        "  a: 3 (50.0%), each of its 3 is drawn 1 times",
+        "  b: 3 (50.0%), each of its 3 is drawn 1 times",
     ]
     with pytest.raises(
         DataError, match=r"^data.weights: nothing is left of a to train on, all its prompts are held out"
@@ -104,9 +104,9 @@ def test_run_when_sources_have_weights_then_its_report_says_what_an_epoch_takes(
         "a source of weight 0 is left out"
     )
     assert (
-        "an epoch takes 40 pairs by weight:\n"
-        "  few.jsonl: 30 (75.0%), each of its 10 3 times\n"
-        "  many.jsonl: 10 (25.0%), each of its 30 0.333 times\n"
+        "pairs per epoch, by data.weights: 40\n"
+        "  few.jsonl: 30 (75.0%), each of its 10 is drawn 3 times\n"
+        "  many.jsonl: 10 (25.0%), each of its 30 is drawn 0.333 times\n"
         "steps of up to 400 tokens: "
     ) in ended.out
 

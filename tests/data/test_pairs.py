@@ -21,7 +21,7 @@ NAMES = ("prompt", "chosen", "rejected", "chosen_scored", "rejected_scored", "pr
 @pytest.fixture
 def mapped(write, tokenizer, monkeypatch):
     """11 rows in pieces of 4, some of them dialogues whose masks have holes."""
-    monkeypatch.setattr(encode, "_WRITTEN", 4)
+    monkeypatch.setattr(encode, "_BATCH", 4)
     monkeypatch.setattr(pairs, "BLOCK", 3)
     rows = [{**PAIR, "prompt": f"Question {i % 7}:", "chosen": " yes" * (1 + i), "win": i / 10} for i in range(8)]
     rows += [{"prompt": [USER], "chosen": [ANSWER, USER, OTHER], "rejected": [OTHER], "win": 0.5} for _ in range(3)]

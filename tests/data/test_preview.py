@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 import pytest
 
 from prefopt.data.encoder import Encoder
-from prefopt.data.preview import page, shown, spread, terminal
+from prefopt.data.preview import page, preview_pair, spread, terminal
 from prefopt.data.rows import read_rows
 from prefopt.errors import DataError
 from prefopt.types import EncodedPair, PairRow
@@ -27,7 +27,7 @@ def decoded(tokenizer, ids):
 
 
 def test_pieces_are_all_tokens_in_order_with_their_masks(pair, tokenizer):
-    found = shown(pair, tokenizer)
+    found = preview_pair(pair, tokenizer)
     for ids, pieces in zip(
         (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids), (found.prompt, found.chosen, found.rejected), strict=True
     ):
@@ -46,33 +46,35 @@ def test_pieces_are_all_tokens_in_order_with_their_masks(pair, tokenizer):
 def test_piece_when_a_character_is_cut_in_the_middle_then_its_tokens_are_still_shown(tokenizer):
     ids = tokenizer("🙂", add_special_tokens=False)["input_ids"]
     pair = Encoder(tokenizer, 200).pair(PairRow("Q:", " yes", " no", {}, "x:1"))
-    cut = shown(type(pair)(pair.prompt_ids, ids[:2], pair.rejected_ids, [True] * 2, pair.rejected_mask), tokenizer)
+    cut = preview_pair(
+        type(pair)(pair.prompt_ids, ids[:2], pair.rejected_ids, [True] * 2, pair.rejected_mask), tokenizer
+    )
     assert [i for piece in cut.chosen for i in piece.ids] == ids[:2]
 
 
 def test_terminal_without_colour_has_brackets_around_what_is_scored(pair, tokenizer):
-    text = terminal([shown(pair, tokenizer)], color=False)
+    text = terminal([preview_pair(pair, tokenizer)], color=False)
     assert "\x1b" not in text
     assert "pairs.jsonl:7: prompt" in text
     assert "⟦Because é🙂.‹<|im_end|>›⟧" in text
     assert "\n  ‹<|im_start|>›user\n  Why?‹<|im_end|>›\n  ‹<|im_start|>›assistant\n  ⟦So.‹<|im_end|>›⟧\n" in text
-    assert f"{len(pair.chosen_ids)} tokens, {sum(pair.chosen_mask)} scored" in text
+    assert f"{len(pair.chosen_ids)} tokens, {sum(pair.chosen_mask)} loss tokens" in text
     assert text.endswith(" win = 0.75")
 
 
 def test_terminal_with_colour_says_the_same(pair, tokenizer):
-    text = terminal([shown(pair, tokenizer)], color=True)
+    text = terminal([preview_pair(pair, tokenizer)], color=True)
     assert "\x1b[1;32mBecause é🙂.\x1b[0m\x1b[1;32;7m<|im_end|>\x1b[0m" in text
     assert "\x1b[33;7m<|im_start|>\x1b[0m\x1b[33muser\x1b[0m\n  \x1b[33mWhy?" in text
     bare = re.sub(r"\x1b\[[\d;]*m", "", text)
-    marked = re.sub("[⟦⟧‹›]", "", terminal([shown(pair, tokenizer)], color=False))
+    marked = re.sub("[⟦⟧‹›]", "", terminal([preview_pair(pair, tokenizer)], color=False))
     assert bare.splitlines()[2:] == marked.splitlines()[2:]
 
 
 @pytest.mark.parametrize("color", [False, True])
 def test_terminal_when_the_data_holds_control_characters_then_they_steer_nothing(tokenizer, color):
     pair = Encoder(tokenizer, 200).pair(PairRow("Q:", " a\x1b[2J\x07\r", " b", {}, "x:1"))
-    text = re.sub(r"\x1b\[[\d;]*m", "", terminal([shown(pair, tokenizer)], color=color))
+    text = re.sub(r"\x1b\[[\d;]*m", "", terminal([preview_pair(pair, tokenizer)], color=color))
     assert r"a\x1b[2J\x07\r" in text
     assert not re.search(r"[\x00-\x08\x0b-\x1f]", text)
 
@@ -103,7 +105,7 @@ class _Page(HTMLParser):
 
 
 def test_page_has_each_token_in_its_colour_and_loads_nothing(pair, tokenizer):
-    text = page("<pairs>", ["data <x>: 1 row"], [shown(pair, tokenizer)])
+    text = page("<pairs>", ["data <x>: 1 row"], [preview_pair(pair, tokenizer)])
     assert "<title>&lt;pairs&gt;</title>" in text
     assert "data &lt;x&gt;: 1 row" in text
     found = _Page()
@@ -122,14 +124,14 @@ def test_page_has_each_token_in_its_colour_and_loads_nothing(pair, tokenizer):
 
 def test_page_when_the_data_holds_markup_then_it_is_text(tokenizer):
     pair = Encoder(tokenizer, 200).pair(PairRow("Q:", " <script>alert(1)</script>", " b", {}, '"><img src=x>'))
-    text = page("x", [], [shown(pair, tokenizer)])
+    text = page("x", [], [preview_pair(pair, tokenizer)])
     assert "<script" not in text
     assert "<img" not in text
 
 
 def test_pieces_when_the_tokenizer_has_no_special_tokens_beyond_the_end(bare_tokenizer):
     pair = Encoder(bare_tokenizer, 200).pair(PairRow("Q:", " yes", " no", {}, "x:1"))
-    found = shown(pair, bare_tokenizer)
+    found = preview_pair(pair, bare_tokenizer)
     assert [piece.text for piece in found.chosen if piece.special] == ["</s>"]
     assert not [piece for piece in found.prompt if piece.special]
 
@@ -146,7 +148,7 @@ def test_pieces_when_words_carry_their_spaces_as_sentencepiece_has_them():
     inner.train_from_iterator(["one two three, why one", "two three one"] * 20, trainer)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>", unk_token="<unk>")
     pair = Encoder(tokenizer, 200).pair(PairRow("why one", " two three", " one", {}, "x:1"))
-    found = shown(pair, tokenizer)
+    found = preview_pair(pair, tokenizer)
     assert "".join(piece.text for piece in found.prompt) == "why one"
     assert "".join(piece.text for piece in found.chosen).strip() == "two three</s>"
     assert [i for piece in found.chosen for i in piece.ids] == pair.chosen_ids
@@ -174,7 +176,7 @@ def test_pieces_when_a_row_is_long_then_no_token_is_decoded_more_often_than_in_a
     for ids, most in ((words * 60, 6), ([byte] * 900, 40)):
         pair = EncodedPair([0], ids, None, [True] * len(ids), None)
         counting = Counting()
-        found = shown(pair, counting)
+        found = preview_pair(pair, counting)
         assert [i for piece in found.chosen for i in piece.ids] == ids
         assert "".join(piece.text for piece in found.chosen) == tokenizer.decode(ids)
         assert counting.decoded < most * len(ids)
@@ -185,6 +187,6 @@ def test_complaint_when_a_name_holds_hidden_characters_or_has_no_end_then_is_one
     with pytest.raises(DataError) as error:
         read_rows(write({"prompt": "q", "chosen": "a", role: "b"}))
     line = str(error.value)
-    assert line.startswith("pairs.jsonl:1: 'rejected': missing, expected a completion; the row has ")
+    assert line.startswith("pairs.jsonl:1: 'rejected': missing, expected a completion; the example has ")
     assert len(line) < 1500
     assert not re.search("[\x00-\x1f\u202e]", line)

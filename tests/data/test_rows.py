@@ -14,7 +14,7 @@ U1, A1, A2, U2 = (
 SYSTEM = {"role": "system", "content": "be kind"}
 GOOD = {"prompt": "p:", "chosen": " a", "rejected": " b"}
 HH = "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: bye\n\nAssistant:"
-DROP = "(drop the row, or --data.on_bad_row skip)"
+DROP = "(drop the example, or --data.on_bad_row skip)"
 
 
 def one(path, **kw):
@@ -112,7 +112,7 @@ BAD = [
     (
         b"[" * 100_000,
         "nested too deeply",
-        "JSON nested too deeply, expected lists and objects some levels deep " + DROP,
+        "JSON nested too deeply, expected fewer levels of lists and objects " + DROP,
     ),
     (
         b"[1]",
@@ -127,13 +127,13 @@ BAD = [
     (
         {"prompt": "p", "chosen": "a", "rejeted": "b"},
         "missing key",
-        "'rejected': missing, expected a completion; the row has 'chosen', 'prompt', 'rejeted'; did you mean "
-        "'rejeted'? (rename it, or name it under data.columns)",
+        "'rejected': missing, expected a completion; the example has 'chosen', 'prompt', 'rejeted'; did you mean "
+        "'rejeted'? (rename it, or map it with data.columns)",
     ),
     (
         b'{"prompt": "p", "chosen": "a", "id": 1, "id": 2, "chosen": "c", "rejected": "b"}',
         "key twice",
-        f"'chosen': stands twice in the row, expected each key once {DROP}",
+        f"'chosen': is in the example twice, expected each key once {DROP}",
     ),
     ({**GOOD, "chosen": ""}, "empty completion", f"'chosen': empty, expected a non-empty completion {DROP}"),
     ({**GOOD, "rejected": " \n"}, "empty completion", f"'rejected': empty, expected a non-empty completion {DROP}"),
@@ -161,19 +161,19 @@ BAD = [
     (
         {"chosen": "a", "rejected": "b"},
         "no prompt",
-        "'chosen': text without a '\\n\\nAssistant:' turn in a row without a prompt, expected a key 'prompt', or a "
-        "dialogue (add the prompt, or name its key under data.columns)",
+        "'chosen': text without a '\\n\\nAssistant:' turn in an example without a prompt, expected a key 'prompt', or "
+        "a dialogue (add the prompt, or map its key with data.columns)",
     ),
     (
         {"chosen": [U1, A1, U1, A1], "rejected": [U1, A1, U2, A1]},
         "different dialogues",
-        "'rejected': messages that part from 'chosen' at turn 3, which is not an answer on both sides to a shared "
+        "'rejected': messages that differ from 'chosen' at turn 3, which is not an answer in both to a shared "
         f"question, expected the same messages up to two different answers {DROP}",
     ),
     (
         {"prompt": [U1, {**A1, "tool_calls": [{"name": "x"}]}], "chosen": [A1], "rejected": [A2]},
         "prompt without a question",
-        "'prompt': ends with a tool call that no tool has answered, expected messages that end with a turn to answer, "
+        "'prompt': ends with a tool call without a result, expected messages that end with a turn to answer, "
         f"or with the beginning of the answer {DROP}",
     ),
     (
@@ -199,7 +199,7 @@ BAD = [
     (
         {"prompt": "p", "chosen": "a", "rejected": [A1]},
         "mixed types",
-        f"'rejected': a list where 'chosen' is a string, expected both sides of one kind {DROP}",
+        f"'rejected': found a list, but 'chosen' is a string, expected both completions of the same type {DROP}",
     ),
 ]
 
@@ -219,8 +219,8 @@ def test_rows_when_a_row_is_bad_then_one_line_says_so(write, record, reason, com
     [
         (
             {},
-            "'win': missing, expected a number; the row has 'chosen', 'prompt', 'rejected' "
-            "(rename it, or name it under data.columns)",
+            "'win': missing, expected a number; the example has 'chosen', 'prompt', 'rejected' "
+            "(rename it, or map it with data.columns)",
         ),
         ({"win": "0.5"}, f"'win': found a string, expected a number {DROP}"),
         ({"win": True}, f"'win': found the truth value true, expected a number {DROP}"),
@@ -266,7 +266,7 @@ def test_rows_when_the_file_is_empty_then_it_says_so(write):
 
 def test_rows_when_a_folder_has_nothing_readable_then_it_says_so(tmp_path):
     (tmp_path / "notes.txt").write_text("x")
-    with pytest.raises(DataError, match=r": nothing to read in this folder, expected .jsonl or .parquet files$"):
+    with pytest.raises(DataError, match=r": no data files in this folder, expected .jsonl or .parquet files$"):
         read_rows(tmp_path)
 
 
@@ -274,7 +274,7 @@ def test_rows_when_a_folder_has_splits_then_they_are_never_mixed(write):
     Path("d").mkdir()
     write(GOOD, name="d/train.jsonl")
     write(GOOD, GOOD, name="d/test-00000.jsonl")
-    with pytest.raises(DataError, match=r"^d: the folder holds several splits \(test, train\); name one: d:train$"):
+    with pytest.raises(DataError, match=r"^d: the folder has several splits \(test, train\); choose one: d:train$"):
         read_rows("d")
     with pytest.raises(DataError, match=r"^d:dev: no split 'dev' in this folder; it has test, train$"):
         read_rows("d:dev")
@@ -294,7 +294,7 @@ def test_rows_when_parquet_or_saved_by_datasets_then_they_read_as_jsonl_does(wri
         report = read_rows(path, on_bad_row="skip")
         assert [(row.prompt, row.chosen, row.rejected) for row in report.rows] == expected
         assert report.bad[0].message == f"{path}:2: 'chosen': no messages, expected a non-empty completion {DROP}"
-    with pytest.raises(DataError, match=r"^two: several splits; name one of: test, train \(as in two:train\)$"):
+    with pytest.raises(DataError, match=r"^two: several splits; choose one of: test, train \(as in two:train\)$"):
         read_rows("two")
     (tmp_path / "broken.parquet").write_bytes(b"no")
     with pytest.raises(DataError, match=r"^broken.parquet: cannot be read as Parquet: "):
@@ -312,9 +312,9 @@ def test_rows_when_a_hub_id_is_out_of_reach_then_one_line_says_so(monkeypatch, t
     with pytest.raises(DataError) as error:
         read_rows("someone/pairs")
     assert str(error.value) == (
-        "someone/pairs: neither a file or folder here nor a dataset that can be reached on the hub (no route); "
-        "download it where there is a network (hf download --repo-type dataset someone/pairs --local-dir DIR) and name "
-        "DIR here; with HF_HUB_OFFLINE=1 only what was downloaded before is looked for"
+        "someone/pairs: neither an existing file or folder nor a dataset that can be reached on the hub (no route); "
+        "download it on a machine with network access (hf download --repo-type dataset someone/pairs "
+        "--local-dir DIR) and give DIR; with HF_HUB_OFFLINE=1 only datasets in the local cache are found"
     )
 
 

@@ -52,8 +52,8 @@ def test_folder_when_it_holds_shards_of_six_splits_then_a_split_is_a_whole_name(
     folder(*names)
     assert asked("d:train_prefs") == ["data/train_prefs-00000-of-00002.jsonl", "data/train_prefs-00001-of-00002.jsonl"]
     listed = "test_gen, test_prefs, test_sft, train_gen, train_prefs, train_sft"
-    assert refused("d") == f"d: the folder holds several splits ({listed}); name one: d:train_prefs"
-    assert refused("d:train") == f"d:train: no split 'train' in this folder; it has {listed}; name one: d:train_prefs"
+    assert refused("d") == f"d: the folder has several splits ({listed}); choose one: d:train_prefs"
+    assert refused("d:train") == f"d:train: no split 'train' in this folder; it has {listed}; choose one: d:train_prefs"
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_folder_when_shards_are_missing_or_a_file_is_there_twice_then_it_is_refu
     folder("data/train-00000-of-00001.jsonl")
     assert refused("d").startswith("d/data/train: shards of 1 and of 3 files, expected those of one download")
     folder("e/train.jsonl", "e/train.jsonl.gz")
-    assert refused("d/e") == "d/e: train.jsonl and train.jsonl.gz are two forms of one file, expected one of them"
+    assert refused("d/e") == "d/e: train.jsonl and train.jsonl.gz are one file in two formats, expected one of them"
 
 
 def test_folder_when_a_file_cannot_be_read_then_it_is_never_left_out_in_silence(folder, monkeypatch):
@@ -122,7 +122,7 @@ def test_name_when_it_is_no_file_then_one_line_says_what_it_is(tmp_path, monkeyp
     assert refused("/dev/zero") == "/dev/zero: a device, expected a file or folder"
     assert refused("/proc/self/mem") == "/proc/self/mem: cannot be read: Input/output error"
     assert refused("x" * 300 + ".jsonl").endswith("...: cannot be read: File name too long")
-    assert refused("a\0b.jsonl") == "'a\\x00b.jsonl': a name that holds a NUL character, expected a file or folder"
+    assert refused("a\0b.jsonl") == "'a\\x00b.jsonl': a name with a NUL character, expected a file or folder"
     assert refused("~nobody_here/x.jsonl").startswith("~nobody_here/x.jsonl: could not determine home directory")
 
 
@@ -143,7 +143,7 @@ def test_place_of_a_row_when_a_split_is_named_then_is_a_path_and_a_row(folder, t
 
 def test_folder_when_its_readme_names_configurations_then_they_are_never_mixed(folder):
     folder("main/train-00000-of-00001.jsonl", "more/train-00000-of-00001.jsonl")
-    assert RowReader("d").unread.notes(chat=False) == ["the files of 2 folders are read as one: main, more"]
+    assert RowReader("d").unread.notes(chat=False) == ["files of 2 folders are read as one source: main, more"]
     configs = [("main", "main/train-*"), ("more", "more/train-*"), ("all", "*/train-*")]
     for named, mixed in ((configs[:2], False), (configs, True)):
         lines = "".join(
@@ -154,7 +154,7 @@ def test_folder_when_its_readme_names_configurations_then_they_are_never_mixed(f
             assert len(asked("d")) == 2
         else:
             assert refused("d:train") == (
-                "d:train: the folder holds several configurations (main, more), as its README.md says; name the folder "
+                "d:train: the folder has several configurations (main, more), as its README.md says; name the folder "
                 "of one, or its files with commas between: d/main"
             )
             assert asked("d/main:train") == ["main/train-00000-of-00001.jsonl"]
@@ -167,5 +167,5 @@ def test_folder_when_datasets_has_saved_into_one_below_then_that_one_is_named(tm
 
     monkeypatch.chdir(tmp_path)
     datasets.Dataset.from_list([GOOD]).save_to_disk("d/saved")
-    assert refused("d").endswith("; datasets.save_to_disk has written d/saved: name that folder")
+    assert refused("d").endswith("; datasets.save_to_disk has written d/saved: give that folder")
     assert asked("d/saved") == ["p:"]

@@ -39,7 +39,7 @@ def test_split_when_the_hash_leaves_a_side_empty_then_one_prompt_goes_there(frac
 def test_split_when_it_cannot_be_made_then_one_line_says_so():
     with pytest.raises(DataError) as error:
         split_by_prompt(pairs(2), 0.5)
-    assert str(error.value) == "a split by prompt needs two prompts, found 1 (give eval rows a file: --data.eval)"
+    assert str(error.value) == "a split by prompt needs two prompts, found 1 (give held-out pairs: --data.eval)"
     with pytest.raises(DataError, match=r"^data.eval_fraction: found 1, expected a number between 0 and 1$"):
         split_by_prompt(pairs(8), 1.0)
 

@@ -136,7 +136,9 @@ def test_special_tokens_that_the_data_may_hold_are_named_and_no_others():
     said = [{"role": "assistant", "content": "one <|channel|> two"}]
     assert complaint(tokenizer, [USER], said).endswith("--data.special_tokens '<|channel|>')")
     assert complaint(tokenizer, [USER], said, special_tokens=("<|channel|>",)) is None
-    with pytest.raises(DataError, match=r"^data.special_tokens: '<\|chanel\|>' is no special token of the tokenizer"):
+    with pytest.raises(
+        DataError, match=r"^data.special_tokens: '<\|chanel\|>' is not a special token of the tokenizer"
+    ):
         Encoder(tokenizer, 99, special_tokens=("<|chanel|>",))
 
 
@@ -144,16 +146,16 @@ def test_a_template_that_drops_what_is_to_be_scored_makes_a_bad_row_that_names_i
     tokenizer = family_tokenizer("thinking")
     said = [{"role": "assistant", "content": "<think>2 and 2</think>It is 4"}]
     assert complaint(tokenizer, [USER], said) == (
-        "f:1: 'chosen': the chat template leaves out '<think>2 and 2</think>It is 4' of turn 2; see line 3 of the "
-        "template: content.split('</think>')[-1], expected all of it in the text that is scored (use another one: "
-        "--data.chat_template FILE; or drop the row, or --data.on_bad_row skip)"
+        "f:1: 'chosen': the chat template omits '<think>2 and 2</think>It is 4' of turn 2; see line 3 of the "
+        "template: content.split('</think>')[-1], expected all of the content in the rendered turn (use another one: "
+        "--data.chat_template FILE; or drop the example, or --data.on_bad_row skip)"
     )
     assert complaint(tokenizer, [USER], [ONE]) is None
     called = [{"role": "assistant", "content": "So", "tool_calls": [{"function": {"name": "look", "arguments": {}}}]}]
-    assert "leaves out 'look' of turn 2" in complaint(tokenizer, [USER], called)
+    assert "omits 'look' of turn 2" in complaint(tokenizer, [USER], called)
     history = [USER, {"role": "assistant", "content": "<think>a</think>b"}, MORE]
     (cut,) = Encoder(tokenizer, 99).rows([PairRow(history, [ONE], None, {}, "f:1")])
-    assert cut.notes == ("the chat template leaves out the content of a prompt turn",)
+    assert cut.notes == ("the chat template omits the content of a prompt turn",)
 
 
 def test_a_template_that_writes_an_answer_twice_is_named_in_each_row():
@@ -174,7 +176,7 @@ def test_a_text_that_the_tokenizer_has_no_token_for_is_named(text, told):
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]", eos_token="</s>", pad_token="[UNK]")
     (cut,) = Encoder(tokenizer, 99).rows([PairRow("hello", f" {text}", None, {}, "f:1")])
     assert bool(cut.notes) == told
-    assert not told or cut.notes[0].startswith("the tokenizer has no token for some of the text")
+    assert not told or cut.notes[0].startswith("the text contains characters that the tokenizer maps to")
 
 
 def test_tokens_beside_bos_that_a_tokenizer_begins_a_text_with_are_named_where_the_prompt_has_them_not():
@@ -186,5 +188,5 @@ def test_tokens_beside_bos_that_a_tokenizer_begins_a_text_with_are_named_where_t
     cuts = Encoder(tokenizer, 99).rows(
         [PairRow(f"{begin}hello", " you", None, {}, "f:1") for begin in ("", "<s><|im_start|>")]
     )
-    said = ("the tokenizer begins a text with '<s><|im_start|>', left out here (write it into the prompt)",)
+    said = ("the tokenizer prepends '<s><|im_start|>' to a text, prefopt does not (write it into the prompt)",)
     assert [cut.notes for cut in cuts] == [said, ()]

@@ -83,7 +83,7 @@ def test_completion_when_of_another_type_then_row_and_type_are_named(table, colu
     with pytest.raises(DataError) as error:
         read_rows(path)
     if found is None:
-        assert str(error.value).startswith("rows.parquet:2: 'chosen': missing, expected a completion; the row has")
+        assert str(error.value).startswith("rows.parquet:2: 'chosen': missing, expected a completion; the example has")
     else:
         assert str(error.value) == f"rows.parquet:1: 'chosen': {found} ({DROP}); 1 more bad row in the file"
 
@@ -123,7 +123,7 @@ def test_number_when_an_integer_or_null_or_text_column_then_read_or_named(table)
 def test_file_when_two_columns_have_one_name_or_there_are_no_rows_then_one_line_says_so(table):
     two = pa.Table.from_arrays([pa.array(["Q:"]), pa.array([" a"]), pa.array([" b"])], ["prompt", "chosen", "chosen"])
     parquet.write_table(two, "rows.parquet")
-    with pytest.raises(DataError, match=r"^rows.parquet: two columns are named 'chosen', expected a name of its own"):
+    with pytest.raises(DataError, match=r"^rows.parquet: two columns are named 'chosen', expected unique names"):
         read_rows("rows.parquet")
     struct = pa.StructArray.from_arrays([pa.array(["user"]), pa.array(["Hi"])], ["role", "role"])
     prompt = pa.ListArray.from_arrays(pa.array([0, 1]), struct)

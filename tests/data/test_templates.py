@@ -53,9 +53,7 @@ def test_the_day_is_the_settings_or_the_runs_and_stands_in_the_key_of_the_cache_
     assert by_run.date == DAY
     assert Rendering.of(DataConfig(template_date="2020-02-02"), tokenizer, DAY).date == datetime.date(2020, 2, 2)
     assert Rendering.of(DataConfig(), chat(), DAY).date is None
-    assert by_run.lines(tokenizer) == [
-        "the chat template asks for today's date: it is told 2026-07-04 in all of this run"
-    ]
+    assert by_run.lines(tokenizer) == ["the chat template reads today's date, which is 2026-07-04 throughout this run"]
     path = write({"prompt": [USER], "chosen": [ONE], "rejected": [TWO]})
     asked = [
         encode_file(path, tokenizer, max_length=200, cache_dir="c", rendering=Rendering(date=day)).fingerprint
@@ -143,7 +141,9 @@ def test_a_template_without_an_end_is_one_line_in_the_main_thread_and_in_others_
     encoder = Encoder(slow, 99, rendering=Rendering(seconds=0.1))
     reasons = [getattr(one, "reason", None) for one in encoder.rows(rows)]
     assert reasons == [templates.TOO_SLOW, templates.TOO_SLOW, None]
-    with pytest.raises(DataError, match=r"takes longer than 0.1 s, .*; so did 2 rows before it$"):
+    with pytest.raises(
+        DataError, match=r"takes longer than 0.1 s, .*; the chat template timed out for 2 examples before$"
+    ):
         list(encoder.rows(rows))
 
 
@@ -154,7 +154,7 @@ def test_a_template_without_an_end_is_one_line_in_the_main_thread_and_in_others_
     ("content", "complaint"),
     [
         (b"\x89PNG\r\n\xff", "byte 1 is not UTF-8, expected the text of a Jinja template"),
-        (b"a\0b", "holds NUL bytes, expected the text of a Jinja template"),
+        (b"a\0b", "contains NUL bytes, expected the text of a Jinja template"),
         (b" \n", "is empty, expected a Jinja template"),
         (None, "No such file or directory"),
     ],
@@ -180,7 +180,7 @@ def test_a_folder_and_a_name_with_nul_are_refused_and_so_is_what_is_not_jinja_or
         read_template("a\0b", "data.chat_template", TrainError)
     with pytest.raises(TrainError, match=r"^k: line 2: .*, expected a Jinja template$"):
         check_template(chat("a\n{% for %}"), "k", TrainError)
-    with pytest.raises(TrainError, match="draws at random"):
+    with pytest.raises(TrainError, match="uses random values"):
         check_template(chat("{{ [1, 2] | random }}"), "k", TrainError)
 
 
@@ -234,7 +234,7 @@ def test_what_goes_of_a_longer_pair_is_what_the_setting_says(bare_tokenizer, wri
     report = encode_file(path, bare_tokenizer, max_length=40, overlong=overlong, cache_dir="c").report
     notes = "".join(report.notes)
     assert report.dropped == ({"longer than data.max_length": 1} if overlong == "drop" else {})
-    assert ("warning: 16.7% of the pairs are cut" in notes) == (overlong != "drop")
+    assert ("warning: 16.7% of the pairs are truncated" in notes) == (overlong != "drop")
     assert ("the prompt is cut to one token" in notes) == (overlong == "truncate_prompt")
 
 
@@ -245,7 +245,7 @@ def test_what_pads_has_a_row_in_the_model(tokenizer):
     tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
     assert pad_token(tokenizer, rows) == (
         1,
-        f"the pad token '<|pad|>' ({rows}) has no row in the model; EOS '</s>' pads instead",
+        f"the pad token '<|pad|>' ({rows}) is outside the model's vocabulary; EOS '</s>' is used for padding",
     )
 
 
@@ -262,4 +262,4 @@ def test_an_argument_that_the_template_does_not_read_is_named():
     (cut,) = Encoder(
         byte_bpe_tokenizer(["hello"], 300, chat_template="{% if enable_thinking %}{% endif %}" + CHATML), 99
     ).rows([row])
-    assert cut.notes == ("the chat template does not read 'tools', which the row holds",)
+    assert cut.notes == ("the chat template does not read the example's 'tools'",)

@@ -23,31 +23,31 @@ def notes(path, *, chat=False, **settings):
 @pytest.mark.parametrize(
     ("record", "note"),
     [
-        ({**PAIR, "system": "Be kind."}, "'system' is not read in 2 rows"),
-        ({**PAIR, "images": ["x.png"]}, "'images' is not read in 2 rows (only text is trained on)"),
-        ({**PAIR, "tools": [{"name": "look"}]}, "'tools' is not read in 2 rows of text"),
-        ({**PAIR, "chat_template_kwargs": {"a": 1}}, "'chat_template_kwargs' is not read in 2 rows of text"),
-        ({**PAIR, "instruction": "Add."}, "'instruction' is not read in 2 rows"),
+        ({**PAIR, "system": "Be kind."}, "'system' is ignored in 2 examples"),
+        ({**PAIR, "images": ["x.png"]}, "'images' is ignored in 2 examples (prefopt trains on text only)"),
+        ({**PAIR, "tools": [{"name": "look"}]}, "'tools' is ignored in 2 examples of text"),
+        ({**PAIR, "chat_template_kwargs": {"a": 1}}, "'chat_template_kwargs' is ignored in 2 examples of text"),
+        ({**PAIR, "instruction": "Add."}, "'instruction' is ignored in 2 examples"),
         (
             {**CHAT, "functions": [{"name": "look"}]},
-            "'functions' is not read in 2 rows (a chat template takes 'tools')",
+            "'functions' is ignored in 2 examples (chat templates read 'tools')",
         ),
-        ({**CHAT, "template_args": {"a": 1}}, "'template_args' is not read in 2 rows"),
+        ({**CHAT, "template_args": {"a": 1}}, "'template_args' is ignored in 2 examples"),
         (
             {**CHAT, "chosen": [USER, {"role": "assistant", "content": "Blue", "weight": 0}]},
-            "'weight' of a turn is not read in 2 rows (all answers of a completion are scored)",
+            "'weight' of a turn is ignored in 2 examples (the loss reads every assistant turn of a completion)",
         ),
         ({**CHAT, "chosen": [USER, {"role": "assistant", "content": "Blue", "weight": 1}]}, None),
         (
             {**PAIR, "chosen": "Q: a", "rejected": "Q: b"},
-            "2 rows with the prompt repeated at the beginning of",
+            "2 examples whose completions repeat the prompt at the beginning",
         ),
         (
             {**PAIR, "prompt": '[{"role": "user", "content": "q"}]'},
-            "2 rows with text that looks like a list of",
+            "2 examples with text that looks like a list of",
         ),
-        ({**PAIR, "prompt": "a\r\nb"}, "2 rows with line ends of two characters (CRLF), which become tokens"),
-        ({**CHAT, "prompt": "SUMMARISE"}, "in 2 rows the conversation does not ask what 'prompt' holds"),
+        ({**PAIR, "prompt": "a\r\nb"}, "2 examples with CRLF line ends, which become tokens"),
+        ({**CHAT, "prompt": "SUMMARISE"}, "'prompt' is ignored in 2 examples, whose conversation has another question"),
         ({**CHAT, "prompt": "Name  a colour."}, None),
         (
             {
@@ -55,7 +55,7 @@ def notes(path, *, chat=False, **settings):
                 "chosen": [{"role": "assistant", "content": "It is blue"}],
                 "rejected": [{"role": "assistant", "content": "It is 5"}],
             },
-            "2 rows with the beginning of the answer repeated in the completions",
+            "2 examples whose completions repeat the beginning of the answer that the prompt ends with",
         ),
         ({**CHAT, "tools": [{"name": "look"}], "system": None, "images": []}, None),
         ({**PAIR, "label": False, "score": 1.0, "id": "x"}, None),
@@ -71,7 +71,7 @@ def test_report_when_a_column_or_a_prompt_is_not_read_then_one_line_says_so(writ
 def test_report_when_a_completion_is_labelled_false_then_one_line_says_so(write):
     rows = [{"prompt": "Q:", "completion": " a", "label": label} for label in (True, False)]
     (found,) = notes(write(*rows), need_rejected=False)
-    assert found.startswith("trained on all the same: 1 row with a label that is false")
+    assert found.startswith("'label' is ignored: 1 example with a false label")
 
 
 def test_report_when_prompt_messages_are_repeated_then_they_are_read_once(write):
@@ -87,9 +87,7 @@ def test_report_when_dialogues_are_text_and_there_is_a_template_then_it_warns(wr
     assert [note for note in encode_file(path, bare_tokenizer, **settings).report.notes if "dialogues" in note] == []
     for _ in range(2):
         (note,) = encode_file(path, tokenizer, **settings).report.notes
-        assert note.startswith(
-            "warning: 2 rows with dialogues of '\\n\\nHuman:' and '\\n\\nAssistant:' that are trained on"
-        )
+        assert note.startswith("warning: 2 examples with dialogues of '\\n\\nHuman:' and '\\n\\nAssistant:' are")
     turned = encode_file(path, tokenizer, dialogues="messages", **settings)
     assert turned.report.notes == ()
     text = tokenizer.decode(turned.pairs[0].prompt_ids)

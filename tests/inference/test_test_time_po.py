@@ -354,4 +354,4 @@ def test_a_template_gets_a_system_and_a_user_turn_or_one_turn_where_it_takes_no_
 def test_a_template_that_refuses_every_turn_is_a_skipped_step(prompt_of):
     tokenizer = byte_bpe_tokenizer(TEXTS, 300, chat_template="{{ raise_exception('never') }}")
     trace = optimize(prompt_of(), Scripted(tokenizer, rising), Spy(value), tokenizer, settings(depth=1))
-    assert trace.steps[1].skipped == "loss: the chat template says: never"
+    assert trace.steps[1].skipped == "loss: the chat template raised: never"

@@ -104,5 +104,5 @@ def test_step_0_when_the_encoder_doubles_bos_then_the_run_stops_and_names_the_ro
     ready = bench(runtime, (lm, lm), tokenizer)
     ready.check_first_batch(encoded(tokenizer))
     faulty_encoder()
-    with pytest.raises(TrainError, match=re.escape("step 0: rows:1: prompt: BOS (0) stands twice at the start")):
+    with pytest.raises(TrainError, match=re.escape("step 0: rows:1: prompt: BOS (0) is twice at the start")):
         ready.check_first_batch(encoded(tokenizer))

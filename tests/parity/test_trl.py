@@ -178,7 +178,7 @@ def test_dialogues_when_encoded_by_both_then_differ_as_the_page_says(both, page)
 def test_boundary_when_a_token_spans_it_then_trl_scores_a_piece_of_the_prompt(both):
     rows, made = plain(), tokenizer()
     ours, theirs = both(rows, made)
-    spanning = [i for i, row in enumerate(ours) if getattr(row, "reason", "") == "token over the boundary"]
+    spanning = [i for i, row in enumerate(ours) if getattr(row, "reason", "") == "token spans the boundary"]
     assert spanning
     for i in spanning:
         scored = [

@@ -43,8 +43,8 @@ def test_data_when_several_sources_are_named_then_reports_each(data, task, tmp_p
         (tmp_path / name).write_text("".join(part))
     ended = data("a.jsonl,b.jsonl", "--tokenizer", task.model, "--examples", 0)
     assert ended.status == 0, ended.err
-    assert "data a.jsonl: 20 rows read, 20 kept, 0 dropped\n" in ended.out
-    assert "data b.jsonl: 31 rows read, 30 kept, 1 dropped\n" in ended.out
+    assert "data a.jsonl: 20 examples read, 20 kept, 0 dropped\n" in ended.out
+    assert "data b.jsonl: 31 examples read, 30 kept, 1 dropped\n" in ended.out
     assert "⟦" not in ended.out
 
 

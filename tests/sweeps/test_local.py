@@ -235,13 +235,13 @@ def test_sweep_when_killed_then_it_goes_on_once_its_orphans_have_let_go(sweeping
         (["sweep.yaml", "--sbatch", "--nodes=2"], "--sbatch: --launcher local does not read it; remove it"),
         (
             ["sweep.yaml", "--start_with", "torchrunn -x"],
-            "--start_with: found 'torchrunn', which is not a program",
+            "--start_with: found 'torchrunn', which is not a program on this machine",
         ),
         (["status", "sweep.yaml", "--retry", "true"], "--retry: 'status' does not read it; remove it"),
         (["statsu", "sweep.yaml"], "sweep: found statsu sweep.yaml, expected one sweep file; did you mean 'status'?"),
         (["status"], "sweep: found no file, expected one sweep file"),
         (["swep.yaml"], "swep.yaml: No such file or directory; did you mean 'sweep.yaml'?"),
-        (["task", "x"], "sweep task: found x, expected a manifest and the number of its line"),
+        (["task", "x"], "sweep task: found x, expected a manifest and a line number"),
         (["task", "x.jsonl", "0"], "x.jsonl: No such file or directory; start the sweep first"),
     ],
 )
