@@ -46,12 +46,13 @@ def test_aligned_when_cells_differ_in_length_then_columns_line_up():
 
 
 def test_no_room_formats_a_number_of_any_size_by_significant_digits_itself():
-    """`.3g` and `.4g` write 1.22e+03. What is bounded (a share, gigabytes) may use them where named here, and FLOP."""
+    """`.3g` and `.4g` write 1.22e+03. What is bounded (a fraction, gigabytes) may use them in these files, and FLOP."""
     bounded = {
-        "launch",
-        "engine/layouts.py",
-        "engine/preflight.py",
-        "engine/reference.py",
+        "planner",
+        "sweeps",
+        "training/layout_choice.py",
+        "training/preflight.py",
+        "training/reference.py",
         "data/mixture.py",
         "figures.py",
     }

@@ -97,14 +97,14 @@ def test_rows_when_a_zip_archive_holds_one_file_then_it_is_read_and_several_are_
         ("a.json", b"[]", "a.json: the file has no rows"),
         ("a.csv", b"", "a.csv: the file has no rows"),
         ("a.csv", CSV[:-4], "a.csv:4: broken CSV (unexpected end of data), expected rows whose quotes are closed"),
-        ("a.csv", b"prompt,prompt\na,b\n", "a.csv: two columns are named 'prompt', expected unique names for "
-         "each"),
+        ("a.csv", b"prompt,prompt\na,b\n", "a.csv: two columns are named 'prompt', "
+         "expected unique names"),
         ("a.jsonl", b"\xff\xfe" + LINES.decode().encode("utf-16-le"),
          "a.jsonl: UTF-16 text, expected UTF-8 (iconv -f UTF-16 -t UTF-8)"),
         ("a.jsonl", LINES.decode().encode("utf-16-le"),
          "a.jsonl: UTF-16LE text, expected UTF-8 (iconv -f UTF-16LE -t UTF-8)"),
         ("a.gz", packed(packed(LINES)), "a.gz: gzip inside a compressed file: decompress it first"),
-        ("a.gz", packed(b"x" * 257 + b"ustar" + b"x" * 250), "a.gz: a tar archive: unpack it and name the file "
+        ("a.gz", packed(b"x" * 257 + b"ustar" + b"x" * 250), "a.gz: a tar archive: unpack it and give the file "
          "or folder"),
         ("a.arrow", b"ARROW1", "a.arrow: a single Arrow file; give the folder that datasets.save_to_disk has written"),
     ],

@@ -151,8 +151,8 @@ def test_check_row_structure_when_a_row_is_damaged_then_it_says_how(tokenizer):
         (replace(pair, prompt_ids=[BOS, *pair.prompt_ids]), "prompt: BOS (0) is twice at the start"),
         (replace(pair, prompt_ids=pair.prompt_ids[1:]), "prompt: BOS (0) is not the first token"),
         (replace(pair, prompt_ids=[]), "prompt: the prompt has no token"),
-        (replace(pair, chosen_ids=[BOS, *pair.chosen_ids], chosen_mask=mask), "chosen: BOS (0) inside the row"),
-        (replace(pair, prompt_ids=[*pair.prompt_ids, 2]), "prompt: the pad token (2) inside the row"),
+        (replace(pair, chosen_ids=[BOS, *pair.chosen_ids], chosen_mask=mask), "chosen: BOS (0) inside the sequence"),
+        (replace(pair, prompt_ids=[*pair.prompt_ids, 2]), "prompt: the pad token (2) inside the sequence"),
         (
             replace(pair, chosen_ids=[*pair.chosen_ids, EOS], chosen_mask=mask),
             "chosen: the terminator (1) before the end of the completion",
@@ -321,9 +321,9 @@ def test_encode_file_when_no_row_is_left_then_it_says_why(write, tokenizer):
         )
     assert str(error.value) == (
         "pairs.jsonl: none of the 3 examples is usable: 2 broken JSON, 1 empty completion; pairs.jsonl:1: broken JSON "
-        "(Expecting property name enclosed in double quotes at column 2), expected one JSON object (drop the row, or "
-        "--data.on_bad_row skip); pairs.jsonl:3: 'chosen': empty, expected a non-empty completion (drop the row, or "
-        "--data.on_bad_row skip)"
+        "(Expecting property name enclosed in double quotes at column 2), expected one JSON object (drop the example, "
+        "or --data.on_bad_row skip); pairs.jsonl:3: 'chosen': empty, expected a non-empty completion (drop the example, "
+        "or --data.on_bad_row skip)"
     )
 
 

@@ -86,9 +86,7 @@ def test_mixture_of_what_a_split_has_left_knows_where_each_source_ends():
         "  a: 3 (50.0%), each of its 3 is drawn 1 times",
         "  b: 3 (50.0%), each of its 3 is drawn 1 times",
     ]
-    with pytest.raises(
-        DataError, match=r"^data.weights: nothing is left of a to train on, all its prompts are held out"
-    ):
+    with pytest.raises(DataError, match=r"^data.weights: all prompts of a are held out, so it has no training pairs"):
         mixture_of(Subset(whole, np.array([12, 13])), {"a": 1.0, "b": 1.0}, 0)
 
 

@@ -154,8 +154,8 @@ def test_folder_when_its_readme_names_configurations_then_they_are_never_mixed(f
             assert len(asked("d")) == 2
         else:
             assert refused("d:train") == (
-                "d:train: the folder has several configurations (main, more), as its README.md says; name the folder "
-                "of one, or its files with commas between: d/main"
+                "d:train: the folder has several configurations (main, more) according to its README.md; give the "
+                "folder of one, or its files separated by commas: d/main"
             )
             assert asked("d/main:train") == ["main/train-00000-of-00001.jsonl"]
     Path("d/README.md").write_text("---\nconfigs: [\n---\n")

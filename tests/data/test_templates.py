@@ -235,7 +235,7 @@ def test_what_goes_of_a_longer_pair_is_what_the_setting_says(bare_tokenizer, wri
     notes = "".join(report.notes)
     assert report.dropped == ({"longer than data.max_length": 1} if overlong == "drop" else {})
     assert ("warning: 16.7% of the pairs are truncated" in notes) == (overlong != "drop")
-    assert ("the prompt is cut to one token" in notes) == (overlong == "truncate_prompt")
+    assert ("the prompt is truncated to one token" in notes) == (overlong == "truncate_prompt")
 
 
 def test_what_pads_has_a_row_in_the_model(tokenizer):
