@@ -322,8 +322,8 @@ def test_encode_file_when_no_row_is_left_then_it_says_why(write, tokenizer):
     assert str(error.value) == (
         "pairs.jsonl: none of the 3 examples is usable: 2 broken JSON, 1 empty completion; pairs.jsonl:1: broken JSON "
         "(Expecting property name enclosed in double quotes at column 2), expected one JSON object (drop the example, "
-        "or --data.on_bad_row skip); pairs.jsonl:3: 'chosen': empty, expected a non-empty completion (drop the example, "
-        "or --data.on_bad_row skip)"
+        "or --data.on_bad_row skip); pairs.jsonl:3: 'chosen': empty, expected a non-empty completion (drop the "
+        "example, or --data.on_bad_row skip)"
     )
 
 
