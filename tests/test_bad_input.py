@@ -124,7 +124,7 @@ def test_weights_when_a_source_is_left_without_pairs_then_it_is_named(error, tas
     line = task.pairs.read_text().splitlines(keepends=True)[2]
     (tmp_path / "one.jsonl").write_text(line)  # its prompt is held out
     found = error(data__train=f"{task.pairs},one.jsonl", data__weights="1,1", data__eval_fraction=0.9)
-    assert found.startswith("data.weights: nothing is left of one.jsonl to train on, all its prompts are held out")
+    assert found.startswith("data.weights: all prompts of one.jsonl are held out, so it has no training pairs")
 
 
 def test_tokens_when_the_budget_is_smaller_than_a_pair_then_row_and_length_are_named(error, task):

@@ -69,7 +69,7 @@ def line_of(ended):
 
 def test_more_prompts_than_there_are_is_refused_before_any_model(run):
     line = line_of(run(rounds__prompts=40))
-    assert "2 rounds of 40 need 80 prompts, there are 36 beside 8 held out (rounds.eval_prompts); a prompt" in line
+    assert "2 rounds of 40 need 80 prompts, found 36 and 8 held out (rounds.eval_prompts); each" in line
 
 
 def test_conversations_that_the_judge_has_no_template_for_are_refused_before_any_model(run, place, tmp_path):
@@ -284,8 +284,8 @@ def test_prompts_when_several_sources_are_named_then_each_is_asked_once(server, 
     named = {"data__train": "a.jsonl,b.jsonl", "dry_run": "true", "rounds__eval_prompts": 0}
     ended = server.train(rounds(tmp_path / "run", rounds__prompts=15, **named), cwd=tmp_path)
     assert ended.status == 0, ended.err
-    assert "a.jsonl: 20 rows, 20 prompts" in ended.out
-    assert "b.jsonl: 15 rows, 15 prompts" in ended.out
+    assert "a.jsonl: 20 examples, 20 prompts" in ended.out
+    assert "b.jsonl: 15 examples, 15 prompts" in ended.out
     ended = server.train(rounds(tmp_path / "run", rounds__prompts=16, **named), cwd=tmp_path)
     assert ended.status == 2
     assert "2 rounds of 16 need 32 prompts, there are 30" in ended.err

@@ -309,7 +309,7 @@ def test_prompt_that_holds_the_marker_is_a_bad_row(server, place, thinking, tmp_
     more = {"data__train": tmp_path / "pairs.jsonl", "data__on_bad_row": "skip", "dry_run": "true"}
     ended = server.train(thinking(tmp_path / "run", **more), cwd=tmp_path)
     assert ended.status == 0
-    assert "dropped: 1 prompt cannot be asked" in ended.out
+    assert "dropped: 1 prompt refused" in ended.out
 
 
 def test_round_in_which_nothing_can_be_read_ends_in_one_line(server, place, thinking, tmp_path):
