@@ -93,10 +93,10 @@ def test_data_when_the_chat_template_file_is_missing_then_it_is_named(error):
 @pytest.mark.parametrize(
     ("weights", "found"),
     [
-        ("0,0", "data.weights: all are 0, expected one above it at least"),
-        ("1,-2", "data.weights: found -2 for '{b}', expected a finite number >= 0"),
-        ("nan,1", "data.weights: found nan for '{a}', expected a finite number >= 0"),
-        ("1,inf", "data.weights: found inf for '{b}', expected a finite number >= 0"),
+        ("0,0", "data.weights: all are 0, expected at least one number > 0"),
+        ("1,-2", "data.weights: found -2 for '{b}', expected a number >= 0"),
+        ("nan,1", "data.weights: found nan for '{a}', expected a number >= 0"),
+        ("1,inf", "data.weights: found inf for '{b}', expected a number >= 0"),
         ("1", "data.weights: found 1 numbers, expected one for each of the 2 sources of data.train ({a}, {b})"),
         ("1,2,3", "data.weights: found 3 numbers, expected one for each of the 2 sources of data.train ({a}, {b})"),
     ],
@@ -111,8 +111,8 @@ def test_weights_when_they_are_no_shares_then_says_which(error, task, tmp_path, 
 @pytest.mark.parametrize(
     ("named", "found"),
     [
-        ("{a},{a}", "data.train: '{a}' is named twice (a larger share is for data.weights to give)"),
-        ("{a},", "data.train: found a comma with nothing before or behind it, expected a source"),
+        ("{a},{a}", "data.train: '{a}' is named twice; use data.weights to sample it more often"),
+        ("{a},", "data.train: found an empty name beside a comma, expected a source"),
         ("{a},gone.jsonl", "gone.jsonl: no such file or folder"),
     ],
 )
@@ -318,8 +318,8 @@ def test_model_when_rows_are_longer_than_its_positions_then_says_what_to_set(err
 def test_stream_when_max_steps_is_missing_then_says_what_to_name(error):
     found = error(without=("model.path", "data.train", "data.eval_fraction"), train__max_steps="none")
     assert found == (
-        "train.max_steps: found none, expected a number of steps: the testbed's stream of pairs has no end "
-        "(or name the size of a fixed set, testbed.pairs)"
+        "train.max_steps: found none, expected a number of steps, because the testbed's stream of pairs is endless "
+        "(or set the size of a fixed training set, --testbed.pairs 40000)"
     )
 
 

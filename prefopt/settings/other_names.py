@@ -1,13 +1,13 @@
-"""What our settings are called in TRL, transformers' TrainingArguments, axolotl, LLaMA-Factory and open-instruct.
+"""Names of our settings in TRL, transformers' TrainingArguments, axolotl, LLaMA-Factory, open-instruct, and before.
 
-Read where a setting is unknown, as a flag or as a key of YAML, with or without a group before it.
+Used to answer an unknown setting, given as a flag or a YAML key, with or without a group before it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection
 
-# Ours -> theirs. Where a value goes with ours, as in `train.mixed_precision bf16`, it stands behind it.
+# Our setting, with a value where the other name implies one -> the other names.
 _TABLE: dict[str, str] = {
     # model and reference
     "model.path": "model_name_or_path model_name model_id base_model pretrained_model_name_or_path model.name policy "
@@ -104,7 +104,7 @@ _TABLE: dict[str, str] = {
     "prompts": "prompts_file input_file",
     "model": "model_name_or_path model_path",
 }
-# Names that settings of ours had before -> what they are called now.
+# Old name of a setting -> its new name.
 RENAMED: dict[str, str] = {
     "train.train_epochs": "train.epochs",
     "train.file_mb": "train.max_shard_mb",
@@ -119,11 +119,11 @@ for _ours, _theirs in _TABLE.items():
     for _name in _theirs.split():
         _KEYS.setdefault(_name, []).append(_ours)
 
-# Theirs that no setting of ours answers -> what to know.
-_TOLD: dict[str, str] = {
+# Names without a setting of ours -> what to do instead.
+_INSTEAD: dict[str, str] = {
     **dict.fromkeys(
         ("max_prompt_length", "max_completion_length", "max_target_length", "truncation_mode", "max_prompt_len"),
-        "data.max_length bounds prompt and completion together, and a prompt that is too long loses its head",
+        "data.max_length is the maximum of prompt and completion together; data.overlong selects what is truncated",
     ),
     **dict.fromkeys(
         ("logging_steps", "logging_strategy", "log_every"),
@@ -131,53 +131,53 @@ _TOLD: dict[str, str] = {
     ),
     **dict.fromkeys(
         ("resume_from_checkpoint", "resume", "auto_resume_from_checkpoints"),
-        "the same command with the same --output continues the run",
+        "the same command with the same --output resumes the run",
     ),
-    **dict.fromkeys(("overwrite_output_dir",), "name another --output, or delete the folder"),
+    **dict.fromkeys(("overwrite_output_dir",), "choose another --output, or delete the folder"),
     **dict.fromkeys(
         ("deepspeed", "fsdp", "fsdp_config", "deepspeed_config", "ddp_find_unused_parameters", "num_processes"),
-        "the parallel backend is the launcher's: accelerate launch --config_file configs/accelerate/zero3.yaml",
+        "the launcher selects the parallel backend: accelerate launch --config_file configs/accelerate/zero3.yaml",
     ),
     **dict.fromkeys(
         ("use_liger_kernel", "use_liger", "liger_kernel", "enable_liger_kernel", "use_liger_loss"),
-        "a fused head is always used; --help kernel lists its tiles",
+        "the fused output head is always used; --help kernel lists its settings",
     ),
     **dict.fromkeys(
         ("dataset_num_proc", "preprocessing_num_workers", "dataloader_num_workers", "remove_unused_columns"),
-        "leave it out: encoded data is cached on disk and read from there",
+        "leave it out: tokenized data is cached on disk",
     ),
     **dict.fromkeys(
         ("tokenizer_name", "tokenizer_name_or_path", "tokenizer_path", "tokenizer"),
-        "the tokenizer is the one in the folder of model.path",
+        "the tokenizer is loaded from model.path",
     ),
     **dict.fromkeys(
         ("dataset_split", "dataset_train_split", "train_split", "dataset_config", "dataset_config_name", "eval_split"),
-        "name the split behind the source: --data.train NAME:SPLIT",
+        "append the split to the source: --data.train NAME:SPLIT",
     ),
-    **dict.fromkeys(("push_to_hub", "hub_model_id"), "upload the folder model/ of the output with huggingface-cli"),
+    **dict.fromkeys(("push_to_hub", "hub_model_id"), "upload model/ in the output folder with huggingface-cli"),
     **dict.fromkeys(
         ("max_train_samples", "max_samples", "n_examples"),
-        "bound the run by train.max_steps, or name a smaller file",
+        "limit the run with train.max_steps, or use a smaller file",
     ),
 }
 
 
 def is_whole(key: str) -> bool:
-    """Whether a key stands in the table with its group."""
+    """Whether the table contains a key together with its group."""
     return "." in key and key.lower().replace("-", "_") in _KEYS
 
 
 def ours(key: str, known: Collection[str]) -> str | None:
-    """What an unknown setting is called here, as the end of an error; None for a name that nobody uses.
+    """Our name for an unknown setting, as the end of an error message; None for an unknown name.
 
-    Args: key: as it was given, with or without groups before it. known: settings of the command.
+    Args: key: as given, with or without a group before it. known: the command's settings.
     """
     whole = key.lower().replace("-", "_")
     for name in dict.fromkeys((whole, whole.rpartition(".")[2])):
         there = [found for found in _KEYS.get(name, ()) if found.partition(" ")[0] in known]
         if there:
-            also = "; it counts the pairs of an optimizer step over all processes" if "accum" in name else ""
-            return f"; here it is {there[0]}{also}"
-        if name in _TOLD and "data.train" in known:
-            return f"; {_TOLD[name]}"
+            also = ", the pairs per optimizer step over all ranks" if "accum" in name else ""
+            return f"; use {there[0]}{also}"
+        if name in _INSTEAD and "data.train" in known:
+            return f"; {_INSTEAD[name]}"
     return None

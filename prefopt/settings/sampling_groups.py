@@ -118,7 +118,7 @@ class JudgeConfig(Group):
     """Kind of judge, or the dotted path of a module with your own. None: the testbed's judge on the testbed; otherwise
     a judge must be named."""
     args: dict[str, Any] = field(default_factory=dict)
-    """Argument KEY of the judge, as its class declares it, e.g. `--judge.args.NAME VALUE`."""
+    """Argument KEY of the judge, as its class declares it, e.g. `--judge.args.KEY VALUE`."""
     path: str | None = None
     """reward_model, pairwise: folder or Hub id. function: module:callable. llm: `policy` uses the round's policy."""
     mode: Literal["pairwise", "score"] = "pairwise"

@@ -28,7 +28,7 @@ def test_table_when_walked_then_names_settings_that_exist_and_values_that_are_ta
             parse([*REAL, f"--{key}", value, *more])
 
 
-@pytest.mark.parametrize("name", sorted(other_names._KEYS) + sorted(other_names._TOLD))
+@pytest.mark.parametrize("name", sorted(other_names._KEYS) + sorted(other_names._INSTEAD))
 def test_every_name_of_another_framework_is_answered(name):
     known = {key for method in names() for key in known_keys(get(method))} | {"prompts", "model"}
     grouped = [] if "." in name else [f"training_arguments.{name}"]
@@ -43,9 +43,9 @@ def test_every_name_of_another_framework_is_answered(name):
         ("learning_rate", "optim.lr"),
         ("learning-rate", "optim.lr"),
         ("per_device_train_batch_size", "train.micro_batch"),
-        ("gradient_accumulation_steps", "train.global_batch; it counts the pairs of an optimizer step"),
+        ("gradient_accumulation_steps", "train.global_batch, the pairs per optimizer step over all ranks"),
         ("num_train_epochs", "train.epochs"),
-        ("max_prompt_length", "data.max_length bounds prompt and completion together"),
+        ("max_prompt_length", "data.max_length is the maximum of prompt and completion together"),
         ("loss_type", "method.variant"),
         ("ref_model", "reference.path"),
         ("model_name_or_path", "model.path"),
@@ -75,7 +75,7 @@ def test_setting_in_the_wrong_group_is_answered_before_one_that_is_spelt_alike()
 def test_names_of_training_are_not_offered_where_a_command_does_not_have_them():
     assert other_names.ours("learning_rate", ["model", "prompts"]) is None
     assert other_names.ours("max_prompt_length", ["model", "prompts"]) is None
-    assert "; here it is model" in other_names.ours("model_name_or_path", ["model", "prompts"])
+    assert "; use model" in other_names.ours("model_name_or_path", ["model", "prompts"])
 
 
 @pytest.mark.parametrize(("old", "new"), other_names.RENAMED.items())

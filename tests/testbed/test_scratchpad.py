@@ -180,5 +180,5 @@ def test_method_that_thinks_has_this_world_in_rounds_by_default():
 
 
 def test_world_has_no_pairs_without_rounds():
-    with pytest.raises(ConfigError, match=r"testbed.world: 'scratchpad' has no pairs of its own.*rounds.count"):
+    with pytest.raises(ConfigError, match=r"testbed.world: 'scratchpad' has no training pairs.*rounds.count"):
         parse(["--method", "dpo", "--testbed.world", "scratchpad"])

@@ -182,12 +182,17 @@ def test_probe_when_positions_are_not_heard_then_it_is_far_beyond_its_tolerance(
 def test_settings_when_they_cannot_go_together_then_refused_in_one_line():
     for flags, message in {
         ("--train.layout", "prefixshared"): "expected one of auto, padded, packed, prefix_shared, packed_prefix_shared",
-        ("--train.layout", "prefix_shared", "--model.attention", "flash_attention_2"): "cannot share prompts; expected",
+        (
+            "--train.layout",
+            "prefix_shared",
+            "--model.attention",
+            "flash_attention_2",
+        ): "no mask for shared prompts; expected",
     }.items():
         with pytest.raises(ConfigError, match=message):
             settings(*flags)
     with pytest.raises(
-        ConfigError, match="reads no rejected side that could share a prompt; expected auto, padded or p"
+        ConfigError, match="reads no rejected completions that could share a prompt; expected auto, pad"
     ):
         parse(["--method", "sft", "--train.layout", "packed_prefix_shared"])
     flex = settings("--model.attention", "flex_attention")

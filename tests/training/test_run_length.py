@@ -96,11 +96,11 @@ def test_testbed_stream_may_be_ended_by_tokens_or_seconds():
         (["--train.max_seconds", "inf"], "train.max_seconds: found inf, expected a number > 0, or none"),
         (
             ["--train.max_steps", "5", "--train.max_tokens", "9"],
-            "train.max_tokens: given with train.max_steps, and one thing ends a run; leave one out",
+            "train.max_tokens: given with train.max_steps, but only one can end a run; leave one out",
         ),
         (
             ["--train.max_seconds", "5", "--train.max_tokens", "9"],
-            "train.max_seconds: given with train.max_tokens, and one thing ends a run; leave one out",
+            "train.max_seconds: given with train.max_tokens, but only one can end a run; leave one out",
         ),
     ],
 )
