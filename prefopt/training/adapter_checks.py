@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def check(config: RunConfig, start: ModelSource, architecture: PretrainedConfig) -> None:
-    """Hold the LoRA settings to the model, before any weight is loaded.
+    """Check the LoRA settings against the model, before any weight is loaded.
 
     Raises: ConfigError naming the setting.
     """
@@ -42,21 +42,21 @@ def check(config: RunConfig, start: ModelSource, architecture: PretrainedConfig)
     if scores:
         architecture = copy.deepcopy(architecture)
         architecture.num_labels = 1
-    hollow: Any = models.model_on_meta(kind_of_model, architecture, start.base, config.model)
+    base: Any = models.model_on_meta(kind_of_model, architecture, start.base, config.model)
     if scores:
-        models.check_head(hollow)
+        models.check_head(base)
     if start.adapter is not None:
-        _check_adapter(start, hollow, config.model)
+        _check_adapter(start, base, config.model)
     elif config.lora.r is not None:
-        adapters.check_modules(config.lora, hollow, towers.unreached(hollow))
+        adapters.check_modules(config.lora, base, towers.unreached(base))
         if config.model.quantize is not None:
-            _check_trained_whole(config, hollow)
+            _check_trained_in_full(config, base)
 
 
-def _check_adapter(start: ModelSource, hollow: Any, settings: ModelConfig, key: str = "model.path") -> None:
-    """Whether an adapter can be built on its base, and its file holds what that needs. Args: hollow: the base."""
+def _check_adapter(start: ModelSource, base: Any, settings: ModelConfig, key: str = "model.path") -> None:
+    """Check that an adapter fits its base, and its file holds its weights. Args: base: on the meta device."""
     with torch.device("meta"):
-        adapted = adapter_loading.attach(hollow, start.adapter, None, settings, key, start.path)
+        adapted = adapter_loading.attach(base, start.adapter, None, settings, key, start.path)
     file = Path(start.path) / "adapter_model.safetensors"
     if not file.is_file():
         return
@@ -66,7 +66,7 @@ def _check_adapter(start: ModelSource, hollow: Any, settings: ModelConfig, key: 
     for name in sorted(found.keys() | wanted.keys()):
         if found.get(name) != wanted.get(name):
             what = "is missing" if name not in found else "is unknown" if name not in wanted else "has another shape"
-            raise TrainError(f"{key}: the adapter '{start.path}' does not fit {type(hollow).__name__}: {name} {what}")
+            raise TrainError(f"{key}: the adapter '{start.path}' does not fit {type(base).__name__}: {name} {what}")
 
 
 def _check_quantized(config: RunConfig, start: ModelSource, architecture: PretrainedConfig) -> None:
@@ -76,18 +76,18 @@ def _check_quantized(config: RunConfig, start: ModelSource, architecture: Pretra
     if before is not None:
         how = before.get("quant_method") if isinstance(before, dict) else getattr(before, "quant_method", before)
         raise ConfigError(
-            f"model.path: '{start.base}' is held quantised ({getattr(how, 'value', how)}), expected the model it was "
+            f"model.path: '{start.base}' is quantised ({getattr(how, 'value', how)}), expected the model it was "
             "made from (--model.quantize nf4 quantises it when it is loaded)"
         )
     if quantize is not None and config.lora.r is None and start.adapter is None:
         raise ConfigError(
-            f"model.quantize: found '{quantize}' without LoRA; quantised weights stand still, so name a rank "
+            f"model.quantize: found '{quantize}' without LoRA; quantised weights are frozen, so name a rank "
             "(--lora.r 16) or an adapter as model.path, or leave it out"
         )
 
 
-def _check_trained_whole(config: RunConfig, lm: PreTrainedModel) -> None:
-    """Only what is not quantised can be trained whole."""
+def _check_trained_in_full(config: RunConfig, lm: PreTrainedModel) -> None:
+    """Modules in modules_to_save must not be quantised. Raises: ConfigError."""
     head = adapters.output_head(lm)
     for name, module in lm.named_modules():
         named = next((target for target in config.lora.modules_to_save if name.endswith(target)), None)
@@ -99,7 +99,7 @@ def _check_trained_whole(config: RunConfig, lm: PreTrainedModel) -> None:
 
 
 def _check_with_adapter(lora: LoraConfig, start: ModelSource) -> None:
-    """What of `lora` is given must be true of the adapter; without one, nothing may be given but with a rank."""
+    """Settings of `lora` must match a given adapter; without an adapter they need a rank. Raises: ConfigError."""
     adapter = start.adapter
     runs_own = ("dropout", "merge")  # not the adapter's
     for name in ("r", "alpha", "use_rslora", "dropout", "target_modules", "modules_to_save", "merge"):

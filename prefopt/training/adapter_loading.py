@@ -37,9 +37,9 @@ if TYPE_CHECKING:
 def load_policy(
     config: RunConfig, start: ModelSource, reference: Frozen | ModelSource | None, resume_from: Path | None = None
 ) -> PreTrainedModel:
-    """The policy at the start of the run, or as the checkpoint has it; with an adapter if settings or path say so.
+    """The policy at the start of the run or from a checkpoint, with an adapter if the settings or the path have one.
 
-    The weights of a new adapter and of a new head depend on the run's seed alone.
+    The weights of a new adapter and of a new head depend on the run's seed only.
     """
     trained = config.lora.r is not None or start.adapter is not None
     load = models.load_scorer if config.method.needs.output == "scores" else models.load_model
@@ -62,7 +62,7 @@ def load_policy(
 
 
 def attach_like(lm: Any, config: RunConfig, start: ModelSource) -> Any:
-    """A model whose weights do not matter, with an adapter like the run's, or as it is where the run has none."""
+    """A model whose weights do not matter (for planning), with an adapter like the run's if it has one."""
     if config.lora.r is None and start.adapter is None:
         towers.freeze(lm, towers.unreached(lm))
         return lm
@@ -71,7 +71,7 @@ def attach_like(lm: Any, config: RunConfig, start: ModelSource) -> Any:
 
 
 def load_frozen(weights: ModelSource, settings: ModelConfig, key: str) -> PreTrainedModel:
-    """A model to compare with; its adapter, if it has one, stays beside the base weights, where it is exact."""
+    """A frozen model; an adapter is not merged, because merging would round its weights."""
     if weights.adapter is None:
         return models.load_model(weights.base, weights.base_settings(settings), key)
     load = models.load_scorer if weights.adapter.task_type == CLASSIFIER else models.load_model
@@ -110,16 +110,16 @@ def attach(
     key: str = "model.path",
     path: str | None = None,
 ) -> PreTrainedModel:
-    """`lm` with an adapter, whose weights are new or those of a folder. Args: path: the adapter's, if not there.
+    """`lm` with an adapter, with new weights or those of a folder. Args: path: the adapter's, for errors.
 
-    The head is made head-aware first, so that a copy that is trained whole is too.
+    The head becomes a StatsLinear first, so that a copy of it in modules_to_save is one too.
     """
     import peft
 
     unread = towers.unreached(lm)
     path = weights if path is None else path
     classifies = hasattr(lm, "score")
-    if classifies:  # peft adds the names that a classifier's head may have to those that are trained whole
+    if classifies:  # peft adds the usual names of a classifier's head to modules_to_save
         saved = {*(settings.modules_to_save or ())} - {"classifier", "score"}
         settings = dataclasses.replace(settings, modules_to_save=sorted(saved))
     named = tuple(sorted(settings.target_modules)) if isinstance(settings.target_modules, (list, set)) else ()
@@ -133,13 +133,13 @@ def attach(
         make_score_precise(lm)
     else:
         make_head_aware(lm)
-    base = lm.name_or_path
-    lm.name_or_path = str(Path(base).resolve()) if Path(base).is_dir() else base  # opens from any folder
+    base = lm.name_or_path  # saved as an absolute path, so that the adapter can be loaded from any folder
+    lm.name_or_path = str(Path(base).resolve()) if Path(base).is_dir() else base
     settings = dataclasses.replace(settings, inference_mode=False, base_model_name_or_path=lm.name_or_path)
     try:
         with quiet_peft():
             adapted: Any = peft.get_peft_model(lm, settings, adapter_name=POLICY)
-    except Exception as error:  # whatever peft makes of settings that are none
+    except Exception as error:  # peft raises various errors for invalid settings
         reason = textwrap.shorten(f"{type(error).__name__}: {error}", 200, placeholder=" ...")
         what = f"the adapter '{path}' has settings" if path is not None else "found settings of an adapter"
         raise TrainError(f"{key}: {what} that peft cannot build on {type(lm).__name__}: {reason}") from error
@@ -148,7 +148,7 @@ def attach(
         raise TrainError(
             f"{key}: the adapter has a part on the output head, expected a plain head or one in modules_to_save"
         )
-    if isinstance(head, peft.utils.TrainableTokensWrapper):  # tied to an embedding that some rows are trained of
+    if isinstance(head, peft.utils.TrainableTokensWrapper):  # tied to an embedding of which some rows are trained
         head.__class__ = _stats_tokens()
     if weights is not None:
         fill(adapted, POLICY, weights, model, key)
@@ -181,7 +181,7 @@ def _stats_tokens() -> type:
 
 
 def _add_snapshot(lm: Any, settings: Any, path: str | None, model: ModelConfig) -> None:
-    """A second adapter on the same base, which is never trained. Args: path: None: as the policy's is now."""
+    """Add a second, frozen adapter on the same base. Args: path: its weights; None: a copy of the policy's."""
     with quiet_peft():
         lm.add_adapter(SNAPSHOT, dataclasses.replace(settings, lora_dropout=0.0, inference_mode=True))
     if path is not None:
@@ -195,7 +195,7 @@ def _add_snapshot(lm: Any, settings: Any, path: str | None, model: ModelConfig) 
 
 
 def fill(lm: Any, adapter: str, path: str, model: ModelConfig, key: str) -> None:
-    """Load an adapter's weights. Raises: TrainError if there is one too few, one too many or one that is not finite."""
+    """Load an adapter's weights. Raises: TrainError for a missing, an unexpected or a non-finite weight."""
     import peft
 
     try:
@@ -205,7 +205,7 @@ def fill(lm: Any, adapter: str, path: str, model: ModelConfig, key: str) -> None
     except Exception as error:
         raise models.load_error(key, path, error, "an adapter") from error
     models.align_storage(lm)
-    # peft counts as missing what is tied to a weight that it has
+    # peft reports weights as missing that are tied to one that it has loaded
     named = dict(lm.named_parameters(remove_duplicate=False))
     there = {id(weight) for name, weight in named.items() if name not in result.missing_keys}
     missing = [name for name in result.missing_keys if f".{adapter}." in name or name.endswith(f".{adapter}")]

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 
 def tensors(lm: Any) -> dict[str, torch.Tensor]:
-    """What is saved of a policy, by name: weights and buffers, tied ones once; or those of its adapter."""
-    every = lm.state_dict(keep_vars=True)  # which makes FSDP2 shard again what a forward pass has gathered
+    """The tensors of a policy that are saved, by name: weights and buffers, tied ones once; or those of its adapter."""
+    every = lm.state_dict(keep_vars=True)  # state_dict makes FSDP2 reshard what a forward pass has gathered
     if has_adapter(lm):
         return {name: every[name] for name in saved_names(lm)}
     found: dict[int, tuple[str, torch.Tensor]] = {}
@@ -28,7 +28,7 @@ def tensors(lm: Any) -> dict[str, torch.Tensor]:
 
 
 def saved_names(lm: Any) -> dict[str, str]:
-    """What peft calls the weights of an adapter in its file, by the names of the parameters of `lm`."""
+    """The names of an adapter's weights in peft's files, by the names of the parameters of `lm`."""
     import peft
 
     names = [name for name, _ in lm.named_parameters()]
@@ -41,20 +41,20 @@ def saved_names(lm: Any) -> dict[str, str]:
 
 
 def as_published(lm: Any, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Some of a model's weights under the names, and in the pieces, that its published checkpoints have."""
+    """Weights of a model under the names and in the shapes of its published checkpoints."""
     from transformers.core_model_loading import revert_weight_conversion
 
     return dict(revert_weight_conversion(lm, weights))
 
 
 def save(lm: Any, folder: Path, weights: dict[str, torch.Tensor] | None = None, dtype: str | None = None) -> None:
-    """Write what `from_pretrained` of transformers or peft opens: the model, or its adapter and a word of its base.
+    """Write a folder for `from_pretrained` of transformers or peft: the model, or its adapter with its base's name.
 
-    Args: weights: by name, if not those that the model itself holds. dtype: of the weights, for the config.
+    Args: weights: by name, if not the model's own. dtype: dtype of the weights, for the config.
     """
     with models.quiet_transformers():
         if has_adapter(lm):
-            # "auto" would ask the hub whether the base's vocabulary is still the same
+            # "auto" would query the hub for the base's vocabulary
             more = {"selected_adapters": [POLICY], "save_embedding_layers": False}
             lm.save_pretrained(folder, state_dict=weights, **more)
         else:
@@ -64,7 +64,7 @@ def save(lm: Any, folder: Path, weights: dict[str, torch.Tensor] | None = None, 
 
 
 def saved_weights(lm: Any, folder: Path) -> dict[str, torch.Tensor]:
-    """What a checkpoint holds of the trained weights, by the names of the parameters of `lm`."""
+    """The trained weights in a checkpoint, by the names of the parameters of `lm`."""
     from safetensors.torch import load_file
 
     files = sorted(folder.glob("adapter_model*.safetensors" if has_adapter(lm) else "model*.safetensors"))
@@ -74,21 +74,21 @@ def saved_weights(lm: Any, folder: Path) -> dict[str, torch.Tensor]:
 
 
 def merge(lm: Any, adapter: Path, model: ModelConfig) -> None:
-    """Put an exported adapter of this policy into the weights below it, for good; `save_merged` writes what remains."""
+    """Merge an exported adapter of this policy into its base weights; `save_merged` writes the result."""
     adapter_loading.fill(lm, POLICY, str(adapter), model, "lora.merge")
     with quiet_peft():
         lm.merge_and_unload(adapter_names=[POLICY])
 
 
 def save_merged(lm: Any, folder: Path, dtype: str | None = None) -> None:
-    """Write what `merge` has left of a policy, as a model that knows of no adapter.
+    """Write a merged policy as a model without an adapter.
 
-    Args: dtype: of the weights; None: as they are held.
+    Args: dtype: dtype of the saved weights; None: unchanged.
     """
     base = base_of(lm)
     head, words = output_head(base), base.get_input_embeddings()
     if head is not None and getattr(head, "weight", None) is not getattr(words, "weight", None):
-        base.config.get_text_config().tie_word_embeddings = False  # a head that was trained whole is one of its own
+        base.config.get_text_config().tie_word_embeddings = False  # a head in modules_to_save is no longer tied
         base.config.tie_word_embeddings = False
     weights = None if dtype is None else {n: w.to(getattr(torch, dtype)) for n, w in base.state_dict().items()}
     save(base, folder, weights, dtype)

@@ -24,20 +24,21 @@ if TYPE_CHECKING:
 POLICY = "default"  # peft's own name for an only adapter: it is saved at the top of a folder
 SNAPSHOT = "reference"
 CLASSIFIER = "SEQ_CLS"  # peft's name of a classifier's task
-ALL_LINEAR = "all-linear"  # peft's word for all linear layers but the head
+ALL_LINEAR = "all-linear"  # peft's name for all linear layers but the head
 
 
 class Frozen(enum.Enum):
-    """Which weights of a policy with an adapter stand still and serve as the reference."""
+    """Which weights of a policy with an adapter are frozen and serve as the reference."""
 
     BASE = "the base weights under the disabled adapter"
     SNAPSHOT = "a frozen snapshot of the adapter that the policy starts from"
 
 
 def check_modules(lora: LoraConfig, lm: PreTrainedModel, unread: tuple[str, ...] = ()) -> None:
-    """Every name must be a module of the model that can be trained in the way that is asked for.
+    """Check that target_modules and modules_to_save name modules of the model that can be trained so.
 
-    Args: unread: parts that text does not reach, where a new adapter has no business.
+    Args: unread: parts that no text pass reaches, which take no new adapter.
+    Raises: ConfigError naming the module.
     """
     modules = {name: module for name, module in lm.named_modules() if not towers.within(name, unread)}
     head = output_head(lm)
@@ -51,7 +52,7 @@ def check_modules(lora: LoraConfig, lm: PreTrainedModel, unread: tuple[str, ...]
                     "text model"
                 )
     if ALL_LINEAR in lora.target_modules and len(lora.target_modules) > 1:
-        raise ConfigError(f"lora.target_modules: '{ALL_LINEAR}' stands beside other names, expected it alone")
+        raise ConfigError(f"lora.target_modules: '{ALL_LINEAR}' is given with other names, expected it alone")
     for target in lora.target_modules:
         if target == ALL_LINEAR:
             continue
@@ -86,7 +87,7 @@ def output_head(lm: PreTrainedModel) -> nn.Module | None:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module is a linear layer, by whatever class."""
+    """Whether a module is a linear layer, nn.Linear or transformers' Conv1D."""
     from transformers.pytorch_utils import Conv1D
 
     return isinstance(module, (nn.Linear, Conv1D))
@@ -94,10 +95,10 @@ def is_linear(module: nn.Module) -> bool:
 
 @contextlib.contextmanager
 def quiet_peft() -> Iterator[None]:
-    """No word of what is as it should be here.
+    """While it lasts, warnings of peft and transformers about intended behaviour are suppressed.
 
-    peft sets fan_in_fan_out right by itself, calls transformers by an older name, and says of a tied head that is
-    trained whole that it is a copy, which is what was asked for.
+    peft corrects fan_in_fan_out by itself, calls a deprecated name of transformers, and warns that a tied head in
+    modules_to_save becomes a copy, which is intended.
     """
     with models.quiet_transformers(), warnings.catch_warnings():
         for words in ("fan_in_fan_out", "is_gradient_checkpointing", "tie_word_embeddings"):
@@ -106,7 +107,7 @@ def quiet_peft() -> Iterator[None]:
 
 
 def snapshot_pairs(lm: nn.Module) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
-    """(the policy's weight, the snapshot's) by the snapshot's name: all that an adapter has of its own."""
+    """(the policy's weight, the snapshot's) by the snapshot's name, for all weights of the adapter."""
     weights = dict(lm.named_parameters())
     found = {}
     for name, weight in weights.items():
@@ -122,13 +123,13 @@ def has_adapter(lm: nn.Module) -> bool:
 
 
 def base_of(lm: Any) -> PreTrainedModel:
-    """The causal language model itself, with the adapter's layers in it where there is one."""
+    """The transformers model itself, which contains the layers of its adapter if there is one."""
     return lm.get_base_model() if has_adapter(lm) else lm
 
 
 @contextlib.contextmanager
 def as_reference(lm: Any, which: Frozen) -> Iterator[None]:
-    """While it lasts, `lm` computes with the weights that serve as the reference. For use without gradients."""
+    """While it lasts, `lm` computes with the frozen weights of the reference. For use without gradients."""
     tuner = lm.base_model
     if which is Frozen.BASE:
         tuner.disable_adapter_layers()
@@ -144,7 +145,7 @@ def as_reference(lm: Any, which: Frozen) -> Iterator[None]:
 
 
 def describe_policy(lm: Any) -> str:
-    """How much of a model is trained, and by what adapter; nothing where all of it is."""
+    """The trained part of a model and its adapter, for the first lines of a run; "" if all weights are trained."""
     if not has_adapter(lm):
         return ""
     trained = sum(p.numel() for p in lm.parameters() if p.requires_grad)
@@ -157,12 +158,12 @@ def describe_policy(lm: Any) -> str:
     rows = sum(map(len, tokens.values())) if isinstance(tokens, dict) else len(tokens)
     saved += f", and {rows} rows of the embedding" if rows else ""
     quantize = {q for m in lm.modules() if (q := quantized.kind(m)) is not None}
-    held = "".join(f"the others' matrices held in {kind}, " for kind in sorted(quantize))
+    held = "".join(f"the other matrices quantised in {kind}, " for kind in sorted(quantize))
     return f"{held}{trained:,} of them trained (LoRA r {settings.r}, alpha {settings.lora_alpha} on {names}{saved})"
 
 
 def remarks(lm: Any) -> list[str]:
-    """What a run's first lines say of the parts of a model that are not trained, or take no adapter."""
+    """Lines about the parts of a model that are frozen or take no adapter."""
     base = base_of(lm)
     unread = towers.unreached(base)
     return ([towers.describe(base, unread)] if unread else []) + experts.remark(lm, base)

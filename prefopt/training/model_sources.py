@@ -1,4 +1,4 @@
-"""What a model path holds, a model or an adapter of one, and which weights a run takes as its reference."""
+"""Model paths: whether one holds a model or an adapter, and which weights are the reference of a run."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ _STARTS = (True, False, "gaussian", "orthogonal", "eva")
 
 @dataclass(frozen=True)
 class ModelSource:
-    """What a path holds: a model, or an adapter of one.
+    """The content of a model path: a model, or an adapter and its base.
 
     Args:
-        path: as it was named.
-        base: the model, which is `path` itself where that is no adapter.
-        revision: of the base, if it is a hub model.
+        path: the path as it was given.
+        base: path of the base model; `path` itself if there is no adapter.
+        revision: revision of the base, if it is a hub model.
         adapter: peft's settings of the adapter, or None.
-        commit: of the adapter, if it lies on the hub.
+        commit: commit of the adapter, if it is on the hub.
     """
 
     path: str
@@ -48,9 +48,9 @@ class ModelSource:
 
 
 def find(path: str, settings: ModelConfig, key: str = "model.path") -> ModelSource:
-    """What `path` holds, read from its small files alone.
+    """The source at `path`, from its config files and the headers of its weights.
 
-    Raises: TrainError naming `key` for an adapter that cannot be trained or compared with exactly.
+    Raises: TrainError naming `key` for an adapter that cannot be trained, or is not exact as a reference.
     """
     from transformers.utils.hub import extract_commit_hash
     from transformers.utils.peft_utils import find_adapter_config_file
@@ -111,7 +111,7 @@ def find(path: str, settings: ModelConfig, key: str = "model.path") -> ModelSour
 
 
 def tokenizer_path(weights: ModelSource, settings: ModelConfig) -> tuple[str, ModelConfig]:
-    """Where the tokenizer lies, and its settings: beside the adapter where it has one, else beside the base."""
+    """(path of the tokenizer, settings to load it): beside the adapter if it has one, else beside the base."""
     if weights.adapter is not None:
         from transformers.utils import cached_file
 
@@ -129,9 +129,9 @@ def same_place(path: str, other: str) -> bool:
 
 
 def choose_reference(config: RunConfig, start: ModelSource) -> Frozen | ModelSource | None:
-    """What the policy is compared with: weights that it holds anyway, other weights, or nothing.
+    """The reference of a run: frozen weights of the policy, another model, or None.
 
-    Args: start: what the policy starts from.
+    Args: start: the policy's starting weights.
     """
     named = config.reference.path
     if config.method.needs.reference == "none":
@@ -152,27 +152,27 @@ def choose_reference(config: RunConfig, start: ModelSource) -> Frozen | ModelSou
 
 
 def source_of(reference: Frozen | ModelSource, start: ModelSource) -> ModelSource:
-    """Where the reference's weights lie. Args: start: what the policy starts from."""
+    """The source of the reference's weights. Args: start: the policy's starting weights."""
     if isinstance(reference, ModelSource):
         return reference
     return start if reference is Frozen.SNAPSHOT else ModelSource(start.base, start.base, start.revision)
 
 
 def describe_reference(reference: Frozen | ModelSource, start: ModelSource, config: RunConfig) -> str:
-    """What a run says of its reference."""
+    """A description of the reference, for the first lines of a run and its card."""
     held = "" if config.model.quantize is None else f", the base held in {config.model.quantize}"
     settings = config.reference
     copy = "" if settings.cache != "none" else ", a copy" if settings.sync_every is not None else ", a frozen copy"
     if reference is Frozen.BASE:
-        said = f"{reference.value} (no second copy), {start.base}"
+        text = f"{reference.value} (no second copy), {start.base}"
     elif isinstance(reference, Frozen):
         what = reference.value if settings.sync_every is None else "a snapshot of the adapter"
-        said = f"{what} (no second copy of the base weights), {start.path}"
+        text = f"{what} (no second copy of the base weights), {start.path}"
     else:
         what = "the policy's starting weights" if reference == start else "other weights"
         on = "" if reference.adapter is None else f" on {reference.base}"
-        said = f"{what}{copy if reference == start else ''}, {reference.path}{on}"
+        text = f"{what}{copy if reference == start else ''}, {reference.path}{on}"
     if settings.sync_every is not None:
         weight = "replaced by" if settings.sync_weight == 1 else f"mixed with {settings.sync_weight:g} of"
         held += f"; {weight} the policy every {settings.sync_every} steps"
-    return said + held
+    return text + held

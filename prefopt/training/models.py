@@ -1,4 +1,4 @@
-"""Models and tokenizers from a folder or the hub: found, checked against each other, hashed, loaded."""
+"""Loading models and tokenizers from a folder or the hub."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """transformers' load reports and progress bars belong to its own commands, not to a run's first lines."""
+    """While it lasts, transformers prints no load reports and progress bars."""
     from transformers.utils import logging as transformers_logging
 
     bars = transformers_logging.is_progress_bar_enabled()
@@ -41,11 +41,11 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def load_error(key: str, path: str, error: Exception, what: str = "a model") -> TrainError:
-    """Why a model could not be opened, in one line."""
+    """The one-line error for a model that could not be loaded."""
     folder = Path(path)
     if folder.is_dir():
-        said = f"unknown {error}" if isinstance(error, KeyError) else str(error) or type(error).__name__
-        reason = textwrap.shorten(said, 200, placeholder=" ...")
+        message = f"unknown {error}" if isinstance(error, KeyError) else str(error) or type(error).__name__
+        reason = textwrap.shorten(message, 200, placeholder=" ...")
         return TrainError(f"{key}: '{path}' is a folder without {what} that can be loaded: {reason}")
     siblings = [p.name for p in folder.parent.iterdir() if p.is_dir()] if folder.parent.is_dir() else []
     near = did_you_mean(folder.name, siblings)
@@ -54,7 +54,7 @@ def load_error(key: str, path: str, error: Exception, what: str = "a model") -> 
 
 
 def load_config(path: str, settings: ModelConfig, key: str = "model.path") -> PretrainedConfig:
-    """The model's config, whose sizes are those of a model. Raises: TrainError naming `key`."""
+    """The model's config, with plausible sizes. Raises: TrainError naming `key`."""
     config = _config(path, settings, key)
     if _pads_beyond(config):
         config.get_text_config().pad_token_id = None
@@ -62,7 +62,7 @@ def load_config(path: str, settings: ModelConfig, key: str = "model.path") -> Pr
 
 
 def _config(path: str, settings: ModelConfig, key: str) -> PretrainedConfig:
-    """The same as the file has it."""
+    """The config as the file has it."""
     from transformers import AutoConfig
 
     _check_object(Path(path) / "config.json", key)
@@ -77,14 +77,14 @@ def _config(path: str, settings: ModelConfig, key: str) -> PretrainedConfig:
 
 
 def _pads_beyond(config: Any) -> bool:
-    """Whether a config pads with a token that the embedding has no row for; what pads is masked, so none will do."""
+    """Whether the padding token has no row in the embedding; padding is masked, so None is used instead."""
     text = config.get_text_config()
     pad, rows = getattr(text, "pad_token_id", None), getattr(text, "vocab_size", None)
     return isinstance(pad, int) and isinstance(rows, int) and pad >= rows
 
 
 def _check_object(file: Path, key: str) -> None:
-    """Raises: TrainError for a file that is there and holds no JSON object, or one of absurd sizes."""
+    """Raises: TrainError for a file that is not a JSON object, or has implausible sizes."""
     if not file.exists():
         return
     try:
@@ -108,7 +108,7 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """The tokenizer beside a model, with another chat template if one is named.
 
-    Raises: TrainError naming `key` or `template_key` for what is no tokenizer, or no chat template.
+    Raises: TrainError naming `key` or `template_key` for an invalid tokenizer or chat template.
     """
     from transformers import AutoTokenizer
 
@@ -138,24 +138,24 @@ def load_model(path: str, settings: ModelConfig, key: str = "model.path") -> Pre
 
 
 def check_model(path: str, settings: ModelConfig, key: str = "model.path") -> None:
-    """Whether the causal language model at `path` is whole, by names and shapes alone: for whoever loads it elsewhere.
+    """Check names and shapes of the weights at `path` without loading them, for a model that another program loads.
 
-    Nothing for one that is held quantised, whose files have names of their own.
+    Quantised models are not checked, because their files have other names.
 
     Raises: TrainError as `load_model`.
     """
     from transformers import AutoModelForCausalLM
 
     if getattr(load_config(path, settings, key), "quantization_config", None) is None:
-        _load(AutoModelForCausalLM, path, settings, key, hollow=True)
+        _load(AutoModelForCausalLM, path, settings, key, on_meta=True)
 
 
 def load_scorer(path: str, settings: ModelConfig, key: str = "model.path") -> PreTrainedModel:
-    """The classifier with one logit at `path`, like `load_model`; its head is new where `path` is a language model.
+    """The classifier with one logit at `path`, like `load_model`; a language model receives a new head.
 
-    A new head is drawn from torch's generator. No padding is known to it: it reads each sequence to its last token.
+    A new head is drawn from torch's generator. The padding token is unset, so that each sequence is read to its end.
 
-    Raises: TrainError naming `key` for what is no such classifier, and cannot become one.
+    Raises: TrainError naming `key` for a model that is no such classifier and cannot be turned into one.
     """
     from transformers import AutoModelForSequenceClassification
 
@@ -172,9 +172,9 @@ def load_scorer(path: str, settings: ModelConfig, key: str = "model.path") -> Pr
 
 
 def load_classifier(path: str, settings: ModelConfig, key: str, kind: Any = None) -> PreTrainedModel:
-    """A trained classifier as it was saved, whatever its architecture: to be asked, not to be trained.
+    """A trained classifier of any architecture, for inference only.
 
-    Args: kind: its class, where transformers has none.
+    Args: kind: its class, if transformers has none.
     Raises: TrainError naming `key` when it cannot be loaded, or a part of it is missing.
     """
     from transformers import AutoModelForSequenceClassification
@@ -183,17 +183,17 @@ def load_classifier(path: str, settings: ModelConfig, key: str, kind: Any = None
 
 
 def check_classifier(path: str, settings: ModelConfig, key: str, kind: Any = None) -> None:
-    """The same by names and shapes alone, as `check_model`, before what the classifier is to be asked is made."""
+    """Check names and shapes of a trained classifier without loading it, as `check_model`."""
     from transformers import AutoModelForSequenceClassification
 
     if getattr(load_config(path, settings, key), "quantization_config", None) is None:
-        _load(kind or AutoModelForSequenceClassification, path, settings, key, classifier=True, hollow=True)
+        _load(kind or AutoModelForSequenceClassification, path, settings, key, classifier=True, on_meta=True)
 
 
 def attention_of(config: PretrainedConfig, asked: str, auto: Any) -> str:
-    """The attention to make a model with: eager where the one asked for is SDPA and the model's code has none.
+    """The attention implementation of a model: eager if SDPA is requested and the model's code does not support it.
 
-    Args: auto: transformers' class of the kind of model.
+    Args: auto: transformers' auto class of the kind of model.
     """
     kind = auto._model_mapping.get(type(config), None)
     kinds = kind if isinstance(kind, tuple) else (kind,)
@@ -202,7 +202,7 @@ def attention_of(config: PretrainedConfig, asked: str, auto: Any) -> str:
 
 
 def is_classifier(config: PretrainedConfig) -> bool:
-    """Whether a config is that of a classifier, whose score has been trained."""
+    """Whether a config is that of a trained classifier."""
     return any("ForSequenceClassification" in name for name in config.architectures or ())
 
 
@@ -222,9 +222,9 @@ def check_head(classifier: nn.Module, key: str = "model.path") -> None:
 
 
 def set_padding(scorer: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Tell a classifier that is to be saved what pads, so that it reads the same token when transformers pads for it.
+    """Set the padding token of a classifier before saving, so that transformers reads the same last token in a batch.
 
-    Nothing where EOS pads: transformers would look for the last token that is none, and refuses to guess without.
+    Not if EOS pads: transformers would then read the last token that is not EOS; without one it refuses batches.
     """
     text: Any = scorer.config.get_text_config()
     text.pad_token_id = None if tokenizer.pad_token_id == tokenizer.eos_token_id else tokenizer.pad_token_id
@@ -238,14 +238,14 @@ def _load(
     *,
     classifier: bool = False,
     new_score: bool = False,
-    hollow: bool = False,
+    on_meta: bool = False,
     **more: Any,
 ) -> PreTrainedModel:
-    """The model, whose weights are those of the files at `path`: none missing, none left over.
+    """Load the model at `path`, whose files must hold exactly its weights: none missing, none unexpected.
 
     Args:
         kind: its class. classifier, new_score: see `weight_files.check_loaded`. more: for `from_pretrained`.
-        hollow: whether names and shapes are to be checked alone; the model is then on the meta device.
+        on_meta: whether to check names and shapes only; the returned model is on the meta device.
     """
     config = _config(path, settings, key)
     if _pads_beyond(config) and config.get_text_config() is config:
@@ -259,11 +259,11 @@ def _load(
     try:
         with quiet_transformers():
             with sharding.unsharded_loading() as sharded:
-                # ZeRO-3's way of loading sees no weight that is too many, and missing ones would be made first
-                if hollow or sharded or weight_files.are_too_few(path, sizes.weights_of(config), key):
+                # ZeRO-3's loading does not report unexpected weights, and would initialise missing ones first
+                if on_meta or sharded or weight_files.are_too_few(path, sizes.weights_of(config), key):
                     lm, loaded = kind.from_pretrained(path, device_map="meta", **more)
                     check(loaded, lm)
-            if hollow:
+            if on_meta:
                 return lm
             model, loaded = kind.from_pretrained(path, **quantized.arguments(settings), **more)
     except TrainError:
@@ -287,9 +287,9 @@ def _load(
 
 
 def _forget_padding(model: nn.Module) -> None:
-    """Let the embedding of the token that pads be trained like any other: EOS may pad, and stands in prompts too.
+    """Let the embedding of the padding token be trained: it may be EOS, which occurs in prompts too.
 
-    Padding itself is never attended to, so no gradient comes from it. Tables of positions count from their padding.
+    Padding is never attended to and has no gradient. Position embeddings keep theirs, from which they count.
     """
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding) and "position" not in name.rpartition(".")[2]:
@@ -298,7 +298,7 @@ def _forget_padding(model: nn.Module) -> None:
 
 @contextlib.contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """No gradients, no dropout; each module's mode is given back as it was."""
+    """Evaluation mode without gradients; each module's mode is restored afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -310,10 +310,10 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 def align_storage(model: nn.Module) -> None:
-    """Put weights where PyTorch would have put them itself, at multiples of 64 bytes.
+    """Move weights to addresses that are multiples of 64 bytes, as PyTorch allocates them.
 
-    Those of a file stand where the file has them, and on some CPUs a product with a matrix that stands elsewhere rounds
-    in another way: a run that was continued would not be the run that was left alone.
+    Weights read from a file keep the file's alignment, and on some CPUs a matmul with another alignment rounds
+    differently: a resumed run would differ from an uninterrupted one.
     """
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.device.type == "cpu" and tensor.data_ptr() % 64:
@@ -321,7 +321,7 @@ def align_storage(model: nn.Module) -> None:
 
 
 def recompute_activations(model: Any) -> None:
-    """Gradient checkpointing, non-reentrant, under the name that this version of transformers has for it."""
+    """Turn on non-reentrant gradient checkpointing, which has another name in newer versions of transformers."""
     settings = {"use_reentrant": False}
     if hasattr(model, "activation_checkpointing_enable"):
         model.activation_checkpointing_enable(activation_checkpointing_kwargs=settings)
@@ -330,15 +330,15 @@ def recompute_activations(model: Any) -> None:
 
 
 def parameter_count(path: str, settings: ModelConfig) -> int:
-    """How many weights the causal language model at `path` has, from its config alone."""
+    """Number of weights of the causal language model at `path`, from its config only."""
     from transformers import AutoModelForCausalLM
 
-    hollow = model_on_meta(AutoModelForCausalLM, load_config(path, settings), path, settings)
-    return sum(p.numel() for p in hollow.parameters())
+    model = model_on_meta(AutoModelForCausalLM, load_config(path, settings), path, settings)
+    return sum(p.numel() for p in model.parameters())
 
 
 def model_on_meta(kind: Any, config: PretrainedConfig, path: str, settings: ModelConfig) -> PreTrainedModel:
-    """A model of this kind without weights, as the config at `path` has it. Raises: TrainError if there is none."""
+    """A model of this class on the meta device, from the config at `path`. Raises: TrainError if that fails."""
     try:
         with quiet_transformers(), torch.device("meta"):
             return kind.from_config(config, trust_remote_code=settings.trust_remote_code)
@@ -347,7 +347,7 @@ def model_on_meta(kind: Any, config: PretrainedConfig, path: str, settings: Mode
 
 
 def set_config_dtype(folder: Path, dtype: str) -> None:
-    """Let a saved model's config tell the dtype of its weights, where the model in memory has another."""
+    """Set the dtype in a saved model's config to that of its weights, where the model in memory has another."""
 
     def noted(value: Any) -> Any:
         if not isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""The output folder of a run: it can be written, and one run at a time writes it."""
+"""The output folder of a run: it must be writable, and only one run at a time may write it."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from prefopt.training.launcher import print_rank_0
 
 
 class OutputLock:
-    """One writer per output folder. The kernel frees the lock when its owner dies, however it dies.
+    """A lock that allows one writer per output folder. The kernel releases it when its owner dies.
 
-    The folder is locked beside the file `.lock`, which says who it is: deleting the file lets no second writer in.
+    The folder itself is locked too, not only the file `.lock` that names the owner, so deleting the file does not admit
+    a second writer.
 
-    Args: part: of the work, where several processes write to different files of the folder: they share the folder with
-        each other and with nobody else.
+    Args: part: name of a part of the work, if several processes write different files of the folder; they share the
+        folder with each other and with no other run.
     """
 
     def __init__(self, folder: Path, part: str = "") -> None:
@@ -49,28 +50,27 @@ class OutputLock:
 
 
 def _take_with_retries(lock: Lock) -> bool:
-    """Try to lock, for a moment, since who looks whether it is locked holds it for as long.
+    """Try to take the lock for half a second, because a process that checks the lock holds it for a moment.
 
-    A job that Slurm has put back into its queue tries for longer: where it gave a node up, the processes of the attempt
-    before may still have to notice.
+    A job that Slurm has requeued tries for ten minutes: processes of the attempt before may still be exiting on a node.
     """
     seconds = 600.0 if os.environ.get("SLURM_RESTART_COUNT", "0") != "0" else 0.5
-    began, said = time.monotonic(), False
+    began, printed = time.monotonic(), False
     while not lock.take():
         waited = time.monotonic() - began
         if waited > seconds:
             return False
-        if waited > 1 and not said:
+        if waited > 1 and not printed:
             print_rank_0(f"{lock.path.parent}: a process of an earlier attempt still writes here; waiting")
-            said = True
+            printed = True
         time.sleep(0.05)
     return True
 
 
 def prepare_output(folder: Path) -> None:
-    """Make the output folder and prove that it can be written.
+    """Make the output folder and check that it is writable.
 
-    Raises: TrainError naming the part of the path that is in the way.
+    Raises: TrainError naming the part of the path that prevents it.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)

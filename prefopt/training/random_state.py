@@ -62,7 +62,7 @@ def set_random_state(state: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def preserved_random_state() -> Iterator[None]:
-    """Every random generator stands afterwards as it stood before."""
+    """The states of all random generators are restored afterwards."""
     state = random_state()
     try:
         yield

@@ -1,4 +1,4 @@
-"""Where a run runs: processes, device, threads, seeds, signals, the lock of the output folder."""
+"""The runtime of a run: its ranks, device and collective operations, as accelerate sets them up."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ if TYPE_CHECKING:
 
 # accelerate's names -> ours; of DeepSpeed's stages each has its own
 _BACKENDS = {"NO": "single process", "MULTI_CPU": "ddp", "MULTI_GPU": "ddp", "DEEPSPEED": "zero", "FSDP": "fsdp2"}
-SHARDING = ("zero3", "fsdp2")  # those under which a process holds a part of each weight only
+SHARDING = ("zero3", "fsdp2")  # backends under which a rank holds only a shard of each weight
 _PATIENT_TIMEOUT = timedelta(hours=24)
 
 
 @dataclass
 class Runtime:
-    """The processes of this run, as accelerate sees them, and the few collective words that the loop speaks."""
+    """The ranks of this run, as accelerate has joined them, and the collective operations that the loop uses."""
 
     accelerator: Accelerator
     stop: Stop = field(default_factory=Stop)
     sharding: Any = None  # how ZeRO-3 shards what is loaded, where it does
-    _patient: Any = field(default=None, init=False)  # a group of all processes that wait for hours
+    _patient: Any = field(default=None, init=False)  # a process group of all ranks with a timeout of hours
 
     @property
     def device(self) -> torch.device:
@@ -55,13 +55,13 @@ class Runtime:
 
     @property
     def backend(self) -> str:
-        """The name of what joins the processes: one process, ddp, zero1, zero2, zero3 or fsdp2."""
+        """The name of the parallel backend: single process, ddp, zero1, zero2, zero3 or fsdp2."""
         name = _BACKENDS[str(self.accelerator.distributed_type.value)]
         return f"zero{self.accelerator.state.deepspeed_plugin.zero_stage}" if name == "zero" else name
 
     @property
     def offloaded(self) -> dict[str, dict[str, Any]]:
-        """What DeepSpeed keeps elsewhere than on the device, optimizer or weights, and its settings for that."""
+        """What DeepSpeed offloads, optimizer state or weights, and its settings for that."""
         if not self.backend.startswith("zero"):
             return {}
         settings = self.deepspeed_settings["zero_optimization"]
@@ -70,21 +70,21 @@ class Runtime:
 
     @property
     def described_backend(self) -> str:
-        """The backend's name, and what it keeps elsewhere."""
+        """The backend's name, and what it offloads."""
         elsewhere = ", ".join(f"{what} on {how['device']}" for what, how in self.offloaded.items())
         return f"{self.backend} ({elsewhere})" if elsewhere else self.backend
 
     @property
     def deepspeed_settings(self) -> dict[str, Any]:
-        """DeepSpeed's settings, as they will be when it is started."""
+        """DeepSpeed's settings, with which it will be initialised."""
         settings: dict[str, Any] = self.accelerator.state.deepspeed_plugin.deepspeed_config
         return settings
 
     @contextlib.contextmanager
     def sharded_loading(self) -> Iterator[None]:
-        """While it lasts, ZeRO-3 shards the weights of a model as they are loaded: on all processes together.
+        """While it lasts, ZeRO-3 shards the weights of a model as they are loaded, on all ranks together.
 
-        At all other times it must not: what one process loads for itself would wait for the others.
+        Outside of it nothing is sharded, because a model that one rank loads alone would wait for the others.
         """
         if self.backend != "zero3" or self.sharding is None:
             yield
@@ -98,7 +98,7 @@ class Runtime:
             integration.unset_hf_deepspeed_config()
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
-        """Sum of a tensor over all processes."""
+        """Sum of a tensor over all ranks."""
         if self.world == 1:
             return values
         import torch.distributed as dist
@@ -108,7 +108,7 @@ class Runtime:
         return values
 
     def gather_objects(self, mine: list[Any]) -> list[Any]:
-        """The lists of all processes, joined in order of rank, on every process."""
+        """The concatenated lists of all ranks, in order of rank, on every rank."""
         if self.world == 1:
             return mine
         import torch.distributed as dist
@@ -118,7 +118,7 @@ class Runtime:
         return [item for part in parts for item in part]
 
     def from_main(self, value: Any) -> Any:
-        """Rank 0's value, on every process."""
+        """Rank 0's value, on every rank."""
         if self.world == 1:
             return value
         import torch.distributed as dist
@@ -131,7 +131,7 @@ class Runtime:
         self.accelerator.wait_for_everyone()
 
     def on_main(self, work: Callable[[], Any]) -> Any:
-        """Run `work` on rank 0 alone; its result, which must be small, on every process, or its PrefoptError."""
+        """Run `work` on rank 0 only; its (small) result or its PrefoptError is broadcast to every rank."""
         result, failure = None, None
         if self.is_main:
             try:
@@ -144,16 +144,16 @@ class Runtime:
         return result
 
     def on_main_patiently(self, work: Callable[[], Any]) -> Any:
-        """`on_main` for work that may take longer than processes usually wait for each other, such as sampling.
+        """`on_main` for work that may exceed the timeout of collectives, such as sampling. All ranks call it.
 
-        The random generators stand afterwards as they stood before, whatever the work draws. All processes call it.
+        The states of the random generators are restored afterwards.
         """
         if self.world == 1:
             with preserved_random_state():
                 return work()
         import torch.distributed as dist
 
-        if self._patient is None:  # gloo waits on the CPU, whatever joins the processes otherwise
+        if self._patient is None:  # gloo, because its timeout is independent of the backend's
             self._patient = dist.new_group(backend="gloo", timeout=_PATIENT_TIMEOUT)
         result, failure = None, None
         if self.is_main:
@@ -170,9 +170,9 @@ class Runtime:
         return result
 
     def on_main_first(self, work: Callable[[], Any]) -> Any:
-        """Run `work` on rank 0, then on the others, which find what it left on disk.
+        """Run `work` on rank 0, then on the other ranks, which find its files on disk.
 
-        A PrefoptError on rank 0 is raised on every process, so that none waits for ever.
+        A PrefoptError on rank 0 is raised on every rank, so that none waits for ever.
         """
         if self.world == 1:
             return work()
@@ -192,7 +192,7 @@ def start(
     rendezvous_timeout: float,
     patience: timedelta | None = None,
 ) -> Runtime:
-    """Join the processes that a launcher started, or be one process; then seed everything.
+    """Join the ranks that a launcher started, or run as a single process; then seed the random generators.
 
     Args:
         rendezvous_timeout: how long processes wait for each other here.
@@ -203,7 +203,7 @@ def start(
     import torch
     from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
-    # accelerate would divide every gradient by it, whatever it is told; accumulation is the loop's own
+    # with it accelerate would divide every gradient; the loop accumulates by itself
     os.environ.pop("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", None)
     promised = world_size()
     on_cpu = not torch.cuda.is_available()
@@ -217,19 +217,19 @@ def start(
     if on_cpu and wanted == "fsdp2":
         _fsdp2_on_cpu(joined)
     accelerator = Accelerator(
-        # joins gloo ranks; under DeepSpeed and FSDP2 it would drop them without a word
+        # under DDP it joins gloo ranks; under DeepSpeed and FSDP2 it would silently drop the backend
         cpu=on_cpu and wanted == "ddp",
         mixed_precision=mixed_precision,
         log_with=list(trackers) or None,
         project_dir=str(output),
-        # a model's buffers are constants here (rotary frequencies): nothing to send with each forward pass
+        # buffers are constants (rotary frequencies) and need not be broadcast in each forward pass
         kwargs_handlers=[
             DistributedDataParallelKwargs(broadcast_buffers=False),
             InitProcessGroupKwargs(**joined),
         ],
     )
     if mixed_precision == "fp16" and accelerator.scaler is None:
-        # accelerate leaves a CPU without both, and would train in float32 without a word
+        # accelerate sets neither on a CPU, and would silently train in float32
         accelerator.native_amp, accelerator.scaler = True, torch.amp.GradScaler(accelerator.device.type)
     if accelerator.num_processes != promised:
         raise TrainError(
@@ -255,7 +255,7 @@ def start(
         )
     sharding = None
     if found == "zero":
-        # of DeepSpeed's calls, hundreds of times in a step
+        # raised by DeepSpeed's collectives, hundreds of times per step
         warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+_tensor`", FutureWarning)
         sharding = getattr(accelerator.state.deepspeed_plugin, "dschf", None)
         _stop_sharding()
@@ -267,7 +267,7 @@ def start(
 
 
 def _deepspeed_on_cpu() -> None:
-    """Before DeepSpeed joins processes without GPUs: no kernel of its own, which it would compile for minutes."""
+    """Prepare DeepSpeed for CPU ranks: without its shared-memory kernel, which takes minutes to compile."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
 
@@ -281,7 +281,7 @@ def _stop_sharding() -> None:
 
 
 def _fsdp2_on_cpu(joined: dict[str, Any]) -> None:
-    """Join gloo ranks in the way in which accelerate takes them for GPUs: it has no FSDP on CPUs, but torch has."""
+    """Join gloo ranks so that accelerate treats them as GPUs: it has no FSDP2 on CPUs, but torch has."""
     import torch
     from accelerate import PartialState
     from accelerate.utils import DistributedType
@@ -291,27 +291,27 @@ def _fsdp2_on_cpu(joined: dict[str, Any]) -> None:
 
 
 def silence_deepspeed() -> None:
-    """No word of DeepSpeed on a machine without a GPU, where other libraries import it in runs that do not use it."""
+    """Suppress DeepSpeed's warning on machines without a GPU, where other libraries import it."""
     about = "Setting accelerator to CPU"
     logging.getLogger("DeepSpeed").addFilter(lambda record: not str(record.msg).startswith(about))
 
 
 def set_threads(threads: int | None, parameters: int) -> int:
-    """Set CPU threads per process and return their number.
+    """Set the number of CPU threads per rank and return it.
 
-    It is the setting, else OMP_NUM_THREADS (which torchrun sets to 1 for several ranks), else what is fast for a model
-    of this size.
+    It is the setting, else OMP_NUM_THREADS (which torchrun sets to 1 for several ranks), else a default by the size of
+    the model.
     """
     import torch
 
-    small_model = 3_000_000  # below it, the hand-over between threads costs more than the work it splits
-    asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()  # a list is of nested levels
+    small_model = 3_000_000  # below it, synchronising threads costs more than parallel work saves
+    asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()  # a list has one number per nesting level
     if threads is None and asked.isdigit() and int(asked) > 0:
         threads = int(asked)
     if threads is None:
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        given = os.environ.get("SLURM_CPUS_PER_TASK", "")  # there a process may see its own cores, or all of its node
+        given = os.environ.get("SLURM_CPUS_PER_TASK", "")  # a task may see only its own cores, or all of the node
         mine = min(cores, int(given)) if given.isdigit() else cores // processes
         threads = 1 if parameters < small_model else max(1, mine)
     torch.set_num_threads(threads)

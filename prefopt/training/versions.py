@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 def versions(extra: tuple[str, ...] = ()) -> dict[str, str]:
-    """Versions of what decides a run's numbers, and of the packages in `extra`."""
+    """Versions of Python, of the packages that affect results, and of those in `extra`."""
     import platform
     from importlib.metadata import PackageNotFoundError, version
 

@@ -209,7 +209,7 @@ def test_all_linear_when_named_then_it_is_all_layers_but_the_head(places):
         lm = adapter_loading.load_policy(config, model_sources.find(str(path), config.model), Frozen.BASE)
         found.append({name for name, weight in lm.named_parameters() if weight.requires_grad})
     assert found[0] == found[1]
-    with pytest.raises(ConfigError, match="'all-linear' stands beside other names"):
+    with pytest.raises(ConfigError, match="'all-linear' is given with other names"):
         check(path, "--lora.r", "2", "--lora.target_modules", "all-linear,q_proj")
 
 

@@ -38,7 +38,8 @@ def test_run_when_the_base_is_quantised_then_it_says_so_learns_and_saves_an_adap
     count = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(task.model).parameters())
     trained = sum(w.numel() for w in load_file(output / "model/adapter_model.safetensors").values())
     assert (
-        f" {count + trained:,} parameters, the others' matrices held in nf4, {trained:,} of them trained" in ended.out
+        f" {count + trained:,} parameters, the other matrices quantised in nf4, {trained:,} of them trained"
+        in ended.out
     )
     assert f"under the disabled adapter (no second copy), {task.model}, the base held in nf4\n" in ended.out
     assert "agree to 0.0001, loss 0.6931 as expected" in ended.out
@@ -101,7 +102,7 @@ def test_model_when_a_quantised_weight_is_not_finite_then_refused_by_its_name(ta
 @needs_bitsandbytes
 def test_quantised_weights_when_nothing_else_is_trained_then_refused_in_one_line(error):
     assert error(model__quantize="nf4") == (
-        "model.quantize: found 'nf4' without LoRA; quantised weights stand still, so name a rank (--lora.r 16) or an "
+        "model.quantize: found 'nf4' without LoRA; quantised weights are frozen, so name a rank (--lora.r 16) or an "
         "adapter as model.path, or leave it out"
     )
 
@@ -121,7 +122,7 @@ def test_model_when_it_is_quantised_already_then_refused_in_one_line(error, task
         (tmp_path / path.name).write_bytes(path.read_bytes())
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert error(model__path=tmp_path, lora__r=4) == (
-        f"model.path: '{tmp_path}' is held quantised (bitsandbytes), expected the model it was made from "
+        f"model.path: '{tmp_path}' is quantised (bitsandbytes), expected the model it was made from "
         "(--model.quantize nf4 quantises it when it is loaded)"
     )
 
