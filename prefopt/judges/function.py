@@ -1,4 +1,4 @@
-"""A Python function as judge: for rewards that can be verified.
+"""A Python function: for rewards that can be verified.
 
 `module:name` is called as `f(prompt, response)`, with `answer=` too if it takes one, and gives a number. If it has a
 parameter named `responses` it is called once for many, `f(prompts, responses)`, with `answers=` too if it takes them:

@@ -1,4 +1,4 @@
-"""The shorter response is better: a baseline for other judges."""
+"""The response with fewer characters is better: a baseline for other judges."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A language model as judge: a server with OpenAI's interface, or the policy itself, which then rewards itself.
+"""A language model that is prompted for a verdict: on a server with OpenAI's interface, or the policy itself.
 
 It is prompted from a template, and its answer is parsed for a verdict (`[[A]]`, `[[B]]` or `[[C]]`) or a
 number (`[[7]]`). A server's answers are cached on disk, so no question is sent twice.

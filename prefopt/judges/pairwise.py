@@ -1,4 +1,4 @@
-"""A classifier that reads two responses at once as judge: it is asked of every pair, in both orders."""
+"""A classifier that reads two responses at once; each pair is compared in both orders."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A classifier with one logit as judge: it scores prompt and response, which it reads as in its training."""
+"""A classifier with one logit: it scores prompt and response, encoded as in its training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The testbed world's own judge, which knows every win probability exactly."""
+"""The exact preferences of the testbed's world."""
 
 from __future__ import annotations
 

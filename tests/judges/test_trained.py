@@ -45,7 +45,7 @@ def test_judge_when_it_was_trained_here_then_its_scores_are_those_of_its_evaluat
 @pytest.mark.parametrize("name", SCORERS)
 def test_rounds_when_the_method_trains_a_judge_then_they_are_refused(name):
     with pytest.raises(
-        ConfigError, match=rf"^rounds.count: found 2, but method '{name}' trains a judge, which answers no"
+        ConfigError, match=rf"^rounds.count: found 2, but method '{name}' trains a judge, which generates no text"
     ):
         parse(
             [
