@@ -80,7 +80,7 @@ def test_a_folder_takes_the_places_of_the_files_it_has(tmp_path):
             "{query}{rejected}{chosen}",
             r"has one part, expected a system part, a line '---' and a user part",
         ),
-        ("update.txt", "a\n---\n{chosen}{feedback}", r"has no <IMPROVED_VARIABLE>, expected it to say"),
+        ("update.txt", "a\n---\n{chosen}{feedback}", r"has no <IMPROVED_VARIABLE>, expected an instruction"),
         ("constraints.txt", "\n", r"'.*constraints.txt' is empty"),
         ("losss.txt", "x", r"templates: found '.*losss.txt'; did you mean 'loss'\?, expected loss.txt, loss_alone.txt"),
         ("readme.md", "x", r"templates: found no .txt file in '.*', expected loss.txt"),
