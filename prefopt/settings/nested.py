@@ -10,31 +10,34 @@ from prefopt.settings.yaml_files import DEEPEST
 
 
 def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """`{"optim.lr": 1}` as `{"optim": {"lr": 1}}`. Raises: ConfigError for a key that is both value and group."""
     nested: dict[str, Any] = {}
     for key, value in flat.items():
         *parents, leaf = key.split(".")
         if len(parents) > DEEPEST:
             raise ConfigError(f"--{key[:40]}...: unknown setting; --help lists them all")
-        room = nested
+        group = nested
         for parent in parents:
-            room = room.setdefault(parent, {})
-            if not isinstance(room, dict):
+            group = group.setdefault(parent, {})
+            if not isinstance(group, dict):
                 raise ConfigError(f"--{key}: '{parent}' is given as a value and as a group")
-        room[leaf] = value
+        group[leaf] = value
     return nested
 
 
 def merge(low: Mapping[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested settings in which `high` takes precedence over `low`."""
     out = dict(low)
     for key, value in high.items():
         if value is None and isinstance(out.get(key), dict):
-            continue  # a group's name with nothing under it
+            continue  # an empty group
         both = isinstance(value, dict) and isinstance(out.get(key), dict)
         out[key] = merge(out[key], value) if both else value
     return out
 
 
 def flatten(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{"optim": {"lr": 1}}` as `{"optim.lr": 1}`; an empty group stays a value."""
     out: dict[str, Any] = {}
     for key, value in mapping.items():
         if isinstance(value, Mapping) and value:
@@ -45,6 +48,7 @@ def flatten(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def lookup(mapping: Mapping[str, Any], dotted: str, missing: Any = None) -> Any:
+    """The value at a dotted key, or `missing`."""
     value: Any = mapping
     for part in dotted.split("."):
         if not isinstance(value, Mapping) or part not in value:

@@ -21,7 +21,7 @@ from prefopt.settings.yaml_files import load_yaml
 
 
 def split_flags(argv: Sequence[str]) -> dict[str, Any]:
-    """Flags to `{dotted key: text}`; a flag without a value is True."""
+    """Parse command-line arguments to `{dotted key: text}`; a flag without a value is True."""
     flags: dict[str, Any] = {}
     words = list(argv)
     while words:
@@ -43,6 +43,7 @@ def split_flags(argv: Sequence[str]) -> dict[str, Any]:
 
 
 def read_config_file(path: Path) -> dict[str, Any]:
+    """The nested settings in a YAML file. Raises: ConfigError."""
     loaded = load_yaml(path, "--config ", "keys such as 'method:' and 'optim:'")
     if isinstance(loaded.get("method"), str):
         loaded["method"] = {"name": loaded["method"]}
@@ -50,7 +51,7 @@ def read_config_file(path: Path) -> dict[str, Any]:
 
 
 def nest_dotted(mapping: Mapping[str, Any]) -> dict[str, Any]:
-    """`{'optim.lr': 1}` beside `{'optim': {...}}`: both spellings are one vocabulary."""
+    """Settings with dotted keys, nested keys or both, as nested mappings. Raises: ConfigError for a duplicate."""
     out: dict[str, Any] = {}
     for key, value in mapping.items():
         value = nest_dotted(value) if isinstance(value, dict) else value
@@ -63,7 +64,7 @@ def nest_dotted(mapping: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def join_sources(layer: dict[str, Any], where: str) -> dict[str, Any]:
-    """The layer with a list of sources written as a flag is: with commas between."""
+    """The layer with lists of data sources joined by commas, as a flag names them."""
     for key in ("train", "eval"):
         named = lookup(layer, f"data.{key}")
         if isinstance(named, (list, tuple)):
@@ -79,6 +80,7 @@ def join_sources(layer: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def pop_method_name(layer: dict[str, Any], where: str) -> str | None:
+    """Remove and return the name of the method. Raises: ConfigError for a name that is not text."""
     group = layer.get("method")
     if group is not None and not isinstance(group, dict):
         raise ConfigError(f"{origin(where, 'method')}: found {group!r}, expected a name or a group of settings")
@@ -89,10 +91,12 @@ def pop_method_name(layer: dict[str, Any], where: str) -> str | None:
 
 
 def origin(where: str, key: str) -> str:
+    """How an error names a setting: by its file and key, or by its flag where `where` is empty."""
     return f"{where}: {key}" if where else f"--{key}"
 
 
 def known_keys(method_class: type[Method]) -> list[str]:
+    """Every setting of a run with this method."""
     keys = ["method", "config", "help", *(f"method.{name}" for name in type_hints(method_class))]
     for name, hint in type_hints(RunConfig).items():
         if name not in NOT_SETTINGS:
@@ -101,6 +105,7 @@ def known_keys(method_class: type[Method]) -> list[str]:
 
 
 def check_keys(layer: Mapping[str, Any], name: str, method_class: type[Method], where: str) -> None:
+    """Raises: ConfigError for a setting that does not exist, or that another method has."""
     known = [key for key in known_keys(method_class) if not (where and key in ("config", "help"))]
     for key in unknown_keys(layer, known, where):
         if not name and key.startswith("method."):
@@ -116,7 +121,7 @@ def check_keys(layer: Mapping[str, Any], name: str, method_class: type[Method], 
 
 
 def unknown_keys(layer: Mapping[str, Any], known: Sequence[str], where: str) -> Iterator[str]:
-    """The keys of a layer that no setting has. Raises: ConfigError for a group's name with a value."""
+    """The keys of a layer that are not settings. Raises: ConfigError for a value given to a group."""
     names = ("data.columns", "data.template_args", "optim.args", "generate.args", "judge.args", "template_args")
     mappings = tuple(f"{name}." for name in names if name in known)
     for key in flatten(layer):
@@ -133,6 +138,7 @@ def unknown_keys(layer: Mapping[str, Any], known: Sequence[str], where: str) -> 
 
 
 def unknown_setting(key: str, known: Sequence[str], where: str) -> ConfigError:
+    """The error for an unknown setting, with the most likely name."""
     same_name = [k for k in known if "." in k and k.rpartition(".")[2] == key.rpartition(".")[2]]
     renamed = other_names.RENAMED.get(key)
     if renamed in known:
@@ -150,6 +156,14 @@ def build(
     sources: Mapping[str, str],
     given: Mapping[str, Any] | None = None,
 ) -> Any:
+    """A settings dataclass from nested values, each converted to its declared type.
+
+    Args:
+        prefix: of the keys, such as `optim.`.
+        sources: dotted key -> file that gave it, or "" for a flag; errors name it.
+        given: fields that are ready.
+    Raises: ConfigError.
+    """
     ready: dict[str, Any] = dict(given or {})
     for name, hint in type_hints(cls).items():
         if name not in values or name in ready:

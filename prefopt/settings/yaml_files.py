@@ -14,14 +14,14 @@ from prefopt.storage import read_text
 
 
 class UniqueKeyLoader(yaml.SafeLoader):
-    """A YAML loader that refuses a key given twice or that is no text, and reads 1e-6 as a number."""
+    """A YAML loader that rejects duplicate keys and keys that are not strings, and reads 1e-6 as a number."""
 
     def __init__(self, stream: Any) -> None:
         super().__init__(stream)
         self._checked: set[int] = set()
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        """Check a mapping's own keys before those that `<<` merges into it, which they may repeat, join them."""
+        """Check a mapping's own keys before `<<` merges others into it, which may repeat them."""
         if id(node) not in self._checked:
             self._checked.add(id(node))
             seen = set()
@@ -41,7 +41,7 @@ class UniqueKeyLoader(yaml.SafeLoader):
         try:
             value = super().construct_object(node, deep=deep)
             if isinstance(value, int) and value.bit_length() > 4096:
-                raise ValueError("a number that nobody writes out")
+                raise ValueError("integer too large")
             return value
         except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:  # such as !!int x, 2020-99-99
             found = f"cannot be read as {node.tag.rpartition(':')[2]} ({type(error).__name__})"
@@ -52,9 +52,9 @@ _MOST_TEXT, DEEPEST, _MOST_NODES = 4_000_000, 100, 200_000  # characters, levels
 
 
 def parse_yaml(text: str) -> Any:
-    """A YAML text as plain values, each of which stands there once: aliases are counted as what they stand for.
+    """Parse a YAML text to plain values. The limit on their number counts aliases as the values they expand to.
 
-    Raises: yaml.YAMLError, also where it is too long, too deep, or grows without bound.
+    Raises: yaml.YAMLError, also for a text that is too long, nested too deeply, or that expands to too many values.
     """
 
     def refuse(found: str, mark: Any) -> yaml.YAMLError:
@@ -63,7 +63,7 @@ def parse_yaml(text: str) -> Any:
     if len(text) > _MOST_TEXT:
         raise yaml.YAMLError(f"found {len(text):,} characters, expected at most {_MOST_TEXT:,}")
     sizes: dict[str, int] = {}
-    opened: list[tuple[str | None, int]] = []  # (anchor, values before it) of each collection that is not closed
+    opened: list[tuple[str | None, int]] = []  # (anchor, values before it) of each open collection
     count = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
         if isinstance(event, yaml.CollectionStartEvent):
@@ -75,7 +75,7 @@ def parse_yaml(text: str) -> Any:
                 sizes[anchor] = count - before
         elif isinstance(event, yaml.AliasEvent):
             if any(anchor == event.anchor for anchor, _ in opened):
-                raise refuse(f"alias '*{event.anchor}' stands inside what it names", event.start_mark)
+                raise refuse(f"alias '*{event.anchor}' refers to a value that contains it", event.start_mark)
             count += sizes.get(str(event.anchor), 1)
         elif isinstance(event, yaml.ScalarEvent):
             count += 1
@@ -84,7 +84,7 @@ def parse_yaml(text: str) -> Any:
         if len(opened) > DEEPEST:
             raise refuse(f"nested more than {DEEPEST} levels deep", event.start_mark)
         if count > _MOST_NODES:
-            raise refuse(f"more than {_MOST_NODES:,} values, aliases counted as what they stand for", event.start_mark)
+            raise refuse(f"more than {_MOST_NODES:,} values after expanding aliases", event.start_mark)
     return yaml.load(text, Loader=UniqueKeyLoader)
 
 
@@ -94,9 +94,11 @@ UniqueKeyLoader.add_implicit_resolver(
 
 
 def load_yaml(path: Path, flag: str, expected: str) -> dict[str, Any]:
-    """The mapping in a YAML file, as it stands there. Raises: ConfigError, one line.
+    """The mapping in a YAML file. Raises: ConfigError, one line.
 
-    Args: flag: what names the file, before a path that cannot be read. expected: what a mapping would hold.
+    Args:
+        flag: printed before the path of a file that cannot be read, such as `--config `.
+        expected: what the error for a file without a mapping names.
     """
     try:
         text = read_text(path)
