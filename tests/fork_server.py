@@ -78,6 +78,10 @@ class ForkServer:
             text=True,
         )
 
+    def python(self, argv: list[str], cwd: Path) -> Ended:
+        """What `python ARGV` does, where ARGV begins with a script or with `-m MODULE`, in a fork of the server."""
+        return self.train(argv, cwd=cwd, command="python")
+
     def train(
         self,
         argv: list[str],
@@ -193,17 +197,34 @@ def _child(request: dict[str, Any], rank: int) -> None:
             _arm(**fault)
         if request["unreadable"] is not None:
             refuse(*request["unreadable"])
-        import prefopt.cli
+        if request["command"] == "python":
+            _python(request["argv"])
+            status = 0
+        else:
+            import prefopt.cli
 
-        status = getattr(prefopt.cli, request["command"])(request["argv"])
+            status = getattr(prefopt.cli, request["command"])(request["argv"])
     except SystemExit as leaving:
-        status = leaving.code if isinstance(leaving.code, int) else 1
+        status = leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
     except BaseException:
         traceback.print_exc()
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
+
+
+def _python(argv: list[str]) -> None:
+    """Run a script, or `-m MODULE`, as the interpreter would have."""
+    import runpy
+
+    if argv[0] == "-m":
+        sys.argv = argv[1:]
+        runpy.run_module(argv[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = argv
+        sys.path.insert(0, str(Path(argv[0]).resolve().parent))
+        runpy.run_path(argv[0], run_name="__main__")
 
 
 def _arm(at: str, do: str, when: str = "before", count: int = 1) -> None:

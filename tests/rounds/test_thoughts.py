@@ -207,9 +207,9 @@ def test_kept_policy_is_that_of_its_step(straight, run, tmp_path):
     ("at", "count"),
     [
         ("prefopt.training.best_model:BestModel.save_if_best", 3),
-        ("prefopt.training.checkpoint:_write_folder", 2),
-        ("prefopt.training.checkpoint:save_optimizer", 1),
-        ("prefopt.training.checkpoint:copy", 1),
+        pytest.param("prefopt.training.checkpoint:_write_folder", 2, marks=pytest.mark.slow),
+        pytest.param("prefopt.training.checkpoint:save_optimizer", 1, marks=pytest.mark.slow),
+        pytest.param("prefopt.training.checkpoint:copy", 1, marks=pytest.mark.slow),
         ("prefopt.rounds.stages:generate_rows", 3),
     ],
 )
