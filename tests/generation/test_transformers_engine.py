@@ -296,7 +296,7 @@ def test_a_cache_with_recurrent_states_works_in_batches_and_is_refused_continuou
     sampling = Sampling(n=2, max_tokens=10)
     many, one = (engine(policy, lm, batch=b).generate(policy.prompts, sampling, policy.seeds) for b in (5, 1))
     assert tokens(many) == tokens(one)
-    with pytest.raises(RoundError, match=r"generate.continuous: Lfm2ForCausalLM keeps states"):
+    with pytest.raises(RoundError, match=r"generate.continuous: Lfm2ForCausalLM has a cache"):
         engine(policy, lm, continuous=True)
 
 
