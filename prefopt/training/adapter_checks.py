@@ -70,7 +70,7 @@ def _check_adapter(start: ModelSource, base: Any, settings: ModelConfig, key: st
 
 
 def _check_quantized(config: RunConfig, start: ModelSource, architecture: PretrainedConfig) -> None:
-    """ModelSource in few bits stand still: something else must be trained."""
+    """Quantised weights are frozen, so an adapter must be trained. Raises: ConfigError."""
     quantize = config.model.quantize
     before: Any = getattr(architecture, "quantization_config", None)
     if before is not None:
