@@ -106,7 +106,8 @@ class Bench:
             method=method,
             method_name="under_test",
             model=model,
-            optim=OptimConfig(name="sgd", lr=lr, schedule="constant", warmup_steps=0, clip=0),
+            # settings want a rate above 0; this one moves no weight
+            optim=OptimConfig(name="sgd", lr=lr or 1e-300, schedule="constant", warmup_steps=0, clip=0),
             train=TrainConfig(max_steps=1, layout=layout, compile=compile),
             kernel=KernelConfig(*tiles),
             reference=settings,
