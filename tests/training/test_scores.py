@@ -15,8 +15,15 @@ from transformers import AutoModelForSequenceClassification, BertConfig, BertFor
 from prefopt.data.collate import collate
 from prefopt.errors import ConfigError, TrainError
 from prefopt.settings import LoraConfig, ModelConfig, RunConfig
-from prefopt.training import adapter_checks, adapter_loading, adapter_saving, adapters, model_sources, models
-from prefopt.training import trainer as trainer_module
+from prefopt.training import (
+    adapter_checks,
+    adapter_loading,
+    adapter_saving,
+    adapters,
+    first_batch,
+    model_sources,
+    models,
+)
 from prefopt.training.forward import Scorer, scores_of
 from prefopt.training.metrics import read_lines
 from tests.helpers import byte_bpe_tokenizer
@@ -178,7 +185,7 @@ def test_step_0_when_a_score_is_read_elsewhere_then_the_run_stops_and_names_the_
     bench = Bench(runtime, METHOD, two_models(torch.float32), tokenizer=tokenizer)
     pairs = random_pairs()
     bench.check_first_batch(pairs)
-    monkeypatch.setattr(trainer_module, "to_device", lambda batch, device: fault(batch))
+    monkeypatch.setattr(first_batch, "to_device", lambda batch, device: fault(batch))
     with pytest.raises(TrainError, match=r"^step 0: rows:\d \(chosen\): the score is .*, an independent path gives"):
         bench.check_first_batch(pairs)
 
