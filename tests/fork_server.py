@@ -136,6 +136,9 @@ def _serve() -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM  # noqa: F401
 
+    for name in ("cli", "run.training_run", "run.rounds_run", "inference.infer", "planner.dry_run"):
+        importlib.import_module(f"prefopt.{name}")
+
     torch.set_num_threads(1)
     for line in sys.stdin:
         request = json.loads(line)
@@ -249,6 +252,10 @@ def _arm(at: str, do: str, when: str = "before", count: int = 1) -> None:
         return result
 
     setattr(owner, name, wrapped)
+    for loaded in [module for key, module in sys.modules.items() if key.startswith("prefopt")]:
+        for alias, value in list(vars(loaded).items()):
+            if value is original:  # imported by name before the fault was armed
+                setattr(loaded, alias, wrapped)
 
 
 def _happen(do: str, args: tuple[Any, ...]) -> None:

@@ -161,7 +161,7 @@ def test_model_when_a_token_has_no_row_then_the_token_and_its_pair_are_named(err
     assert found.startswith(f"{task.pairs}:")
     assert found.partition(": ")[2].startswith("token ")
     assert found.endswith(
-        f" is outside the model's vocabulary: the tokenizer has {vocab} tokens, the model {vocab - 5} rows "
+        f" is outside the model's vocabulary: the tokenizer has {vocab} tokens, the model's embedding {vocab - 5} rows "
         "(use the model's own tokenizer)"
     )
 

@@ -155,13 +155,16 @@ def test_check_row_structure_when_a_row_is_damaged_then_it_says_how(tokenizer):
         (replace(pair, prompt_ids=[*pair.prompt_ids, 2]), "prompt: the pad token (2) inside the sequence"),
         (
             replace(pair, chosen_ids=[*pair.chosen_ids, EOS], chosen_mask=mask),
-            "chosen: the terminator (1) before the end of the completion",
+            "chosen: EOS or an end-of-turn token (1) before the end of the completion",
         ),
         (
             replace(pair, chosen_ids=[*pair.chosen_ids[:-1], 4, EOS], chosen_mask=mask),
-            "chosen: two terminators (4, 1)",
+            "chosen: two EOS or end-of-turn tokens (4, 1)",
         ),
-        (replace(pair, chosen_mask=mask), f"chosen: {len(mask) - 1} tokens, a mask of {len(mask)}, {len(mask)} scored"),
+        (
+            replace(pair, chosen_mask=mask),
+            f"chosen: {len(mask) - 1} tokens, a mask of {len(mask)}, {len(mask)} loss tokens",
+        ),
     ]
     for damaged, complaint in cases:
         assert check_row_structure(damaged, Structure(tokenizer)) == complaint

@@ -127,7 +127,7 @@ def test_ipo_mean_takes_the_sign_of_the_logit_from_means_over_tokens():
 @pytest.mark.parametrize(
     ("knobs", "message"),
     [
-        ({"variant": "sigmoid", "label_smoothing": 0.1}, "no meaning for variant 'sigmoid'"),
+        ({"variant": "sigmoid", "label_smoothing": 0.1}, "is not read by variant 'sigmoid'"),
         ({"variant": "robust", "label_smoothing": 0.5}, "expected 0 <= label_smoothing < 0.5"),
         ({"variant": "cdpo", "label_smoothing": -0.1}, "expected 0 <= label_smoothing < 0.5"),
         ({"variant": "ipo_mean"}, "needs chosen_lengths and rejected_lengths"),

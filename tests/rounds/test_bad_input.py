@@ -100,7 +100,8 @@ def test_context_longer_than_the_model_has_is_refused(run):
 
 def test_candidates_that_are_all_equal_to_the_judge_leave_no_pairs_and_say_so(run, tmp_path):
     line = line_of(run(**judged_by("equal")))
-    assert "round_01: none of 16 prompts gave a pair (16 all scores equal" in line
+    assert "round_01: none of 16 prompts gave a pair (" in line
+    assert "16 of 16 prompts skipped: all scores equal" in line
     assert len(list((tmp_path / "run/round_01/candidates").iterdir())) == 4
 
 
@@ -288,4 +289,4 @@ def test_prompts_when_several_sources_are_named_then_each_is_asked_once(server, 
     assert "b.jsonl: 15 examples, 15 prompts" in ended.out
     ended = server.train(rounds(tmp_path / "run", rounds__prompts=16, **named), cwd=tmp_path)
     assert ended.status == 2
-    assert "2 rounds of 16 need 32 prompts, there are 30" in ended.err
+    assert "2 rounds of 16 need 32 prompts, found 30" in ended.err

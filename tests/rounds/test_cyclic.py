@@ -8,6 +8,7 @@ from prefopt.testbed.self_play import self_play
 ROUNDS, ETA = 16, 5.0
 
 
+@pytest.mark.slow  # 16 rounds
 @pytest.mark.timeout(1200)
 def test_sppo_rounds_follow_exact_multiplicative_weights_and_their_average_nears_the_equilibrium(server, tmp_path):
     flags = {"method": "sppo", "method.beta": 1 / ETA, "rounds.count": ROUNDS, "rounds.eval_prompts": 0}

@@ -2,7 +2,10 @@
 
 import json
 
+import pytest
 
+
+@pytest.mark.slow  # a minute
 def test_thought_po_gains_a_quarter_in_three_rounds_and_its_direct_baseline_nothing(server, tmp_path):
     def exact(name, *more):
         flags = {"method": "thought_po", "rounds.count": 3, "rounds.eval_prompts": 32, "output": tmp_path / name}

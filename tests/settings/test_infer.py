@@ -158,7 +158,7 @@ def test_every_config_of_the_command_parses():
 def test_help_lists_every_setting_once_and_every_strategy():
     text = infer_help()
     for flag in ("--model DIR", "--strategy", "--n INT", "--depth", "--thought", "--generate.engine", "--judge.kind"):
-        assert text.count(f"  {flag}") == 1, flag
+        assert text.count(f"\n  {flag}") == 1, flag
     assert "--generate.n " not in text
     for flag in ("--model.path", "--generate.logprobs", "--model.gradient_checkpointing", "--testbed.pairs"):
         assert flag not in text

@@ -145,7 +145,7 @@ def test_auto_when_an_adapter_has_dropout_then_prompts_are_not_shared_and_one_li
     assert layouts.allowed == ("padded", "packed")
     assert line == (
         "layout: not prefix_shared or packed_prefix_shared, for the policy (LlamaForCausalLM): lora.dropout would drop "
-        "the same of a shared prompt for both sides of a pair"
+        "the same entries of a shared prompt for both completions"
     )
 
 

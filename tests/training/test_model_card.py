@@ -83,7 +83,7 @@ def test_results_are_those_of_the_held_out_pairs_at_the_start_and_the_end():
 )
 def test_accuracy_before_training_is_a_figure_only_where_there_is_one(method, more, start, monkeypatch):
     figures = {"rewards/accuracies": 0.5, "logps/chosen": -12345.6}
-    monkeypatch.setattr("tests.training.test_card.LINES", [line | figures for line in LINES])
+    monkeypatch.setattr("tests.training.test_model_card.LINES", [line | figures for line in LINES])
     page = page_of(method, more=more)
     assert f"| `rewards/accuracies` | {start} | 0.5 |" in page
     assert "| `logps/chosen` | -12,346 | -12,346 |" in page

@@ -157,7 +157,7 @@ def passes(folder):
     return [json.loads(line) for line in (folder / "passes.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("count", [6, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [3, pytest.param(20, marks=pytest.mark.slow)])
 def test_sweep_makes_one_pass_and_each_loss_is_that_with_a_live_reference(count, server, command, tmp_path):
     losses = (("dpo", {}), ("dpo", {"method__variant": "ipo_mean"}), ("sppo", {}))
     # SGD: AdamW's first steps make as much of a gradient of 1e-8, which is rounding, as of one of 1

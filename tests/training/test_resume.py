@@ -129,7 +129,7 @@ def kill_again_and_again(server, argv, kills, seed):
 
 @pytest.mark.parametrize("method", registry.names())
 def test_run_when_killed_and_restarted_then_ends_bit_identical(method, server, command, uninterrupted, tmp_path):
-    kills = 10 if method == registry.names()[0] else 2
+    kills = 6 if method == registry.names()[0] else 2
     killed = kill_again_and_again(server, command(method, tmp_path / "run"), kills, f"{method} 0")
     assert len(killed) == kills
     assert_same_run(tmp_path / "run", uninterrupted(method))

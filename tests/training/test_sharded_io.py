@@ -108,9 +108,9 @@ def test_save_when_one_process_cannot_write_then_all_say_so_and_the_checkpoint_b
     )
     assert "No space left on device" in said[1]
     assert [path.name for path in root.iterdir()] == ["step_00000001"]
-    assert on_each(2, lambda processes: checkpoint.latest(root, processes=processes)) == [first, first]
+    assert on_each(2, lambda ranks: checkpoint.latest(root, ranks=ranks)) == [first, first]
     (first / "part-1").write_text("?")
-    assert on_each(2, lambda processes: checkpoint.latest(root, processes=processes)) == [None, None]
+    assert on_each(2, lambda ranks: checkpoint.latest(root, ranks=ranks)) == [None, None]
 
 
 def backend_of(lm, runtime, tmp_path, *flags):
@@ -165,5 +165,5 @@ def test_export_in_16_bits_is_the_rounded_model_and_its_config_says_so(runtime, 
 
 
 def test_export_dtype_with_rounds_is_refused():
-    with pytest.raises(Exception, match=r"^model.export_dtype: found 'bfloat16', with rounds, each of which starts"):
+    with pytest.raises(Exception, match=r"^model.export_dtype: found 'bfloat16' with rounds, each of which starts"):
         parse(["--method", "dpo", "--rounds.count", "2", "--model.export_dtype", "bfloat16"])

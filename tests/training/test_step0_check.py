@@ -190,5 +190,5 @@ def test_check_when_two_processes_then_the_fault_of_one_stops_both_with_one_line
     first, second = run_ranks(_check_on_two, tokenizer, faults)
     assert first == second
     assert [bool(line) for line in first] == [False, False, True, True, False]
-    assert "BOS (0) stands twice" in first[2]
+    assert "BOS (0) is twice at the start" in first[2]
     assert "an independent path gives" in first[3]

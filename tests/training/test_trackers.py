@@ -182,7 +182,8 @@ class _Refuses(http.server.BaseHTTPRequestHandler):
         pass
 
 
-@pytest.mark.parametrize("server", ["refuses the key", pytest.param("is not there", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("server", ["refuses the key", "is not there"])
 def test_wandb_online_without_a_server_then_goes_on_offline_and_says_so_once(server, command, task, tmp_path):
     listener = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Refuses)
     if server == "refuses the key":
