@@ -167,7 +167,7 @@ def test_check_row_structure_when_a_row_is_damaged_then_it_says_how(tokenizer):
         ),
     ]
     for damaged, complaint in cases:
-        assert check_row_structure(damaged, Structure(tokenizer)) == complaint
+        assert str(check_row_structure(damaged, Structure(tokenizer))).startswith(complaint)
 
 
 def test_pad_token_when_there_is_none_then_eos_and_a_sentence(tokenizer, bare_tokenizer):
