@@ -252,6 +252,8 @@ def _arm(at: str, do: str, when: str = "before", count: int = 1) -> None:
         return result
 
     setattr(owner, name, wrapped)
+    if getattr(original, "__module__", None) != module:
+        return  # named where it is used: only there
     for loaded in [module for key, module in sys.modules.items() if key.startswith("prefopt")]:
         for alias, value in list(vars(loaded).items()):
             if value is original:  # imported by name before the fault was armed
