@@ -1,8 +1,31 @@
 """The losses as plain functions of tensors: `from prefopt.losses import ...` needs torch alone."""
 
+from prefopt.dpo_variants import aot as aot
+from prefopt.dpo_variants import aot_unpaired as aot_unpaired
+from prefopt.dpo_variants import apo_down as apo_down
+from prefopt.dpo_variants import apo_zero as apo_zero
+from prefopt.dpo_variants import bco as bco
+from prefopt.dpo_variants import cal_dpo as cal_dpo
+from prefopt.dpo_variants import chi_po as chi_po
+from prefopt.dpo_variants import discopop as discopop
+from prefopt.dpo_variants import dpo_shift as dpo_shift
+from prefopt.dpo_variants import dpop as dpop
+from prefopt.dpo_variants import exo as exo
+from prefopt.dpo_variants import f_alpha as f_alpha
+from prefopt.dpo_variants import f_forward_kl as f_forward_kl
+from prefopt.dpo_variants import f_js as f_js
+from prefopt.dpo_variants import nca as nca
+from prefopt.dpo_variants import r_dpo as r_dpo
+from prefopt.dpo_variants import sigmoid_norm as sigmoid_norm
+from prefopt.methods.alpha_po import alpha_po as alpha_po
+from prefopt.methods.cpo import cpo as cpo
 from prefopt.methods.dpo import dpo as dpo
+from prefopt.methods.orpo import orpo as orpo
 from prefopt.methods.pairwise_judge import pairwise_judge as pairwise_judge
+from prefopt.methods.rebel import rebel as rebel
 from prefopt.methods.reward_model import reward_model as reward_model
+from prefopt.methods.reward_rpo import reward_rpo as reward_rpo
 from prefopt.methods.sft import sft as sft
+from prefopt.methods.simpo import simpo as simpo
 from prefopt.methods.sppo import sppo as sppo
 from prefopt.methods.tdpo import tdpo as tdpo

@@ -7,15 +7,20 @@ import math
 import re
 import sys
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from prefopt.errors import ConfigError, did_you_mean
-from prefopt.types import LossOutput, Needs, PairBatch, PairStats, Term
+from prefopt.types import Column, LossOutput, Needs, PairBatch, PairStats, Term
 
 if TYPE_CHECKING:
     import torch
 
 Metrics = dict[str, "tuple[torch.Tensor, torch.Tensor]"]
+Reduction = Literal["token_mean", "sequence_mean", "sum"]
+
+# what a judge or a reward model gave the two completions of a pair; the second names are UltraFeedback's
+CHOSEN_SCORE = Column("chosen_score", aliases=("score_chosen",))
+REJECTED_SCORE = Column("rejected_score", aliases=("score_rejected",))
 
 
 @dataclass(frozen=True)
@@ -64,8 +69,8 @@ class Method:
     def equation(self) -> str:
         """The equation of the loss, for the card of an exported model; "" where the docstring has none.
 
-        It is the text between the first sentence and `Args:` in the docstring of the function with the name of the
-        method's file.
+        It is the text between the first sentence and the first section (`Args:`, ...) in the docstring of the function
+        with the name of the method's file.
         """
         return _part(self._function, "equation")
 
@@ -91,6 +96,10 @@ class Method:
         value: Any = getattr(self, key)
         self._require(math.isfinite(value) and value > 0, key, "a finite number > 0")
 
+    def _require_not_negative(self, key: str) -> None:
+        value: Any = getattr(self, key)
+        self._require(math.isfinite(value) and value >= 0, key, "a finite number >= 0")
+
     def _require_choice(self, key: str, literal: Any) -> None:
         """Raise a ConfigError unless the value is one of a field's choices. Args: literal: its Literal[...] type."""
         choices = get_args(literal)
@@ -103,8 +112,8 @@ def _part(function: Any, name: str) -> str:
     text = inspect.getdoc(function) or "" if inspect.isfunction(function) else ""
     _, _, rest = text.partition("\n\n")
     if name == "equation":
-        head, found, _ = rest.partition("Args:\n")
-        return head.strip("\n ") if found else ""
+        section = re.search(r"^(Args|Returns|Raises|Reference):", rest, re.MULTILINE)
+        return rest[: section.start()].strip("\n ") if section else ""
     found_at = re.search(rf"^{name}:(.*(?:\n[ \t]+.*)*)", rest, re.MULTILINE)
     return " ".join(found_at[1].split()) if found_at else ""
 
@@ -112,6 +121,24 @@ def _part(function: Any, name: str) -> str:
 def pair_term(losses: torch.Tensor, name: str = "loss", weight: float = 1.0) -> Term:
     """A term averaged over pairs from unreduced losses of shape (B,)."""
     return Term(name, losses, losses.new_ones(losses.shape).detach(), weight)
+
+
+def nll_term(stats: PairStats, weight: float, reduction: Reduction = "token_mean") -> tuple[Term, ...]:
+    """The negative log-likelihood of the chosen completions as a term of a loss; none where its weight is 0.
+
+    Args:
+        reduction: `token_mean`: over the completion tokens of the global batch. `sequence_mean`: over pairs of the mean
+            over a completion's tokens. `sum`: over pairs of the sum.
+    """
+    assert stats.chosen_logps is not None
+    if weight == 0:
+        return ()
+    ones = stats.chosen_logps.new_ones(stats.chosen_logps.shape).detach()
+    if reduction == "token_mean":
+        return (Term("nll", -stats.chosen_logps, stats.chosen_lengths, weight),)
+    return (
+        Term("nll", -(stats.chosen_mean_logps if reduction == "sequence_mean" else stats.chosen_logps), ones, weight),
+    )
 
 
 def per_pair(**values: torch.Tensor) -> Metrics:
@@ -124,7 +151,12 @@ def per_pair(**values: torch.Tensor) -> Metrics:
 
 def reward_metrics(stats: PairStats, beta: float) -> Metrics:
     """Implicit rewards, beta times the log-ratio, under TRL's names; every method logs them, so that curves compare."""
-    chosen, rejected = beta * stats.chosen_logratios.detach(), beta * stats.rejected_logratios.detach()
+    return reference_free_metrics(beta * stats.chosen_logratios, beta * stats.rejected_logratios)
+
+
+def reference_free_metrics(chosen: torch.Tensor, rejected: torch.Tensor) -> Metrics:
+    """Rewards of a loss without a reference, under TRL's names. Args: chosen, rejected: shape `(pairs,)`."""
+    chosen, rejected = chosen.detach(), rejected.detach()
     return per_pair(
         rewards__chosen=chosen,
         rewards__rejected=rejected,

@@ -70,6 +70,24 @@ class RoundsMethod:
         return {}
 
 
+class ScoredRoundsMethod(RoundsMethod):
+    """The rounds half of a loss that reads the scores of both completions: pairs carry those of the judge."""
+
+    def make_pairs(self, group: ScoredGroup) -> Sequence[ChosenPair] | str:
+        """The best judged completion against the worst, with their scores as columns."""
+        from prefopt.ranking import best_and_worst
+
+        scores = group.judgement.scores
+        if scores is None:
+            return "the judge gives no scores"
+        ends = best_and_worst(self.order(group))
+        if isinstance(ends, str):
+            return ends
+        chosen, rejected = ends
+        columns = {"chosen_score": float(scores[chosen]), "rejected_score": float(scores[rejected])}
+        return [ChosenPair(group.judged[chosen], group.judged[rejected], columns)]
+
+
 MEMBERS = frozenset(name for name in vars(RoundsMethod) if not name.startswith("_"))
 _DEFAULTS = RoundsMethod()
 

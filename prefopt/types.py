@@ -178,6 +178,19 @@ class PairStats:
         assert self.rejected_ref_logps is not None, "this method declared no reference in its needs"
         return self.rejected_logps - self.rejected_ref_logps
 
+    @property
+    def chosen_mean_logps(self) -> torch.Tensor:
+        """log policy per completion token of the chosen completion, (B,)."""
+        assert self.chosen_logps is not None, "this method declared output='scores' in its needs"
+        return self.chosen_logps / self.chosen_lengths
+
+    @property
+    def rejected_mean_logps(self) -> torch.Tensor:
+        """log policy per completion token of the rejected completion, (B,)."""
+        assert self.rejected_logps is not None, "this method declared rows='chosen_only' in its needs"
+        assert self.rejected_lengths is not None
+        return self.rejected_logps / self.rejected_lengths
+
 
 @dataclass(frozen=True)
 class Term:

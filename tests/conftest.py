@@ -57,7 +57,8 @@ def task(tmp_path_factory):
     for i in range(50):
         prompt = f"Human: name colour {i % 20}.\n\nAssistant:"
         good, bad = " ".join(WORDS[: 1 + i % 5]), " ".join(WORDS[5 - i % 3 :]) + f" {i}"
-        numbers = {name: column.low + (column.high - column.low) * (i % 4) / 4 for name, column in columns.items()}
+        ends = {name: (max(column.low, -2.0), min(column.high, 2.0)) for name, column in columns.items()}
+        numbers = {name: low + (high - low) * (i % 4) / 4 for name, (low, high) in ends.items()}
         rows.append({"prompt": prompt, "chosen": f" {good} {i}", "rejected": f" {bad}", **numbers})
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     tokenizer = byte_bpe_tokenizer([row["prompt"] + row["chosen"] for row in rows], vocab_size=300)

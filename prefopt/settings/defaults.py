@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from prefopt.errors import ConfigError
 from prefopt.method import Method
 from prefopt.settings.groups import OptimConfig
 from prefopt.settings.nested import flatten, lookup, merge
@@ -91,6 +93,8 @@ def overrides(config: RunConfig) -> list[Override]:
     """The settings of a run that differ from the defaults, in the order of `--help`."""
     plain = RunConfig(config.method, config.method_name).to_dict()
     plain["method"] = {f.name: as_plain(f.default) for f in dataclasses.fields(config.method) if f.init}
+    with contextlib.suppress(TypeError, ConfigError):  # a method of a user may need settings, and has no defaults then
+        plain["method"] |= as_plain(type(config.method)())  # a default may be derived, as beta is from the variant
     defaults = flatten(merge(plain, method_defaults(type(config.method))))
     given = {"rounds": {"count": config.rounds.count}, "testbed": {"world": config.testbed.world}}
     testbed = flatten(testbed_defaults(type(config.method), given)) if config.on_testbed else {}

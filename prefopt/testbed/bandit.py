@@ -90,6 +90,10 @@ class Bandit(WordWorld):
         reward = smooth_table(rng, words, settings.interaction) * settings.reward_sd
         self.reward = torch.tensor(np.concatenate([reward, reward.min(-1, keepdims=True)], -1))  # (P, K + 1)
 
+    @property
+    def scores(self) -> torch.Tensor:
+        return self.reward
+
     @functools.cached_property
     def preference(self) -> torch.Tensor:
         """Bradley-Terry of the reward, (P, 513, 513)."""

@@ -165,6 +165,11 @@ class WordWorld(World):
 
     # ---------------------------------------------------------------------------------------------- pairs
 
+    @property
+    def scores(self) -> torch.Tensor | None:
+        """The reward of each outcome, (P, K + 1), in a world whose preferences come from one; else None."""
+        return None
+
     @functools.cached_property
     def _sampling(self) -> tuple[np.ndarray, np.ndarray]:
         """Cumulative reference probabilities of the K responses (P, K), and P(row is preferred to column)."""
@@ -198,7 +203,15 @@ class WordWorld(World):
         """`n` drawn pairs as token ids, with their columns; `where` names them together with their number."""
         prompt, chosen, rejected, probability = self.draw(n, np.random.default_rng(seed))
         win, mask = self.win_prob.numpy(), [True] * (self.length + 1)
-        columns = zip(win[prompt, chosen].tolist(), win[prompt, rejected].tolist(), probability.tolist(), strict=True)
+        columns = {
+            "chosen_win_prob": win[prompt, chosen],
+            "rejected_win_prob": win[prompt, rejected],
+            "pair_win_prob": probability,
+        }
+        if self.scores is not None:
+            scores = self.scores.numpy()
+            columns |= {"chosen_score": scores[prompt, chosen], "rejected_score": scores[prompt, rejected]}
+        rows = zip(*(values.tolist() for values in columns.values()), strict=True)
         return [
             EncodedPair(
                 prompt_ids=self.prompt_ids[x],
@@ -206,11 +219,11 @@ class WordWorld(World):
                 rejected_ids=self.response_ids[r],
                 chosen_mask=mask,
                 rejected_mask=mask,
-                columns={"chosen_win_prob": wc, "rejected_win_prob": wr, "pair_win_prob": p},
+                columns=dict(zip(columns, row, strict=True)),
                 where=f"{where}:{i + 1}",
             )
-            for i, (x, c, r, (wc, wr, p)) in enumerate(
-                zip(prompt.tolist(), chosen.tolist(), rejected.tolist(), columns, strict=True)
+            for i, (x, c, r, row) in enumerate(
+                zip(prompt.tolist(), chosen.tolist(), rejected.tolist(), rows, strict=True)
             )
         ]
 
@@ -218,7 +231,8 @@ class WordWorld(World):
         """A fixed set of `n` encoded pairs; other seeds give other pairs, so one can be held out from another.
 
         Their columns are `chosen_win_prob` and `rejected_win_prob`, each response's exact probability of being
-        preferred to a draw from the reference, and `pair_win_prob`, that of the chosen one against the rejected one.
+        preferred to a draw from the reference, and `pair_win_prob`, that of the chosen one against the rejected one; in
+        a world with rewards also `chosen_score` and `rejected_score`, these rewards.
         """
         return self.encoded(n, [0, seed], f"{self.name}-{seed}")
 

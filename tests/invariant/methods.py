@@ -7,30 +7,32 @@ import typing
 from prefopt import registry
 from prefopt.errors import ConfigError
 
+_MOST_CHOICES = 6  # of one field, in tests that take seconds for each method
 _NUMBERS = (0.1, 0.3, 1.0)  # tried where a setting asks for another one to be given with it
 
 
-def methods():
+def methods(whole=False):
     """`{readable name: method}`: defaults, each choice of a Literal field, each bool field turned round.
 
-    With them one from a user's file, whose terms are counted in every way there is.
+    With them one from a user's file, whose terms are counted in every way there is. Of a field with many choices, such
+    as the variants of a loss that differ in a formula of the same numbers, the first ones; `whole`: all.
     """
     found = {}
     for name in [*registry.names(), "tests.invariant.two_terms"]:
         cls = registry.get(name)
         hints = typing.get_type_hints(cls)
-        for switch in _switches(cls, hints):
+        for switch in _switches(cls, hints, None if whole else _MOST_CHOICES):
             method = _build(cls, hints, switch)
             if method not in found.values():
                 found["-".join([name, *map(str, itertools.chain(*switch.items()))])] = method
     return found
 
 
-def _switches(cls, hints):
+def _switches(cls, hints, most):
     yield {}
     for field in dataclasses.fields(cls):
         if typing.get_origin(hints[field.name]) is typing.Literal:
-            yield from ({field.name: choice} for choice in typing.get_args(hints[field.name]))
+            yield from ({field.name: choice} for choice in typing.get_args(hints[field.name])[:most])
         elif hints[field.name] is bool:
             yield {field.name: not field.default}
 

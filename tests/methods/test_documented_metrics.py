@@ -35,7 +35,7 @@ def written(method):
 
 @pytest.mark.parametrize("name", registry.names())
 def test_every_metric_that_the_page_of_a_method_promises_is_written(name):
-    variants = [method for key, method in methods().items() if key == name or key.startswith(f"{name}-")]
+    variants = [method for key, method in methods(whole=True).items() if key == name or key.startswith(f"{name}-")]
     found = set().union(*map(written, variants))
     text = (PAGES / f"{name}.md").read_text()
     promised = re.search(r"\*\*Metrics\.?\*\*(.*?)(?:\n\n|\Z)", text, re.DOTALL)
@@ -54,9 +54,9 @@ def test_every_metric_that_the_page_of_a_method_promises_is_written(name):
         assert there != bool(absent), f"{name}.md speaks of {metric}; there are {sorted(found)}"
 
 
-@pytest.mark.parametrize("key", methods())
+@pytest.mark.parametrize("key", methods(whole=True))
 def test_method_that_does_not_lead_to_the_optimum_says_why_in_one_line(key):
-    method = methods()[key]
+    method = methods(whole=True)[key]
     said = method.other_optimum()
     if key.startswith("tdpo"):
         assert "does not converge to pi*, the star of the plot" in said

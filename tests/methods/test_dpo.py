@@ -3,6 +3,8 @@ import math
 import pytest
 import torch
 
+from prefopt import dpo_variants
+from prefopt.dpo_variants import VARIANTS
 from prefopt.errors import ConfigError
 from prefopt.losses import dpo
 from prefopt.methods.dpo import DPO
@@ -163,3 +165,80 @@ def test_settings_that_cannot_be_meant_are_refused_in_one_line(fields, message):
 def test_describe_names_the_variant():
     assert DPO().describe() == "sigmoid, beta 0.1"
     assert DPO(variant="cdpo", label_smoothing=0.1).describe() == "cdpo, beta 0.1, label_smoothing 0.1"
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_loss_where_policy_and_reference_are_equal_is_the_one_that_is_promised(variant):
+    smoothed = {"label_smoothing": 0.1} if variant in ("cdpo", "robust") else {}
+    method = DPO(variant=variant, **smoothed)
+    stats = pair_stats([-3.0, -5.0], [-2.0, -7.0], [-3.0, -5.0], [-2.0, -7.0])
+    losses = method.loss(stats, batch(2)).terms[0].value
+    promised = method.loss_at_reference()
+    if promised is None:
+        assert variant == "r_dpo"
+        promised = f64([math.log1p(math.exp(-0.05)), math.log1p(math.exp(0.05 * 3))])
+    same(losses, torch.as_tensor(promised, dtype=torch.float64).expand(2).tolist())
+
+
+SMALL = f64([0.4, -1.2, 0.0]), f64([-0.7, 0.3, 2.0])
+LENGTHS = {"chosen_lengths": torch.tensor([4, 2, 3]), "rejected_lengths": torch.tensor([3, 5, 3])}
+
+
+@pytest.mark.parametrize(
+    ("variant", "settings", "tolerance"),
+    [
+        ("r_dpo", {"alpha": 0.0, **LENGTHS}, 1e-12),
+        ("dpop", {"penalty_weight": 0.0}, 1e-12),
+        ("f_alpha", {"alpha": 1e-9}, 1e-6),
+        ("chi_po", {"exponent": 0.0, "log_weight": 1.0}, 1e-12),
+    ],
+)
+def test_variants_at_the_end_of_their_range_are_dpo(variant, settings, tolerance):
+    found = dpo(*SMALL, beta=0.3, variant=variant, **settings)
+    assert torch.allclose(found, dpo(*SMALL, beta=0.3), rtol=tolerance, atol=tolerance)
+
+
+def test_dpo_shift_of_factor_1_is_dpo_and_nca_without_its_middle_term_is_bco_without_shift():
+    same(dpo_variants.dpo_shift(*SMALL, beta=0.3, factor=1.0), dpo(*SMALL, beta=0.3).tolist())
+    same(dpo_variants.bco(*SMALL, beta=0.3), dpo(*SMALL, beta=0.3, variant="nca", biased=True).tolist())
+
+
+def test_r_dpo_asks_less_of_a_longer_chosen_completion():
+    """u = 0 and a chosen completion that is 10 tokens longer: -log s(10 alpha) is below ln 2, and above with minus."""
+    lengths = {"chosen_lengths": torch.tensor([12]), "rejected_lengths": torch.tensor([2])}
+    found = [
+        dpo(f64([0.0]), f64([0.0]), beta=1.0, variant="r_dpo", alpha=0.1, sign=sign, **lengths)
+        for sign in ("plus", "minus")
+    ]
+    same(torch.cat(found), [math.log1p(math.exp(-1)), math.log1p(math.exp(1))])
+
+
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        ({"tau": 0.1}, "method.tau: found 0.1, expected nothing for variant sigmoid; discopop read it"),
+        ({"variant": "dpop", "penalty_weight": -1.0}, "method.penalty_weight: found -1.0, expected a number > 0"),
+        ({"variant": "exo", "eps": 0.5}, "method.eps: found 0.5, expected a number > 0 and < 0.5"),
+        ({"variant": "f_alpha", "alpha": 1.0}, "method.alpha: found 1.0, expected a number > 0 and < 1 for f_alpha"),
+        (
+            {"variant": "nca", "reference_free": True},
+            "method.reference_free: found True, expected false for variant nca",
+        ),
+        ({"variant": "dpop", "penalty": "nowhere"}, "method.penalty: found 'nowhere', expected one of inside_beta"),
+    ],
+)
+def test_options_of_another_variant_or_out_of_range_are_refused(settings, line):
+    with pytest.raises(ConfigError) as caught:
+        DPO(**settings)
+    assert str(caught.value).startswith(line)
+
+
+def test_beta_and_options_default_to_those_of_the_variant():
+    assert (DPO().beta, DPO(variant="sigmoid_norm").beta, DPO(variant="nca", beta=0.2).beta) == (0.1, 5.0, 0.2)
+    assert DPO(variant="dpop").describe() == "dpop, beta 0.3, penalty_weight 50, penalty inside_beta"
+
+
+def test_the_card_of_a_variant_shows_its_own_equation_and_paper():
+    method = DPO(variant="apo_zero")
+    assert method.equation() == "1 - s(beta D_w) + s(beta D_l)"
+    assert "2408.06266" in method.paper()

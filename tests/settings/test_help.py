@@ -19,7 +19,7 @@ from prefopt.settings.plan import plan_help
 def test_help_names_every_setting_and_is_short(method, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     short = help_text(["--method", method, "--help"])
-    assert len(short.splitlines()) < 120
+    assert len(short.splitlines()) < 140
     assert "rounds: Iterative training in rounds of generate, judge, pair, train." in short
     assert "--judge.kind" not in short
     assert "--judge.kind" in help_text(["--method", method, "--rounds.count", "1", "--help"])

@@ -225,7 +225,11 @@ def test_columns_are_exact_probabilities(world: Bandit) -> None:
         x = world.prompt_ids.index(pair.prompt_ids)
         assert pair.rejected_ids is not None
         c, r = world.response_ids.index(pair.chosen_ids), world.response_ids.index(pair.rejected_ids)
-        assert set(pair.columns) == {"chosen_win_prob", "rejected_win_prob", "pair_win_prob"}
+        assert set(pair.columns) == {"chosen_win_prob", "rejected_win_prob", "pair_win_prob"} | {
+            "chosen_score",
+            "rejected_score",
+        }
+        assert (pair.columns["chosen_score"], pair.columns["rejected_score"]) == (reward[x, c], reward[x, r])
         for name, y in (("chosen_win_prob", c), ("rejected_win_prob", r)):
             expected = float((ref[x] * torch.sigmoid(reward[x, y] - reward[x])).sum())
             assert pair.columns[name] == pytest.approx(expected, abs=1e-12)

@@ -19,7 +19,7 @@ from tests.invariant.methods import methods
 from tests.invariant.steps import Bench, random_pairs, two_models
 from tests.training.architectures import ARCHITECTURES, tiny_model
 
-METHODS = methods()
+METHODS = methods(whole=True)
 WITH_REFERENCE = next(m for m in METHODS.values() if m.needs.reference == "token")
 KNOWN = {name: m for name, m in METHODS.items() if m.loss_at_reference() is not None}
 
