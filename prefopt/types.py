@@ -139,6 +139,7 @@ class TokenStats:
     kl: torch.Tensor | None = None  # forward: KL(reference || policy)
     reverse_kl: torch.Tensor | None = None  # KL(policy || reference)
     entropy: torch.Tensor | None = None  # of the policy
+    log_sum_p2: torch.Tensor | None = None  # log sum_v p^2 of the policy
 
 
 @dataclass(frozen=True)

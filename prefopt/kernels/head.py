@@ -42,7 +42,7 @@ class StatsLinear(nn.Linear):
     """An nn.Linear that returns token statistics when it is called with a request, and logits without one."""
 
     def forward(self, x: torch.Tensor, request: HeadRequest | None = None) -> Any:
-        """Logits without a request, else the tuple (logp, ref_logp, kl, reverse_kl, entropy).
+        """Logits without a request, else the tuple (logp, ref_logp, kl, reverse_kl, entropy, log_sum_p2).
 
         Args:
             x: hidden states, `(..., H)` without a request and `(N, H)` with one.

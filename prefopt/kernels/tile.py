@@ -13,6 +13,8 @@ import torch
 
 Tensor = torch.Tensor
 
+WITH_GRADIENT = ("logp", "kl", "reverse_kl", "entropy", "log_sum_p2")
+
 
 @dataclass(frozen=True)
 class Head:
@@ -83,12 +85,13 @@ def statistics(
 
     mass = lse(z)    logp = log_softmax(z)_y    entropy = -sum_v p log p
     kl = sum_v q (log q - log p)                reverse_kl = sum_v p (log p - log q)
+    log_sum_p2 = log sum_v p^2
 
     Args:
         index: column of each label, or any column where the label lies in another tile. Shape `(n,)`.
         want: statistics beside `logp`; `kl` and `reverse_kl` need the reference.
     Returns: `mass` (log-sum-exp of the logits), `logp` and, as asked for, `ref_mass`, `ref_logp`, `kl`, `reverse_kl`,
-        `entropy`; each `(n,)`. In a tile where every logit is -inf, mass is -inf and the others are NaN.
+        `entropy`, `log_sum_p2`; each `(n,)`. In a tile where every logit is -inf, mass is -inf and the others are NaN.
     """
     shape = policy.product.shape
     z = policy.head.logits(policy.product, policy.bias, scratch("logits", *shape))
@@ -99,9 +102,12 @@ def statistics(
         r = reference.head.logits(reference.product, reference.bias, scratch("logits", *shape))
         ref_logp = torch.log_softmax(r, -1, out=scratch("ref_logp", *shape))
         out |= {"ref_mass": _mass(r, ref_logp, index), "ref_logp": _at(ref_logp, index)}
-    if "entropy" in want:  # before `logp` is overwritten below
+    if want & {"entropy", "log_sum_p2"}:  # before `logp` is overwritten below
         p = torch.exp(logp, out=scratch("work", *shape))
-        out["entropy"] = -_expectation(p, logp, scratch("term", *shape))
+        if "entropy" in want:
+            out["entropy"] = -_expectation(p, logp, scratch("term", *shape))
+        if "log_sum_p2" in want:  # within the tile the largest p is at least 1 / v, so the sum does not underflow
+            out["log_sum_p2"] = torch.linalg.vector_norm(p, dim=-1).log() * 2
     if ref_logp is not None and want & {"kl", "reverse_kl"}:
         if "reverse_kl" in want:
             p = torch.exp(logp, out=scratch("work", *shape))
@@ -132,29 +138,32 @@ def gradient(
 
     d logp / dz = onehot - p        d reverse_kl / dz = p (log p - log q - reverse_kl)
     d kl / dz = p - q               d entropy / dz = -p (log p + entropy)
-    Collected: p * (per_token - g_entropy log p + g_reverse (log p - log q)) - g_kl q + g_logp onehot, where per_token
-    holds the terms that are one number per token.
+    d log_sum_p2 / dz = 2 p (p / sum_v p^2 - 1)
+    Collected: p * (per_token - g_entropy log p + g_reverse (log p - log q) + 2 g_p2 p / sum_v p^2) - g_kl q
+    + g_logp onehot, where per_token holds the terms that are one number per token.
 
     Args:
         lse, ref_lse: log-sum-exp over the whole vocabulary, `(n,)`.
         index, inside: column of each label and whether the tile holds it, `(n,)`.
         grads: incoming gradients of the statistics, `(n,)` each.
-        means: the values of `reverse_kl` and `entropy` where they are in `grads`.
+        means: the values of `reverse_kl`, `entropy` and `log_sum_p2` where they are in `grads`.
     """
     shape = policy.product.shape
     z = policy.head.logits(policy.product, policy.bias, scratch("logits", *shape))
     logp = torch.sub(z, lse[:, None], out=scratch("logp", *shape))
-    g_logp, g_kl, g_reverse, g_entropy = (grads.get(name) for name in ("logp", "kl", "reverse_kl", "entropy"))
+    g_logp, g_kl, g_reverse, g_entropy, g_p2 = (grads.get(name) for name in WITH_GRADIENT)
     grad = torch.exp(logp, out=scratch("grad", *shape))  # p
     per_token = per_token_factor(grads, means, lse)
     ref_logp = None
     if reference is not None and ref_lse is not None:
         r = reference.head.logits(reference.product, reference.bias, scratch("ref_logits", *shape))
         ref_logp = torch.sub(r, ref_lse[:, None], out=scratch("ref_logp", *shape))
-    if g_reverse is None and g_entropy is None:
+    if g_reverse is None and g_entropy is None and g_p2 is None:
         grad *= per_token[:, None]
     else:
         factor = scratch("work", *shape).copy_(per_token[:, None].expand(shape))
+        if g_p2 is not None:
+            factor.addcmul_(grad, (2 * g_p2 * torch.exp(-means["log_sum_p2"]))[:, None])
         if g_entropy is not None:
             factor.addcmul_(logp, g_entropy[:, None], value=-1)
         if g_reverse is not None and ref_logp is not None:
@@ -169,9 +178,9 @@ def gradient(
 
 
 def per_token_factor(grads: Mapping[str, Tensor], means: Mapping[str, Tensor], like: Tensor) -> Tensor:
-    """The part of the factor of p that is one number per token, (n,): g_kl - g_logp - g_reverse KL_r - g_entropy H.
+    """The part of the factor of p that is one number per token, (n,).
 
-    KL_r is the reverse KL and H the entropy, which `means` holds.
+    g_kl - g_logp - g_reverse KL_r - g_entropy H - 2 g_p2, with the reverse KL and the entropy H from `means`.
     """
     total = torch.zeros_like(like)
     if "logp" in grads:
@@ -181,6 +190,8 @@ def per_token_factor(grads: Mapping[str, Tensor], means: Mapping[str, Tensor], l
     for name in ("reverse_kl", "entropy"):
         if name in grads:
             total -= grads[name] * means[name]
+    if "log_sum_p2" in grads:
+        total -= 2 * grads["log_sum_p2"]
     return total
 
 

@@ -23,7 +23,8 @@ from prefopt.kernels import tile
 from prefopt.kernels.tile import Head, Scratch, Side
 from prefopt.types import TokenStats
 
-ORDER = ("logp", "ref_logp", "kl", "reverse_kl", "entropy")  # the order of statistics wherever they are a tuple
+ORDER = ("logp", "ref_logp", "kl", "reverse_kl", "entropy", "log_sum_p2")  # the order of statistics wherever they are a tuple
+_OF_POLICY = frozenset({"entropy", "log_sum_p2"})  # statistics beside `logp` that read no reference
 CACHE_MB = 1024  # MiB of products that are cached for the backward pass by default
 TILES = {"cpu": (1024, 2048), "cuda": (4096, 16384)}  # default tile by device: (tokens n, vocabulary entries v)
 
@@ -169,7 +170,7 @@ class _TokenStats(torch.autograd.Function):
                 ref_weight if pairwise else None,
                 ref_bias if pairwise else None,
                 ref_lse if pairwise else None,
-                result[3], result[4], *cached.values(), *ref_cached.values(),
+                result[3], result[4], result[5], *cached.values(), *ref_cached.values(),
             )  # fmt: skip
         if result[1] is not None:  # the reference's log-probability is a constant
             ctx.mark_non_differentiable(result[1])
@@ -180,10 +181,10 @@ class _TokenStats(torch.autograd.Function):
     def backward(ctx: Any, *incoming: Tensor | None) -> tuple[Tensor | None, ...]:
         plan: _Plan = ctx.plan
         saved = ctx.saved_tensors
-        hidden, weight, bias, labels, lse, ref_hidden, ref_weight, ref_bias, ref_lse, reverse_kl, entropy = saved[:11]
+        hidden, weight, bias, labels, lse, ref_hidden, ref_weight, ref_bias, ref_lse, *own = saved[:12]
         cached, ref_cached = ctx.cached
         grads = {name: g for name, g in zip(ORDER, incoming, strict=True) if g is not None and name != "ref_logp"}
-        means = {"reverse_kl": reverse_kl, "entropy": entropy}  # expectations that occur in their own gradients
+        means = dict(zip(ORDER[3:], own, strict=True))  # statistics that occur in their own gradients
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         tokens, vocab = hidden.shape[0], weight.shape[0]
         rows, dtype = plan.token_slices(tokens, vocab), plan.stat_dtype
@@ -194,11 +195,11 @@ class _TokenStats(torch.autograd.Function):
         scratch = Scratch(dtype, hidden.device)
         with torch.autocast(hidden.device.type, enabled=False):
             products = _Products("product", plan.policy, hidden, scratch)
-            products.cached = dict(zip(cached, saved[11:], strict=False))
+            products.cached = dict(zip(cached, saved[12:], strict=False))
             ref_products = None
             if plan.reference is not None and grads.keys() & {"kl", "reverse_kl"}:
                 ref_products = _Products("ref_product", plan.reference, ref_hidden, scratch)
-                ref_products.cached = dict(zip(ref_cached, saved[11 + len(cached) :], strict=True))
+                ref_products.cached = dict(zip(ref_cached, saved[12 + len(cached) :], strict=True))
             for j, columns in plan.vocab_slices(vocab):
                 w, b = plan.policy.operand(weight[columns]), _slice_of(bias, columns)
                 ref_w, ref_b = None, None
@@ -248,6 +249,7 @@ def _combine(
     distributions within the tile. Then
     logp = log P_t + logp_t of the label's tile          entropy = sum_t P_t (H_t - log P_t)
     kl = sum_t Q_t (KL_t + log Q_t - log P_t)            reverse_kl = sum_t P_t (KL_t + log P_t - log Q_t)
+    log_sum_p2 = log sum_t P_t^2 exp(log_sum_p2_t)
 
     Args:
         parts: statistics per tile, `(tiles, N)`; picked: log-probability of the label within its tile, `(N,)`.
@@ -280,6 +282,8 @@ def _combine(
         out["kl"] = average("ref_", parts["kl"] + (log_mass["ref_"] - log_mass[""]))
     if "reverse_kl" in parts:
         out["reverse_kl"] = average("", parts["reverse_kl"] + (log_mass[""] - log_mass["ref_"]))
+    if "log_sum_p2" in parts:
+        out["log_sum_p2"] = (2 * log_mass[""] + parts["log_sum_p2"]).nan_to_num(nan=-torch.inf).logsumexp(0)
     return out, lse[""], lse.get("ref_")
 
 
@@ -327,6 +331,7 @@ def token_stats(
     z = s (h W^T + b), with a soft-cap c: z = c tanh(s (h W^T + b) / c);  p = softmax(z), q the same of the reference
     logp = z_y - lse(z)                          entropy = -sum_v p log p
     kl = sum_v q (log q - log p)                 reverse_kl = sum_v p (log p - log q)
+    log_sum_p2 = log sum_v p^2
 
     Statistics are float32 or better for inputs of any dtype. Operands of the matmul have the autocast dtype where
     autocast is on, else the dtype of the weight, also in the backward pass. An entry of probability 0 contributes 0,
@@ -340,7 +345,7 @@ def token_stats(
         scale, softcap: the head's logit scale (1 for none) and soft-cap (None for none).
         ref_hidden, ref_weight, ref_bias, ref_scale, ref_softcap: the same of the reference, whose hidden size may
             differ. They are constants without gradient. `ref_weight` may be `weight` itself.
-        want: any of `ref_logp`, `kl`, `reverse_kl`, `entropy`; `logp` is always computed.
+        want: any of `ref_logp`, `kl`, `reverse_kl`, `entropy`, `log_sum_p2`; `logp` is always computed.
         token_tile, vocab_tile: a tile is `token_tile` tokens by `vocab_tile` entries; None: the default of the device.
         cache_mb: MiB of logits that may be cached for the backward pass, which recomputes the others.
     Returns: TokenStats; each statistic of shape `(N,)`, None where not wanted.
@@ -360,9 +365,9 @@ def token_stats(
         raise ValueError(f"a soft-cap must be > 0 or None, found {softcap} and {ref_softcap}")
     stat_dtype = torch.promote_types(_compute_dtype(weight), torch.float32)
     reference = None
-    if wanted - {"entropy"}:
+    if wanted - _OF_POLICY:
         if ref_hidden is None or ref_weight is None:
-            raise ValueError(f"{sorted(wanted - {'entropy'})} need ref_hidden and ref_weight")
+            raise ValueError(f"{sorted(wanted - _OF_POLICY)} need ref_hidden and ref_weight")
         if ref_weight.shape[0] != weight.shape[0]:
             raise ValueError(f"the heads have {weight.shape[0]} and {ref_weight.shape[0]} rows, expected the same")
         stat_dtype = torch.promote_types(stat_dtype, _compute_dtype(ref_weight))

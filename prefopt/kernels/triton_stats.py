@@ -13,12 +13,12 @@ import torch
 import triton
 import triton.language as tl
 
-from prefopt.kernels.tile import Scratch, Side, per_token_factor
+from prefopt.kernels.tile import WITH_GRADIENT, Scratch, Side, per_token_factor
 
 Tensor = torch.Tensor
 
 _BLOCK = 2048  # columns per block of a program
-_ROWS = ("mass", "logp", "ref_mass", "ref_logp", "kl", "reverse_kl", "entropy")  # rows of the forward kernel's output
+_ROWS = ("mass", "logp", "ref_mass", "ref_logp", "kl", "reverse_kl", "entropy", "log_sum_p2")  # rows of the forward kernel's output
 
 
 def interpreted() -> bool:
@@ -69,14 +69,15 @@ def _forward(
     z_ptr, bias_ptr, ref_ptr, ref_bias_ptr, index_ptr, out_ptr, tokens, columns,
     HAS_BIAS: tl.constexpr, SCALE: tl.constexpr, CAP: tl.constexpr,
     HAS_REF: tl.constexpr, REF_HAS_BIAS: tl.constexpr, REF_SCALE: tl.constexpr, REF_CAP: tl.constexpr,
-    KL: tl.constexpr, REVERSE: tl.constexpr, ENTROPY: tl.constexpr, STAT: tl.constexpr, BLOCK: tl.constexpr,
+    KL: tl.constexpr, REVERSE: tl.constexpr, ENTROPY: tl.constexpr, P2: tl.constexpr,
+    STAT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     label = tl.load(index_ptr + token)
     zero = tl.zeros((), dtype=STAT)
-    top, total, z_sum, gap_sum, picked = zero - float("inf"), zero, zero, zero, zero
+    top, total, z_sum, gap_sum, picked, squares = zero - float("inf"), zero, zero, zero, zero, zero
     ref_top, ref_total, ref_gap_sum, ref_picked = zero - float("inf"), zero, zero, zero
-    # Running sums under exp(z - top): total = sum e, z_sum = sum e z, gap_sum = sum e (z - r); of the reference, under
+    # Running sums under exp(z - top): total = sum e, z_sum = sum e z, gap_sum = sum e (z - r), squares = sum e^2; of the reference, under
     # exp(r - ref_top): ref_total, ref_gap_sum = sum e (r - z). Each is rescaled when the maximum grows.
     for start in range(0, columns, BLOCK):
         at = start + tl.arange(0, BLOCK)
@@ -87,6 +88,8 @@ def _forward(
         top, total, shrink, e = _online_softmax(top, total, z)
         if ENTROPY:
             z_sum = z_sum * shrink + tl.sum(tl.where(e > 0.0, e * z, 0.0), axis=0)
+        if P2:
+            squares = squares * shrink * shrink + tl.sum(e * e, axis=0)
         if HAS_REF:
             ref_product = tl.load(ref_ptr + token * columns + at, mask=mask, other=0.0)
             r = _logits(ref_product, ref_bias_ptr, at, mask, REF_HAS_BIAS, REF_SCALE, REF_CAP, STAT)
@@ -112,18 +115,21 @@ def _forward(
             tl.store(out_ptr + 5 * tokens + token, gap_sum / total - (lse - ref_lse))
     if ENTROPY:
         tl.store(out_ptr + 6 * tokens + token, lse - z_sum / total)
+    if P2:
+        tl.store(out_ptr + 7 * tokens + token, tl.log(squares) - 2.0 * tl.log(total))
 
 
 @triton.jit
 def _backward(
     z_ptr, bias_ptr, ref_ptr, ref_bias_ptr, grad_ptr, lse_ptr, ref_lse_ptr, index_ptr,
-    per_token_ptr, g_logp_ptr, g_kl_ptr, g_reverse_ptr, g_entropy_ptr, columns,
+    per_token_ptr, g_logp_ptr, g_kl_ptr, g_reverse_ptr, g_entropy_ptr, g_p2_ptr, columns,
     HAS_BIAS: tl.constexpr, SCALE: tl.constexpr, CAP: tl.constexpr,
     REF_HAS_BIAS: tl.constexpr, REF_SCALE: tl.constexpr, REF_CAP: tl.constexpr,
-    LOGP: tl.constexpr, KL: tl.constexpr, REVERSE: tl.constexpr, ENTROPY: tl.constexpr,
+    LOGP: tl.constexpr, KL: tl.constexpr, REVERSE: tl.constexpr, ENTROPY: tl.constexpr, P2: tl.constexpr,
     STAT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    # dL/dz = p (per_token - g_entropy log p + g_reverse (log p - log q)) - g_kl q + g_logp onehot, see `tile.gradient`
+    # dL/dz = p (per_token - g_entropy log p + g_reverse (log p - log q) + g_p2 p) - g_kl q + g_logp onehot, see
+    # `tile.gradient`; the caller has divided g_p2 by sum p^2 / 2
     token = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = at < columns
@@ -139,6 +145,8 @@ def _backward(
         ref_logp = r - tl.load(ref_lse_ptr + token)
     if ENTROPY:
         factor -= tl.load(g_entropy_ptr + token) * logp
+    if P2:
+        factor += tl.load(g_p2_ptr + token) * p
     if REVERSE:
         factor += tl.load(g_reverse_ptr + token) * (logp - ref_logp)
     grad = tl.where(p > 0.0, p * factor, p)  # the factor may be infinite where p is 0
@@ -168,6 +176,7 @@ def statistics(
                 tokens, columns,
                 **_head(policy, ""), HAS_REF=reference is not None, **_head(other, "REF_"),
                 KL="kl" in want, REVERSE="reverse_kl" in want, ENTROPY="entropy" in want,
+                P2="log_sum_p2" in want,
                 STAT=_TYPES[scratch.dtype], BLOCK=_block(columns), num_warps=8,
             )  # fmt: skip
     return {name: out[_ROWS.index(name)] for name in names}
@@ -191,14 +200,17 @@ def gradient(
         return grad
     other = reference or policy
     incoming = {name: g.contiguous() for name, g in grads.items()}
+    if "log_sum_p2" in grads:
+        incoming["log_sum_p2"] = 2 * grads["log_sum_p2"] * torch.exp(-means["log_sum_p2"])
     block = _block(columns)
     with torch.cuda.device_of(policy.product):
         _backward[(tokens, triton.cdiv(columns, block))](
             policy.product, _or(policy.bias, index), other.product, _or(other.bias, index), grad,
             lse, _or(ref_lse, lse), torch.where(inside, index, -1), per_token_factor(grads, means, lse),
-            *(incoming.get(name, lse) for name in ("logp", "kl", "reverse_kl", "entropy")), columns,
+            *(incoming.get(name, lse) for name in WITH_GRADIENT), columns,
             **_head(policy, ""), **_head(other, "REF_"),
             LOGP="logp" in grads, KL="kl" in grads, REVERSE="reverse_kl" in grads, ENTROPY="entropy" in grads,
+            P2="log_sum_p2" in grads,
             STAT=_TYPES[scratch.dtype], BLOCK=block, num_warps=8,
         )  # fmt: skip
     return grad

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from prefopt.kernels.token_stats import ORDER, token_stats
 
 N, H, REF_H, V = 23, 6, 5, 29
-WANT = ("ref_logp", "kl", "reverse_kl", "entropy")
+WANT = ("ref_logp", "kl", "reverse_kl", "entropy", "log_sum_p2")
 TILES = {
     "one_tile": {},
     "one_tile_recomputed": {"cache_mb": 0},
@@ -48,6 +48,7 @@ def oracle(c, scale=1.0, softcap=None, ref_scale=1.0, ref_softcap=None):
         "kl": (q * (ref - logp)).sum(-1),
         "reverse_kl": (p * (logp - ref)).sum(-1),
         "entropy": -(p * logp).sum(-1),
+        "log_sum_p2": p.square().sum(-1).log(),
     }
 
 
@@ -114,7 +115,7 @@ def test_every_combination_of_statistics(tiles, want):
 
 
 @pytest.mark.parametrize("tiles", TILES.values(), ids=TILES)
-@pytest.mark.parametrize("name", ["logp", "kl", "reverse_kl", "entropy"])
+@pytest.mark.parametrize("name", ["logp", "kl", "reverse_kl", "entropy", "log_sum_p2"])
 def test_one_statistic_used_alone_though_all_are_computed(tiles, name):
     c = case()
     inputs = (c["hidden"], c["weight"], c["bias"])
