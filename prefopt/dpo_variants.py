@@ -13,6 +13,18 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from prefopt.batch_losses import (
+    RUNNING_DELTA,
+    SHIFTED,
+    SORTED_MARGINS,
+    SORTED_SIDES,
+    WholeBatch,
+    aot,
+    aot_unpaired,
+    bco,
+    dpo_shift,
+)
+
 if TYPE_CHECKING:
     import torch
 
@@ -230,58 +242,6 @@ def nca(
     return -_logsigmoid(chosen) - (_logsigmoid(-chosen) + _logsigmoid(-rejected)) / 2
 
 
-def bco(
-    chosen_logratios: torch.Tensor,
-    rejected_logratios: torch.Tensor,
-    *,
-    beta: float,
-    shift: torch.Tensor | float = 0.0,
-) -> torch.Tensor:
-    """Binary classifier optimization: each completion is classified as chosen or rejected by its shifted reward.
-
-    -log s(beta D_w - delta) - log s(-(beta D_l - delta))
-
-    Args: shift: delta, a mean of rewards without gradient; 0: none.
-    Reference: Jung et al., arXiv 2404.04656.
-    """
-    return -_logsigmoid(beta * chosen_logratios - shift) - _logsigmoid(shift - beta * rejected_logratios)
-
-
-def aot(
-    chosen_logps: torch.Tensor,
-    rejected_logps: torch.Tensor,
-    chosen_ref_logps: torch.Tensor,
-    rejected_ref_logps: torch.Tensor,
-    *,
-    beta: float,
-    label_smoothing: float = 0.0,
-) -> torch.Tensor:
-    """Alignment by optimal transport: the policy's margins of a batch dominate the reference's, in sorted order.
-
-    -(1 - e) log s(beta d_k) - e log s(-beta d_k),  d = sort(log pi_w - log pi_l) - sort(log ref_w - log ref_l)
-
-    Returns: the loss of each rank k, smallest margin first. Shape `(pairs,)`. It depends on the batch as a whole.
-    Reference: Melnyk et al., arXiv 2406.05882. Differs from TRL's `aot`: nothing.
-    """
-    policy, reference = chosen_logps - rejected_logps, chosen_ref_logps - rejected_ref_logps
-    gaps = policy.sort().values - reference.sort().values
-    return cdpo(gaps, gaps.new_zeros(()), beta=beta, label_smoothing=label_smoothing)
-
-
-def aot_unpaired(
-    chosen_logratios: torch.Tensor, rejected_logratios: torch.Tensor, *, beta: float, label_smoothing: float = 0.0
-) -> torch.Tensor:
-    """Alignment by optimal transport of two bags: sorted rewards of the chosen against sorted ones of the rejected.
-
-    -(1 - e) log s(beta d_k) - e log s(-beta d_k),  d = sort(D_w) - sort(D_l)
-
-    Returns: the loss of each rank k. Shape `(pairs,)`. It depends on the batch as a whole.
-    Reference: Melnyk et al., arXiv 2406.05882. Differs from TRL's `aot_unpaired`: nothing.
-    """
-    chosen, rejected = chosen_logratios.sort().values, rejected_logratios.sort().values
-    return cdpo(chosen, rejected, beta=beta, label_smoothing=label_smoothing)
-
-
 def discopop(
     chosen_logratios: torch.Tensor, rejected_logratios: torch.Tensor, *, beta: float, tau: float
 ) -> torch.Tensor:
@@ -363,19 +323,6 @@ def chi_po(
     return -_logsigmoid(u if r_max is None else u.clamp(-2 * r_max, 2 * r_max))
 
 
-def dpo_shift(
-    chosen_logratios: torch.Tensor, rejected_logratios: torch.Tensor, *, beta: float, factor: float
-) -> torch.Tensor:
-    """DPO-Shift: the rejected log-ratio counts less, so that chosen completions lose less probability.
-
-    -log s(beta (D_w - f D_l))
-
-    Args: factor: f, at 1 this is DPO.
-    Reference: Yang et al., arXiv 2502.07599. Differs from the authors' code: nothing.
-    """
-    return -_logsigmoid(beta * (chosen_logratios - factor * rejected_logratios))
-
-
 def cal_dpo(
     chosen_logratios: torch.Tensor, rejected_logratios: torch.Tensor, *, beta: float, calibration_weight: float
 ) -> torch.Tensor:
@@ -418,7 +365,7 @@ class Variant:
         beta: default of `method.beta`, and `source`, where it comes from.
         options: hyper-parameters that only this loss reads, with their defaults.
         lengths: whether it reads the completions' lengths.
-        coupled: whether it depends on the batch as a whole.
+        whole: how it reads the global batch or the step; None: it does not.
         at_reference: the loss of a pair while policy and reference are equal, from beta and the options; None: it
             depends on the pair.
     """
@@ -428,7 +375,7 @@ class Variant:
     source: str = "arXiv 2305.18290"
     options: Mapping[str, Any] = field(default_factory=dict)
     lengths: bool = False
-    coupled: bool = False
+    whole: WholeBatch | None = None
     at_reference: Callable[..., float | None] = lambda beta, **_: math.log(2)
 
 
@@ -459,6 +406,16 @@ VARIANTS: dict[str, Variant] = {
     "nca": Variant(
         nca, 0.01, "the authors' configs", {"biased": False}, at_reference=lambda beta, biased: 2 * math.log(2)
     ),
+    "bco": Variant(
+        bco,
+        0.01,
+        "arXiv 2404.04656",
+        {"delta": "running"},
+        whole=RUNNING_DELTA,
+        at_reference=lambda beta, delta: 2 * math.log(2),
+    ),
+    "aot": Variant(aot, 0.01, "arXiv 2406.05882", {"label_smoothing": 0.0}, whole=SORTED_MARGINS),
+    "aot_unpaired": Variant(aot_unpaired, 0.01, "arXiv 2406.05882", {"label_smoothing": 0.0}, whole=SORTED_SIDES),
     "discopop": Variant(
         discopop,
         0.05,
@@ -470,6 +427,13 @@ VARIANTS: dict[str, Variant] = {
     "f_js": Variant(f_js, source="the authors' config"),
     "f_alpha": Variant(f_alpha, source="the authors' config", options={"alpha": 0.5}),
     "chi_po": Variant(chi_po, options={"r_max": None, "exponent": 1.0, "log_weight": 1.0}),
+    "dpo_shift": Variant(
+        dpo_shift,
+        0.01,
+        "the authors' configs",
+        {"factor": 0.95, "shift": "fixed", "low": 0.5, "high": 1.0},
+        whole=SHIFTED,
+    ),
     "cal_dpo": Variant(
         cal_dpo,
         2e-3,

@@ -6,11 +6,12 @@ import inspect
 import math
 import re
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from prefopt.errors import ConfigError, did_you_mean
-from prefopt.types import Column, LossOutput, Needs, PairBatch, PairStats, Term
+from prefopt.types import Column, LossOutput, LossState, Needs, PairBatch, PairStats, Term
 
 if TYPE_CHECKING:
     import torch
@@ -41,6 +42,38 @@ class Method:
 
     def loss(self, stats: PairStats, batch: PairBatch) -> LossOutput:
         raise NotImplementedError(f"{type(self).__name__} must define loss(stats, batch)")
+
+    def batch_values(self, stats: PairStats, batch: PairBatch) -> Mapping[str, torch.Tensor]:
+        """Numbers of each pair that the loss reads of the whole global batch: `needs.batch_values`, (B,) each.
+
+        It is called without gradient, before `loss`, on every micro-batch of a step. With `needs.mismatched`,
+        statistics and batch are those of the mismatched completions, as chosen ones.
+        """
+        return {}
+
+    def next_state(self, state: Mapping[str, float], values: Mapping[str, torch.Tensor]) -> Mapping[str, float]:
+        """The numbers of `needs.state` after a global batch; called once per optimizer step, before its losses.
+
+        Args: state: before it. values: of all its pairs, (G,) float64 each.
+        """
+        return state
+
+    def loss_of(self, stats: PairStats, batch: PairBatch, state: LossState) -> LossOutput:
+        """`loss` of a micro-batch, with the LossState if `needs` declares one: `loss(stats, batch, state)`."""
+        with_state: Any = self.loss
+        return with_state(stats, batch, state) if self.needs.with_state else self.loss(stats, batch)
+
+    def first_state(self, stats: PairStats, batch: PairBatch) -> LossState:
+        """The LossState of the first step of a run whose global batch is this batch. Values of mismatched completions,
+        which the batch does not hold, are 0.
+        """
+        values = {}
+        if self.needs.batch_values and not self.needs.mismatched:
+            values = {name: value.detach().double() for name, value in self.batch_values(stats, batch).items()}
+        elif self.needs.batch_values:
+            zeros = batch.chosen_lengths.new_zeros(batch.pairs).double()
+            values = dict.fromkeys(self.needs.batch_values, zeros)
+        return LossState(values, 0, self.next_state(self.needs.state, values) if self.needs.state else {}, 0.0)
 
     def loss_at_reference(self) -> float | None:
         """The loss of every pair while policy and reference are equal, or None if it depends on the pair.

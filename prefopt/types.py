@@ -32,6 +32,25 @@ class Column:
 
 
 @dataclass(frozen=True)
+class TokenColumn:
+    """Two lists of numbers per pair in the data file, one number per completion token of either side.
+
+    Args: name: the key under which `PairBatch.token_columns` carries them; the file has `chosen_NAME` and
+        `rejected_NAME`.
+    """
+
+    name: str
+
+    @property
+    def keys(self) -> tuple[str, str]:
+        """The names of the two columns in a data file."""
+        return f"chosen_{self.name}", f"rejected_{self.name}"
+
+
+Rows = Literal["pairs", "chosen_only", "unpaired"]
+
+
+@dataclass(frozen=True)
 class Needs:
     """What a method reads; everything else is not computed, loaded or carried.
 
@@ -41,19 +60,37 @@ class Needs:
             hidden states.
         output: the model's output: `token_stats`, or `scores`, one number per sequence; the latter is a classifier with
             one logit, and has no reference.
-        rows: `pairs`, or `chosen_only` for a method that does not read the rejected completion.
+        statistics: token statistics that the loss reads beyond log-probabilities and the forward KL of a `token`
+            reference: `reverse_kl` (which needs that reference too), `entropy`, `log_sum_p2`.
+        rows: `pairs`; `chosen_only` for a method that does not read the rejected completion; `unpaired` for single
+            completions with the label whether they are desirable, as the column `label`.
+        mismatched: whether each unpaired example also carries the completion of another prompt, as its rejected one.
         sequences: `completions`: the two sequences of a pair are the prompt with either completion. `both_orders`: they
             are the prompt with both completions, with the chosen one first and with the rejected one first.
-        coupled: whether the loss sorts or averages over the pairs of a batch; then one micro-batch must be the batch.
+        batch_values: names of the values that `Method.batch_values` computes of each pair. Those of the whole global
+            batch are collected before the loss, if need be by a pass without gradient.
+        state: names and initial values of the numbers that a method keeps from step to step, see `Method.next_state`.
+        step: whether the loss depends on the step, through `LossState.progress`.
         columns: extra numbers per pair that the loss reads.
+        token_columns: extra numbers per loss token that the loss reads.
     """
 
     reference: Literal["none", "sequence", "token"]
     output: Literal["token_stats", "scores"] = "token_stats"
-    rows: Literal["pairs", "chosen_only"] = "pairs"
+    statistics: tuple[str, ...] = ()
+    rows: Rows = "pairs"
+    mismatched: bool = False
     sequences: Literal["completions", "both_orders"] = "completions"
-    coupled: bool = False
+    batch_values: tuple[str, ...] = ()
+    state: Mapping[str, float] = field(default_factory=dict)
+    step: bool = False
     columns: tuple[Column, ...] = ()
+    token_columns: tuple[TokenColumn, ...] = ()
+
+    @property
+    def with_state(self) -> bool:
+        """Whether `Method.loss` takes a LossState."""
+        return bool(self.batch_values or self.state or self.step)
 
 
 @dataclass(frozen=True)
@@ -118,6 +155,7 @@ class PairBatch:
     rejected_lengths: torch.Tensor | None  # (B,) int64, None when rows are chosen_only
     columns: Mapping[str, torch.Tensor]  # each (B,) float64
     where: tuple[str, ...]  # (B,) file:line of each pair
+    token_columns: Mapping[str, torch.Tensor] = field(default_factory=dict)  # each (N,) float64
     segments: np.ndarray | None = (
         None  # (U, 4) int64 on the host, see `data.layouts.Grid`; None: each row is one sequence
     )
@@ -143,11 +181,93 @@ class TokenStats:
 
 
 @dataclass(frozen=True)
+class TokenView:
+    """The loss tokens of a batch, one after the other, for losses that read more than sums over a completion.
+
+    Tokens of a sequence are in their order and adjacent; sequences 0..B-1 are the chosen completions, then B rejected
+    ones if there are any. Gradients flow through all statistics of the policy.
+
+    Args:
+        stats: statistics of each token, (N,).
+        sequence_index: the sequence of each token, (N,) int64.
+        lengths: loss tokens of each sequence, (S,) int64.
+        pairs: B.
+    """
+
+    stats: TokenStats
+    sequence_index: torch.Tensor
+    lengths: torch.Tensor
+    pairs: int
+
+    @property
+    def logratios(self) -> torch.Tensor:
+        """log policy minus log reference of each token, (N,)."""
+        assert self.stats.ref_logp is not None, "this method declared no reference in its needs"
+        return self.stats.logp - self.stats.ref_logp
+
+    @property
+    def positions(self) -> torch.Tensor:
+        """The place of each token among the loss tokens of its sequence, from 0; (N,) int64."""
+        starts = self.lengths.cumsum(0) - self.lengths
+        count = self.sequence_index.new_ones(self.sequence_index.shape).cumsum(0) - 1
+        return count - starts[self.sequence_index]
+
+    @property
+    def is_chosen(self) -> torch.Tensor:
+        """Whether a token belongs to a chosen completion, (N,) bool."""
+        return self.sequence_index < self.pairs
+
+    def sums(self, values: torch.Tensor) -> torch.Tensor:
+        """Sums over the tokens of each sequence, (N,) -> (S,)."""
+        return values.new_zeros(self.lengths.shape).index_add(0, self.sequence_index, values)
+
+    def means(self, values: torch.Tensor) -> torch.Tensor:
+        """Means over the tokens of each sequence, (N,) -> (S,); 0 where it has none."""
+        return self.sums(values) / self.lengths.clamp(min=1)
+
+    def prefix_sums(self, values: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """Sums over the first `tokens` loss tokens of each sequence. Args: tokens: (S,). Returns: (S,)."""
+        inside = self.positions < tokens[self.sequence_index]
+        return self.sums(values * inside)
+
+    def of_tokens(self, values: torch.Tensor) -> torch.Tensor:
+        """The value of each token's sequence, (S,) -> (N,)."""
+        return values[self.sequence_index]
+
+    def sides(self, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(chosen, rejected) of values per sequence, (2B,) -> twice (B,)."""
+        return values[: self.pairs], values[self.pairs :]
+
+
+@dataclass(frozen=True)
+class LossState:
+    """What a loss may read beyond its micro-batch.
+
+    Args:
+        batch_values: what `Method.batch_values` returned for the pairs of the whole global batch, without gradient.
+            Shape `(G,)` each, float64.
+        offset: index among them of this micro-batch's first pair.
+        state: the numbers that the method keeps from step to step, updated by this global batch already. An evaluation
+            does not update them.
+        progress: finished share of the optimizer steps, from 0 to 1.
+    """
+
+    batch_values: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    offset: int = 0
+    state: Mapping[str, float] = field(default_factory=dict)
+    progress: float = 0.0
+
+
+NO_STATE = LossState()
+
+
+@dataclass(frozen=True)
 class PairStats:
     """The inputs of a loss per sequence: its score, or sums of token statistics. Every member is (B,) or None.
 
-    Log-probabilities are None if the output is scores, and scores are None otherwise. Members of the rejected
-    completion are None if rows are chosen_only, those of the reference if there is none.
+    `tokens` has the same statistics token by token. Log-probabilities are None if the output is scores, and scores
+    are None otherwise. Members of the rejected completion are None if rows are chosen_only, those of the reference
+    if there is none.
     """
 
     chosen_logps: torch.Tensor | None
@@ -162,8 +282,17 @@ class PairStats:
     rejected_reverse_kl: torch.Tensor | None = None
     chosen_entropy: torch.Tensor | None = None
     rejected_entropy: torch.Tensor | None = None
+    chosen_log_sum_p2: torch.Tensor | None = None
+    rejected_log_sum_p2: torch.Tensor | None = None
     chosen_scores: torch.Tensor | None = None
     rejected_scores: torch.Tensor | None = None
+    token_view: TokenView | None = None
+
+    @property
+    def tokens(self) -> TokenView:
+        """The token statistics of which the other members are sums."""
+        assert self.token_view is not None, "this method declared output='scores' in its needs"
+        return self.token_view
 
     @property
     def chosen_logratios(self) -> torch.Tensor:

@@ -23,7 +23,7 @@ from prefopt.kernels import tile
 from prefopt.kernels.tile import Head, Scratch, Side
 from prefopt.types import TokenStats
 
-ORDER = ("logp", "ref_logp", "kl", "reverse_kl", "entropy", "log_sum_p2")  # the order of statistics wherever they are a tuple
+ORDER = ("logp", "ref_logp", "kl", "reverse_kl", "entropy", "log_sum_p2")  # of statistics where they are a tuple
 _OF_POLICY = frozenset({"entropy", "log_sum_p2"})  # statistics beside `logp` that read no reference
 CACHE_MB = 1024  # MiB of products that are cached for the backward pass by default
 TILES = {"cpu": (1024, 2048), "cuda": (4096, 16384)}  # default tile by device: (tokens n, vocabulary entries v)

@@ -18,7 +18,8 @@ from prefopt.kernels.tile import WITH_GRADIENT, Scratch, Side, per_token_factor
 Tensor = torch.Tensor
 
 _BLOCK = 2048  # columns per block of a program
-_ROWS = ("mass", "logp", "ref_mass", "ref_logp", "kl", "reverse_kl", "entropy", "log_sum_p2")  # rows of the forward kernel's output
+# rows of the forward kernel's output
+_ROWS = ("mass", "logp", "ref_mass", "ref_logp", "kl", "reverse_kl", "entropy", "log_sum_p2")
 
 
 def interpreted() -> bool:
@@ -75,10 +76,12 @@ def _forward(
     token = tl.program_id(0).to(tl.int64)
     label = tl.load(index_ptr + token)
     zero = tl.zeros((), dtype=STAT)
-    top, total, z_sum, gap_sum, picked, squares = zero - float("inf"), zero, zero, zero, zero, zero
+    top, total, z_sum, gap_sum, picked = zero - float("inf"), zero, zero, zero, zero
+    squares = zero
     ref_top, ref_total, ref_gap_sum, ref_picked = zero - float("inf"), zero, zero, zero
-    # Running sums under exp(z - top): total = sum e, z_sum = sum e z, gap_sum = sum e (z - r), squares = sum e^2; of the reference, under
-    # exp(r - ref_top): ref_total, ref_gap_sum = sum e (r - z). Each is rescaled when the maximum grows.
+    # Running sums under exp(z - top): total = sum e, z_sum = sum e z, gap_sum = sum e (z - r), squares = sum e^2; of
+    # the reference, under exp(r - ref_top): ref_total, ref_gap_sum = sum e (r - z). They are rescaled when the maximum
+    # grows.
     for start in range(0, columns, BLOCK):
         at = start + tl.arange(0, BLOCK)
         mask = at < columns

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from prefopt.batch_losses import Delta, Shift, WholeBatch
 from prefopt.dpo_variants import VARIANTS, DpopPenalty, ExoTarget, Sign
 from prefopt.dpo_variants import Variant as Spec
 from prefopt.method import Method, logit_accuracy, pair_term, reward_metrics
-from prefopt.types import LossOutput, Needs, PairBatch, PairStats
+from prefopt.types import NO_STATE, LossOutput, LossState, Needs, PairBatch, PairStats
 
 if TYPE_CHECKING:
     import torch
@@ -28,14 +30,19 @@ Variant = Literal[
     "apo_down",
     "exo",
     "nca",
+    "bco",
+    "aot",
+    "aot_unpaired",
     "discopop",
     "f_forward_kl",
     "f_js",
     "f_alpha",
     "chi_po",
+    "dpo_shift",
     "cal_dpo",
 ]
 _SMOOTHED = ("cdpo", "robust")
+_MAY_SMOOTH = ("aot", "aot_unpaired")
 _REFERENCE_FREE = ("sigmoid", "cdpo", "robust", "ipo_sum", "ipo_mean", "hinge")
 
 
@@ -62,13 +69,16 @@ def dpo(
         chosen_lengths, rejected_lengths: tokens of the completions, for variants that read them. Shape `(pairs,)`.
         options: hyper-parameters of the variant, such as `label_smoothing` (cdpo, robust; default 0) or `tau`.
     Returns: unreduced loss, shape `(pairs,)`.
-    Raises: ValueError for an unknown variant, lengths missing or superfluous, an option that the variant does not read.
+    Raises: ValueError for an unknown variant, one that is a loss of the whole batch, lengths missing or superfluous, an
+        option that the variant does not read.
     Reference: Rafailov et al., Direct Preference Optimization, arXiv 2305.18290, eq. 7. Differs from the authors' code:
         nothing.
     """
     spec = VARIANTS.get(variant)
     if spec is None:
         raise ValueError(f"unknown variant {variant!r}")
+    if spec.whole is not None:
+        raise ValueError(f"variant {variant!r} is a loss of the whole batch, call prefopt.losses.{variant}")
     if variant not in _SMOOTHED and options.get("label_smoothing") == 0:
         del options["label_smoothing"]
     for name in options.keys() - spec.options.keys():
@@ -103,7 +113,7 @@ class DPO(Method):
     # arXiv 2305.18290, eq. 7
 
     label_smoothing: float = 0.0
-    """Assumed probability that a label is wrong, between 0 and 0.5, for cdpo and robust; 0 for other variants."""
+    """Assumed probability that a label is wrong, between 0 and 0.5: cdpo, robust, aot, aot_unpaired."""
     # 0 in the authors' config
 
     reference_free: bool = False
@@ -131,6 +141,21 @@ class DPO(Method):
     biased: bool | None = None
     """nca: the form without the chosen side's second term (false); this is TRL's bco_pair."""
 
+    delta: Delta | None = None
+    """bco: running subtracts the running mean of rewards, none is TRL's bco_pair (running)."""
+
+    shift: Shift | None = None
+    """dpo_shift: fixed uses `factor`; increase and decrease go from low to high or back over the run (fixed)."""
+
+    factor: float | None = None
+    """dpo_shift: factor of the rejected log-ratio; 1 is DPO (0.95)."""
+
+    low: float | None = None
+    """dpo_shift: smallest factor of increase and decrease (0.5)."""
+
+    high: float | None = None
+    """dpo_shift: largest factor of increase and decrease (1)."""
+
     tau: float | None = None
     """discopop: temperature of the gate (0.05)."""
 
@@ -157,11 +182,13 @@ class DPO(Method):
                 "label_smoothing",
                 f"a number between 0 and 0.5 for variant {self.variant} (with 0 it would be sigmoid)",
             )
+        elif self.variant in _MAY_SMOOTH:
+            self._require(0 <= self.label_smoothing < 0.5, "label_smoothing", "a number from 0 to below 0.5")
         else:
             self._require(
                 self.label_smoothing == 0,
                 "label_smoothing",
-                f"0 for variant {self.variant}; it is read by {' and '.join(_SMOOTHED)} only",
+                f"0 for variant {self.variant}; {', '.join(_SMOOTHED + _MAY_SMOOTH)} read it",
             )
         if self.reference_free:
             known = ", ".join(_REFERENCE_FREE)
@@ -182,7 +209,9 @@ class DPO(Method):
                 self._require(value > low and (high is None or value < high), name, expected)
         if self.variant == "f_alpha":
             self._require(0 < options["alpha"] < 1, "alpha", "a number > 0 and < 1 for f_alpha")
-        for name, literal in (("sign", Sign), ("penalty", DpopPenalty), ("target", ExoTarget)):
+        if self.variant == "dpo_shift":
+            self._require(options["low"] <= options["high"], "low", f"a number <= method.high ({options['high']:g})")
+        for name, literal in _CHOICES:
             if getattr(self, name) is not None:
                 self._require_choice(name, literal)
 
@@ -198,9 +227,26 @@ class DPO(Method):
 
     @property
     def needs(self) -> Needs:
-        return Needs(reference="sequence")
+        whole = self._whole
+        if whole is None:
+            return Needs(reference="sequence")
+        return Needs("sequence", batch_values=tuple(whole.values), state=whole.state, step=whole.step)
 
-    def loss(self, stats: PairStats, batch: PairBatch) -> LossOutput:
+    @property
+    def _whole(self) -> WholeBatch | None:
+        """How the variant reads the global batch, unless its options switch that off."""
+        whole = self._spec.whole
+        return None if whole is None or whole.unused(self.options) else whole
+
+    def batch_values(self, stats: PairStats, batch: PairBatch) -> Mapping[str, torch.Tensor]:
+        assert self.beta is not None
+        values = {} if self._whole is None else self._whole.values
+        return {name: of(stats, self.beta) for name, of in values.items()}
+
+    def next_state(self, state: Mapping[str, float], values: Mapping[str, torch.Tensor]) -> Mapping[str, float]:
+        return state if self._whole is None else self._whole.update(state, values)
+
+    def loss(self, stats: PairStats, batch: PairBatch, state: LossState = NO_STATE) -> LossOutput:
         assert stats.chosen_logps is not None
         assert stats.rejected_logps is not None
         assert stats.rejected_lengths is not None
@@ -209,15 +255,18 @@ class DPO(Method):
         if self.reference_free:
             chosen, rejected = stats.chosen_logps, stats.rejected_logps
         lengths = self._spec.lengths
-        losses = dpo(
-            chosen,
-            rejected,
-            beta=self.beta,
-            variant=self.variant,
-            chosen_lengths=stats.chosen_lengths if lengths else None,
-            rejected_lengths=stats.rejected_lengths if lengths else None,
-            **self.options,
-        )
+        if self._spec.whole is not None:
+            losses = self._spec.whole.loss(stats, state, beta=self.beta, **self.options)
+        else:
+            losses = dpo(
+                chosen,
+                rejected,
+                beta=self.beta,
+                variant=self.variant,
+                chosen_lengths=stats.chosen_lengths if lengths else None,
+                rejected_lengths=stats.rejected_lengths if lengths else None,
+                **self.options,
+            )
         if self.variant in ("ipo_mean", "sigmoid_norm"):
             chosen, rejected = chosen / stats.chosen_lengths, rejected / stats.rejected_lengths
         metrics = reward_metrics(stats, self.beta) | logit_accuracy(chosen - rejected)
@@ -250,7 +299,10 @@ class DPO(Method):
 
 
 _OPTIONS = sorted({name for one in VARIANTS.values() for name in one.options} - {"label_smoothing"})
+_CHOICES = (("sign", Sign), ("penalty", DpopPenalty), ("target", ExoTarget), ("delta", Delta), ("shift", Shift))
 _RANGES = (
+    ("factor", 0.0, None),
+    ("low", 0.0, None),
     ("penalty_weight", 0.0, None),
     ("eps", 0.0, 0.5),
     ("tau", 0.0, None),

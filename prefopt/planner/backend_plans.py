@@ -69,8 +69,6 @@ def refusal(own: PlanConfig, config: RunConfig, backend: str) -> str | None:
         return None
     if own.gpus == 1:
         return "needs several GPUs"
-    if config.method.needs.coupled:
-        return "the method's loss couples the pairs of a batch"
     if backend == "ddp":
         return None
     try:

@@ -174,7 +174,7 @@ def check_stream(config: RunConfig) -> None:
 def check_batches(config: RunConfig) -> None:
     """Methods that compare the pairs of a batch need batches of one size, made at random."""
     train = config.train
-    if not (train.group_by_length or train.tokens_per_batch is not None) or not config.method.needs.coupled:
+    if not (train.group_by_length or train.tokens_per_batch is not None) or not config.method.needs.batch_values:
         return
     compares = f"method '{config.method_name}' compares the pairs of a batch with each other"
     if train.group_by_length:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from prefopt.data.collate import collate
 from prefopt.data.pairs import fed_tokens, padded_lengths
@@ -11,6 +11,17 @@ from prefopt.training.layout_choice import Layouts
 from prefopt.training.micro_batches import micro_batches
 from prefopt.training.reference_cache import ReferenceValues
 from prefopt.types import EncodedPair, Needs, PairBatch
+
+
+def as_mismatched(pair: EncodedPair) -> EncodedPair:
+    """The pair with its mismatched completion, which it carries as the rejected one, as the chosen one."""
+    return replace(
+        pair,
+        chosen_ids=pair.rejected_ids or [],
+        chosen_mask=pair.rejected_mask or [],
+        rejected_ids=None,
+        rejected_mask=None,
+    )
 
 
 @dataclass
@@ -41,6 +52,15 @@ class Batcher:
         for indices in parts[self.rank]:
             numbers = indices.tolist()
             yield numbers, self.collate([pairs[i] for i in numbers])
+
+    def step_batches(self, pairs: Sequence[EncodedPair], size: int) -> tuple[list[list[int]], list[PairBatch]]:
+        """All of this rank's micro-batches of a step: (indices of their pairs, batches)."""
+        found = list(self.micro_batches(pairs, size))
+        return [indices for indices, _ in found], [batch for _, batch in found]
+
+    def mismatched(self, pairs: Sequence[EncodedPair]) -> PairBatch:
+        """A batch of the mismatched completions of unpaired examples, as chosen ones."""
+        return self.collate([as_mismatched(pair) for pair in pairs])
 
     def collate(self, pairs: Sequence[EncodedPair], layout: str | None = None) -> PairBatch:
         """A batch of pairs, with the cached values of the reference if there is a cache.

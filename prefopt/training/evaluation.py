@@ -16,10 +16,12 @@ import torch
 from prefopt.storage import write_whole
 from prefopt.training import compiling
 from prefopt.training.forward import Policy, pair_stats, statistics_to_evaluate, to_device
+from prefopt.training.loss_state import LossStates, Values
 from prefopt.training.metrics import Evaluation, Evaluator, loss_metrics, shared_metrics
 from prefopt.training.progress_bar import evaluation_bar
 from prefopt.training.random_state import preserved_random_state
 from prefopt.training.run import Interrupted, TrainingRun
+from prefopt.types import LossState, PairBatch, PairStats
 
 
 @dataclass(frozen=True)
@@ -43,8 +45,8 @@ class EvaluationLoop:
         `inside` are called on all ranks where the weights are sharded.
     """
 
-    def __init__(self, run: TrainingRun, evaluators: Sequence[Evaluator]) -> None:
-        self.run, self.evaluators = run, evaluators
+    def __init__(self, run: TrainingRun, evaluators: Sequence[Evaluator], loss_states: LossStates) -> None:
+        self.run, self.evaluators, self.loss_states = run, evaluators, loss_states
         self._terms: list[tuple[str, float]] = []  # name and weight of each term of the loss
 
     @torch.no_grad()
@@ -54,7 +56,7 @@ class EvaluationLoop:
         run.model.eval()
         line: dict[str, Any] = {"step": step, "split": "eval"}
         if run.eval_pairs:
-            rows = self._score_pairs(statistics_to_evaluate(run.needs, run.config.reference.cache))
+            rows = self._score_pairs(statistics_to_evaluate(run.needs, run.config.reference.cache), step)
             line |= {"pairs": len(rows)} | self._means(rows)
             if run.is_main:
                 write_whole(run.output / "eval_pairs.jsonl", (_pair_line(step, row) for row in rows))
@@ -70,16 +72,12 @@ class EvaluationLoop:
         run.model.train()
         return EvaluationResult(line, tables, texts)
 
-    def _score_pairs(self, want: tuple[str, ...]) -> list[dict[str, Any]]:
+    def _score_pairs(self, want: tuple[str, ...], step: int) -> list[dict[str, Any]]:
         """One record per held-out pair, in the order of the file, whatever the batch size and the number of ranks."""
         run = self.run
         mine: list[dict[str, Any]] = []
-        batches = run.batcher.micro_batches(run.eval_pairs, run.config.eval.batch)
-        for indices, batch in evaluation_bar(batches, len(run.eval_pairs), run.runtime):
-            run.exit_if_requested()
-            batch = to_device(batch, run.runtime.device)
-            stats = pair_stats(run.model, batch, want)
-            output = run.method.loss(stats, batch)
+        for indices, batch, stats, state in self._scored_batches(want, step):
+            output = run.method.loss_of(stats, batch, state)
             values = loss_metrics(output) | shared_metrics(stats) | dict(output.metrics)
             table = {name: (v.double().cpu().tolist(), c.double().cpu().tolist()) for name, (v, c) in values.items()}
             for i, (index, where) in enumerate(zip(indices, batch.where, strict=True)):
@@ -87,6 +85,32 @@ class EvaluationLoop:
                 mine.append({"index": index, "where": where, "cells": cells})
             self._terms = [(term.name, term.weight) for term in output.terms]
         return sorted(run.runtime.gather_objects(mine), key=lambda row: row["index"])
+
+    def _scored_batches(
+        self, want: tuple[str, ...], step: int
+    ) -> Iterator[tuple[list[int], PairBatch, PairStats, LossState]]:
+        """This rank's batches of held-out pairs: (indices, batch, statistics, state of the loss).
+
+        A loss that reads the global batch reads all held-out pairs in its place, so their statistics come first.
+        """
+        run = self.run
+        waiting: list[tuple[list[int], PairBatch, PairStats]] = []
+        values: list[Values] = []
+        batches = run.batcher.micro_batches(run.eval_pairs, run.config.eval.batch)
+        for indices, batch in evaluation_bar(batches, len(run.eval_pairs), run.runtime):
+            run.exit_if_requested()
+            batch = to_device(batch, run.runtime.device)
+            stats = pair_stats(run.model, batch, want)
+            if run.needs.batch_values:
+                pairs = [run.eval_pairs[i] for i in indices]
+                values.append(self.loss_states.evaluation_values(pairs, stats, batch))
+                waiting.append((indices, batch, stats))
+            else:
+                yield indices, batch, stats, self.loss_states.of_evaluation(step)[0]
+        if run.needs.batch_values:
+            states = self.loss_states.of_evaluation(step, values)
+            for (indices, batch, stats), state in zip(waiting, states, strict=True):
+                yield indices, batch, stats, state
 
     def _means(self, rows: Sequence[dict[str, Any]]) -> dict[str, float]:
         """The loss and the mean of each metric; `fsum` is exact, so the order of the pairs does not matter."""

@@ -17,7 +17,7 @@ from prefopt.settings import KernelConfig
 from prefopt.training import adapters, experts
 from prefopt.training.attention import Kind, Rows, attention_kind
 from prefopt.training.logits import head_scaling
-from prefopt.types import Needs, PairBatch, PairStats, TokenStats
+from prefopt.types import Needs, PairBatch, PairStats, TokenStats, TokenView
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 ALL_STATISTICS = ("ref_logp", "kl", "reverse_kl", "entropy")
 SCORES = ("scores",)
+SUMS = {"logp": "logps", "ref_logp": "ref_logps"}  # names in PairStats of the sums of statistics; else the same name
 
 
 class Policy(nn.Module):
@@ -395,18 +396,21 @@ def sum_by_sequence(tokens: TokenStats, batch: PairBatch) -> PairStats:
         total = value.new_zeros(sequences).index_add(0, batch.sequence_index, value)
         return total[:pairs], None if rejected is None else total[pairs:]
 
-    names = {"logp": "logps", "ref_logp": "ref_logps", "kl": "kl", "reverse_kl": "reverse_kl", "entropy": "entropy"}
     members: dict[str, Any] = {}
-    for token_name, name in names.items():
+    for token_name in (one.name for one in fields(TokenStats)):
+        name = SUMS.get(token_name, token_name)
         members[f"chosen_{name}"], members[f"rejected_{name}"] = sums(getattr(tokens, token_name))
-    return PairStats(**members, chosen_lengths=batch.chosen_lengths, rejected_lengths=batch.rejected_lengths)
+    lengths = batch.chosen_lengths if rejected is None else torch.cat((batch.chosen_lengths, rejected))
+    view = TokenView(tokens, batch.sequence_index, lengths, pairs)
+    return PairStats(**members, chosen_lengths=batch.chosen_lengths, rejected_lengths=rejected, token_view=view)
 
 
 def statistics_for(needs: Needs) -> tuple[str, ...]:
     """The statistics that a training step computes for a method with these needs: those that its loss reads."""
     if needs.output == "scores":
         return SCORES
-    return {"none": (), "sequence": ("ref_logp",), "token": ("ref_logp", "kl")}[needs.reference]
+    of_reference = {"none": (), "sequence": ("ref_logp",), "token": ("ref_logp", "kl")}[needs.reference]
+    return (*of_reference, *needs.statistics)
 
 
 def statistics_to_evaluate(needs: Needs, cache: str = "none") -> tuple[str, ...]:
@@ -414,8 +418,10 @@ def statistics_to_evaluate(needs: Needs, cache: str = "none") -> tuple[str, ...]
     if needs.output == "scores":
         return SCORES
     if needs.reference == "none":
-        return ("entropy",)
-    return ("ref_logp", "entropy") if cache == "logps" else ALL_STATISTICS
+        known: tuple[str, ...] = ("entropy",)
+    else:
+        known = ("ref_logp", "entropy") if cache == "logps" else ALL_STATISTICS
+    return tuple(dict.fromkeys((*known, *needs.statistics)))
 
 
 def to_device(batch: PairBatch, device: torch.device) -> PairBatch:
@@ -426,4 +432,5 @@ def to_device(batch: PairBatch, device: torch.device) -> PairBatch:
         if isinstance(getattr(batch, f.name), torch.Tensor)
     }
     columns = {name: column.to(device) for name, column in batch.columns.items()}
-    return replace(batch, **moved, columns=columns)
+    token_columns = {name: column.to(device) for name, column in batch.token_columns.items()}
+    return replace(batch, **moved, columns=columns, token_columns=token_columns)

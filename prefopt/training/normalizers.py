@@ -20,9 +20,9 @@ from prefopt.data.loader import Batches, Shares
 from prefopt.data.pairs import BLOCK, facts
 from prefopt.method import Method
 from prefopt.training.batching import Batcher
-from prefopt.training.forward import statistics_for
+from prefopt.training.forward import SUMS, statistics_for
 from prefopt.training.runtime import Runtime
-from prefopt.types import EncodedPair, LossOutput, Needs, PairBatch, PairStats
+from prefopt.types import EncodedPair, LossOutput, Needs, PairBatch, PairStats, TokenStats, TokenView
 
 
 class Normalizers:
@@ -62,7 +62,8 @@ class Normalizers:
         """
         totals: dict[str, float] = {}
         for batch in batches:
-            for term in self.method.loss(_placeholder(batch, self.method.needs), batch).terms:
+            stats = _placeholder(batch, self.method.needs)
+            for term in self.method.loss_of(stats, batch, self.method.first_state(stats, batch)).terms:
                 totals[term.name] = totals.get(term.name, 0.0) + float(term.count.double().sum())
         return totals
 
@@ -101,8 +102,13 @@ def _placeholder(batch: PairBatch, needs: Needs) -> PairStats:
     """Statistics of zeros, to ask a loss for its counts."""
     zeros = torch.zeros(batch.pairs, dtype=torch.float64)
     paired = zeros if batch.rejected_lengths is not None else None
-    names = {"logp": "logps", "ref_logp": "ref_logps", "kl": "kl", "scores": "scores"}
     members: dict[str, Any] = {"chosen_logps": None, "rejected_logps": None}
-    for name in statistics_for(needs) + (() if needs.output == "scores" else ("logp",)):
-        members[f"chosen_{names[name]}"], members[f"rejected_{names[name]}"] = zeros, paired
+    names = statistics_for(needs) + (() if needs.output == "scores" else ("logp",))
+    for name in (SUMS.get(name, name) for name in names):
+        members[f"chosen_{name}"], members[f"rejected_{name}"] = zeros, paired
+    if needs.output != "scores":  # one token per sequence: a count cannot depend on what a model computes of tokens
+        sequences = batch.pairs if paired is None else 2 * batch.pairs
+        each = torch.zeros(sequences, dtype=torch.float64)
+        tokens = TokenStats(**{"logp": each, **dict.fromkeys(names, each)})
+        members["token_view"] = TokenView(tokens, torch.arange(sequences), torch.ones(sequences), batch.pairs)
     return PairStats(**members, chosen_lengths=batch.chosen_lengths, rejected_lengths=batch.rejected_lengths)

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from prefopt.data.loader import Batches
-from prefopt.errors import ConfigError
 from prefopt.settings import RunConfig
 from prefopt.training import checkpoint, compiling, models, offload
 from prefopt.training.backends import make_backend
@@ -65,12 +64,6 @@ class TrainingRun:
         config, runtime = self.config, self.runtime
         self.method = config.method
         self.needs = self.method.needs
-        if self.needs.coupled and (runtime.world > 1 or config.train.micro_batch < config.train.global_batch):
-            raise ConfigError(
-                f"train.micro_batch: found {config.train.micro_batch} with world size {runtime.world}; this method "
-                "computes its loss over the whole batch, expected world size 1 and micro_batch = global_batch "
-                f"({config.train.global_batch})"
-            )
         self.steps_of_epochs = None if self.train.steps_per_epoch is None else self.train.steps
         self.run_length = RunLength.of(config, total_steps(config, self.steps_of_epochs))
         self.moving: MovingReference | None = None

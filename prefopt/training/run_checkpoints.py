@@ -11,6 +11,7 @@ from prefopt.errors import TrainError
 from prefopt.training import checkpoint, sharded_io, sharding
 from prefopt.training.best_model import BestModel
 from prefopt.training.callbacks import CallbackList
+from prefopt.training.loss_state import LossStates
 from prefopt.training.random_state import random_state, set_random_state
 from prefopt.training.run import TrainingRun
 
@@ -18,10 +19,10 @@ _REFERENCE = "moving_reference"  # stem of the files of a moving reference
 
 
 class RunCheckpoints:
-    """The checkpoints of one run: weights, optimizer, random state, metrics so far, and the state of callbacks."""
+    """The checkpoints of one run: weights, optimizer, random state, metrics so far, states of loss and callbacks."""
 
-    def __init__(self, run: TrainingRun, best: BestModel, callbacks: CallbackList) -> None:
-        self.run, self.best, self.callbacks = run, best, callbacks
+    def __init__(self, run: TrainingRun, best: BestModel, callbacks: CallbackList, loss_states: LossStates) -> None:
+        self.run, self.best, self.callbacks, self.loss_states = run, best, callbacks, loss_states
 
     def save(self, step: int) -> Path:
         """Write a checkpoint after `step` optimizer steps; called on all ranks.
@@ -48,6 +49,8 @@ class RunCheckpoints:
             "data": run.train.fingerprint,
             "budget": run.run_length.state(),
         }
+        if run.needs.state:
+            state["loss"] = self.loss_states.state_dict()
         if self.callbacks.named:
             state["callbacks"] = self.callbacks.state()
         if run.stop_reason is not None and not run.run_length.over(step):
@@ -89,6 +92,8 @@ class RunCheckpoints:
                 set_random_state(by_rank[run.runtime.rank])
             if run.runtime.accelerator.scaler is not None:
                 run.runtime.accelerator.scaler.load_state_dict(state["loss_scale"])
+            if run.needs.state:
+                self.loss_states.load_state_dict(state["loss"])
             self.callbacks.restore(state.get("callbacks", {}), folder)
             run.stop_reason = state.get("stopped")
             start = int(state["step"])

@@ -48,6 +48,11 @@ class RunLength:
             return (self.seconds + seconds) / self.max_seconds
         return None
 
+    def progress(self, done: int) -> float:
+        """The finished share of the run after `done` steps, from 0 to 1."""
+        fraction = self._fraction()
+        return min(1.0, fraction if fraction is not None else done / (self.steps or 1))
+
     def spent(self, tokens: int, seconds: float) -> tuple[float, float] | None:
         """The fraction of the length that is spent before a step of so many tokens and seconds, and after it."""
         before, after = self._fraction(), self._fraction(tokens, seconds)

@@ -205,7 +205,7 @@ def unexpected_loss(model: nn.Module, method: Method, batch: PairBatch, tol: flo
                         "reference cache, while policy and reference are the same weights"
                     )
         stats = _at_reference(stats)
-    found = method.loss(stats, batch).terms[0].value.double()
+    found = method.loss_of(stats, batch, method.first_state(stats, batch)).terms[0].value.double()
     scale = max(1.0, abs(expected))
     for pair in range(batch.pairs):
         # the loss is a function of sums over the completion, whose rounding errors add up

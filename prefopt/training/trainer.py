@@ -18,6 +18,7 @@ from prefopt.training.callbacks import CallbackList
 from prefopt.training.evaluation import EvaluationLoop
 from prefopt.training.export import ModelExport
 from prefopt.training.forward import pair_stats, pair_stats_and_routing, statistics_for, to_device
+from prefopt.training.loss_state import LossStates
 from prefopt.training.metrics import Evaluator, Meter, loss_metrics, shared_metrics, total_loss
 from prefopt.training.normalizers import Normalizers, non_finite_pairs, normalized
 from prefopt.training.patience import Patience
@@ -73,13 +74,14 @@ class Trainer:
         run.prepare()
         self.router = RouterLoss(run)
         self.normalizers = Normalizers(run.method, run.batcher, run.runtime, run.train)
-        self.evaluation = EvaluationLoop(run, self.evaluators)
+        self.loss_states = LossStates(run)
+        self.evaluation = EvaluationLoop(run, self.evaluators, self.loss_states)
         self.export = ModelExport(run)
         self.best = BestModel(run, self.export)
         # trackers before the bar; patience before the callbacks of the user, which may read `run.stop_reason`
         builtin = [SampleTables(), *([] if self.trackers is None else [self.trackers]), ProgressBar(), Patience()]
         self.callbacks = CallbackList(run, builtin, callbacks.load(run.config.train.callbacks))
-        self.checkpoints = RunCheckpoints(run, self.best, self.callbacks)
+        self.checkpoints = RunCheckpoints(run, self.best, self.callbacks, self.loss_states)
 
     # The loop ---------------------------------------------------------------------------------------------------------
 
@@ -116,9 +118,10 @@ class Trainer:
 
         # Fetch this rank's micro-batches, and what the loss is divided by over all of them on all ranks.
         pairs = run.train.global_batch(step)
-        batches = [batch for _, batch in run.batcher.micro_batches(pairs, run.config.train.micro_batch)]
+        indices, batches = run.batcher.step_batches(pairs, run.config.train.micro_batch)
         normalizers = self.normalizers.of_step(step, batches)
         self.router.begin_step(batches)
+        self.loss_states.begin_step(step, [[pairs[i] for i in some] for some in indices], batches)
         meter, want = Meter(), statistics_for(run.needs)
         broken: list[tuple[torch.Tensor, PairBatch]] = []  # which pairs of each micro-batch have no finite loss
         sizes = torch.zeros(4, dtype=torch.float64)
@@ -135,7 +138,7 @@ class Trainer:
                 else:
                     stats = pair_stats(run.model, batch, want)
                 # Loss: this micro-batch's part of the mean over the step.
-                output = run.method.loss(stats, batch)
+                output = self.loss_states.loss(index, stats, batch)
                 loss = normalized(output, normalizers)
                 if self.router.weight:
                     balance = self.router.of_micro_batch(routing)

@@ -3,38 +3,55 @@
 import dataclasses
 import itertools
 import typing
+from types import SimpleNamespace
+
+import torch
 
 from prefopt import registry
 from prefopt.errors import ConfigError
+from prefopt.training.normalizers import _placeholder
 
-_MOST_CHOICES = 6  # of one field, in tests that take seconds for each method
 _NUMBERS = (0.1, 0.3, 1.0)  # tried where a setting asks for another one to be given with it
 
 
 def methods(whole=False):
     """`{readable name: method}`: defaults, each choice of a Literal field, each bool field turned round.
 
-    With them one from a user's file, whose terms are counted in every way there is. Of a field with many choices, such
-    as the variants of a loss that differ in a formula of the same numbers, the first ones; `whole`: all.
+    With them one from a user's file, whose terms are counted in every way there is. Of the settings of a method that
+    differ in a formula of the same numbers alone, and so need the same, the first; `whole`: all.
     """
     found = {}
     for name in [*registry.names(), "tests.invariant.two_terms"]:
         cls = registry.get(name)
         hints = typing.get_type_hints(cls)
-        for switch in _switches(cls, hints, None if whole else _MOST_CHOICES):
+        seen = []
+        for switch in _switches(cls, hints):
             method = _build(cls, hints, switch)
-            if method not in found.values():
+            kind = method if whole else (method.needs, _terms(method))
+            if kind not in seen:
+                seen.append(kind)
                 found["-".join([name, *map(str, itertools.chain(*switch.items()))])] = method
     return found
 
 
-def _switches(cls, hints, most):
+def _switches(cls, hints):
     yield {}
     for field in dataclasses.fields(cls):
         if typing.get_origin(hints[field.name]) is typing.Literal:
-            yield from ({field.name: choice} for choice in typing.get_args(hints[field.name])[:most])
+            yield from ({field.name: choice} for choice in typing.get_args(hints[field.name]))
         elif hints[field.name] is bool:
             yield {field.name: not field.default}
+
+
+def _terms(method):
+    """The names and normalizers of a method's terms on a batch of two pairs of different lengths."""
+    lengths = torch.tensor([2, 3])
+    columns = {column.name: torch.tensor([0.5, 0.25]).double() for column in method.needs.columns}
+    paired = lengths + 2 if method.needs.rows == "pairs" else None
+    batch = SimpleNamespace(pairs=2, columns=columns, chosen_lengths=lengths, rejected_lengths=paired)
+    stats = _placeholder(batch, method.needs)
+    output = method.loss_of(stats, batch, method.first_state(stats, batch))
+    return [(term.name, term.count.tolist()) for term in output.terms]
 
 
 def _build(cls, hints, switch):

@@ -4,11 +4,12 @@ Shares no code with prefopt's collate, forward and kernel: it reads encoded pair
 """
 
 import copy
+from dataclasses import replace
 from types import SimpleNamespace
 
 import torch
 
-from prefopt.types import PairStats
+from prefopt.types import LossState, PairStats, TokenStats, TokenView
 
 
 def oracle_step(policy, reference, method, pairs):
@@ -31,7 +32,7 @@ def oracle_step(policy, reference, method, pairs):
         rejected_lengths=stats.rejected_lengths,
         where=tuple(p.where for p in pairs),
     )
-    output = method.loss(stats, batch)
+    output = method.loss_of(stats, batch, oracle_state(policy, reference, method, pairs, stats, batch))
     loss = sum(term.weight * term.value.sum() / term.count.sum() for term in output.terms)
     loss.backward()
     gradients = {name: p.grad.clone() for name, p in policy.named_parameters()}
@@ -40,8 +41,20 @@ def oracle_step(policy, reference, method, pairs):
     return loss.item(), gradients, {name: float(value.detach()) for name, value in averages.items()}
 
 
+def oracle_state(policy, reference, method, pairs, stats, batch):
+    """What the loss reads of the whole step, whose pairs are one batch here."""
+    if method.needs.mismatched:
+        with torch.no_grad():
+            others = [replace(p, chosen_ids=p.rejected_ids, chosen_mask=p.rejected_mask) for p in pairs]
+            stats = oracle_stats(policy, reference, others, method.needs)
+    with torch.no_grad():
+        values = {name: value.double() for name, value in method.batch_values(stats, batch).items()}
+    return LossState(values, 0, method.next_state(method.needs.state, values), 0.0)
+
+
 def oracle_stats(policy, reference, pairs, needs):
-    sides = ["chosen"] if needs.rows == "chosen_only" else ["chosen", "rejected"]
+    sides = ["chosen", "rejected"] if needs.rows == "pairs" else ["chosen"]
+    tokens = []
     members = {"chosen_logps": None, "rejected_logps": None, "rejected_lengths": None}
     for side in sides:
         if needs.output == "scores":
@@ -56,6 +69,15 @@ def oracle_stats(policy, reference, pairs, needs):
             members[f"{side}_ref_logps"] = torch.stack([row["ref_logp"].sum() for row in rows])
         if needs.reference == "token":
             members[f"{side}_kl"] = torch.stack([row["kl"].sum() for row in rows])
+        for name in needs.statistics:
+            members[f"{side}_{name}"] = torch.stack([row[name].sum() for row in rows])
+        tokens += rows
+    if tokens:
+        lengths = torch.tensor([len(row["logp"]) for row in tokens])
+        stats = TokenStats(**{name: torch.cat([row[name] for row in tokens]) for name in tokens[0]})
+        members["token_view"] = TokenView(
+            stats, torch.arange(len(tokens)).repeat_interleave(lengths), lengths, len(pairs)
+        )
     return PairStats(**members)
 
 
@@ -96,6 +118,7 @@ def oracle_row(policy, reference, prompt, completion, scored):
     labels = torch.tensor(tokens, dtype=torch.long)[:, None]
     log_p = policy(input_ids=ids).logits[0, at].log_softmax(-1)  # (tokens, V)
     row = {"logp": log_p.gather(1, labels)[:, 0], "entropy": -(log_p.exp() * log_p).sum(-1)}
+    row["log_sum_p2"] = log_p.exp().square().sum(-1).log()
     if reference is not None:
         with torch.no_grad():
             log_q = reference(input_ids=ids).logits[0, at].log_softmax(-1)

@@ -148,6 +148,7 @@ class Bench:
         self.run.train.counted_pairs = lambda step: len(pairs) if counted is None else counted
         known = self.run.runtime.accelerator._optimizers
         known[:] = [self.run.optimizer]  # whose gradients a scaler unscales before they are clipped
+        self.trainer.loss_states.load_state_dict(self.run.needs.state)  # every step is a first one
         line = self.trainer._step(number).line()
         known.clear()
         self.line = line

@@ -159,7 +159,9 @@ def test_eval_metrics_when_batch_or_processes_change_then_they_are_the_same(
     lines = {f"one process, {batch}": bench.evaluate(rows, batch, tmp_path) for batch in (1, 3, 16)}
     lines |= {f"two processes, {batch}": ranks[0][name, "eval", batch] for batch in (1, 3)}
     first = lines.pop("one process, 1")
-    known = expected(name, dtype, 5)[2]
+    known = dict(expected(name, dtype, 5)[2])
+    if method.needs.state:  # which a step updates before its loss, and an evaluation does not
+        del known["loss"]
     assert known.keys() <= first.keys()
     assert {key: first[key] for key in known} == pytest.approx(known, rel=1e-9)
     for what, line in lines.items():

@@ -11,7 +11,7 @@ from tests.invariant.oracle import oracle_step
 from tests.invariant.steps import Bench, gradient_gaps, random_pairs
 from tests.training.architectures import tiny_model
 
-METHODS = {name: method for name, method in methods().items() if not method.needs.coupled}
+METHODS = {name: method for name, method in methods().items() if not method.needs.batch_values}
 each_method = pytest.mark.parametrize("name", METHODS)
 
 

@@ -29,7 +29,9 @@ def test_values_and_gradients_equal_the_written_formulas(tiles, bias):
     compare(c, tiles, scale=0.6, softcap=1.5, ref_scale=1.4, ref_softcap=2.5)
 
 
-@pytest.mark.parametrize("want", [(), ("ref_logp",), ("ref_logp", "kl"), ("entropy",), ("reverse_kl",), ("log_sum_p2",)], ids="+".join)
+@pytest.mark.parametrize(
+    "want", [(), ("ref_logp",), ("ref_logp", "kl"), ("entropy",), ("reverse_kl",), ("log_sum_p2",)], ids="+".join
+)
 def test_subsets_of_the_statistics(want):
     compare(case(tokens=5), TILES["uneven_tiles"], want)
 

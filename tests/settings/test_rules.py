@@ -63,7 +63,7 @@ def test_grouping_when_the_method_looks_at_the_batch_as_a_whole_then_is_refused(
     (tmp_path / "sorted_pairs.py").write_text(
         "from dataclasses import dataclass\nfrom prefopt.method import Method\nfrom prefopt.types import Needs\n"
         "@dataclass(frozen=True)\nclass Sorted(Method):\n"
-        "    @property\n    def needs(self):\n        return Needs(reference='none', coupled=True)\n"
+        "    @property\n    def needs(self):\n        return Needs('none', batch_values=('score',))\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     real = ["--method", "sorted_pairs.Sorted", *REAL[2:]]
