@@ -164,6 +164,7 @@ class Bench:
         self.run.config = replace(self.run.config, eval=EvalConfig(batch=batch))
         self.run.eval_pairs, self.run.output = list(pairs), Path(folder)
         self.run.metrics = MetricsFile(Path(folder) / "metrics.jsonl")
+        self.trainer.loss_states.load_state_dict(self.run.needs.state)
         self.trainer._evaluate(0)
         return read_lines(self.run.metrics.path)[-1] if self.run.runtime.is_main else None
 

@@ -8,27 +8,28 @@ from pathlib import Path
 import pytest
 
 from prefopt import registry
-from prefopt.training.forward import statistics_to_evaluate
+from prefopt.training.forward import SUMS, statistics_to_evaluate
 from prefopt.training.metrics import loss_metrics, shared_metrics
 from prefopt.types import PairStats
 from tests.invariant.methods import methods
-from tests.methods.make_stats import batch, f64
+from tests.methods.make_stats import batch, even_tokens, f64
 
 PAGES = Path(__file__).resolve().parent.parent.parent / "docs" / "methods"
-_FIELDS = {"ref_logp": "ref_logps", "kl": "kl", "reverse_kl": "reverse_kl", "entropy": "entropy", "scores": "scores"}
 
 
 def written(method):
     """Names of an evaluation's figures, from the functions that a run has them from."""
     needs, paired = method.needs, method.needs.rows == "pairs"
-    names = {_FIELDS[name] for name in statistics_to_evaluate(needs)} | (
+    names = {SUMS.get(name, name) for name in statistics_to_evaluate(needs)} | (
         {"logps"} if needs.output != "scores" else set()
     )
     values = {f"{side}_{name}": f64([1.0]) for name in names for side in ("chosen", "rejected")[: 1 + paired]}
     given = {"chosen_logps": None, "rejected_logps": None} | values
     lengths = {"chosen_lengths": f64([2.0]), "rejected_lengths": f64([3.0]) if paired else None}
-    stats = PairStats(**given, **lengths)
-    output = method.loss(stats, batch(1, **{column.name: [0.5] for column in needs.columns}))
+    view = even_tokens(given | lengths) if needs.output != "scores" else None
+    stats = PairStats(**given, **lengths, token_view=view)
+    rows = batch(1, **{column.name: [0.5] for column in needs.columns})
+    output = method.loss_of(stats, rows, method.first_state(stats, rows))
     terms = loss_metrics(output) if len(output.terms) > 1 else {}
     return {"loss", *terms, *shared_metrics(stats), *output.metrics}
 

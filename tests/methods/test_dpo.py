@@ -82,7 +82,7 @@ def test_a_large_negative_logit_stays_finite_with_its_gradient():
 )
 def test_loss_at_the_reference_is_the_value_that_the_method_promises(method):
     stats = pair_stats([-3.0, -9.0], [-4.0, -2.0], [-3.0, -9.0], [-4.0, -2.0])
-    (term,) = method.loss(stats, batch(2)).terms
+    (term,) = method.loss_of(stats, batch(2), method.first_state(stats, batch(2))).terms
     same(term.value.detach(), [method.loss_at_reference()] * 2)
     assert term.count.tolist() == [1.0, 1.0]
 
@@ -172,7 +172,7 @@ def test_loss_where_policy_and_reference_are_equal_is_the_one_that_is_promised(v
     smoothed = {"label_smoothing": 0.1} if variant in ("cdpo", "robust") else {}
     method = DPO(variant=variant, **smoothed)
     stats = pair_stats([-3.0, -5.0], [-2.0, -7.0], [-3.0, -5.0], [-2.0, -7.0])
-    losses = method.loss(stats, batch(2)).terms[0].value
+    losses = method.loss_of(stats, batch(2), method.first_state(stats, batch(2))).terms[0].value
     promised = method.loss_at_reference()
     if promised is None:
         assert variant == "r_dpo"
