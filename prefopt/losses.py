@@ -18,8 +18,10 @@ from prefopt.dpo_variants import nca as nca
 from prefopt.dpo_variants import r_dpo as r_dpo
 from prefopt.dpo_variants import sigmoid_norm as sigmoid_norm
 from prefopt.methods.alpha_po import alpha_po as alpha_po
+from prefopt.methods.apo_zero_unpaired import apo_zero_unpaired as apo_zero_unpaired
 from prefopt.methods.cpo import cpo as cpo
 from prefopt.methods.dpo import dpo as dpo
+from prefopt.methods.kto import kto as kto
 from prefopt.methods.orpo import orpo as orpo
 from prefopt.methods.pairwise_judge import pairwise_judge as pairwise_judge
 from prefopt.methods.rebel import rebel as rebel

@@ -63,6 +63,14 @@ class Method:
         with_state: Any = self.loss
         return with_state(stats, batch, state) if self.needs.with_state else self.loss(stats, batch)
 
+    @property
+    def depends_on_cut(self) -> bool:
+        """Whether the loss depends on how a step is cut into micro-batches and ranks.
+
+        Only options that reproduce another implementation do.
+        """
+        return False
+
     def first_state(self, stats: PairStats, batch: PairBatch) -> LossState:
         """The LossState of the first step of a run whose global batch is this batch. Values of mismatched completions,
         which the batch does not hold, are 0.
@@ -73,7 +81,8 @@ class Method:
         elif self.needs.batch_values:
             zeros = batch.chosen_lengths.new_zeros(batch.pairs).double()
             values = dict.fromkeys(self.needs.batch_values, zeros)
-        return LossState(values, 0, self.next_state(self.needs.state, values) if self.needs.state else {}, 0.0)
+        state = self.next_state(self.needs.state, values) if self.needs.state else {}
+        return LossState(values, ranks=(batch.pairs,), state=state)
 
     def loss_at_reference(self) -> float | None:
         """The loss of every pair while policy and reference are equal, or None if it depends on the pair.
@@ -180,6 +189,17 @@ def per_pair(**values: torch.Tensor) -> Metrics:
         name.replace("__", "/"): (value.detach(), value.detach().new_ones(value.shape))
         for name, value in values.items()
     }
+
+
+def unpaired_metrics(rewards: torch.Tensor, logps: torch.Tensor, labels: torch.Tensor) -> Metrics:
+    """Rewards and log-probabilities under TRL's names: desirable completions as chosen, the others as rejected.
+
+    Args: rewards, logps: shape `(rows,)`. labels: 1 for desirable completions, 0 for others, `(rows,)`.
+    """
+    chosen = labels.to(rewards.dtype)
+    sides = {"chosen": chosen, "rejected": 1 - chosen}
+    values = {"rewards": rewards.detach(), "logps": logps.detach()}
+    return {f"{name}/{side}": (value * of, of) for name, value in values.items() for side, of in sides.items()}
 
 
 def reward_metrics(stats: PairStats, beta: float) -> Metrics:

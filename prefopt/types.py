@@ -31,6 +31,9 @@ class Column:
     high: float = float("inf")
 
 
+LABEL = Column("label", low=0.0, high=1.0)  # of unpaired examples: 1 for a desirable completion, 0 for another one
+
+
 @dataclass(frozen=True)
 class TokenColumn:
     """Two lists of numbers per pair in the data file, one number per completion token of either side.
@@ -247,6 +250,7 @@ class LossState:
         batch_values: what `Method.batch_values` returned for the pairs of the whole global batch, without gradient.
             Shape `(G,)` each, float64.
         offset: index among them of this micro-batch's first pair.
+        ranks: how many of these pairs each rank has, in order of ranks.
         state: the numbers that the method keeps from step to step, updated by this global batch already. An evaluation
             does not update them.
         progress: finished share of the optimizer steps, from 0 to 1.
@@ -254,6 +258,7 @@ class LossState:
 
     batch_values: Mapping[str, torch.Tensor] = field(default_factory=dict)
     offset: int = 0
+    ranks: tuple[int, ...] = ()
     state: Mapping[str, float] = field(default_factory=dict)
     progress: float = 0.0
 

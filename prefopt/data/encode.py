@@ -164,13 +164,14 @@ def encode_file(
     rendering: Rendering | None = None,
     overlong: Overlong = "truncate_prompt",
     special_tokens: Sequence[str] = (),
+    labelled: bool = False,
 ) -> Encoded:
     """Read, tokenise and truncate a data file, or map the cache of an earlier call with the same content.
 
     Of several processes on a machine one encodes and the others wait for it.
 
     Args:
-        path, columns, need_rejected, extra, max_row_bytes, dialogues: as `RowReader`.
+        path, columns, need_rejected, extra, max_row_bytes, dialogues, labelled: as `RowReader`.
         tokenizer, max_length, rendering, overlong, special_tokens: as `Encoder`.
         kind: which encoder.
         on_bad_row: `error` stops at the first bad row; `skip` drops and counts them.
@@ -189,6 +190,7 @@ def encode_file(
         max_row_bytes=max_row_bytes,
         tokenizer=tokenizer_content(tokenizer),
         dialogues=dialogues,
+        labelled=labelled,
     )
     settings = [
         kind.form,
@@ -202,6 +204,7 @@ def encode_file(
         overlong,
         sorted(special_tokens),
         encoder.rendering.key(tokenizer),
+        *(["labelled"] if labelled else []),
     ]
     key = _cache_key(reader.source.content(Path(cache_dir).expanduser() / "hashes"), tokenizer, settings)
     folder = Path(cache_dir).expanduser() / key

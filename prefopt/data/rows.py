@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from prefopt.data.bad_rows import DROP, BadRow, OnBadRow, RowProblem, check_text, first_bad_row, kind, plain, short
 from prefopt.data.containers import MAX_ROW_BYTES, TextRow, TwiceNamed
+from prefopt.data.labelled import as_two, label_of
 from prefopt.data.messages import (
     HH_TURN,
     Messages,
@@ -29,7 +30,7 @@ from prefopt.data.unread import Unread
 from prefopt.errors import DataError, did_you_mean
 from prefopt.settings import RESERVED_ARGS
 from prefopt.storage import digest
-from prefopt.types import Column, PairRow
+from prefopt.types import LABEL, Column, PairRow
 
 __all__ = [
     "DROP",
@@ -107,6 +108,7 @@ class RowReader:
         prompts_only: whether an example may be a prompt without completion; `chosen` is then None.
         tokenizer: a hash; examples with this value of `tokenizer` contain token ids of this tokenizer, which are used.
         dialogues: whether HH dialogues remain text, or are converted to messages.
+        labelled: whether examples are single completions with a label, as which a pair is two of them; see `labelled`.
 
     Raises: DataError when there is nothing to read.
     """
@@ -122,7 +124,9 @@ class RowReader:
         prompts_only: bool = False,
         tokenizer: str | None = None,
         dialogues: Dialogues = "text",
+        labelled: bool = False,
     ) -> None:
+        self.labelled = labelled
         self.prompts_only, self.tokenizer, self.dialogues = prompts_only, tokenizer, dialogues
         self.columns, self.need_rejected, self.extra = dict(columns or {}), need_rejected, extra
         self.formats: Counter[str] = Counter()  # of the examples yielded so far
@@ -142,12 +146,14 @@ class RowReader:
             try:
                 if isinstance(item, RowProblem):
                     raise item
+                if self.labelled and isinstance(item, dict):  # then a pair is read as such, and becomes two examples
+                    self.need_rejected = item.get("rejected_ids", self._get(item, "rejected")) is not None
                 row, form = self._parse(item, where)
             except RowProblem as problem:
                 yield problem.at(where)
             else:
                 self.formats[form] += 1
-                yield row
+                yield from as_two(row) if self.labelled and self.need_rejected else [row]
 
     def _parse(self, record: object, where: str) -> tuple[PairRow, str]:
         if not isinstance(record, dict):
@@ -441,6 +447,15 @@ class RowReader:
         return args
 
     def _number(self, record: Mapping[str, Any], column: Column) -> float:
+        if column == LABEL and self.labelled:
+            if self.need_rejected:
+                return 1.0  # a pair needs no label
+            key = self._key(LABEL.name)
+            if record.get(key) is None:
+                raise RowProblem(
+                    "no label", key, "missing", "true or false beside 'completion', or a pair ('chosen', 'rejected')"
+                )
+            return label_of(record[key], key)
         names = [self._key(column.name), *column.aliases]
         name = next((name for name in names if record.get(name) is not None), None)
         if name is None:

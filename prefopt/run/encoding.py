@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from prefopt.data.comparison import encoder_for
 from prefopt.data.encode import Encoded, encode_file
 from prefopt.data.templates import Rendering
+from prefopt.data.unpaired import Mismatched
 from prefopt.settings import DataConfig
 from prefopt.settings.data import PreviewDataConfig
 from prefopt.testbed.cache import cache_root
@@ -28,7 +30,7 @@ def encode_source(
         vocab_rows: rows of the model's embedding; None where no model is given.
     Raises: DataError.
     """
-    return encode_file(
+    encoded = encode_file(
         name,
         tokenizer,
         max_length=data.max_length,
@@ -43,4 +45,9 @@ def encode_source(
         rendering=rendering,
         overlong=data.overlong,
         special_tokens=data.special_tokens,
+        labelled=needs.rows == "unpaired",
     )
+    if not needs.mismatched:
+        return encoded
+    pairs = Mismatched(encoded.pairs, data.max_length, name)
+    return replace(encoded, pairs=pairs, fingerprint=f"{encoded.fingerprint}-mismatched")

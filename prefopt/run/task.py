@@ -17,6 +17,7 @@ from prefopt.data.loader import Batches, Converted, FileBatches
 from prefopt.data.mixture import mixture_of
 from prefopt.data.split import sample, shared_prompts, split_by_prompt
 from prefopt.data.templates import Rendering
+from prefopt.data.unpaired import Mismatched, UnpairedStream, encoded_as_two
 from prefopt.errors import ConfigError
 from prefopt.evaluate.held_out import too_few
 from prefopt.rounds_method import in_rounds
@@ -30,7 +31,7 @@ from prefopt.training import adapter_checks, layout_choice, model_checks, model_
 from prefopt.training.adapters import Frozen
 from prefopt.training.model_sources import ModelSource
 from prefopt.training.reference import Source
-from prefopt.types import EncodedPair
+from prefopt.types import LABEL, EncodedPair
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -76,21 +77,33 @@ def testbed_task(config: RunConfig) -> Task:
     batch, seed = config.train.global_batch, config.seed
     needs = config.method.needs
     eval_pairs = world.file_pairs(test.eval_pairs, _HELD_OUT)
-    missing = [column.name for column in needs.columns if column.name not in eval_pairs[0].columns]
+    given = {*eval_pairs[0].columns, *([LABEL.name] if needs.rows == "unpaired" else [])}
+    missing = [column.name for column in needs.columns if column.name not in given]
     if missing:
         raise ConfigError(f"method {described_method(config)}: the testbed's pairs have no column '{missing[0]}'")
     both = BothOrders(world.tokenizer, config.data.max_length) if needs.sequences == "both_orders" else None
-    if both is not None:
-        eval_pairs = [both.reread(pair) for pair in eval_pairs]
+
+    def read(pairs: list[EncodedPair]) -> Sequence[EncodedPair]:
+        """The pairs of the testbed in the form that the method reads."""
+        if both is not None:
+            return [both.reread(pair) for pair in pairs]
+        if needs.rows != "unpaired":
+            return pairs
+        examples = [example for pair in pairs for example in encoded_as_two(pair)]
+        return Mismatched(examples, config.data.max_length, "testbed.world") if needs.mismatched else examples
+
+    eval_pairs = read(eval_pairs)
     sources = [Source(eval_pairs, f"{world.fingerprint}-{test.eval_pairs}-held-out")]
     if test.pairs is None:
-        train: Batches = world.stream(batch, seed)
-        train = train if both is None else Converted(train, both.reread, needs.sequences)
+        train: Batches = world.stream(batch if needs.rows != "unpaired" else _half(batch), seed)
+        if both is not None:
+            train = Converted(train, both.reread, needs.sequences)
+        elif needs.rows == "unpaired":
+            train = UnpairedStream(train, config.data.max_length, needs.mismatched)
         what = "an unlimited stream of pairs"
     else:
         fingerprint = f"{world.fingerprint}-{test.pairs}-{seed}"
-        pairs = world.file_pairs(test.pairs, seed)
-        pairs = pairs if both is None else [both.reread(pair) for pair in pairs]
+        pairs = read(world.file_pairs(test.pairs, seed))
         group, tokens = config.train.group_by_length, config.train.tokens_per_batch
         if tokens is not None and needs.rows == "chosen_only":  # it counts processed tokens
             pairs = [dataclasses.replace(pair, rejected_ids=None, rejected_mask=None) for pair in pairs]
@@ -108,6 +121,16 @@ def testbed_task(config: RunConfig) -> Task:
         report=[f"no model or data given: training on the testbed world '{test.world}' with {what}"],
         world=world,
     )
+
+
+def _half(batch: int) -> int:
+    """Pairs of a step that are read as `batch` unpaired examples. Raises: ConfigError."""
+    if batch % 2:
+        raise ConfigError(
+            f"train.global_batch: found {batch}, expected an even number: the method reads each pair of the testbed as "
+            "two examples"
+        )
+    return batch // 2
 
 
 def file_task(config: RunConfig, day: date) -> Task:

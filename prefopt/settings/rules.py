@@ -38,7 +38,7 @@ def check_layout(config: RunConfig) -> None:
             f"train.layout: found '{layout}' with lora.dropout, but a shared prompt would have the same dropout mask "
             f"for both completions; {expected}"
         )
-    if config.method.needs.rows == "chosen_only":
+    if config.method.needs.rows != "pairs":
         raise ConfigError(
             f"train.layout: found '{layout}', but method '{config.method_name}' reads no rejected completions that "
             f"could share a prompt; {expected}"

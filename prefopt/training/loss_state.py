@@ -28,11 +28,14 @@ class LossStates:
         self.state: Mapping[str, float] = dict(self.needs.state)
         self._values: Mapping[str, torch.Tensor] | None = None  # of the step's global batch
         self._offsets: list[int] = []  # of this rank's micro-batches among them
+        self._ranks: tuple[int, ...] = ()  # how many of them each rank has
         self._progress = 0.0
         cut = run.config.train.micro_batch * run.runtime.world < run.config.train.global_batch
         if self.needs.batch_values and (cut or self.needs.mismatched):
             what = "mismatched completions" if self.needs.mismatched else "all micro-batches"
             print_rank_0(f"loss: it reads the global batch; each step has one more forward pass, of {what}")
+        if self.method.depends_on_cut:
+            print_rank_0("loss: it depends on micro-batches and ranks with these settings, so runs may not compare")
 
     def begin_step(self, step: int, pairs: Sequence[Sequence[EncodedPair]], batches: Sequence[PairBatch]) -> None:
         """Collect the values of the global batch, unless the forward pass of the only micro-batch will provide them.
@@ -59,7 +62,7 @@ class LossStates:
         assert self._values is not None
         values = {name: value.to(stats.chosen_lengths.device) for name, value in self._values.items()}
         offset = self._offsets[index] if self._offsets else 0
-        return self.method.loss_of(stats, batch, LossState(values, offset, self.state, self._progress))
+        return self.method.loss_of(stats, batch, LossState(values, offset, self._ranks, self.state, self._progress))
 
     def of_evaluation(self, step: int, parts: Sequence[Values] = ()) -> list[LossState]:
         """The LossState of each batch of an evaluation: the values of all held-out pairs, and the state as it is.
@@ -68,11 +71,11 @@ class LossStates:
         """
         progress = self.run.run_length.progress(step)
         if not self.needs.batch_values:
-            return [LossState({}, 0, self.state, progress)]
-        values, offsets = self._gathered(parts)
+            return [LossState(state=self.state, progress=progress)]
+        values, offsets, ranks = self._gathered(parts)
         device = self.run.runtime.device
         values = {name: value.to(device) for name, value in values.items()}
-        return [LossState(values, offset, self.state, progress) for offset in offsets]
+        return [LossState(values, offset, ranks, self.state, progress) for offset in offsets]
 
     def evaluation_values(self, pairs: Sequence[EncodedPair], stats: PairStats, batch: PairBatch) -> Values:
         """The values of a batch of an evaluation. Args: stats: of `batch`."""
@@ -95,21 +98,22 @@ class LossStates:
         return as_lists(self.method.batch_values(stats, batch))
 
     def _collect(self, parts: Sequence[Values]) -> None:
-        values, self._offsets = self._gathered(parts)
+        values, self._offsets, self._ranks = self._gathered(parts)
         self._update(values)
 
-    def _gathered(self, parts: Sequence[Values]) -> tuple[dict[str, torch.Tensor], list[int]]:
-        """(values of all pairs on all ranks, offsets of this rank's parts among them)."""
+    def _gathered(self, parts: Sequence[Values]) -> tuple[dict[str, torch.Tensor], list[int], tuple[int, ...]]:
+        """(values of all pairs on all ranks, offsets of this rank's parts among them, pairs of each rank)."""
         runtime, names = self.run.runtime, self.needs.batch_values
         mine = {name: [value for part in parts for value in part[name]] for name in names}
         ranks = runtime.gather_objects([mine])
         sizes = [len(part[names[0]]) for part in parts]
-        before = sum(len(rank[names[0]]) for rank in ranks[: runtime.rank])
+        counts = tuple(len(rank[names[0]]) for rank in ranks)
+        before = sum(counts[: runtime.rank])
         offsets = [before + sum(sizes[:i]) for i in range(len(sizes))]
         values = {
             name: torch.tensor([value for rank in ranks for value in rank[name]], dtype=torch.float64) for name in names
         }
-        return values, offsets
+        return values, offsets, counts
 
     def _update(self, values: Mapping[str, torch.Tensor]) -> None:
         self._values = values

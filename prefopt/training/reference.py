@@ -156,7 +156,7 @@ class _Pass:
     def __init__(self, config: RunConfig, runtime: Runtime, reference: ReferenceModel, pad_id: int) -> None:
         self.config, self.runtime, self.reference, self.pad_id = config, runtime, reference, pad_id
         self.kind = config.reference.cache
-        self.need_rejected = config.method.needs.rows == "pairs"
+        self.need_rejected = config.method.needs.rows == "pairs" or config.method.needs.mismatched
         self.in_step = sharding.is_sharded(reference.lm)  # then all ranks must call it equally often
         self.policy = PolicyWithReference(reference.lm, None, config.kernel)
         self.layouts, _ = choose_layouts(config, self.policy, runtime.device)

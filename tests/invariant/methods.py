@@ -27,6 +27,8 @@ def methods(whole=False):
         seen = []
         for switch in _switches(cls, hints):
             method = _build(cls, hints, switch)
+            if method.depends_on_cut:
+                continue
             kind = method if whole else (method.needs, _terms(method))
             if kind not in seen:
                 seen.append(kind)

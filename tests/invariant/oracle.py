@@ -49,7 +49,7 @@ def oracle_state(policy, reference, method, pairs, stats, batch):
             stats = oracle_stats(policy, reference, others, method.needs)
     with torch.no_grad():
         values = {name: value.double() for name, value in method.batch_values(stats, batch).items()}
-    return LossState(values, 0, method.next_state(method.needs.state, values), 0.0)
+    return LossState(values, ranks=(len(pairs),), state=method.next_state(method.needs.state, values))
 
 
 def oracle_stats(policy, reference, pairs, needs):
