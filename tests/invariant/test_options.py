@@ -54,7 +54,7 @@ def adapted(base):
     made = {}
 
     def ask(method, dtype="float64", quantize=None):
-        key = (method.needs.output, dtype, quantize)
+        key = (method.needs.output, method.needs.reference == "none", dtype, quantize)
         if key not in made:
             policy, reference = adapted_policy(method, ModelConfig(path=str(base), dtype=dtype, quantize=quantize))
             made[key] = precise(policy) if dtype == "float64" else policy, reference
