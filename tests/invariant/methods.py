@@ -36,6 +36,27 @@ def methods(whole=False):
     return found
 
 
+def representatives(of):
+    """The first method of each kind of forward pass: those of one kind differ in what they do with its statistics.
+
+    Args: of: what `methods` returns.
+    """
+    found = {}
+    for name, method in of.items():
+        needs = method.needs
+        kind = needs.reference, needs.output, needs.rows, needs.sequences, needs.mismatched, needs.statistics
+        found.setdefault(kind, name)
+    return set(found.values())
+
+
+def counted_in_every_way(of):
+    """The first method of each list of terms and normalizers. Args: of: what `methods` returns."""
+    found = {}
+    for name, method in of.items():
+        found.setdefault(str([counts for _, counts in _terms(method)]), name)
+    return set(found.values())
+
+
 def _switches(cls, hints):
     yield {}
     for field in dataclasses.fields(cls):

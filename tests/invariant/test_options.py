@@ -12,12 +12,13 @@ from prefopt.training import offload, quantized
 from tests.dist.ranks import run_ranks
 from tests.helpers import byte_bpe_tokenizer
 from tests.invariant.adapted import adapted_policy
-from tests.invariant.methods import methods
+from tests.invariant.methods import methods, representatives
 from tests.invariant.oracle import oracle_step
 from tests.invariant.precise import models_of, precise
 from tests.invariant.steps import BOUNDS, Bench, difference, random_pairs, two_models
 
 METHODS = methods()
+KINDS = representatives(METHODS)
 TOKEN = next(name for name, m in METHODS.items() if m.needs.reference == "token")
 SCORES = next(name for name, m in METHODS.items() if m.needs.output == "scores")
 OPTIONS = {
@@ -28,7 +29,10 @@ OPTIONS = {
 WIDEST = "recomputed and offloaded"
 
 each_method = pytest.mark.parametrize("name", METHODS)
-each_option = pytest.mark.parametrize("option", OPTIONS)
+# all options together for every method, each by itself for every kind of forward pass
+each_option = pytest.mark.parametrize(
+    ("name", "option"), [(name, option) for name in METHODS for option in OPTIONS if option == WIDEST or name in KINDS]
+)
 
 
 @pytest.fixture(autouse=True)
@@ -77,7 +81,6 @@ def assert_equal(expected, found, dtype, what):
 
 
 @each_option
-@each_method
 def test_step_when_activations_are_recomputed_or_offloaded_then_the_oracles_in_any_layout(name, option, runtime, plain):
     method, rows = METHODS[name], random_pairs(METHODS[name].needs.columns)
     expected = oracle_step(*plain, method, rows)
@@ -88,7 +91,6 @@ def test_step_when_activations_are_recomputed_or_offloaded_then_the_oracles_in_a
 
 
 @each_option
-@each_method
 def test_step_when_an_adapter_trains_and_activations_are_recomputed_or_offloaded_then_the_same_step(
     name, option, runtime, adapted
 ):
@@ -180,7 +182,7 @@ def as_plain(lm):
     return lm
 
 
-@pytest.mark.parametrize(("name", "quantize"), [*((name, "nf4") for name in METHODS), (TOKEN, "fp4")])
+@pytest.mark.parametrize(("name", "quantize"), [*((name, "nf4") for name in METHODS if name in KINDS), (TOKEN, "fp4")])
 def test_step_when_the_base_is_quantised_then_that_of_the_weights_it_computes_with(name, quantize, runtime, adapted):
     pytest.importorskip("bitsandbytes")
     method, rows = METHODS[name], random_pairs(METHODS[name].needs.columns, 5)

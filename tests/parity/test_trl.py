@@ -41,6 +41,7 @@ LOSSES = {
     ),
     "sppo_hard": ("sppo", {"variant": "hard", "beta": 0.1}, {"loss_type": ["sppo_hard"]}, 1e-3),
 }
+WHOLE = {"per_device_train_batch_size": BATCH, "gradient_accumulation_steps": 1}  # TRL sorts within a micro-batch
 # variants that differ from these in a formula of the same log-ratios: their steps are compared, the faults not again
 VARIANTS = {
     "sigmoid_norm": ("dpo", {"variant": "sigmoid_norm", "beta": 0.1}, {"loss_type": ["sigmoid_norm"]}, 0.1),
@@ -53,7 +54,9 @@ VARIANTS = {
         0.1,
     ),
     "nca_pair": ("dpo", {"variant": "nca", "beta": 0.1}, {"loss_type": ["nca_pair"]}, 0.1),
-    "bco_pair": ("dpo", {"variant": "nca", "beta": 0.1, "biased": True}, {"loss_type": ["bco_pair"]}, 0.1),
+    "bco_pair": ("dpo", {"variant": "bco", "beta": 0.1, "delta": "none"}, {"loss_type": ["bco_pair"]}, 0.1),
+    "aot": ("dpo", {"variant": "aot", "beta": 0.1}, {"loss_type": ["aot"]} | WHOLE, 0.1),
+    "aot_unpaired": ("dpo", {"variant": "aot_unpaired", "beta": 0.1}, {"loss_type": ["aot_unpaired"]} | WHOLE, 0.1),
     "discopop": ("dpo", {"variant": "discopop", "beta": 0.1}, {"loss_type": ["discopop"]}, 0.1),
     "f_js": ("dpo", {"variant": "f_js"}, {"loss_type": ["sigmoid"], "f_divergence_type": "js_divergence"}, 0.1),
     "f_alpha": (

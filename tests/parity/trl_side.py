@@ -25,10 +25,8 @@ def make(policy, reference, tokenizer, folder, rows, lr=0.1, **settings):
         disable_tqdm=True,
         gradient_checkpointing=False,
         train_sampling_strategy="sequential",
-        per_device_train_batch_size=BATCH // 2,
-        gradient_accumulation_steps=2,
         max_grad_norm=0.0,
-        **settings,
+        **{"per_device_train_batch_size": BATCH // 2, "gradient_accumulation_steps": 2} | settings,
     )
     return DPOTrainer(
         policy,
