@@ -2,6 +2,7 @@
 
     python benchmarks/step.py --data.train pairs.jsonl --data.on_bad_row skip
     python benchmarks/step.py --tables lengths              # pairs of fixed lengths alone; needs no file
+    python benchmarks/step.py --tables methods --rows 24    # whole steps of each method against dpo
 
 Implementations run in turn (A B A B), a turn is one pass over the same pairs, collation included; times are medians of
 5, ratios medians of the turns' ratios. All have a live reference, no gradient checkpointing, and the same token ids,
@@ -21,6 +22,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -33,6 +35,9 @@ from measure import peak_bytes, ratio, seconds, write
 
 from prefopt import registry
 from prefopt.data.loader import FileBatches
+from prefopt.data.unpaired import Mismatched, encoded_as_two
+from prefopt.method import Method
+from prefopt.methods.dpo import DPO
 from prefopt.settings import LoraConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from prefopt.training import adapter_loading, model_sources, signals
 from prefopt.training import runtime as rt
@@ -74,7 +79,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     parser.add_argument("--shape", choices=list(SHAPES), help="6M on a CPU, 1B on a GPU by default")
     parser.add_argument("--lora", type=int, help="rank of an adapter instead of training all weights")
-    parser.add_argument("--tables", nargs="+", default=["rows", "lengths"], choices=["rows", "lengths"])
+    parser.add_argument("--tables", nargs="+", default=["rows", "lengths"], choices=["rows", "lengths", "methods"])
     parser.add_argument("--data.train", dest="train", type=Path, help="pairs for the table of rows")
     parser.add_argument("--data.on_bad_row", dest="on_bad_row", default="error", choices=["error", "skip"])
     parser.add_argument("--rows", default=96, type=int, help="pairs in one pass")
@@ -87,12 +92,21 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder), args.device, shape, args.lora, args.batch)
         for table in args.tables:
-            rows = bench.rows_table(args) if table == "rows" else bench.lengths_table(args)
+            rows = {"rows": bench.rows_table, "lengths": bench.lengths_table, "methods": bench.methods_table}[table](
+                args
+            )
             name = f"step-{table}-{shape}" + (f"-lora{args.lora}" if args.lora else "")
             notes = [f"{shape} Llama, {args.batch} pairs per step, medians of {args.repeats} turns."]
             notes += ["Peak memory is what a pass takes beyond weights, references and optimizer states."]
             stem = write(name, args.device, rows, notes, **({"folder": args.output} if args.output else {}))
-            plot(rows, stem.with_suffix(".png"))
+            if table != "methods":
+                plot(rows, stem.with_suffix(".png"))
+
+
+def unpaired(pairs: Sequence[EncodedPair]) -> Mismatched:
+    """The two sides of each pair as examples with a label, and a mismatched completion each."""
+    examples = [replace(one, prompt_key=f"{i:x}") for i, pair in enumerate(pairs) for one in encoded_as_two(pair)]
+    return Mismatched(examples, 10**6)
 
 
 class Bench:
@@ -132,16 +146,19 @@ class Bench:
             LlamaForCausalLM(config).to(dtype).save_pretrained(folder / "model")
         self.dtype = "bfloat16" if lora else "float32"
 
-    def ours(self, pairs: Sequence[EncodedPair], method: str = "dpo", **train: Any) -> Callable[[], float]:
+    def ours(self, pairs: Sequence[EncodedPair], method: str | Method = "dpo", **train: Any) -> Callable[[], float]:
         """A pass of prefopt's trainer over the pairs."""
+        one = registry.get(method)() if isinstance(method, str) else method
+        examples, batch = (pairs, self.batch) if one.needs.rows != "unpaired" else (unpaired(pairs), 2 * self.batch)
         config = RunConfig(
-            method=registry.get(method)(),
-            method_name=method,
+            method=one,
+            method_name="measured",
             model=ModelConfig(path=str(self.folder / "model"), dtype=self.dtype),
             lora=LoraConfig(r=self.lora),
             optim=OptimConfig(clip=1.0),
             train=TrainConfig(
-                global_batch=self.batch, micro_batch=self.batch, mixed_precision=self.mixed, max_steps=10**6, **train
+                **{"global_batch": batch, "micro_batch": batch, "mixed_precision": self.mixed, "max_steps": 10**6}
+                | train
             ),
         )
         start = model_sources.ModelSource(config.model.path, config.model.path)
@@ -149,7 +166,7 @@ class Bench:
         reference: Any = model_sources.choose_reference(config, start)
         if isinstance(reference, model_sources.ModelSource):
             reference = adapter_loading.load_frozen(reference, config.model, "model.path")
-        batches = FileBatches(pairs, self.batch, 0, "rows", group_by_length=config.train.group_by_length)
+        batches = FileBatches(examples, batch, 0, "rows", group_by_length=config.train.group_by_length)
         training = TrainingRun(
             config=config,
             runtime=self.runtime,
@@ -266,6 +283,32 @@ class Bench:
             f"{TRL}, its default order": self.trl(pairs, grouped=False),
         }
         return self.measure(runs, pairs, args)
+
+    def methods_table(self, args: Any) -> list[dict]:
+        """Whole steps of every method that trains a language model, against DPO's on the same pairs.
+
+        Unpaired examples are the two sides of the pairs, so that a step has as many completions.
+        """
+        pairs = self._encoded(args) if args.train else _like_hh(args.rows, args.max_length, self.shape.vocabulary)
+        names = {c.name: 0.5 for n in registry.names() for c in registry.get(n)().needs.columns}
+        pairs = [replace(pair, columns=names) for pair in pairs]
+        ways: dict[str, Method] = {"dpo": DPO()}
+        ways |= {
+            name: registry.get(name)() for name in registry.names() if registry.get(name)().needs.output != "scores"
+        }
+        ways |= {f"dpo {variant}": DPO(variant=variant) for variant in ("ipo_mean", "bco", "aot", "aot_unpaired")}
+        runs = {name: self.ours(pairs, method) for name, method in ways.items()}
+        half = {"micro_batch": self.batch // 2}
+        runs |= {f"{name}, 2 micro-batches": self.ours(pairs, ways[name], **half) for name in ("dpo", "dpo bco")}
+        times = seconds(runs, self.device, args.repeats)
+        return [
+            {
+                "method": name,
+                "pairs/s": len(pairs) / statistics.median(times[name]),
+                "time of dpo": ratio(times, name, "dpo, 2 micro-batches" if name.endswith("micro-batches") else "dpo"),
+            }
+            for name in runs
+        ]
 
     def lengths_table(self, args: Any) -> list[dict]:
         """Pairs of one length: the gain of prefix sharing."""
