@@ -19,7 +19,7 @@ from prefopt.types import EncodedPair
 
 
 @dataclass(frozen=True)
-class Closing:
+class TemplateTokens:
     """Special tokens that a chat template writes, found by rendering one short exchange.
 
     Args:
@@ -59,20 +59,20 @@ class Structure:
         self.special = frozenset(special) | frozenset(map(str, tokenizer.all_special_tokens)) - unknown
         self.special -= unknown
         self._added = _alternatives({*added, *self.special} - unknown)
-        self.closing = self._closing(rendering or Rendering())
-        ends = [tokenizer.convert_tokens_to_ids(self.closing.end)] if self.closing.end else []
-        self.terminators = frozenset({self.eos, *ends} - {None})
+        self.template_tokens = self._template_tokens(rendering or Rendering())
+        ends = [tokenizer.convert_tokens_to_ids(self.template_tokens.end)] if self.template_tokens.end else []
+        self.end_tokens = frozenset({self.eos, *ends} - {None})
         for token in allowed:
             if token not in self.special:
                 near = did_you_mean(token, self.special)
                 raise DataError(f"data.special_tokens: '{token}' is not a special token of the tokenizer{near}")
-        self._special = _alternatives({*self.special, self.closing.end} - {"", *allowed})
-        self._inside = self._ids(self.closing.inside)
-        self._written = self._ids(self.closing.written)
-        begins = frozenset({self.bos} - {None}) - self.terminators
-        pads = frozenset({self.pad} - {None, tokenizer.unk_token_id, self.bos}) - self.terminators
-        self._alone = begins | pads  # not allowed inside, unless the template writes them there
-        self._never_in_loss = (self.terminators | self._alone) - self._inside
+        self._special = _alternatives({*self.special, self.template_tokens.end} - {"", *allowed})
+        self._inside = self._ids(self.template_tokens.inside)
+        self._written = self._ids(self.template_tokens.written)
+        begins = frozenset({self.bos} - {None}) - self.end_tokens
+        pads = frozenset({self.pad} - {None, tokenizer.unk_token_id, self.bos}) - self.end_tokens
+        self._bos_and_pad = begins | pads  # not allowed inside, unless the template writes them there
+        self._never_in_loss = (self.end_tokens | self._bos_and_pad) - self._inside
 
     def _ids(self, tokens: frozenset[str]) -> frozenset[int]:
         return frozenset(self.tokenizer.convert_tokens_to_ids(list(tokens)))
@@ -82,9 +82,9 @@ class Structure:
         found = self._special.search(text) if self._special is not None else None
         return found[0] if found is not None else None
 
-    def ends_with_terminator(self, text: str) -> str:
+    def final_end_token(self, text: str) -> str:
         """The EOS or end-of-turn token that a text ends with, or ""."""
-        ends = {self.tokenizer.eos_token, self.closing.end} - {None, ""}
+        ends = {self.tokenizer.eos_token, self.template_tokens.end} - {None, ""}
         return next((str(end) for end in ends if text.endswith(str(end))), "")
 
     def text_notes(self, prompt: str) -> tuple[str, ...]:
@@ -141,25 +141,25 @@ class Structure:
         for i, token in enumerate(completion):
             if not mask[i] or token not in self._never_in_loss:
                 continue
-            if token not in self.terminators:
+            if token not in self.end_tokens:
                 what = "BOS" if token == self.bos else "the pad token"
                 return f"{what} ({token}) inside the completion"
             if i + 1 < len(completion) and mask[i + 1]:
-                if i + 2 == len(completion) and completion[-1] in self.terminators - {token}:
+                if i + 2 == len(completion) and completion[-1] in self.end_tokens - {token}:
                     return f"two EOS or end-of-turn tokens ({token}, {completion[-1]})"
                 return f"EOS or an end-of-turn token ({token}) before the end of the completion"
         return ""
 
     def _misplaced(self, before: int, ids: Sequence[int]) -> str:
         """BOS or the pad token where the template does not write them. Args: before: the token before `ids`."""
-        if self._alone.isdisjoint(ids):
+        if self._bos_and_pad.isdisjoint(ids):
             return ""
-        strangers = self._alone - self._written
+        disallowed = self._bos_and_pad - self._written
         for token in ids:
             # Some chat templates begin every exchange with BOS, after the EOS of the previous one.
-            if token == self.bos and token in strangers and before not in self.terminators:
+            if token == self.bos and token in disallowed and before not in self.end_tokens:
                 return f"BOS ({token}) inside the sequence"
-            if token == self.pad and token in strangers:
+            if token == self.pad and token in disallowed:
                 return f"the pad token ({token}) inside the sequence"
             before = token
         return ""
@@ -178,10 +178,10 @@ class Structure:
 
     # The template
 
-    def _closing(self, rendering: Rendering) -> Closing:
-        """Render one short exchange. A template that refuses it gives an empty `Closing`."""
+    def _template_tokens(self, rendering: Rendering) -> TemplateTokens:
+        """Render one short exchange. A template that refuses it gives an empty `TemplateTokens`."""
         if not getattr(self.tokenizer, "chat_template", None) or self._added is None:
-            return Closing()
+            return TemplateTokens()
         question, answer = {"role": "user", "content": "Qx7q"}, {"role": "assistant", "content": "Ax7a"}
 
         def rendered(messages: Messages, prompt: bool = False) -> str | None:
@@ -195,7 +195,7 @@ class Structure:
         whole, before = rendered([question, answer]), rendered([question], prompt=True) or ""
         content, at, behind = (whole or "").rpartition("Ax7a")
         if whole is None or not at:
-            return Closing()
+            return TemplateTokens()
         more = rendered([question, answer, question, answer])
         again = (more or "").partition("Ax7a")[2]
         # The turn's own end is what follows the answer in both renderings; after the last turn some templates
@@ -215,7 +215,7 @@ class Structure:
         mine = content[len(before) :] + at + own if content.startswith(before) else ""
         inside = [token for token in self._added.findall(mine) if token in self.special]
         ours = frozenset(written) & (self.special | {end})
-        return Closing(end, frozenset(inside) - {end}, ours, repeats=at in content)
+        return TemplateTokens(end, frozenset(inside) - {end}, ours, repeats=at in content)
 
 
 def _common(one: str, other: str) -> str:
@@ -249,8 +249,8 @@ def _added_before(tokenizer: Any) -> list[int]:
     return list(whole[:begin])
 
 
-def terminators(tokenizer: Any, rendering: Rendering | None = None) -> frozenset[int]:
+def completion_end_tokens(tokenizer: Any, rendering: Rendering | None = None) -> frozenset[int]:
     """The tokens that end a completion in training: EOS, and the chat template's end-of-turn token."""
     if not getattr(tokenizer, "chat_template", None):  # then only EOS
         return frozenset({tokenizer.eos_token_id} - {None})
-    return Structure(tokenizer, rendering).terminators
+    return Structure(tokenizer, rendering).end_tokens

@@ -27,7 +27,7 @@ PER_SEGMENT = "prefopt_sdpa"  # the name under which transformers knows `attend_
 # Cost of a query-key product of SDPA under a mask, relative to one of a causal call (which computes half of them).
 # On the CPU it was measured between 0.4 and 0.6 for 128 to 1024 keys; on CUDA a mask rules out flash attention, and 3
 # is an estimate.
-MASKED = {"cpu": 0.5, "cuda": 3.0}
+MASKED_COST = {"cpu": 0.5, "cuda": 3.0}
 
 
 def attention_kind(lm: PreTrainedModel) -> Kind:
@@ -37,7 +37,7 @@ def attention_kind(lm: PreTrainedModel) -> Kind:
     depends on the name "sdpa" keeps that name.
     """
     name = str(lm.config._attn_implementation)
-    replaceable = lm._supports_attention_backend and lm._can_set_attn_implementation() and not _asks_for_sdpa(lm)
+    replaceable = lm._supports_attention_backend and lm._can_set_attn_implementation() and not _depends_on_sdpa_name(lm)
     if name == "sdpa" and replaceable:
         _register()
         lm.set_attn_implementation(PER_SEGMENT)
@@ -51,7 +51,7 @@ def attention_kind(lm: PreTrainedModel) -> Kind:
     return "dense" if name == "sdpa" else "additive"
 
 
-def _asks_for_sdpa(lm: PreTrainedModel) -> bool:
+def _depends_on_sdpa_name(lm: PreTrainedModel) -> bool:
     """Whether a model's code compares its attention's name with "sdpa", as models with sparse attention do."""
     for name in {type(module).__module__ for module in lm.modules()} - {"torch.nn"}:
         try:
@@ -205,9 +205,10 @@ class Rows:
 def cheaper_as_causal(trunk: Any, branch: Any, device: str) -> Any:
     """Whether a second branch is cheaper at the end of a causal call than under a mask, by lengths (numbers or arrays).
 
-    A causal call over trunk and branch costs (t + b)^2 / 2 products, a masked one b (t + b) products at MASKED each.
+    For trunk length t and branch length b, a causal call over both costs (t + b)^2 / 2 products; a masked call costs
+    b (t + b) products, each MASKED_COST times as expensive.
     """
-    return trunk + branch < 2 * MASKED.get(device, 1.0) * branch
+    return trunk + branch < 2 * MASKED_COST.get(device, 1.0) * branch
 
 
 def attend_per_segment(

@@ -44,7 +44,7 @@ class Policy(nn.Module):
         self.lm = lm
         self.reference = reference
         # the context of passes that save activations for the backward pass, such as one that offloads them
-        self.saving: AbstractContextManager[Any] = contextlib.nullcontext()
+        self.saved_tensors_context: AbstractContextManager[Any] = contextlib.nullcontext()
         self.attention = self.reference_attention = attention_kind(adapters.base_of(lm))
         if reference is not None:
             reference.requires_grad_(False).eval()
@@ -117,7 +117,7 @@ class Scorer(Policy):
         Args: as in PairBatch, and as in `experts.routing`.
         """
         rows = Rows(input_ids, attention_mask, position_ids, segments)
-        with self.saving:
+        with self.saved_tensors_context:
             hidden, routing = _states_and_routing(self.lm, self.attention, rows, last_index, token_weights)
         head: Any = adapters.base_of(self.lm).score
         return (head(hidden, precise=True).squeeze(-1), *routing)
@@ -204,7 +204,7 @@ class PolicyWithReference(Policy):
         # a live reference runs before the policy, so that its activations are freed before the policy's are saved
         live = reads and ref_hidden is None
         ref = self._reference_request(rows, loss_index) if live else {}
-        with self.saving:
+        with self.saved_tensors_context:
             hidden, routing = _states_and_routing(self.lm, self.attention, rows, loss_index, token_weights)
         if reads and not live:  # after the policy: a sharding backend has then gathered a head that both share
             ref = self._reference_request(rows, loss_index, ref_hidden)

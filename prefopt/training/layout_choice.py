@@ -19,9 +19,9 @@ from prefopt.data.layouts import LAYOUTS, PADDED, rows_of, segments_of, shares_p
 from prefopt.errors import ConfigError
 from prefopt.settings import RunConfig
 from prefopt.training import adapters, quantized, sharding
-from prefopt.training.attention import MASKED, Kind, cheaper_as_causal
+from prefopt.training.attention import MASKED_COST, Kind, cheaper_as_causal
 from prefopt.training.forward import Policy, loss_token_states, to_device
-from prefopt.training.model_checks import vocabulary
+from prefopt.training.model_checks import vocabulary_size
 from prefopt.types import EncodedPair, Needs
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class Work(NamedTuple):
 # CUDA's are estimates that err towards the padded layout: calls and masks are expensive, positions cheap.
 SPEEDS = {
     "cpu": Work(linear=8.7e9, causal=3.2e9, masked=6.3e9, mask=2e7, calls=3300),
-    "cuda": Work(linear=1e14, causal=1e14, masked=1e14 / MASKED["cuda"], mask=1e10, calls=3000),
+    "cuda": Work(linear=1e14, causal=1e14, masked=1e14 / MASKED_COST["cuda"], mask=1e10, calls=3000),
 }
 _BLOCK = 128  # side of FlexAttention's blocks, in positions
 
@@ -213,8 +213,8 @@ def choose_layouts(
     Args: run_inside_forward: calls a function where a sharded policy can be called, see `Backend.run_inside_forward`.
     Raises: ConfigError when the requested layout is not exact.
     """
-    asked, kind = config.train.layout, policy.attention
-    wanted = possible_layouts(config.method.needs, kind) if asked == "auto" else (asked,)
+    requested, kind = config.train.layout, policy.attention
+    wanted = possible_layouts(config.method.needs, kind) if requested == "auto" else (requested,)
     both = {"the policy": (adapters.base_of(policy.lm), kind)}
     if policy.reference is not None:
         both["the reference"] = (policy.reference, policy.reference_attention)
@@ -229,8 +229,8 @@ def choose_layouts(
                 reason = run_inside_forward(partial(_inexact, lm, how, layout, device, config.train.mixed_precision))
             if reason is not None:
                 inexact[layout] = f"{who} ({type(lm).__name__}): {reason}"
-    if asked in inexact:
-        raise ConfigError(f"train.layout: '{asked}' is not exact for {inexact[asked]}; expected auto or padded")
+    if requested in inexact:
+        raise ConfigError(f"train.layout: '{requested}' is not exact for {inexact[requested]}; expected auto or padded")
     windows = [w for lm, _ in both.values() if (w := _window(lm.config)) is not None]
     layouts = Layouts(
         allowed=tuple(layout for layout in wanted if layout not in inexact),
@@ -240,7 +240,7 @@ def choose_layouts(
         device=device.type,
         longest=min(windows, default=None),
     )
-    return layouts, _line(inexact, layouts, config.data.max_length)
+    return layouts, _note(inexact, layouts, config.data.max_length)
 
 
 def possible_layouts(needs: Needs, kind: Kind) -> tuple[str, ...]:
@@ -249,7 +249,7 @@ def possible_layouts(needs: Needs, kind: Kind) -> tuple[str, ...]:
     return tuple(layout for layout in LAYOUTS if shared or not shares_prompts(layout))
 
 
-def _line(inexact: dict[str, str], layouts: Layouts, max_length: int) -> str | None:
+def _note(inexact: dict[str, str], layouts: Layouts, max_length: int) -> str | None:
     if inexact:
         reasons = list(inexact.values())
         what = "padded rows only" if layouts.allowed == (PADDED,) else f"not {' or '.join(inexact)}"
@@ -326,7 +326,7 @@ def probe_states(
 ) -> torch.Tensor:
     """Hidden states of the loss tokens of a few short random pairs, in float64."""
     draw = np.random.default_rng(0)
-    top = vocabulary(lm.config)
+    top = vocabulary_size(lm.config)
 
     def ids(length: int) -> list[int]:
         return draw.integers(0, top, length).tolist()

@@ -157,7 +157,7 @@ class _Pass:
         self.config, self.runtime, self.reference, self.pad_id = config, runtime, reference, pad_id
         self.kind = config.reference.cache
         self.need_rejected = config.method.needs.rows == "pairs"
-        self.in_step = sharding.is_sharded(reference.lm)  # then all ranks must call it equally often
+        self.lockstep = sharding.is_sharded(reference.lm)  # then all ranks must call it equally often
         self.policy = PolicyWithReference(reference.lm, None, config.kernel)
         self.layouts, _ = choose_layouts(config, self.policy, runtime.device)
         self.identity = identity(config, reference)
@@ -246,7 +246,7 @@ class _Pass:
                 passes = self._passes(len(pairs[first : first + step]))
                 if turn < len(mine):
                     self._shard(folder / names[mine[turn]], pairs[mine[turn] : mine[turn] + step], passes, bar)
-                elif self.in_step:
+                elif self.lockstep:
                     self._values(pairs[:1], passes)
         runtime.wait()
         runtime.on_main(lambda: complete(folder, list(names.values()), full, tokens))
@@ -314,7 +314,7 @@ class _Pass:
                     out[numbers[place % len(numbers)]].append(side)
                 if bar is not None:
                     bar.update(len(numbers))
-            for _ in range(passes - self._passes(len(pairs)) if self.in_step else 0):
+            for _ in range(passes - self._passes(len(pairs)) if self.lockstep else 0):
                 self._of_tokens(to_device(batch, device))
         return out
 
@@ -330,7 +330,7 @@ class _Pass:
         count = min(SAMPLE, len(source.pairs))
         numbers = self.runtime.from_main(sorted(SystemRandom().sample(range(len(source.pairs)), count)))
         pairs = [source.pairs[i] for i in numbers]
-        values = self._values(pairs) if self.in_step or self.runtime.is_main else []
+        values = self._values(pairs) if self.lockstep or self.runtime.is_main else []
         self.runtime.on_main(lambda: self._compare(cache, pairs, values))
 
     def _compare(
