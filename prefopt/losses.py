@@ -1,4 +1,4 @@
-"""All losses as functions of tensors. Importing this module requires torch only."""
+"""The losses as plain functions of tensors: `from prefopt.losses import ...` needs torch alone."""
 
 from prefopt.methods.dpo import dpo as dpo
 from prefopt.methods.pairwise_judge import pairwise_judge as pairwise_judge
