@@ -1,6 +1,7 @@
-"""Views of encoded pairs: subsets, and concatenations. Lengths and keys are read as arrays, not pair by pair.
+"""Views of sequences of encoded pairs: subsets, concatenations and conversions.
 
-A view holds indices and no pairs, so a million pairs stay in the mapped file.
+A view holds indices instead of pairs, so that large data sets remain in the memory-mapped file. Lengths and prompt keys
+are read as arrays, without reading tokens.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ BLOCK = 1 << 16  # pairs whose metadata is in memory at once
 
 
 def _key(pair: EncodedPair) -> int:
-    """The key of the prompt; pairs that do not come from a file are keyed by the prompt's ids."""
+    """The key of the prompt; for pairs that were not read from a file, a hash of the prompt's token ids."""
     key = pair.prompt_key or text_hash(str(pair.prompt_ids))[:16]
     return int(key, 16)
 
@@ -53,11 +54,12 @@ def pair_metadata(pairs: Sequence[EncodedPair], name: str, begin: int, end: int)
 
 
 def blocks(pairs: Sequence[EncodedPair]) -> Iterator[tuple[int, int]]:
-    """(begin, end) of blocks of pairs that are small enough to hold their metadata."""
+    """(begin, end) of consecutive blocks of at most BLOCK pairs, whose metadata fits in memory."""
     return ((begin, min(begin + BLOCK, len(pairs))) for begin in range(0, len(pairs), BLOCK))
 
 
 def _over_blocks(pairs: Sequence[EncodedPair], of: Callable[[int, int], np.ndarray]) -> np.ndarray:
+    """One number per pair, computed block by block. Args: of: function (begin, end) -> (end - begin,)."""
     out = np.empty(len(pairs), np.int32)
     for begin, end in blocks(pairs):
         out[begin:end] = of(begin, end)
@@ -65,7 +67,7 @@ def _over_blocks(pairs: Sequence[EncodedPair], of: Callable[[int, int], np.ndarr
 
 
 def padded_lengths(pairs: Sequence[EncodedPair]) -> np.ndarray:
-    """`loader.padded_length` of each pair: the prompt and the longer completion. (n,) int32."""
+    """`loader.padded_length` of each pair: length of the prompt and the longer completion. (n,) int32."""
 
     def of(begin: int, end: int) -> np.ndarray:
         prompt, chosen, rejected = (pair_metadata(pairs, name, begin, end) for name in ("prompt", "chosen", "rejected"))
@@ -75,9 +77,9 @@ def padded_lengths(pairs: Sequence[EncodedPair]) -> np.ndarray:
 
 
 def input_tokens(pairs: Sequence[EncodedPair]) -> np.ndarray:
-    """Input tokens of each pair: the prompt with either completion, or with the chosen one alone. (n,) int32.
+    """Number of input tokens of each pair: prompt and completion of both sequences. (n,) int32.
 
-    A prompt counts once per completion, also in layouts in which the two share it.
+    The prompt counts once per completion, also in layouts in which the two completions share it.
     """
 
     def of(begin: int, end: int) -> np.ndarray:
@@ -88,7 +90,7 @@ def input_tokens(pairs: Sequence[EncodedPair]) -> np.ndarray:
 
 
 class PairView(Sequence[EncodedPair]):
-    """Base of the sequences of this module. A slice is a list."""
+    """Base class of the views. A slice of a view is a list."""
 
     def _at(self, i: int) -> EncodedPair:
         raise NotImplementedError
@@ -125,7 +127,7 @@ class Subset(PairView):
         rows = self.rows[begin:end]
         first, last = (int(rows[0]), int(rows[-1]) + 1) if len(rows) else (0, 0)
         parts = [np.empty(0, np.int64)]
-        for start in range(first, last, BLOCK):  # in blocks, since the pairs between them are read too
+        for start in range(first, last, BLOCK):  # in blocks, since pairs outside of the subset are read too
             stop = min(start + BLOCK, last)
             mine = rows[np.searchsorted(rows, start) : np.searchsorted(rows, stop)]
             if len(mine):
@@ -158,7 +160,7 @@ class Concatenated(PairView):
 
 
 class ConvertedPairs(PairView):
-    """Pairs that are converted when they are read."""
+    """A view that converts each pair when it is read."""
 
     def __init__(self, pairs: Sequence[EncodedPair], convert: Callable[[EncodedPair], EncodedPair]) -> None:
         self.pairs, self.convert = pairs, convert

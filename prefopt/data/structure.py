@@ -1,7 +1,7 @@
-"""Structure of encoded examples: which special tokens may occur where.
+"""The structure of encoded examples: which special tokens may occur where.
 
-The encoder refuses examples that violate it, rounds exclude such candidates before they are judged, and a run checks
-again before its first step, all by `Structure.problem`.
+`Structure.problem` defines it for all users: the encoder rejects examples that violate it, rounds exclude such
+candidates before they are judged, and a run checks again before its first step.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from prefopt.types import EncodedPair
 
 @dataclass(frozen=True)
 class TemplateTokens:
-    """Special tokens that a chat template writes, found by rendering one short exchange.
+    """Special tokens that a chat template writes, determined by rendering one short exchange.
 
     Args:
-        end: the end-of-turn token of an assistant turn, "" if it writes none.
-        inside: tokens that it writes inside an answer, before its end.
-        written: all special tokens that it writes.
-        repeats: whether it renders an answer more than once.
+        end: the end-of-turn token of an assistant turn; "" if the template writes none.
+        inside: tokens that the template writes inside an answer, before its end.
+        written: all special tokens that the template writes.
+        repeats: whether the template renders an answer more than once.
     """
 
     end: str = ""
@@ -39,10 +39,10 @@ class Structure:
     """The structure of examples that are encoded with one tokenizer.
 
     Args:
-        tokenizer: one of transformers'.
+        tokenizer: a tokenizer of transformers.
         rendering: arguments of its chat template.
         allowed: special tokens that a text may contain.
-    Raises: DataError when the chat template does not terminate, or an allowed token is not a special token.
+    Raises: DataError when rendering the chat template exceeds the time limit, or an allowed token is not special.
     """
 
     def __init__(self, tokenizer: Any, rendering: Rendering | None = None, allowed: Sequence[str] = ()) -> None:
@@ -71,7 +71,7 @@ class Structure:
         self._written = self._ids(self.template_tokens.written)
         begins = frozenset({self.bos} - {None}) - self.end_tokens
         pads = frozenset({self.pad} - {None, tokenizer.unk_token_id, self.bos}) - self.end_tokens
-        self._bos_and_pad = begins | pads  # not allowed inside, unless the template writes them there
+        self._bos_and_pad = begins | pads  # not allowed inside a sequence, unless the template writes them there
         self._never_in_loss = (self.end_tokens | self._bos_and_pad) - self._inside
 
     def _ids(self, tokens: frozenset[str]) -> frozenset[int]:
@@ -88,7 +88,7 @@ class Structure:
         return next((str(end) for end in ends if text.endswith(str(end))), "")
 
     def text_notes(self, prompt: str) -> tuple[str, ...]:
-        """Notes on a text prompt: tokens other than BOS that the tokenizer would prepend, and that are not."""
+        """A note if the tokenizer would prepend tokens other than BOS, since prefopt does not prepend them."""
         if all(token in prompt for token in self._before):
             return ()
         return (
@@ -96,7 +96,7 @@ class Structure:
         )
 
     def next_special(self, text: str, begin: int) -> str:
-        """The special token at a position of a text, with the white space before it, or ""."""
+        """The special token at a position of a text, with white space before it, or ""."""
         at = begin + len(text[begin:]) - len(text[begin:].lstrip())
         found = self._special.match(text, at) if self._special is not None else None
         return text[begin : found.end()] if found is not None else ""
@@ -111,7 +111,8 @@ class Structure:
     def prompt_problem(self, prompt: Sequence[int]) -> str:
         """What is wrong with a prompt, or "".
 
-        Expected: at least one token; BOS once and first, if the tokenizer adds it; no pad token.
+        A valid prompt has at least one token, has BOS exactly once and first if the tokenizer adds it, and has no pad
+        token, unless the chat template writes one.
         """
         if not prompt:
             return "the prompt has no token"
@@ -124,12 +125,12 @@ class Structure:
     def problem(self, prompt: Sequence[int], completion: Sequence[int], mask: Sequence[bool] | None = None) -> str:
         """What is wrong with the completion of a prompt, or "".
 
-        Expected: at least one loss token; a mask as long as the completion; BOS and the pad token only where the chat
-        template writes them; EOS or an end-of-turn token only as the last loss token.
+        A valid completion has at least one loss token and a mask of its length. BOS and the pad token occur only where
+        the chat template writes them, EOS and end-of-turn tokens only as the last loss token.
 
         Args:
-            prompt: may be empty if unknown.
-            mask: which tokens of the completion the loss reads; None: all.
+            prompt: token ids; may be empty if unknown.
+            mask: which tokens of the completion are loss tokens; None: all.
         """
         mask = [True] * len(completion) if mask is None else mask
         if not completion or len(mask) != len(completion) or not any(mask):
@@ -151,7 +152,10 @@ class Structure:
         return ""
 
     def _misplaced(self, before: int, ids: Sequence[int]) -> str:
-        """BOS or the pad token where the template does not write them. Args: before: the token before `ids`."""
+        """An error if BOS or the pad token occurs where the template does not write it, or "".
+
+        Args: before: the token before `ids`; -1 if there is none.
+        """
         if self._bos_and_pad.isdisjoint(ids):
             return ""
         disallowed = self._bos_and_pad - self._written
@@ -176,10 +180,10 @@ class Structure:
                 return side, found
         return "", ""
 
-    # The template
+    # The chat template
 
     def _template_tokens(self, rendering: Rendering) -> TemplateTokens:
-        """Render one short exchange. A template that refuses it gives an empty `TemplateTokens`."""
+        """The template's special tokens, from one short exchange; an empty result if the template rejects it."""
         if not getattr(self.tokenizer, "chat_template", None) or self._added is None:
             return TemplateTokens()
         question, answer = {"role": "user", "content": "Qx7q"}, {"role": "assistant", "content": "Ax7a"}
@@ -198,8 +202,8 @@ class Structure:
             return TemplateTokens()
         more = rendered([question, answer, question, answer])
         again = (more or "").partition("Ax7a")[2]
-        # The turn's own end is what follows the answer in both renderings; after the last turn some templates
-        # write EOS too.
+        # The end of the turn is what follows the answer in both renderings: after the last turn of a conversation,
+        # some templates also write EOS.
         shared = _common(behind, again) if more is not None else ""
         named = [token[0] for token in self._added.finditer(shared) if token[0].strip()]
         named = [token for token in named if token in self.special] or named
@@ -208,7 +212,7 @@ class Structure:
         last = 0
         for token in self._added.finditer(text := more or whole):
             follows = text[last : token.start()] == "" and written[-1:] in ([end], [str(self.tokenizer.eos_token)])
-            if token.start() > 0 and not follows:  # BOS is always allowed first and after EOS
+            if token.start() > 0 and not follows:  # BOS is always allowed at the start and after EOS
                 written.append(token[0])
             last = token.end()
         own = behind[: behind.find(end)] if end else behind
@@ -225,13 +229,13 @@ def _common(one: str, other: str) -> str:
 
 
 def check_row_structure(pair: EncodedPair, structure: Structure) -> str | None:
-    """What is wrong with an encoded pair, as one line, or None."""
+    """One line on what is wrong with an encoded pair, or None."""
     side, found = structure.problem_of(pair)
     return f"{side}: {found}" if found else None
 
 
 def _alternatives(tokens: set[str]) -> re.Pattern[str] | None:
-    """A pattern that finds any of the texts, the longest first."""
+    """A pattern that matches any of the texts and prefers longer ones; None without texts."""
     texts = sorted(filter(None, tokens), key=lambda text: (-len(text), text))
     return re.compile("|".join(map(re.escape, texts))) if texts else None
 
