@@ -1,4 +1,4 @@
-"""Chooses the layout of each micro-batch: of those that are exact for this model, the one with the lowest predicted time.
+"""The layout of each micro-batch: of those that are exact for this model, the one with the lowest predicted time.
 
 The choice depends on the lengths in the micro-batch, the model's shape and the constants below, but not on measured
 time, so a resumed run makes the same choices.
