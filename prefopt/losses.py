@@ -1,4 +1,4 @@
-"""The losses as plain functions of tensors: `from prefopt.losses import ...` needs torch alone."""
+"""All losses as functions of tensors; `from prefopt.losses import ...` requires torch only."""
 
 from prefopt.methods.dpo import dpo as dpo
 from prefopt.methods.pairwise_judge import pairwise_judge as pairwise_judge
