@@ -1,12 +1,12 @@
 """Memory of one rank under each parallel backend: one function per backend, with formulas from the backends' sources.
 
-Symbols of the formulas, as in ZeRO (Rajbhandari et al., 2020, arXiv 1910.02054, section 3) where it has them:
+Symbols of the formulas, as in ZeRO (Rajbhandari et al., 2020, arXiv 1910.02054, section 3) if it has them:
 
     P, A, T, F   parameters: of the model, added by an adapter, trained, frozen (F = P + A - T)
     N            ranks
     w            bytes of a weight in `model.dtype`
-    c            bytes of a weight as it is multiplied: 2 under mixed precision, else w
-    t            bytes of a trained weight: 4 where an adapter is trained, else w
+    c            bytes of a weight in a matmul: 2 under mixed precision, else w
+    t            bytes of a trained weight: 4 if an adapter is trained, else w
     K            bytes of optimizer states per trained parameter, for 32-bit weights: AdamW 8
 
 Every backend accumulates the gradients of micro-batches in 32 bits (`training.backends`), for any dtype of the weights.
@@ -240,7 +240,7 @@ def zero1(rank: Rank) -> Memory:
     """Optimizer states are partitioned (`DeepSpeedZeroOptimizer`, runtime/zero/stage_1_and_2.py).
 
     weights = c (F + T); optimizer = (4 + K) T / N, of which 4 is `single_partition_of_fp32_groups`, the 32-bit master
-    weights; gradients = 4 T of `grad_accum`, and c T of the last micro-batch's `param.grad` where c < 4;
+    weights; gradients = 4 T of `grad_accum`, and c T of the last micro-batch's `param.grad` if c < 4;
     communication = c times one bucket of `reduce_bucket_size`; the step copies the rank's gradients into 4 T / N.
     """
     trained, each = rank.model.trained, rank.compute_bytes

@@ -315,7 +315,7 @@ def _inexact(lm: PreTrainedModel, kind: Kind, layout: str, device: torch.device,
     try:
         gap = relative_gap(plain, probe_states(lm, kind, layout, device, precision))
     except Exception as error:
-        return f"its forward does not take the layout ({type(error).__name__}: {' '.join(str(error).split())[:100]})"
+        return f"its forward does not support the layout ({type(error).__name__}: {' '.join(str(error).split())[:100]})"
     return None if gap <= tolerance else f"hidden states differ from those of padded rows by {gap:.1g}"
 
 
@@ -324,7 +324,7 @@ _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.bfloat16: 5e-2, to
 
 
 def relative_gap(plain: torch.Tensor, other: torch.Tensor) -> float:
-    """The largest difference of a hidden state, relative to `plain`; 1 where one is not a number."""
+    """The largest difference of a hidden state, relative to `plain`; 1 if a value is NaN."""
     return float((plain - other).norm(dim=-1).div(plain.norm(dim=-1).clamp(min=1e-12)).nan_to_num(nan=1.0).max())
 
 
