@@ -97,7 +97,7 @@ def _view(column: Any) -> Any:
 
 
 def _metadata(chunk: Mapping[str, Any], name: str, begin: int, end: int) -> np.ndarray:
-    """One fact of the rows `begin` to `end` of a chunk, see `pairs.pair_metadata`."""
+    """One number for each of the pairs `begin` to `end` of a chunk, see `pairs.pair_metadata`."""
     if name in ("prompt", "chosen", "rejected"):
         lengths: np.ndarray = np.diff(chunk[f"{name}_ids"][0][begin : end + 1]).astype(np.int64)
         return lengths

@@ -1,6 +1,6 @@
 """Memory of one rank under each parallel backend: one function per backend, with formulas from the backends' sources.
 
-Symbols of the formulas, as in ZeRO (Rajbhandari et al., 2020, arXiv 1910.02054, section 3) if it has them:
+Symbols of the formulas, which are those of ZeRO (Rajbhandari et al., 2020, arXiv 1910.02054, section 3) if it has them:
 
     P, A, T, F   parameters: of the model, added by an adapter, trained, frozen (F = P + A - T)
     N            ranks
