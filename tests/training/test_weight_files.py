@@ -289,3 +289,11 @@ def test_load_when_zero3_shards_then_every_rank_refuses_the_same(base, changed):
     assert first == second
     assert first[0] == ""
     assert [Q in first[1], "model.layers.9.x" in first[2], "17 x 16" in first[3]] == [True] * 3
+
+
+def test_path_when_it_can_be_a_hub_id_or_is_a_folder_then_passes(tmp_path):
+    weight_files.check_path("model.path", "owner/name")
+    weight_files.check_path("model.path", str(tmp_path))
+    with pytest.raises(TrainError) as caught:
+        weight_files.check_path("model.path", "./nothing")
+    assert str(caught.value) == "model.path: './nothing' does not exist, expected the folder of a model or a hub id"
