@@ -92,9 +92,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder), args.device, shape, args.lora, args.batch)
         for table in args.tables:
-            rows = {"rows": bench.rows_table, "lengths": bench.lengths_table, "methods": bench.methods_table}[table](
-                args
-            )
+            rows = getattr(bench, f"{table}_table")(args)
             name = f"step-{table}-{shape}" + (f"-lora{args.lora}" if args.lora else "")
             notes = [f"{shape} Llama, {args.batch} pairs per step, medians of {args.repeats} turns."]
             notes += ["Peak memory is what a pass takes beyond weights, references and optimizer states."]

@@ -1,4 +1,4 @@
-"""The losses as plain functions of tensors: `from prefopt.losses import ...` needs torch alone."""
+"""All losses as functions of tensors; `from prefopt.losses import ...` requires torch only."""
 
 from prefopt.dpo_variants import aot as aot
 from prefopt.dpo_variants import aot_unpaired as aot_unpaired

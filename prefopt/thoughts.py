@@ -1,4 +1,7 @@
-"""Thoughts before answers: the prompt that asks for them, and the cut before the response. Knows text alone."""
+"""Thoughts before answers: the prompt that requests them, and splitting completions into thought and response.
+
+This module works on text only.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +14,12 @@ from prefopt.errors import ConfigError, did_you_mean
 
 Messages = list[dict[str, Any]]
 OnRepeat = Literal["error", "first"]
-NONE = "none"  # in the place of a thought prompt: the policy is asked as it is, and answers at once
+NONE = "none"  # the name of no thought prompt: prompts are unchanged, and the policy answers directly
 _FOLDER = Path(__file__).parent / "thought_prompts"
-_MARKS = ("prompt", "thought_marker", "response_marker")
-_HEAD = ("thought_marker", "response_marker")
+_PLACEHOLDERS = ("prompt", "thought_marker", "response_marker")
+_HEADER_KEYS = ("thought_marker", "response_marker")
 
-# Why a completion holds no response. They are counted under these words.
+# Reasons why a completion has no response; such completions are counted under these texts.
 NO_MARKER = "no response marker"
 REPEATED = "response marker repeated"
 THOUGHT_AFTER = "thought marker in the response"
@@ -25,7 +28,7 @@ EMPTY = "empty response"
 
 @dataclass(frozen=True)
 class Answer:
-    """A completion cut in two, each part without white space at its ends."""
+    """A completion split in two; both parts are stripped."""
 
     thought: str
     response: str
@@ -33,15 +36,15 @@ class Answer:
 
 @dataclass(frozen=True)
 class ThoughtFormat:
-    """How a policy is asked to think, and how its thoughts are told from its response.
+    """How a policy is prompted to think, and how thought and response are separated.
 
     Args:
-        template: the thought prompt. With `{prompt}` in it, it is put around the last user turn; without, it is a
-            system message. None: no thought is asked for, and a completion is all response.
-        response_marker: stands between thought and response.
-        thought_marker: stands before the thought, and is taken off it; "": nothing does.
-        on_repeated_marker: `error`: a completion with a marker in its response is none, since several drafts and not
-            one answer follow it; `first`: the response begins after the first one.
+        template: the thought prompt. If it contains `{prompt}`, it is wrapped around the last user turn; otherwise it
+            becomes a system message. None: no thought is requested, and the whole completion is the response.
+        response_marker: the text between thought and response.
+        thought_marker: the text before the thought, which is removed from it; "" for none.
+        on_repeated_marker: `error` rejects a completion with a marker in its response, which usually holds several
+            drafts; `first` starts the response after the first marker.
     """
 
     template: str | None
@@ -50,16 +53,16 @@ class ThoughtFormat:
     on_repeated_marker: OnRepeat = "error"
 
     def render(self, prompt: str | Messages) -> str | Messages:
-        """The prompt as the policy reads it, the thought prompt around it.
+        """The prompt as the policy receives it, with the thought prompt.
 
-        Raises: ValueError when the prompt holds a marker, which the policy could not tell from the one it is to write.
+        Raises: ValueError when the prompt contains a marker, which the policy would confuse with its own.
         """
         if self.template is None:
             return prompt
         texts = [prompt] if isinstance(prompt, str) else [turn.get("content", "") for turn in prompt]
         for marker in (self.response_marker, self.thought_marker):
             if marker and any(marker in text for text in texts if isinstance(text, str)):
-                raise ValueError(f"the marker '{marker}' stands in it")
+                raise ValueError(f"contains the marker '{marker}'")
         if "{prompt}" not in self.template:
             asked: Any = self._filled("")
             if isinstance(prompt, str):
@@ -71,15 +74,15 @@ class ThoughtFormat:
             return self._filled(prompt)
         last = max((i for i, turn in enumerate(prompt) if turn["role"] == "user"), default=None)
         if last is None:
-            raise ValueError("no user turn in it, around which the thought prompt could be put")
+            raise ValueError("has no user turn around which the thought prompt could be put")
         asked = {**prompt[last], "content": self._filled(prompt[last]["content"])}
         return [*prompt[:last], asked, *prompt[last + 1 :]]
 
     def parse(self, text: str) -> Answer | str:
-        """Thought and response of a completion, or in a few words why it holds no response.
+        """Thought and response of a completion, or one of the reasons above why it has no response.
 
         Reference: Wu et al., Thinking LLMs, arXiv 2410.10630: a completion without the marker, or without a response
-            after it, is a parse error. Repeated markers are not spoken of there.
+            after it, is a parse error. The paper does not mention repeated markers.
         """
         if self.template is None:
             return Answer("", text.strip()) if text.strip() else EMPTY
@@ -98,7 +101,7 @@ class ThoughtFormat:
         return Answer(thought.strip(), response.strip())
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON holds it: what goes with an exported model, so that whoever runs it can hide its thoughts."""
+        """JSON-compatible form, which is exported with a model so that other tools can hide its thoughts."""
         return {
             "template": self.template,
             "thought_marker": self.thought_marker,
@@ -107,10 +110,10 @@ class ThoughtFormat:
         }
 
     def _filled(self, prompt: str) -> str:
-        return placeholders.filled(self.asking(), prompt=prompt)
+        return placeholders.filled(self.filled_template(), prompt=prompt)
 
-    def asking(self) -> str:
-        """The thought prompt with its markers in it; `{prompt}`, where it has that, is left to be filled."""
+    def filled_template(self) -> str:
+        """The thought prompt with its markers filled in; `{prompt}` remains a placeholder."""
         assert self.template is not None
         return placeholders.filled(
             self.template, thought_marker=self.thought_marker, response_marker=self.response_marker
@@ -118,7 +121,7 @@ class ThoughtFormat:
 
 
 def names() -> list[str]:
-    """The thought prompts that come with prefopt."""
+    """Names of the thought prompts that are included in prefopt."""
     return sorted(path.stem for path in _FOLDER.glob("*.txt"))
 
 
@@ -130,12 +133,14 @@ def read_format(
     thought_marker: str | None = None,
     on_repeated_marker: OnRepeat = "error",
 ) -> ThoughtFormat:
-    """The thought prompt of that name, or in the file at that path.
+    """Read the thought prompt with this name, or the file at this path.
 
     A file begins with lines `thought_marker: TEXT` and `response_marker: TEXT`, then a line `---`, then the prompt.
 
-    Args: key: the setting, for complaints. response_marker, thought_marker: in the place of the file's own.
-    Raises: ConfigError for a file that is not there, that cannot be read, or without what it needs.
+    Args:
+        key: name of the setting, for error messages.
+        response_marker, thought_marker: override those of the file.
+    Raises: ConfigError for a file that is missing, unreadable or invalid.
     """
     if name == NONE:
         return ThoughtFormat(None)
@@ -151,23 +156,23 @@ def read_format(
     head, line, template = text.partition("\n---\n")
     own: dict[str, str] = {}
     for number, entry in enumerate(head.splitlines() if line else (), 1):
-        word, colon, value = entry.partition(":")
-        if not colon or word.strip() not in _HEAD:
+        field, colon, value = entry.partition(":")
+        if not colon or field.strip() not in _HEADER_KEYS:
             raise ConfigError(f"{key}: {path}:{number}: found '{entry}', expected 'response_marker: TEXT' or '---'")
-        own[word.strip()] = value.strip()
+        own[field.strip()] = value.strip()
     template = (template if line else text).strip("\n")
-    what = placeholders.problem(template, (), _MARKS)
+    what = placeholders.problem(template, (), _PLACEHOLDERS)
     if what is not None:
-        raise ConfigError(f"{key}: {path}: {what}, expected {placeholders.listed(_MARKS)}")
+        raise ConfigError(f"{key}: {path}: {what}, expected {placeholders.listed(_PLACEHOLDERS)}")
     response = own.get("response_marker", "") if response_marker is None else response_marker
     thought = own.get("thought_marker", "") if thought_marker is None else thought_marker
     if not response.strip():
         raise ConfigError(
-            f"{key}: {path}: names no response marker, expected a first line 'response_marker: TEXT' and a line '---' "
+            f"{key}: {path}: has no response marker, expected a first line 'response_marker: TEXT' and a line '---' "
             "below it"
         )
     if thought and (thought in response or response in thought):
         raise ConfigError(
-            f"{key}: the markers '{thought}' and '{response}' hold one another, expected two that can be told apart"
+            f"{key}: one of the markers '{thought}' and '{response}' contains the other, expected distinct markers"
         )
     return ThoughtFormat(template, response, thought, on_repeated_marker)

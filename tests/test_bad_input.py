@@ -182,7 +182,7 @@ def test_reference_when_its_vocabulary_is_another_then_both_sizes_are_named(erro
     path = variant("other", model=tiny_llama(vocab + 7, hidden=16, layers=1))
     assert error(reference__path=path) == (
         f"reference.path: '{path}' has a vocabulary of {vocab + 7} tokens, the policy {vocab}; "
-        "KL and log-ratios need the same one (name a reference of the policy's family)"
+        "KL and log-ratios need the same vocabulary (use a reference of the policy's family)"
     )
 
 
@@ -235,7 +235,7 @@ def test_model_when_its_weights_are_cut_short_then_says_so(error, variant):
     path = variant("cut")
     weights = path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    assert error(model__path=path).startswith(f"model.path: '{weights}' is damaged or cut short (")
+    assert error(model__path=path).startswith(f"model.path: '{weights}' is damaged or truncated (")
 
 
 def test_reference_when_it_lacks_a_weight_then_is_refused_before_the_policy_is_loaded(error, variant):
@@ -281,11 +281,11 @@ def test_beta_when_not_positive_and_finite_then_refused(error, beta):
         ),
         (
             {"optim.name": "torch.optim"},
-            "optim.name: 'torch.optim' is no optimizer, expected a subclass of torch.optim.Optimizer",
+            "optim.name: 'torch.optim' is not an optimizer, expected a subclass of torch.optim.Optimizer",
         ),
         (
             {"optim.args.epss": "1"},
-            "optim.args: adamw cannot be made with {'epss': 1}: "
+            "optim.args: adamw cannot be created with {'epss': 1}: "
             "AdamW.__init__() got an unexpected keyword argument 'epss'",
         ),
     ],
@@ -300,8 +300,8 @@ def test_optimizer_when_it_does_not_exist_then_refused_and_mended_in_the_same_fo
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("torch.optim.LBFGS", "optim.name: torch.optim.LBFGS cannot be made: "),
-        ("torch.optim.SparseAdam", "optim.name: 'torch.optim.SparseAdam' cannot take a plain step: "),
+        ("torch.optim.LBFGS", "optim.name: torch.optim.LBFGS cannot be created: "),
+        ("torch.optim.SparseAdam", "optim.name: 'torch.optim.SparseAdam' fails in a step() without arguments: "),
     ],
 )
 def test_optimizer_when_it_cannot_serve_the_loop_then_refused_before_any_model_is_loaded(name, message, error):
@@ -311,7 +311,7 @@ def test_optimizer_when_it_cannot_serve_the_loop_then_refused_before_any_model_i
 def test_model_when_rows_are_longer_than_its_positions_then_says_what_to_set(error, task, variant):
     short = tiny_llama(len(task.tokenizer), hidden=16, layers=1, max_position_embeddings=12)
     found = error(model__path=variant("short", model=short))
-    assert found.startswith(f"data.max_length: found 1024, and {task.pairs} has rows of up to ")
+    assert found.startswith(f"data.max_length: found 1024, and {task.pairs} has sequences of up to ")
     assert found.endswith(" tokens, but the model has 12 positions; use --data.max_length 12")
 
 

@@ -102,7 +102,7 @@ def test_reward_scale_std_is_one_over_the_pooled_spread_within_prompts():
     assert reward_scale("std", []) == 1.0
     logits = Judgement(logits=((0.0, 2.0), (-2.0, 0.0)))  # means 1 and -1
     assert reward_scale("std", [logits]) == pytest.approx(1 / math.sqrt(2))
-    with pytest.raises(ValueError, match="gives probabilities has no scores"):
+    with pytest.raises(ValueError, match="returns probabilities has no scores"):
         reward_scale("std", [Judgement(probs=((0.5, 0.5), (0.5, 0.5)))])
 
 

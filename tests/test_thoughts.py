@@ -81,13 +81,13 @@ def test_system_prompt_stands_before_all_else():
 
 @pytest.mark.parametrize("prompt", ["what does <R> mean?", [{"role": "user", "content": "what does <R> mean?"}]])
 def test_prompt_that_holds_a_marker_is_refused(prompt):
-    with pytest.raises(ValueError, match="the marker '<R>' stands in it"):
+    with pytest.raises(ValueError, match="contains the marker '<R>'"):
         SPECIFIC.render(prompt)
     assert DIRECT.render(prompt) == prompt
 
 
 def test_conversation_without_a_user_turn_is_refused():
-    with pytest.raises(ValueError, match="no user turn in it"):
+    with pytest.raises(ValueError, match="has no user turn"):
         SPECIFIC.render([{"role": "system", "content": "Be brief."}])
 
 
@@ -109,11 +109,14 @@ def test_markers_of_the_file_give_way_to_those_that_are_named(tmp_path):
 @pytest.mark.parametrize(
     ("text", "line"),
     [
-        ("Think: {prompt}", "names no response marker, expected a first line 'response_marker: TEXT'"),
-        ("response_marker:\n---\n{prompt}", "names no response marker"),
+        ("Think: {prompt}", "has no response marker, expected a first line 'response_marker: TEXT'"),
+        ("response_marker:\n---\n{prompt}", "has no response marker"),
         ("respons_marker: <R>\n---\n{prompt}", "mine.txt:1: found 'respons_marker: <R>', expected 'response_marker"),
         ("response_marker: <R>\n---\n{promt}", "has {promt}; did you mean 'prompt'?, expected {prompt}"),
-        ("thought_marker: R\nresponse_marker: <R>\n---\n{prompt}", "the markers 'R' and '<R>' hold one another"),
+        (
+            "thought_marker: R\nresponse_marker: <R>\n---\n{prompt}",
+            "one of the markers 'R' and '<R>' contains the other",
+        ),
     ],
 )
 def test_prompt_file_that_cannot_be_used_is_one_line(text, line, tmp_path):

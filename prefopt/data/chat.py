@@ -67,7 +67,7 @@ def render(
     """
     if isinstance(prompt, str):
         assert isinstance(completion, str)
-        ended = structure is not None and bool(structure.ends_with_terminator(completion))
+        ended = structure is not None and bool(structure.final_end_token(completion))
         span = (len(prompt), len(prompt) + len(completion))
         return Rendered(prompt + completion, (span,), ended, notes=structure.text_notes(prompt) if structure else ())
     assert isinstance(completion, list)
@@ -84,7 +84,7 @@ def render(
         messages, first = [*prompt[:-1], {**completion[0], "content": content}, *completion[1:]], first - 1
     whole = text(messages)
     spans: list[tuple[int, int]] = []
-    notes = ["the chat template writes an answer more than once"] * structure.closing.repeats
+    notes = ["the chat template writes an answer more than once"] * structure.template_tokens.repeats
     notes += [f"the chat template does not read the example's '{name}'" for name in unread_args(tokenizer, args)]
     terminated = False
     for i in range(first, len(messages)):
@@ -151,7 +151,7 @@ def _closing(after: str, begin: int, structure: Structure) -> tuple[int, str]:
     The first of the template's usual token after the beginning of the turn; else the special token that ends the
     rendering; else "" at its end.
     """
-    end = structure.closing.end
+    end = structure.template_tokens.end
     at = after.find(end, begin) if end else -1
     if at >= 0:
         return at, end

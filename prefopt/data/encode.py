@@ -75,12 +75,12 @@ class MappedPairs(PairView):
             raw_prompt_key=f"{chunk['raw_prompt_key'][i]:016x}",
         )
 
-    def facts(self, name: str, begin: int, end: int) -> np.ndarray:
-        """See `pairs.facts`; read from the offsets and columns of the mapped file."""
+    def metadata(self, name: str, begin: int, end: int) -> np.ndarray:
+        """See `pairs.pair_metadata`; read from the offsets and columns of the mapped file."""
         found = [np.empty(0, np.int64)]
         for at in range(max(bisect_right(self._starts, begin) - 1, 0), bisect_left(self._starts, end)):
             start, size = self._starts[at], len(self._chunks[at]["where"])
-            found.append(_fact(self._chunks[at], name, max(begin - start, 0), min(end - start, size)))
+            found.append(_metadata(self._chunks[at], name, max(begin - start, 0), min(end - start, size)))
         return np.concatenate(found[1:] or found)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -96,18 +96,18 @@ def _view(column: Any) -> Any:
     return column if pyarrow.types.is_string(column.type) else column.to_numpy()
 
 
-def _fact(chunk: Mapping[str, Any], name: str, begin: int, end: int) -> np.ndarray:
-    """One fact of the rows `begin` to `end` of a chunk, see `pairs.facts`."""
+def _metadata(chunk: Mapping[str, Any], name: str, begin: int, end: int) -> np.ndarray:
+    """One number for each of the pairs `begin` to `end` of a chunk, see `pairs.pair_metadata`."""
     if name in ("prompt", "chosen", "rejected"):
         lengths: np.ndarray = np.diff(chunk[f"{name}_ids"][0][begin : end + 1]).astype(np.int64)
         return lengths
-    if name in ("chosen_scored", "rejected_scored"):
-        side = name.removesuffix("_scored")
+    if name in ("chosen_loss_tokens", "rejected_loss_tokens"):
+        side = name.removesuffix("_loss_tokens")
         offsets, marks = chunk[f"{side}_mask"]
         before = np.concatenate(([0], marks[offsets[begin] : offsets[end]].cumsum(dtype=np.int64)))
         at = offsets[begin : end + 1] - offsets[begin]
         # no mask is stored where all tokens are loss tokens
-        return np.where(np.diff(at) > 0, np.diff(before[at]), _fact(chunk, side, begin, end))
+        return np.where(np.diff(at) > 0, np.diff(before[at]), _metadata(chunk, side, begin, end))
     values: np.ndarray = chunk[name][begin:end]
     return values
 

@@ -73,7 +73,7 @@ class Encoder:
         self.rendering = rendering or Rendering()
         self.structure = Structure(tokenizer, self.rendering, special_tokens)
         self.bos, self.eos = self.structure.added_bos, self.structure.eos
-        self.terminators = self.structure.terminators
+        self.end_tokens = self.structure.end_tokens
         self._slow = 0
 
     def rows(self, rows: Iterable[PairRow]) -> Iterator[CutPair | BadRow]:
@@ -158,7 +158,7 @@ class Encoder:
             self._check_text("prompt", texts_in([row.prompt, row.template_args]))
         for key, side in _sides(row):
             if isinstance(side, str):
-                end = self.structure.ends_with_terminator(side)
+                end = self.structure.final_end_token(side)
                 self._check_text(key, [side[: len(side) - len(end)]])
             else:
                 self._check_text(key, texts_in(side))
@@ -168,7 +168,7 @@ class Encoder:
             token = self.structure.special_in(text)
             if token is None:
                 continue
-            if self.structure.ends_with_terminator(token) and key != "prompt":
+            if self.structure.final_end_token(token) and key != "prompt":
                 found = f"'{token}' inside a completion"
                 raise RowProblem("EOS inside the completion", key, found, "it at the end only")
             raise RowProblem(
@@ -236,7 +236,7 @@ class Encoder:
         """An example that a policy sampled, as token ids. A completion that was stopped by its limit gets no EOS."""
         prompt, *completions = ids
         masks = [[True] * len(side) for side in completions]
-        whole = [side[-1] in self.terminators for side in completions]
+        whole = [side[-1] in self.end_tokens for side in completions]
         return self._cut(row, text_hash(str(prompt))[:16], prompt, completions, masks, whole)
 
     def _cut(

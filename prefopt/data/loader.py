@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from prefopt.data.mixture import Mixture
-from prefopt.data.pairs import ConvertedPairs, fed_tokens, padded_lengths
+from prefopt.data.pairs import ConvertedPairs, input_tokens, padded_lengths
 from prefopt.errors import DataError
 from prefopt.storage import running_hash
 from prefopt.types import EncodedPair
@@ -88,7 +88,7 @@ class FileBatches:
         seed: of the shuffling.
         fingerprint: content hash of `pairs`.
         group_by_length: whether the pairs of a batch have similar lengths.
-        tokens_per_batch: most tokens per step, see `pairs.fed_tokens`; it replaces `global_batch`. A step then takes
+        tokens_per_batch: most tokens per step, see `pairs.input_tokens`; it replaces `global_batch`. A step then takes
             pairs in their order while they fit, so epochs differ in steps.
         mixture: pairs per epoch of each source; None: each pair once.
 
@@ -108,7 +108,7 @@ class FileBatches:
         self.pairs, self.size, self.seed, self.fingerprint = pairs, global_batch, seed, fingerprint
         self.budget, self.mixture = tokens_per_batch, mixture
         self._padded = padded_lengths(pairs) if group_by_length else None
-        self._tokens = None if tokens_per_batch is None else fed_tokens(pairs)
+        self._tokens = None if tokens_per_batch is None else input_tokens(pairs)
         if tokens_per_batch is not None and self._tokens is not None:
             _refuse_longest(pairs, self._tokens, tokens_per_batch)
             self.size = max(1, int(tokens_per_batch / self._tokens.mean()))  # of pools

@@ -1,6 +1,7 @@
-"""Views of encoded pairs: subsets, and concatenations. Lengths and keys are read as arrays, not pair by pair.
+"""Views of sequences of encoded pairs: subsets, concatenations and conversions.
 
-A view holds indices and no pairs, so a million pairs stay in the mapped file.
+A view holds indices instead of pairs, so that large data sets remain in the memory-mapped file. Lengths and prompt keys
+are read as arrays, without reading tokens.
 """
 
 from __future__ import annotations
@@ -19,44 +20,46 @@ BLOCK = 1 << 16  # pairs whose metadata is in memory at once
 
 
 def _key(pair: EncodedPair) -> int:
-    """The key of the prompt; pairs that do not come from a file are keyed by the prompt's ids."""
+    """The key of the prompt; for pairs that were not read from a file, a hash of the prompt's token ids."""
     key = pair.prompt_key or text_hash(str(pair.prompt_ids))[:16]
     return int(key, 16)
 
 
-_FACTS: dict[str, Callable[[EncodedPair], int]] = {
+_METADATA: dict[str, Callable[[EncodedPair], int]] = {
     "prompt": lambda pair: len(pair.prompt_ids),
     "chosen": lambda pair: len(pair.chosen_ids),
     "rejected": lambda pair: len(pair.rejected_ids or ()),
-    "chosen_scored": lambda pair: sum(pair.chosen_mask),
-    "rejected_scored": lambda pair: sum(pair.rejected_mask or ()),
+    "chosen_loss_tokens": lambda pair: sum(pair.chosen_mask),
+    "rejected_loss_tokens": lambda pair: sum(pair.rejected_mask or ()),
     "prompt_key": _key,
     "raw_prompt_key": lambda pair: int(pair.raw_prompt_key, 16) if pair.raw_prompt_key else _key(pair),
 }
 
 
-def facts(pairs: Sequence[EncodedPair], name: str, begin: int, end: int) -> np.ndarray:
-    """One number of each of the pairs `begin` to `end`; a mapped set reads it without reading tokens.
+def pair_metadata(pairs: Sequence[EncodedPair], name: str, begin: int, end: int) -> np.ndarray:
+    """One number for each of the pairs `begin` to `end`; a memory-mapped set reads it without reading tokens.
 
-    Args: name: `prompt`, `chosen` or `rejected`: number of tokens; `chosen_scored`, `rejected_scored`: number of loss
-        tokens; `prompt_key` or `raw_prompt_key`; or `column.NAME`. 0 where a pair has no rejected completion.
-    Returns: (end - begin,) int64, uint64 for keys, float64 for columns.
+    Args:
+        name: `prompt`, `chosen` or `rejected` for the number of tokens; `chosen_loss_tokens` or `rejected_loss_tokens`;
+            `prompt_key` or `raw_prompt_key`; or `column.NAME`. Lengths are 0 for a pair without rejected completion.
+    Returns: int64, uint64 for keys, float64 for columns. Shape `(end - begin,)`.
     """
-    if hasattr(pairs, "facts"):
-        found: np.ndarray = pairs.facts(name, begin, end)
+    if hasattr(pairs, "metadata"):
+        found: np.ndarray = pairs.metadata(name, begin, end)
         return found
     rows = pairs[begin:end]
     if name.startswith("column."):
         return np.array([pair.columns[name.removeprefix("column.")] for pair in rows], np.float64)
-    return np.array([_FACTS[name](pair) for pair in rows], np.uint64 if name.endswith("prompt_key") else np.int64)
+    return np.array([_METADATA[name](pair) for pair in rows], np.uint64 if name.endswith("prompt_key") else np.int64)
 
 
 def blocks(pairs: Sequence[EncodedPair]) -> Iterator[tuple[int, int]]:
-    """(begin, end) of blocks of pairs that are small enough to hold their metadata."""
+    """(begin, end) of consecutive blocks of at most BLOCK pairs, whose metadata fits in memory."""
     return ((begin, min(begin + BLOCK, len(pairs))) for begin in range(0, len(pairs), BLOCK))
 
 
 def _over_blocks(pairs: Sequence[EncodedPair], of: Callable[[int, int], np.ndarray]) -> np.ndarray:
+    """One number per pair, computed block by block. Args: of: function (begin, end) -> (end - begin,)."""
     out = np.empty(len(pairs), np.int32)
     for begin, end in blocks(pairs):
         out[begin:end] = of(begin, end)
@@ -64,30 +67,30 @@ def _over_blocks(pairs: Sequence[EncodedPair], of: Callable[[int, int], np.ndarr
 
 
 def padded_lengths(pairs: Sequence[EncodedPair]) -> np.ndarray:
-    """`loader.padded_length` of each pair: the prompt and the longer completion. (n,) int32."""
+    """`loader.padded_length` of each pair: length of the prompt and the longer completion. (n,) int32."""
 
     def of(begin: int, end: int) -> np.ndarray:
-        prompt, chosen, rejected = (facts(pairs, name, begin, end) for name in ("prompt", "chosen", "rejected"))
+        prompt, chosen, rejected = (pair_metadata(pairs, name, begin, end) for name in ("prompt", "chosen", "rejected"))
         return prompt + np.maximum(chosen, rejected)
 
     return _over_blocks(pairs, of)
 
 
-def fed_tokens(pairs: Sequence[EncodedPair]) -> np.ndarray:
-    """Input tokens of each pair: the prompt with either completion, or with the chosen one alone. (n,) int32.
+def input_tokens(pairs: Sequence[EncodedPair]) -> np.ndarray:
+    """Number of input tokens of each pair: prompt and completion of both sequences. (n,) int32.
 
-    A prompt counts once per completion, also in layouts in which the two share it.
+    The prompt counts once per completion, also in layouts in which the two completions share it.
     """
 
     def of(begin: int, end: int) -> np.ndarray:
-        prompt, chosen, rejected = (facts(pairs, name, begin, end) for name in ("prompt", "chosen", "rejected"))
+        prompt, chosen, rejected = (pair_metadata(pairs, name, begin, end) for name in ("prompt", "chosen", "rejected"))
         return prompt * (1 + (rejected > 0)) + chosen + rejected
 
     return _over_blocks(pairs, of)
 
 
 class PairView(Sequence[EncodedPair]):
-    """Base of the sequences of this module. A slice is a list."""
+    """Base class of the views. A slice of a view is a list."""
 
     def _at(self, i: int) -> EncodedPair:
         raise NotImplementedError
@@ -119,16 +122,16 @@ class Subset(PairView):
     def _at(self, i: int) -> EncodedPair:
         return self.pairs[int(self.rows[i])]
 
-    def facts(self, name: str, begin: int, end: int) -> np.ndarray:
-        """See `facts`."""
+    def metadata(self, name: str, begin: int, end: int) -> np.ndarray:
+        """See `pair_metadata`."""
         rows = self.rows[begin:end]
         first, last = (int(rows[0]), int(rows[-1]) + 1) if len(rows) else (0, 0)
         parts = [np.empty(0, np.int64)]
-        for start in range(first, last, BLOCK):  # in blocks, since the pairs between them are read too
+        for start in range(first, last, BLOCK):  # in blocks, since pairs outside of the subset are read too
             stop = min(start + BLOCK, last)
             mine = rows[np.searchsorted(rows, start) : np.searchsorted(rows, stop)]
             if len(mine):
-                parts.append(facts(self.pairs, name, start, stop)[mine - start])
+                parts.append(pair_metadata(self.pairs, name, start, stop)[mine - start])
         return np.concatenate(parts[1:] or parts)
 
 
@@ -146,18 +149,18 @@ class Concatenated(PairView):
         part = bisect_right(self.bounds, i) - 1
         return self.parts[part][i - self.bounds[part]]
 
-    def facts(self, name: str, begin: int, end: int) -> np.ndarray:
-        """See `facts`."""
+    def metadata(self, name: str, begin: int, end: int) -> np.ndarray:
+        """See `pair_metadata`."""
         found = [np.empty(0, np.int64)]
         for part, start in zip(self.parts, self.bounds, strict=False):
             low, high = max(begin - start, 0), min(end - start, len(part))
             if low < high:
-                found.append(facts(part, name, low, high))
+                found.append(pair_metadata(part, name, low, high))
         return np.concatenate(found[1:] or found)
 
 
 class ConvertedPairs(PairView):
-    """Pairs that are converted when they are read."""
+    """A view that converts each pair when it is read."""
 
     def __init__(self, pairs: Sequence[EncodedPair], convert: Callable[[EncodedPair], EncodedPair]) -> None:
         self.pairs, self.convert = pairs, convert

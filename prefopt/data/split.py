@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from prefopt.data.pairs import Subset, blocks, facts
+from prefopt.data.pairs import Subset, blocks, pair_metadata
 from prefopt.errors import DataError
 from prefopt.storage import text_number
 from prefopt.types import EncodedPair
@@ -27,7 +27,7 @@ def version_of(fingerprint: str) -> int:
 
 def _keys(pairs: Sequence[EncodedPair], name: str = "prompt_key") -> Iterator[tuple[int, np.ndarray]]:
     """(index of the first pair, keys) of each block of pairs."""
-    return ((begin, facts(pairs, name, begin, end)) for begin, end in blocks(pairs))
+    return ((begin, pair_metadata(pairs, name, begin, end)) for begin, end in blocks(pairs))
 
 
 def prompt_keys(pairs: Sequence[EncodedPair]) -> Iterator[str]:

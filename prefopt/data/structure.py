@@ -1,7 +1,7 @@
-"""Structure of encoded examples: which special tokens may occur where.
+"""The structure of encoded examples: which special tokens may occur where.
 
-The encoder refuses examples that violate it, rounds exclude such candidates before they are judged, and a run checks
-again before its first step, all by `Structure.problem`.
+`Structure.problem` defines it for all users: the encoder rejects examples that violate it, rounds exclude such
+candidates before they are judged, and a run checks again before its first step.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from prefopt.types import EncodedPair
 
 
 @dataclass(frozen=True)
-class Closing:
-    """Special tokens that a chat template writes, found by rendering one short exchange.
+class TemplateTokens:
+    """Special tokens that a chat template writes, determined by rendering one short exchange.
 
     Args:
-        end: the end-of-turn token of an assistant turn, "" if it writes none.
-        inside: tokens that it writes inside an answer, before its end.
-        written: all special tokens that it writes.
-        repeats: whether it renders an answer more than once.
+        end: the end-of-turn token of an assistant turn; "" if the template writes none.
+        inside: tokens that the template writes inside an answer, before its end.
+        written: all special tokens that the template writes.
+        repeats: whether the template renders an answer more than once.
     """
 
     end: str = ""
@@ -39,10 +39,10 @@ class Structure:
     """The structure of examples that are encoded with one tokenizer.
 
     Args:
-        tokenizer: one of transformers'.
+        tokenizer: a tokenizer of transformers.
         rendering: arguments of its chat template.
         allowed: special tokens that a text may contain.
-    Raises: DataError when the chat template does not terminate, or an allowed token is not a special token.
+    Raises: DataError when rendering the chat template exceeds the time limit, or an allowed token is not special.
     """
 
     def __init__(self, tokenizer: Any, rendering: Rendering | None = None, allowed: Sequence[str] = ()) -> None:
@@ -59,20 +59,20 @@ class Structure:
         self.special = frozenset(special) | frozenset(map(str, tokenizer.all_special_tokens)) - unknown
         self.special -= unknown
         self._added = _alternatives({*added, *self.special} - unknown)
-        self.closing = self._closing(rendering or Rendering())
-        ends = [tokenizer.convert_tokens_to_ids(self.closing.end)] if self.closing.end else []
-        self.terminators = frozenset({self.eos, *ends} - {None})
+        self.template_tokens = self._template_tokens(rendering or Rendering())
+        ends = [tokenizer.convert_tokens_to_ids(self.template_tokens.end)] if self.template_tokens.end else []
+        self.end_tokens = frozenset({self.eos, *ends} - {None})
         for token in allowed:
             if token not in self.special:
                 near = did_you_mean(token, self.special)
                 raise DataError(f"data.special_tokens: '{token}' is not a special token of the tokenizer{near}")
-        self._special = _alternatives({*self.special, self.closing.end} - {"", *allowed})
-        self._inside = self._ids(self.closing.inside)
-        self._written = self._ids(self.closing.written)
-        begins = frozenset({self.bos} - {None}) - self.terminators
-        pads = frozenset({self.pad} - {None, tokenizer.unk_token_id, self.bos}) - self.terminators
-        self._alone = begins | pads  # not allowed inside, unless the template writes them there
-        self._never_in_loss = (self.terminators | self._alone) - self._inside
+        self._special = _alternatives({*self.special, self.template_tokens.end} - {"", *allowed})
+        self._inside = self._ids(self.template_tokens.inside)
+        self._written = self._ids(self.template_tokens.written)
+        begins = frozenset({self.bos} - {None}) - self.end_tokens
+        pads = frozenset({self.pad} - {None, tokenizer.unk_token_id, self.bos}) - self.end_tokens
+        self._bos_and_pad = begins | pads  # not allowed inside a sequence, unless the template writes them there
+        self._never_in_loss = (self.end_tokens | self._bos_and_pad) - self._inside
 
     def _ids(self, tokens: frozenset[str]) -> frozenset[int]:
         return frozenset(self.tokenizer.convert_tokens_to_ids(list(tokens)))
@@ -82,13 +82,13 @@ class Structure:
         found = self._special.search(text) if self._special is not None else None
         return found[0] if found is not None else None
 
-    def ends_with_terminator(self, text: str) -> str:
+    def final_end_token(self, text: str) -> str:
         """The EOS or end-of-turn token that a text ends with, or ""."""
-        ends = {self.tokenizer.eos_token, self.closing.end} - {None, ""}
+        ends = {self.tokenizer.eos_token, self.template_tokens.end} - {None, ""}
         return next((str(end) for end in ends if text.endswith(str(end))), "")
 
     def text_notes(self, prompt: str) -> tuple[str, ...]:
-        """Notes on a text prompt: tokens other than BOS that the tokenizer would prepend, and that are not."""
+        """A note if the tokenizer would prepend tokens other than BOS, since prefopt does not prepend them."""
         if all(token in prompt for token in self._before):
             return ()
         return (
@@ -96,7 +96,7 @@ class Structure:
         )
 
     def next_special(self, text: str, begin: int) -> str:
-        """The special token at a position of a text, with the white space before it, or ""."""
+        """The special token at a position of a text, with white space before it, or ""."""
         at = begin + len(text[begin:]) - len(text[begin:].lstrip())
         found = self._special.match(text, at) if self._special is not None else None
         return text[begin : found.end()] if found is not None else ""
@@ -111,7 +111,8 @@ class Structure:
     def prompt_problem(self, prompt: Sequence[int]) -> str:
         """What is wrong with a prompt, or "".
 
-        Expected: at least one token; BOS once and first, if the tokenizer adds it; no pad token.
+        A valid prompt has at least one token, has BOS exactly once and first if the tokenizer adds it, and has no pad
+        token, unless the chat template writes one.
         """
         if not prompt:
             return "the prompt has no token"
@@ -124,12 +125,12 @@ class Structure:
     def problem(self, prompt: Sequence[int], completion: Sequence[int], mask: Sequence[bool] | None = None) -> str:
         """What is wrong with the completion of a prompt, or "".
 
-        Expected: at least one loss token; a mask as long as the completion; BOS and the pad token only where the chat
-        template writes them; EOS or an end-of-turn token only as the last loss token.
+        A valid completion has at least one loss token and a mask of its length. BOS and the pad token occur only where
+        the chat template writes them, EOS and end-of-turn tokens only as the last loss token.
 
         Args:
-            prompt: may be empty if unknown.
-            mask: which tokens of the completion the loss reads; None: all.
+            prompt: token ids; may be empty if unknown.
+            mask: which tokens of the completion are loss tokens; None: all.
         """
         mask = [True] * len(completion) if mask is None else mask
         if not completion or len(mask) != len(completion) or not any(mask):
@@ -141,25 +142,28 @@ class Structure:
         for i, token in enumerate(completion):
             if not mask[i] or token not in self._never_in_loss:
                 continue
-            if token not in self.terminators:
+            if token not in self.end_tokens:
                 what = "BOS" if token == self.bos else "the pad token"
                 return f"{what} ({token}) inside the completion"
             if i + 1 < len(completion) and mask[i + 1]:
-                if i + 2 == len(completion) and completion[-1] in self.terminators - {token}:
+                if i + 2 == len(completion) and completion[-1] in self.end_tokens - {token}:
                     return f"two EOS or end-of-turn tokens ({token}, {completion[-1]})"
                 return f"EOS or an end-of-turn token ({token}) before the end of the completion"
         return ""
 
     def _misplaced(self, before: int, ids: Sequence[int]) -> str:
-        """BOS or the pad token where the template does not write them. Args: before: the token before `ids`."""
-        if self._alone.isdisjoint(ids):
+        """An error if BOS or the pad token occurs where the template does not write it, or "".
+
+        Args: before: the token before `ids`; -1 if there is none.
+        """
+        if self._bos_and_pad.isdisjoint(ids):
             return ""
-        strangers = self._alone - self._written
+        disallowed = self._bos_and_pad - self._written
         for token in ids:
             # Some chat templates begin every exchange with BOS, after the EOS of the previous one.
-            if token == self.bos and token in strangers and before not in self.terminators:
+            if token == self.bos and token in disallowed and before not in self.end_tokens:
                 return f"BOS ({token}) inside the sequence"
-            if token == self.pad and token in strangers:
+            if token == self.pad and token in disallowed:
                 return f"the pad token ({token}) inside the sequence"
             before = token
         return ""
@@ -176,12 +180,12 @@ class Structure:
                 return side, found
         return "", ""
 
-    # The template
+    # The chat template
 
-    def _closing(self, rendering: Rendering) -> Closing:
-        """Render one short exchange. A template that refuses it gives an empty `Closing`."""
+    def _template_tokens(self, rendering: Rendering) -> TemplateTokens:
+        """The template's special tokens, from one short exchange; an empty result if the template rejects it."""
         if not getattr(self.tokenizer, "chat_template", None) or self._added is None:
-            return Closing()
+            return TemplateTokens()
         question, answer = {"role": "user", "content": "Qx7q"}, {"role": "assistant", "content": "Ax7a"}
 
         def rendered(messages: Messages, prompt: bool = False) -> str | None:
@@ -195,11 +199,11 @@ class Structure:
         whole, before = rendered([question, answer]), rendered([question], prompt=True) or ""
         content, at, behind = (whole or "").rpartition("Ax7a")
         if whole is None or not at:
-            return Closing()
+            return TemplateTokens()
         more = rendered([question, answer, question, answer])
         again = (more or "").partition("Ax7a")[2]
-        # The turn's own end is what follows the answer in both renderings; after the last turn some templates
-        # write EOS too.
+        # The end of the turn is what follows the answer in both renderings: after the last turn of a conversation,
+        # some templates also write EOS.
         shared = _common(behind, again) if more is not None else ""
         named = [token[0] for token in self._added.finditer(shared) if token[0].strip()]
         named = [token for token in named if token in self.special] or named
@@ -208,14 +212,14 @@ class Structure:
         last = 0
         for token in self._added.finditer(text := more or whole):
             follows = text[last : token.start()] == "" and written[-1:] in ([end], [str(self.tokenizer.eos_token)])
-            if token.start() > 0 and not follows:  # BOS is always allowed first and after EOS
+            if token.start() > 0 and not follows:  # BOS is always allowed at the start and after EOS
                 written.append(token[0])
             last = token.end()
         own = behind[: behind.find(end)] if end else behind
         mine = content[len(before) :] + at + own if content.startswith(before) else ""
         inside = [token for token in self._added.findall(mine) if token in self.special]
         ours = frozenset(written) & (self.special | {end})
-        return Closing(end, frozenset(inside) - {end}, ours, repeats=at in content)
+        return TemplateTokens(end, frozenset(inside) - {end}, ours, repeats=at in content)
 
 
 def _common(one: str, other: str) -> str:
@@ -225,13 +229,13 @@ def _common(one: str, other: str) -> str:
 
 
 def check_row_structure(pair: EncodedPair, structure: Structure) -> str | None:
-    """What is wrong with an encoded pair, as one line, or None."""
+    """One line on what is wrong with an encoded pair, or None."""
     side, found = structure.problem_of(pair)
     return f"{side}: {found}" if found else None
 
 
 def _alternatives(tokens: set[str]) -> re.Pattern[str] | None:
-    """A pattern that finds any of the texts, the longest first."""
+    """A pattern that matches any of the texts and prefers longer ones; None without texts."""
     texts = sorted(filter(None, tokens), key=lambda text: (-len(text), text))
     return re.compile("|".join(map(re.escape, texts))) if texts else None
 
@@ -249,8 +253,8 @@ def _added_before(tokenizer: Any) -> list[int]:
     return list(whole[:begin])
 
 
-def terminators(tokenizer: Any, rendering: Rendering | None = None) -> frozenset[int]:
+def completion_end_tokens(tokenizer: Any, rendering: Rendering | None = None) -> frozenset[int]:
     """The tokens that end a completion in training: EOS, and the chat template's end-of-turn token."""
     if not getattr(tokenizer, "chat_template", None):  # then only EOS
         return frozenset({tokenizer.eos_token_id} - {None})
-    return Structure(tokenizer, rendering).terminators
+    return Structure(tokenizer, rendering).end_tokens

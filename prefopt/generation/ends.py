@@ -20,7 +20,7 @@ def end_tokens(generation_config: Any, tokenizer: Any) -> frozenset[int]:
     """
     named = getattr(generation_config, "eos_token_id", None)
     named = named if isinstance(named, (list, tuple)) else [named]
-    return structure.terminators(tokenizer) | {int(token) for token in named if token is not None}
+    return structure.completion_end_tokens(tokenizer) | {int(token) for token in named if token is not None}
 
 
 def end_tokens_of(weights: ModelSource, model: ModelConfig, tokenizer: Any) -> frozenset[int]:
@@ -47,10 +47,10 @@ def positions_of(weights: ModelSource, model: ModelConfig) -> int | None:
 
 def vocabulary_of(weights: ModelSource, model: ModelConfig) -> int:
     """The number of token ids of a model that is not in this process."""
-    from prefopt.training.model_checks import vocabulary
+    from prefopt.training.model_checks import vocabulary_size
     from prefopt.training.models import load_config
 
-    return vocabulary(load_config(weights.base, weights.base_settings(model)))
+    return vocabulary_size(load_config(weights.base, weights.base_settings(model)))
 
 
 class Ends:

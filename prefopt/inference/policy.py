@@ -71,7 +71,7 @@ def find(path: str, config: InferConfig) -> UnloadedPolicy:
         *model_sources.tokenizer_path(weights, config.model), config.chat_template, template_key="chat_template"
     )
     tokenizer.pad_token_id, note = pad_token(
-        tokenizer, model_checks.vocabulary(models.load_config(weights.base, weights.base_settings(config.model)))
+        tokenizer, model_checks.vocabulary_size(models.load_config(weights.base, weights.base_settings(config.model)))
     )
     settings = _settings(weights.path, config) or (_settings(weights.base, config) if weights.adapter else {})
     places = [weights.path] if weights.adapter is None else [weights.base, weights.path]

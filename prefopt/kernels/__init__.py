@@ -1,1 +1,1 @@
-"""Loss kernels: torch only, independent of models, methods and data."""
+"""Token statistics of a language-model head. Depends on torch (and Triton if available), not on methods or data."""

@@ -25,14 +25,16 @@ class HeadRequest:
     """
 
     labels: torch.Tensor  # (N,)
-    want: tuple[str, ...] = ()
+    want: tuple[str, ...] = ()  # statistics in addition to the log-probability
     ref_hidden: torch.Tensor | None = None  # (N, H of the reference)
     ref_weight: torch.Tensor | None = None  # (V, H of the reference)
     ref_bias: torch.Tensor | None = None  # (V,)
+    # z = softcap tanh(scale (h W^T + b) / softcap), of the reference and of the policy
     ref_scale: float = 1.0
     ref_softcap: float | None = None
     scale: float = 1.0
     softcap: float | None = None
+    # memory: logits of one tile, (token_tile, vocab_tile), and of the tiles that are cached for the backward pass
     token_tile: int | None = None
     vocab_tile: int | None = None
     cache_mb: int = CACHE_MB
@@ -50,6 +52,7 @@ class StatsLinear(nn.Linear):
         Returns: with a request, a plain tuple of `(N,)` vectors in float32 or better, None where not wanted. It is a
             tuple because the hooks of parallel backends look for tensors in tuples only.
         """
+        # the weight is read inside forward, where a parallel backend's hooks have gathered it
         return super().forward(x) if request is None else stats_of_request(request, x, self.weight, self.bias)
 
 
@@ -84,14 +87,14 @@ class ScoreLinear(nn.Linear):
     def forward(self, x: torch.Tensor, precise: bool = False) -> torch.Tensor:
         if not precise:
             return super().forward(x)
-        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)  # float64 weights keep their dtype
         with torch.autocast(x.device.type, enabled=False):
             bias = None if self.bias is None else self.bias.to(dtype)
             return nn.functional.linear(x.to(dtype), self.weight.to(dtype), bias)
 
 
 class HasHead(Protocol):
-    """A language model, as far as this module needs to know it."""
+    """A language model; this module uses its output embedding only."""
 
     def get_output_embeddings(self) -> nn.Module | None: ...
 
@@ -111,6 +114,7 @@ def make_head_aware(lm: HasHead) -> StatsLinear:
             f"{type(lm).__name__}: its output head is {_kind(head)}, expected a plain torch.nn.Linear "
             "(no adapter on the head, no quantised head)"
         )
+    # changing the class in place keeps the parameter object, so tied embeddings stay tied
     head.__class__ = StatsLinear
     return cast(StatsLinear, head)
 

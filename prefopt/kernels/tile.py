@@ -33,7 +33,7 @@ class Head:
         """The logits (n, v) of the product hidden @ weight.T, which is not written to but may be returned."""
         if bias is None and self.scale == 1.0 and self.softcap is None:
             return product
-        z = scratch.copy_(product)
+        z = scratch.copy_(product)  # the product may be cached for the backward pass
         if bias is not None:
             z += bias
         if self.scale != 1.0:
@@ -47,6 +47,7 @@ class Head:
 
         z = c tanh(s u / c), so dz/du = s (1 - (z / c)^2).
         """
+        # the tanh comes last in the forward pass, so its derivative is applied first
         if self.softcap is not None:
             grad -= torch.div(z, self.softcap, out=scratch).square_().mul_(grad)
         if self.scale != 1.0:
@@ -95,10 +96,11 @@ def statistics(
     """
     shape = policy.product.shape
     z = policy.head.logits(policy.product, policy.bias, scratch("logits", *shape))
-    logp = torch.log_softmax(z, -1, out=scratch("logp", *shape))
+    logp = torch.log_softmax(z, -1, out=scratch("logp", *shape))  # (n, v)
     out = {"mass": _mass(z, logp, index), "logp": _at(logp, index)}
     ref_logp = None
     if reference is not None:
+        # the policy's logits are not needed any more, so the reference's overwrite them
         r = reference.head.logits(reference.product, reference.bias, scratch("logits", *shape))
         ref_logp = torch.log_softmax(r, -1, out=scratch("ref_logp", *shape))
         out |= {"ref_mass": _mass(r, ref_logp, index), "ref_logp": _at(ref_logp, index)}
@@ -117,7 +119,7 @@ def statistics(
         else:
             gap = torch.sub(ref_logp, logp, out=logp)
         if "kl" in want:
-            out["kl"] = _expectation(ref_logp.exp_(), gap, scratch("term", *shape))
+            out["kl"] = _expectation(ref_logp.exp_(), gap, scratch("term", *shape))  # under q = exp(log q)
     return out
 
 
@@ -156,6 +158,7 @@ def gradient(
     per_token = per_token_factor(grads, means, lse)
     ref_logp = None
     if reference is not None and ref_lse is not None:
+        # a buffer of its own, because `chain_` reads the policy's logits z at the end
         r = reference.head.logits(reference.product, reference.bias, scratch("ref_logits", *shape))
         ref_logp = torch.sub(r, ref_lse[:, None], out=scratch("ref_logp", *shape))
     if g_reverse is None and g_entropy is None and g_p2 is None:
@@ -173,6 +176,7 @@ def gradient(
     if g_kl is not None and ref_logp is not None:
         grad.addcmul_(ref_logp.exp_(), g_kl[:, None], value=-1)
     if g_logp is not None:
+        # the one-hot term; a label of another tile adds 0 at an arbitrary column
         grad.scatter_add_(1, index[:, None], torch.where(inside, g_logp, 0)[:, None])
     return policy.head.chain_(grad, z, scratch("logp", *shape))
 
@@ -196,9 +200,10 @@ def per_token_factor(grads: Mapping[str, Tensor], means: Mapping[str, Tensor], l
 
 
 def _mass(z: Tensor, logp: Tensor, index: Tensor) -> Tensor:
-    """log-sum-exp of each row as z_y - logp_y, from any entry whose probability is not tiny."""
+    """log-sum-exp of each row, (n,), as z_y - logp_y: exact for any entry whose probability is not tiny."""
+    # z - log_softmax(z) is the same number in each column, so one entry replaces another pass over the tile
     mass = _at(z, index) - _at(logp, index)
-    if not bool((_at(logp, index) > -100).all()):  # z_y and logp_y would cancel; take the largest entry
+    if not bool((_at(logp, index) > -100).all()):  # z_y and logp_y would cancel; use the largest entry instead
         top = z.amax(-1)
         mass = torch.where(top == float("-inf"), top, top - logp.amax(-1))
     return mass

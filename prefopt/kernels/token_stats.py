@@ -73,8 +73,9 @@ class _Products:
         """The product of tile `key`, (n, v). Args: weight: (v, H), in the head's operand dtype already."""
         if key in self.cached:
             return self.cached[key]
-        hidden = self.hidden[rows]
+        hidden = self.hidden[rows]  # (n, H)
         shape = hidden.shape[0], weight.shape[0]
+        # a cached product needs memory of its own; the scratch buffer is overwritten by the next tile
         if cache:
             self.cached[key] = out = torch.empty(shape, dtype=self.scratch.dtype, device=hidden.device)
         else:
@@ -95,7 +96,7 @@ def _accumulate(total: Tensor, left: Tensor, right: Tensor, *, first: bool) -> N
         _multiply(left, right, total)
     elif left.dtype == total.dtype:
         total.addmm_(left, right)
-    else:
+    else:  # 16-bit operands with a float32 sum
         torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
 
 
@@ -121,7 +122,7 @@ class _TokenStats(torch.autograd.Function):
         ctx.plan = plan
         tokens, vocab = hidden.shape[0], weight.shape[0]
         rows = plan.token_slices(tokens, vocab)
-        tiles = -(-vocab // plan.vocab_tile)
+        tiles = -(-vocab // plan.vocab_tile)  # columns of tiles, rounded up
         names = {"mass", "logp", *plan.want} | ({"ref_mass", "ref_logp"} if plan.reference is not None else set())
         # per tile, (tiles, N): mass and expectations; per token, (N,): log-probability of the label within its own tile
         parts = {
@@ -141,9 +142,10 @@ class _TokenStats(torch.autograd.Function):
             if plan.reference is not None and ref_hidden is not None:
                 ref_products = _Products("ref_product", plan.reference, ref_hidden, scratch)
             for j, columns in plan.vocab_slices(vocab):
-                w, b = plan.policy.operand(weight[columns]), _slice_of(bias, columns)
+                w, b = plan.policy.operand(weight[columns]), _slice_of(bias, columns)  # (v, H), (v,)
                 ref_w, ref_b = _reference_tile(plan, w, ref_weight, ref_bias, columns)
                 for i, r in enumerate(rows):
+                    # tiles are cached in this order until the budget is used up, so the rest is recomputed
                     size = (r.stop - r.start) * (columns.stop - columns.start) * plan.stat_dtype.itemsize
                     budget -= size * (1 + plan.pairwise)  # the backward pass of KL needs both models' logits
                     cache = budget >= 0
@@ -159,7 +161,9 @@ class _TokenStats(torch.autograd.Function):
                         else:
                             parts[name][j, r] = value
             out, lse, ref_lse = _combine(parts, picked, labels // plan.vocab_tile)
+        # a plain tuple in the order of ORDER, because autograd functions return tensors or None
         result = tuple(out.get(name) if name == "logp" or name in plan.want else None for name in ORDER)
+        # without KL no gradient depends on the reference, so its tensors are not kept for the backward pass
         if any(ctx.needs_input_grad[:3]):
             pairwise = plan.pairwise
             cached, ref_cached = products.cached, {} if ref_products is None else ref_products.cached
@@ -190,6 +194,7 @@ class _TokenStats(torch.autograd.Function):
         rows, dtype = plan.token_slices(tokens, vocab), plan.stat_dtype
         # accumulated over tiles in float32 or better, and rounded to the dtype of the inputs at the end
         d_hidden = torch.zeros_like(hidden, dtype=dtype) if need_hidden else None
+        # each slice of d_weight is overwritten by its first row of tiles; without tokens there is none
         d_weight = (torch.empty_like if tokens else torch.zeros_like)(weight) if need_weight else None
         d_bias = torch.zeros_like(bias, dtype=dtype) if need_bias else None
         scratch = Scratch(dtype, hidden.device)
@@ -203,7 +208,7 @@ class _TokenStats(torch.autograd.Function):
             for j, columns in plan.vocab_slices(vocab):
                 w, b = plan.policy.operand(weight[columns]), _slice_of(bias, columns)
                 ref_w, ref_b = None, None
-                if ref_products is not None:
+                if ref_products is not None:  # only the KLs' gradients read the reference
                     ref_w, ref_b = _reference_tile(plan, w, ref_weight, ref_bias, columns)
                 # a slice of the weight's gradient in float32: in place where d_weight has this dtype, else a buffer
                 d_w = None
@@ -231,7 +236,7 @@ class _TokenStats(torch.autograd.Function):
                     if d_w is not None:
                         _accumulate(d_w, grad.T, products.hidden[r], first=i == 0)
                 if d_weight is not None and d_w is not None and d_weight.dtype != dtype:
-                    d_weight[columns] = d_w
+                    d_weight[columns] = d_w  # rounded once per slice, after the sum over all tokens
         return (
             None if d_hidden is None else d_hidden.to(hidden.dtype),
             d_weight,
@@ -267,11 +272,12 @@ def _combine(
         mass = parts[f"{prefix}mass"]  # log-sum-exp of the logits of each tile, (tiles, N)
         lse[prefix] = mass.logsumexp(0)
         log_mass[prefix] = mass - lse[prefix]  # log P_t
-        of_tile = log_mass[prefix].gather(0, label_tile)[0]
+        of_tile = log_mass[prefix].gather(0, label_tile)[0]  # log P_t of the label's tile, (N,)
         name = f"{prefix}logp"
         out[name] = torch.where(of_tile == float("-inf"), of_tile, picked[name] + of_tile)  # -inf, not NaN
 
     def average(prefix: str, values: Tensor) -> Tensor:
+        # sum_t P_t values_t, (tiles, N) -> (N,), with Q_t for the prefix "ref_"
         # tiles of probability 0 have NaN or infinite values and contribute 0
         weight = log_mass[prefix].exp()
         return (weight * values).masked_fill_(weight == 0, 0).sum(0)
@@ -363,6 +369,7 @@ def token_stats(
         raise ValueError(f"cache_mb must be at least 0, found {cache_mb}")
     if any(cap is not None and cap <= 0 for cap in (softcap, ref_softcap)):
         raise ValueError(f"a soft-cap must be > 0 or None, found {softcap} and {ref_softcap}")
+    # logits are float32 also for 16-bit weights: bfloat16 would round log-probabilities to 8 significant bits
     stat_dtype = torch.promote_types(_compute_dtype(weight), torch.float32)
     reference = None
     if wanted - _OF_POLICY:
@@ -375,6 +382,7 @@ def token_stats(
     else:
         ref_hidden = ref_weight = ref_bias = None
     policy = _head(weight, scale, softcap, stat_dtype)
+    # without gradients nothing is read again
     cache_bytes = cache_mb * 2**20 if torch.is_grad_enabled() else 0
     plan = _Plan(
         _implementation(hidden.device),
@@ -392,6 +400,7 @@ def token_stats(
 
 
 def _head(weight: Tensor, scale: float, softcap: float | None, stat_dtype: torch.dtype) -> Head:
+    """The head's settings and dtypes. Args: stat_dtype: dtype of logits and statistics."""
     dtype = _compute_dtype(weight)
     # a GPU multiplies 16-bit operands with float32 accumulation and output; elsewhere operands are rounded to 16 bits
     # and then cast to float32, and have the same products

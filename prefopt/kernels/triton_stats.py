@@ -44,7 +44,7 @@ def _logits(
 
 @triton.jit
 def _tanh(x):
-    # by exp(-2 |x|), which does not overflow; tl has no tanh for float64
+    # tanh |x| = (1 - exp(-2 |x|)) / (1 + exp(-2 |x|)) does not overflow; tl has no tanh for float64
     small = tl.exp(-2.0 * tl.abs(x))
     size = (1.0 - small) / (1.0 + small)
     return tl.where(x < 0.0, -size, size)
@@ -73,7 +73,7 @@ def _forward(
     KL: tl.constexpr, REVERSE: tl.constexpr, ENTROPY: tl.constexpr, P2: tl.constexpr,
     STAT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    token = tl.program_id(0).to(tl.int64)
+    token = tl.program_id(0).to(tl.int64)  # 64 bits, because token * columns may exceed 2^31 in large tiles
     label = tl.load(index_ptr + token)
     zero = tl.zeros((), dtype=STAT)
     top, total, z_sum, gap_sum, picked = zero - float("inf"), zero, zero, zero, zero
@@ -87,7 +87,7 @@ def _forward(
         mask = at < columns
         product = tl.load(z_ptr + token * columns + at, mask=mask, other=0.0)
         z = tl.where(mask, _logits(product, bias_ptr, at, mask, HAS_BIAS, SCALE, CAP, STAT), -float("inf"))
-        picked += tl.sum(tl.where(at == label, z, 0.0), axis=0)
+        picked += tl.sum(tl.where(at == label, z, 0.0), axis=0)  # z_y; exactly one column matches
         top, total, shrink, e = _online_softmax(top, total, z)
         if ENTROPY:
             z_sum = z_sum * shrink + tl.sum(tl.where(e > 0.0, e * z, 0.0), axis=0)
@@ -99,6 +99,7 @@ def _forward(
             r = tl.where(mask, r, -float("inf"))
             ref_picked += tl.sum(tl.where(at == label, r, 0.0), axis=0)
             ref_top, ref_total, ref_shrink, ref_e = _online_softmax(ref_top, ref_total, r)
+            # entries of probability 0 contribute 0, also where the logit is -inf and the product would be NaN
             if KL:
                 ref_gap_sum = ref_gap_sum * ref_shrink + tl.sum(tl.where(ref_e > 0.0, ref_e * (r - z), 0.0), axis=0)
             if REVERSE:
@@ -138,7 +139,7 @@ def _backward(
     mask = at < columns
     product = tl.load(z_ptr + token * columns + at, mask=mask, other=0.0)
     z = _logits(product, bias_ptr, at, mask, HAS_BIAS, SCALE, CAP, STAT)
-    logp = z - tl.load(lse_ptr + token)
+    logp = z - tl.load(lse_ptr + token)  # lse of the whole vocabulary, not of the tile
     p = tl.exp(logp)
     factor = tl.zeros((BLOCK,), dtype=STAT) + tl.load(per_token_ptr + token)
     ref_logp = logp
@@ -155,7 +156,7 @@ def _backward(
     grad = tl.where(p > 0.0, p * factor, p)  # the factor may be infinite where p is 0
     if KL:
         grad -= tl.load(g_kl_ptr + token) * tl.exp(ref_logp)
-    if LOGP:
+    if LOGP:  # the index is -1 if another tile holds the label, so no column matches
         grad += tl.where(at == tl.load(index_ptr + token), tl.load(g_logp_ptr + token), 0.0)
     if CAP > 0.0:  # dz/du = SCALE (1 - (z / CAP)^2)
         grad *= 1.0 - (z / CAP) * (z / CAP)
@@ -173,6 +174,7 @@ def statistics(
     out = policy.product.new_empty((len(_ROWS), tokens), dtype=scratch.dtype)
     if tokens:
         other = reference or policy  # pointers must be valid even where a kernel does not read them
+        # Triton launches on the current device, which may not be that of the tensors
         with torch.cuda.device_of(policy.product):
             _forward[(tokens,)](
                 policy.product, _or(policy.bias, index), other.product, _or(other.bias, index), index, out,
@@ -234,4 +236,5 @@ def _or(given: Tensor | None, other: Tensor) -> Tensor:
 
 
 def _block(columns: int) -> int:
+    """Columns per block: a power of two, as tl.arange requires, and no more than the tile needs."""
     return min(_BLOCK, triton.next_power_of_2(columns))

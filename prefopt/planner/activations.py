@@ -86,7 +86,7 @@ def count_saved(
     with torch.device("meta"):
         lm = adapter_loading.attach_like(meta_model.build(short, config, dtype), config, start)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        towers.off_meta(lm)
+        towers.replace_meta_tensors(lm)
         weights = {p.untyped_storage()._cdata for p in lm.parameters()}
 
         def pack(tensor: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ import numpy as np
 import yaml
 
 from prefopt import settings
-from prefopt.data.pairs import blocks, facts
+from prefopt.data.pairs import blocks, pair_metadata
 from prefopt.figures import readable
 from prefopt.kernels.token_stats import TILES
 from prefopt.planner import fit
@@ -72,14 +72,19 @@ def lengths_of(pairs: Sequence[EncodedPair], both: bool) -> Lengths:
     """Lengths of these pairs. Args: both: whether the rejected completion is read too."""
     sums, longest = np.zeros(4), 0
     for begin, end in blocks(pairs):
-        prompt, chosen, chosen_scored = (
-            facts(pairs, name, begin, end) for name in ("prompt", "chosen", "chosen_scored")
+        prompt, chosen, chosen_loss_tokens = (
+            pair_metadata(pairs, name, begin, end) for name in ("prompt", "chosen", "chosen_loss_tokens")
         )
-        rejected, rejected_scored = (
-            facts(pairs, name, begin, end) if both else np.zeros(end - begin, np.int64)
-            for name in ("rejected", "rejected_scored")
+        rejected, rejected_loss_tokens = (
+            pair_metadata(pairs, name, begin, end) if both else np.zeros(end - begin, np.int64)
+            for name in ("rejected", "rejected_loss_tokens")
         )
-        sums += [prompt.sum(), chosen.sum() + rejected.sum(), chosen_scored.sum() + rejected_scored.sum(), end - begin]
+        sums += [
+            prompt.sum(),
+            chosen.sum() + rejected.sum(),
+            chosen_loss_tokens.sum() + rejected_loss_tokens.sum(),
+            end - begin,
+        ]
         longest = max(longest, int((prompt + np.maximum(chosen, rejected)).max()))
     prompt_mean, completions, scored = (float(total) for total in sums[:3] / sums[3])
     sequences = 2 if both else 1

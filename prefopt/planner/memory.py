@@ -1,15 +1,15 @@
-"""Memory of one rank under each parallel backend: one function per backend, closed forms from the backends' sources.
+"""Memory of one rank under each parallel backend: one function per backend, with formulas from the backends' sources.
 
-Symbols of the formulas, as in ZeRO (Rajbhandari et al., 2020, arXiv 1910.02054, section 3) where it has them:
+Symbols of the formulas, which are those of ZeRO (Rajbhandari et al., 2020, arXiv 1910.02054, section 3) if it has them:
 
     P, A, T, F   parameters: of the model, added by an adapter, trained, frozen (F = P + A - T)
     N            ranks
     w            bytes of a weight in `model.dtype`
-    c            bytes of a weight as it is multiplied: 2 under mixed precision, else w
-    t            bytes of a trained weight: 4 where an adapter is trained, else w
+    c            bytes of a weight in a matmul: 2 under mixed precision, else w
+    t            bytes of a trained weight: 4 if an adapter is trained, else w
     K            bytes of optimizer states per trained parameter, for 32-bit weights: AdamW 8
 
-Every backend adds micro-batches up in 32-bit gradients (`training.backends`), whatever the weights are held in.
+Every backend accumulates the gradients of micro-batches in 32 bits (`training.backends`), for any dtype of the weights.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from prefopt.planner.model_counts import ModelCounts
 from prefopt.settings import RunConfig
 
 GB = 1e9
-GPU_OVERHEAD = 1.5 * GB  # a CUDA context, the libraries' workspaces and NCCL: a guess
-# DeepSpeed's defaults, in parameters; configs/deepspeed/*.json leaves them as they are.
+GPU_OVERHEAD = 1.5 * GB  # an estimate of the CUDA context, the libraries' workspaces and NCCL's buffers
+# DeepSpeed's defaults, in parameters; configs/deepspeed/*.json does not change them.
 REDUCE_BUCKET = 500_000_000
 MAX_LIVE_PARAMETERS = 1_000_000_000
-# Fitted by benchmarks/plan.py, in units of the parameters of embedding and head.
-ZERO3_GATHERED = 2.0  # copies while ZeRO-3 gathers them and reduces their gradients
-FSDP2_GATHERED = 1.3  # of policy and reference alike: FSDP2's root group is gathered in full, with copies in flight
+# Fitted by benchmarks/plan.py, as multiples of the parameters of embedding and head.
+ZERO3_GATHERED = 2.0  # these weights while ZeRO-3 gathers them and reduces their gradients
+FSDP2_GATHERED = 1.3  # of policy and of reference: FSDP2 gathers its root group in full, plus copies in transfer
 
-# Bytes of optimizer states per trained parameter: exp_avg and exp_avg_sq of AdamW in 32 bits, or in 8 bits with their
-# scales; Adafactor has a row and a column per matrix.
+# K, bytes of optimizer states per trained parameter. AdamW has exp_avg and exp_avg_sq, 4 bytes each, or 1 byte each
+# and scales per block in 8 bits; Adafactor has one value per row and column of a matrix.
 OPTIMIZER_STATES = {
     "adamw": 8.0,
     "adamw_8bit": 2.1,
@@ -42,19 +42,20 @@ OPTIMIZER_STATES = {
     "rmsprop": 4.0,
     "sgd": 0.0,
 }
-NF4_BYTES = 0.516  # of a quantised parameter: 4 bits, and for each 64 of them a scale that is quantised itself
+# Bytes of a quantised parameter: 4 bits, and one 8-bit scale per block of 64 parameters (double quantisation).
+NF4_BYTES = 0.516
 
 
 @dataclass(frozen=True)
 class Assumptions:
-    """What a plan takes for granted unless told otherwise.
+    """Values that the settings of a run do not determine.
 
     Args:
         reduce_bucket: parameters in DeepSpeed's gradient bucket.
-        overhead: bytes that the device itself takes.
-        accumulates: whether a step has several micro-batches. None: as the batch sizes say.
+        overhead: bytes used by the device's runtime itself.
+        accumulates: whether a step has several micro-batches. None: derived from the batch sizes.
         overlap: ZeRO-2's `overlap_comm`; configs/deepspeed/zero2.json sets it.
-        tiles: (token_tile, vocab_tile) of the head where the settings have none.
+        tiles: (token_tile, vocab_tile) of the head if the settings do not give them.
     """
 
     reduce_bucket: int = REDUCE_BUCKET
@@ -69,11 +70,11 @@ class Memory:
     """Bytes of one rank under one backend.
 
     Args:
-        activations: saved for the backward pass, and one layer that is recomputed where activations are.
-        head: logits and the gradient of the head's weight at their peak.
+        activations: saved for the backward pass; with checkpointing, one recomputed layer is included.
+        head: peak of logits and gradient of the head's weight.
         communication: buckets and gathered weights.
-        total: the largest sum at one time; the parts do not all peak together.
-        host: bytes of the host's memory, where a backend offloads to it.
+        total: the peak; less than the sum of the parts, because these do not peak at the same time.
+        host: bytes of the host's memory, if the backend offloads to it.
     """
 
     backend: str
@@ -90,7 +91,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Rank:
-    """What every backend's formula reads: the settings, the model, one micro-batch and the number of ranks."""
+    """The inputs of every backend's formula: the settings, the model, one micro-batch and the number of ranks."""
 
     config: RunConfig
     model: ModelCounts
@@ -109,57 +110,60 @@ class Rank:
 
     @property
     def weight_bytes(self) -> int:
-        """w, of a weight in `model.dtype`."""
+        """w, bytes of a weight in `model.dtype`."""
         return BYTES[self.config.model.dtype]
 
     @property
     def compute_bytes(self) -> int:
-        """c, of a weight as it is multiplied."""
+        """c, bytes of a weight in a matmul."""
         return 2 if self.mixed else self.weight_bytes
 
     @property
     def trained_bytes(self) -> int:
-        """t, of a trained weight: an adapter is float32 over a base of 16 or 4 bits."""
+        """t, bytes of a trained weight: an adapter is float32, also over a base of 16 or 4 bits."""
         return 4 if self.model.adapter else self.weight_bytes
 
     @property
     def accumulates(self) -> bool:
-        """Whether a step has several micro-batches, whose gradients are held from one to the next."""
+        """Whether a step has several micro-batches, so that gradients are held in between."""
         given = self.assumptions.accumulates
         train = self.config.train
         return train.global_batch > train.micro_batch * self.ranks if given is None else given
 
     @property
     def optimizer_states(self) -> float:
-        """K T, bytes of the optimizer's states of all ranks together, for 32-bit weights."""
+        """K T, bytes of the optimizer states of all ranks together, for 32-bit weights."""
+        # a class given by its dotted path is assumed to have as many states as AdamW
         return OPTIMIZER_STATES.get(self.config.optim.name, 8.0) * self.model.trained
 
     @property
     def states_scale(self) -> float:
-        """What K is multiplied with where states are held in the dtype of the trained weights: t / 4."""
+        """t / 4, the factor of K for states in the dtype of the trained weights; 8-bit states do not depend on it."""
         return 1.0 if self.config.optim.name.endswith("8bit") else self.trained_bytes / 4
 
     @property
     def reference_entries(self) -> int:
+        """Parameters of a separate reference model on this rank."""
         return live_reference(self.config, self.model)
 
     def frozen_weights(self, each: int) -> float:
-        """Bytes of frozen weights at `each` bytes; under NF4 embedding and head alone have these."""
+        """Bytes of frozen weights at `each` bytes per weight; under NF4 that applies to embedding and head only."""
         if self.config.model.quantize is None:
             return float(each * self.frozen)
-        plain = self.model.embedding_and_head
+        plain = self.model.embedding_and_head  # bitsandbytes does not quantise them
         return each * min(self.frozen, plain) + NF4_BYTES * max(0, self.frozen - plain)
 
     def reference(self, each: int) -> float:
-        """Bytes of the reference beside the policy's weights: a frozen copy, or its head under cached hidden states."""
+        """Bytes of the reference in addition to the policy: a frozen model, or its head if hidden states are cached."""
+        # cached hidden states (N, H) still need the reference's head (V, H); with an adapter it is the policy's own
         if self.config.reference.cache == "hidden" and not self.model.adapter:
             return float(each * self.model.head)
         return float(each * self.reference_entries)
 
     def layer_gradients(self, each: int) -> float:
-        """Gradients of the embedding and of two layers before reduce-scatter: what autograd has at hand at one time.
+        """Bytes of unreduced gradients at one time: of the embedding and of two layers, before reduce-scatter.
 
-        An adapter trains the fraction T / P of them.
+        With an adapter only the fraction T / P of their parameters has gradients.
         """
         model = self.model
         return each * model.trained / model.parameters * (model.embedding + 2 * model.largest_layer)
@@ -177,9 +181,9 @@ class Rank:
 
 
 def live_reference(config: RunConfig, model: ModelCounts) -> int:
-    """Parameters of a frozen reference model that a rank holds beside the policy; 0 where none is held.
+    """Parameters of a frozen reference model that a rank holds in addition to the policy; 0 if there is none.
 
-    Under an adapter the base weights are the reference; a cached reference is not loaded.
+    With an adapter the base weights are the reference. A cached reference is not loaded.
     """
     reads = config.method.needs.reference != "none"
     under_adapter = model.adapter and config.reference.path is None
@@ -187,10 +191,11 @@ def live_reference(config: RunConfig, model: ModelCounts) -> int:
 
 
 def host_while_loading(config: RunConfig, model: ModelCounts, backend: str, ranks: int) -> float:
-    """Bytes of its host's memory that a rank holds while models are loaded, before they are on its GPU.
+    """Bytes of host memory that a rank uses while models are loaded, before they are moved to its GPU.
 
-    ZeRO-3 shards them as they are read; under every other backend each rank reads them in full.
+    ZeRO-3 shards weights while they are read; under every other backend each rank reads them in full.
     """
+    # policy and reference are on the host at the same time
     parameters = model.parameters + model.adapter + live_reference(config, model)
     return BYTES[config.model.dtype] * parameters / (ranks if backend.startswith("zero3") else 1)
 
@@ -199,7 +204,7 @@ def host_while_loading(config: RunConfig, model: ModelCounts, backend: str, rank
 
 
 def single_process(rank: Rank) -> Memory:
-    """Everything in full, nothing to communicate.
+    """All weights, gradients and states on one device, without communication.
 
     weights = w F + t T; gradients = 4 T if a step accumulates, else t T; optimizer = K T (t / 4).
     """
@@ -207,15 +212,16 @@ def single_process(rank: Rank) -> Memory:
 
 
 def ddp(rank: Rank) -> Memory:
-    """As a single process, and buckets of t T beside the gradients.
+    """As a single process, with t T of gradient buckets in addition.
 
-    torch's reducer copies gradients into buckets of the same size (`gradient_as_bucket_view` is off).
+    torch's reducer copies gradients into buckets of the same total size, because `gradient_as_bucket_view` is off.
     """
     return _replicated(rank, "ddp", gradient_buckets=float(rank.trained_bytes * rank.model.trained))
 
 
 def _replicated(rank: Rank, backend: str, gradient_buckets: float) -> Memory:
     trained, each = rank.model.trained, rank.trained_bytes
+    # accumulated gradients are 32-bit sums, those of a single micro-batch have the dtype of the weights
     gradients = (4.0 if rank.accumulates else each) * trained
     held = _Held(
         weights=rank.frozen_weights(rank.weight_bytes) + each * trained,
@@ -234,10 +240,11 @@ def zero1(rank: Rank) -> Memory:
     """Optimizer states are partitioned (`DeepSpeedZeroOptimizer`, runtime/zero/stage_1_and_2.py).
 
     weights = c (F + T); optimizer = (4 + K) T / N, of which 4 is `single_partition_of_fp32_groups`, the 32-bit master
-    weights; gradients = 4 T of `grad_accum`, and c T of the last micro-batch's `param.grad` where c < 4;
+    weights; gradients = 4 T of `grad_accum`, and c T of the last micro-batch's `param.grad` if c < 4;
     communication = c times one bucket of `reduce_bucket_size`; the step copies the rank's gradients into 4 T / N.
     """
     trained, each = rank.model.trained, rank.compute_bytes
+    # 32-bit accumulators of all gradients; 16-bit gradients of the last micro-batch exist beside them
     gradients = (4.0 + (each if each < 4 else 0)) * trained
     held = _Held(
         weights=rank.frozen_weights(each) + trained * each,
@@ -256,11 +263,12 @@ def zero1(rank: Rank) -> Memory:
 def zero2(rank: Rank) -> Memory:
     """Gradients are partitioned too (`partition_gradients` of the same file).
 
-    As ZeRO-1, with gradients = 4 T / N of `averaged_gradients`, a second bucket where communication overlaps the
-    backward pass (`overlap_comm`), and the gradients of layers at work before they are reduced.
+    As ZeRO-1, with gradients = 4 T / N of `averaged_gradients`, a second bucket if communication overlaps the backward
+    pass (`overlap_comm`), and the gradients of the current layers before they are reduced.
     """
     trained, each = rank.model.trained, rank.compute_bytes
     gradients = 4.0 * trained / rank.ranks
+    # with overlap, one bucket is reduced while the backward pass fills the other
     buckets = 2 if rank.assumptions.overlap else 1
     held = _Held(
         weights=rank.frozen_weights(each) + trained * each,
@@ -281,25 +289,28 @@ def zero3(rank: Rank) -> Memory:
     """Weights are partitioned too (`DeepSpeedZeroOptimizer_Stage3`, runtime/zero/stage3.py).
 
     weights = c (F + T) / N; gradients = 4 T / N in `grad_partitions_flat_buffer`, which is always allocated;
-    optimizer = (4 + K) T / N; communication = c times the gathered parameters: at most `max_live_parameters` and the
-    head beside them (`partitioned_param_coordinator.py` releases beyond that), 2 of embedding and head, and a bucket of
-    hidden_size^2 gradients, which accelerate puts for `reduce_bucket_size: auto`.
+    optimizer = (4 + K) T / N; communication = c times the gathered parameters: at most `max_live_parameters` plus the
+    head (`partitioned_param_coordinator.py` releases parameters beyond that), 2 copies of embedding and head, and a
+    bucket of hidden_size^2 gradients, which accelerate sets for `reduce_bucket_size: auto`.
     """
     model, each = rank.model, rank.compute_bytes
-    trained, ends = model.trained, model.embedding_and_head
+    trained, embedding_and_head = model.trained, model.embedding_and_head
+    # parameters stay gathered until more than max_live_parameters are; a smaller model is gathered completely
     live = min(model.parameters + model.adapter + rank.reference_entries, MAX_LIVE_PARAMETERS + model.head)
     held = _Held(
         weights=(rank.frozen_weights(each) + trained * each) / rank.ranks,
         gradients=4.0 * trained / rank.ranks,
         optimizer=_partitioned_states(rank),
         reference=rank.reference(each) / rank.ranks,
-        communication=each * (live + ZERO3_GATHERED * ends) + each * model.hidden_size**2,
+        communication=each * (live + ZERO3_GATHERED * embedding_and_head) + each * model.hidden_size**2,
         gradient_bytes=each,
         always_gradients=True,
         layer_gradients=rank.layer_gradients(each),
         step_copy=4 * trained / rank.ranks,
-        # gathered layers whose backward pass is over are released
-        released=float(each * min(model.parameters - ends - 2 * model.largest_layer, MAX_LIVE_PARAMETERS)),
+        # at the end of the backward pass all gathered layers but the last two have been released
+        released=float(
+            each * min(model.parameters - embedding_and_head - 2 * model.largest_layer, MAX_LIVE_PARAMETERS)
+        ),
     )
     return _peak(rank, "zero3", held, holds_16_bit=rank.mixed)
 
@@ -307,9 +318,10 @@ def zero3(rank: Rank) -> Memory:
 def zero3_offload(rank: Rank) -> Memory:
     """ZeRO-3 with `offload_param` and `offload_optimizer` to the host.
 
-    Weights, reference, gradients and optimizer states are in the host's memory; the GPU holds the rest of ZeRO-3.
+    Weights, reference, gradients and optimizer states are in host memory, and everything else is as in ZeRO-3.
     """
     found = zero3(rank)
+    # these parts are allocated during the whole step, so the GPU's peak is reduced by their sum
     host = found.weights + found.reference + found.optimizer + found.gradients
     return replace(
         found,
@@ -326,16 +338,18 @@ def zero3_offload(rank: Rank) -> Memory:
 def fsdp2(rank: Rank) -> Memory:
     """`fully_shard` of each layer and of the root (torch/distributed/fsdp/_fully_shard).
 
-    weights = (w F + t T) / N, 32-bit under mixed precision, and so are optimizer states: K T (t / 4) / N;
-    gradients = t T / N, reduced with the last micro-batch of a step; where a step has several, accelerate's `no_sync`
+    weights = (w F + t T) / N, 32-bit under mixed precision, as are the optimizer states: K T (t / 4) / N;
+    gradients = t T / N, reduced with the last micro-batch of a step; if a step has several, accelerate's `no_sync`
     (`set_requires_gradient_sync(False)`) leaves them unsharded until then: 4 T;
-    communication = c times the root's group (embedding and head, of policy and reference) and two layers: the one at
-    work and the prefetched one.
+    communication = c times the root's group (embedding and head, of policy and reference) and two layers, the current
+    one and the prefetched one.
     """
     model, each = rank.model, rank.trained_bytes
     trained = model.trained
+    # only decoder layers are sharded one by one, so embedding and head are in the root group, gathered in full
     models_held = 2 if rank.reference_entries else 1
     root = FSDP2_GATHERED * model.embedding_and_head * models_held
+    # without reduce-scatter between micro-batches, each rank holds the gradients of all T weights
     gradients = 4.0 * trained if rank.accumulates else each * trained / rank.ranks
     held = _Held(
         weights=(rank.frozen_weights(rank.weight_bytes) + trained * each) / rank.ranks,
@@ -352,7 +366,7 @@ def fsdp2(rank: Rank) -> Memory:
 
 
 def _partitioned_states(rank: Rank) -> float:
-    """ZeRO: (4 + K) T / N, 32-bit master weights and the optimizer's states of a rank's partition."""
+    """ZeRO: (4 + K) T / N, the 32-bit master weights and the optimizer states of a rank's partition."""
     return 4 * rank.model.trained / rank.ranks + rank.optimizer_states / rank.ranks
 
 
@@ -376,7 +390,7 @@ def memory_of(
     gpus: int,
     assumptions: Assumptions = Assumptions(),
 ) -> Memory:
-    """What one rank holds. Args: backend: one of `BACKENDS`; gpus: ranks; a single process is one of them."""
+    """The memory of one rank. Args: backend: one of `BACKENDS`; gpus: number of ranks, ignored for a single process."""
     ranks = 1 if backend == "single process" else gpus
     return _BACKENDS[backend](Rank(config, model, batch, ranks, assumptions))
 
@@ -386,16 +400,16 @@ def memory_of(
 
 @dataclass(frozen=True)
 class _Held:
-    """What a backend decides of a rank's bytes.
+    """The parts of a rank's memory that depend on the backend, in bytes.
 
     Args:
-        gradient_bytes: of an entry of a gradient as the backward pass makes it.
-        always_gradients: whether gradients are a buffer that is always allocated.
-        before_backward, after_backward: gradients that are allocated before the last micro-batch's backward pass, and
-            at its end; without a buffer that is always allocated.
-        layer_gradients: of layers at work, before reduce-scatter.
-        step_copy: 32-bit copy of a rank's gradients that the optimizer's step makes.
-        released: gathered weights that are released as the backward pass goes through them.
+        gradient_bytes: bytes per entry of a gradient that the backward pass computes.
+        always_gradients: whether gradients are in a buffer that is always allocated.
+        before_backward, after_backward: gradients that are allocated before the last micro-batch's backward pass and
+            at its end; 0 if they are in a buffer that is always allocated.
+        layer_gradients: gradients of the current layers, before reduce-scatter.
+        step_copy: 32-bit copy of a rank's gradients that the optimizer's step creates.
+        released: gathered weights that the backward pass releases after their use.
     """
 
     weights: float
@@ -413,33 +427,35 @@ class _Held:
 
 
 def _peak(rank: Rank, backend: str, held: _Held, holds_16_bit: bool) -> Memory:
-    """Add activations, and take the largest of five moments of the last micro-batch of a step.
+    """Add activations to what a backend holds; the total is the maximum over five moments of a step's last micro-batch.
 
-    Args: holds_16_bit: whether the backend holds 16-bit weights under mixed precision, in place of autocast's copies.
+    Args: holds_16_bit: whether weights are 16-bit under mixed precision, so that there are no autocast copies.
     """
     config, model = rank.config, rank.model
     saved = model.saved_16_bit if holds_16_bit else model.saved
-    layer = (saved.layers + saved.autocast_copies) / model.layers
+    layer = (saved.layers + saved.autocast_copies) / model.layers  # average of one layer
     recomputed = 0.0
-    # saved for the backward pass while the head is at work
-    waiting: float = saved.outside + saved.layers + saved.autocast_copies
+    # saved for the backward pass when the backbone's forward pass is complete, which is when the head runs
+    saved_total: float = saved.outside + saved.layers + saved.autocast_copies
     if config.model.gradient_checkpointing:
         # the input of each layer, (rows, width, hidden_size); one layer at a time is recomputed
         stream_bytes = 2 if rank.mixed or rank.weight_bytes == 2 else rank.weight_bytes
-        waiting = saved.outside + model.layers * (rank.batch.positions * model.hidden_size * stream_bytes)
+        saved_total = saved.outside + model.layers * (rank.batch.positions * model.hidden_size * stream_bytes)
         recomputed = layer
     elif config.model.offload_activations:
-        waiting = saved.outside + 2 * layer  # the others are on the host
+        saved_total = saved.outside + 2 * layer  # at most two layers are on the device, the others on the host
+    # the gradient of the head's weight, (V, H), exists before that of any layer; a score head is negligible
     has_logits = config.method.needs.output != "scores"
     head_gradient = held.gradient_bytes * model.head if model.head_trained and has_logits else 0.0
+    # allocated during the whole step
     always = held.weights + held.optimizer + held.reference + held.communication + rank.assumptions.overhead
     always += held.gradients if held.always_gradients else 0.0
     before, after = held.before_backward, held.after_backward
     total = always + max(
-        before + waiting + rank.head.forward,
-        before + waiting + rank.head.backward + head_gradient,
-        before + waiting + head_gradient + recomputed,  # the last layer's backward pass begins
-        after + saved.outside + layer + held.layer_gradients - held.released,  # the first layer's ends
+        before + saved_total + rank.head.forward,  # the head's forward pass
+        before + saved_total + rank.head.backward + head_gradient,  # the head's backward pass
+        before + saved_total + head_gradient + recomputed,  # the backward pass of the last layer begins
+        after + saved.outside + layer + held.layer_gradients - held.released,  # that of the first layer ends
         after + held.step_copy - held.released,  # the optimizer's step
     )
     return Memory(
@@ -447,7 +463,7 @@ def _peak(rank: Rank, backend: str, held: _Held, holds_16_bit: bool) -> Memory:
         weights=held.weights,
         gradients=held.gradients,
         optimizer=held.optimizer,
-        activations=waiting + recomputed,
+        activations=saved_total + recomputed,
         head=max(rank.head.forward, rank.head.backward + head_gradient),
         reference=held.reference,
         communication=held.communication,

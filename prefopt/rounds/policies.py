@@ -17,7 +17,7 @@ from prefopt.generation.base import Engine
 from prefopt.rounds_method import in_rounds
 from prefopt.settings import RunConfig
 from prefopt.training import adapter_loading, adapter_saving, checkpoint, model_card, model_hashes, model_sources
-from prefopt.training.export import describe_answers
+from prefopt.training.export import write_generation_config
 
 
 @dataclass
@@ -138,7 +138,9 @@ class RoundPolicies:
         def write_merged(folder: Path) -> None:
             adapter_saving.save_merged(lm, folder)
             self.tokenizer.save_pretrained(folder)
-            describe_answers(folder, self.tokenizer, in_rounds(self.config.method).card(), self.config.generate.stop)
+            write_generation_config(
+                folder, self.tokenizer, in_rounds(self.config.method).card(), self.config.generate.stop
+            )
             _write_card(folder, card(False))
 
         if not (self.config.lora.merge and adapted):

@@ -144,7 +144,7 @@ def _from_files(config: RunConfig, day: date) -> _Asked:
             f"use --data.max_length {limit}"
         )
     tokenizer = models.load_tokenizer(*model_sources.tokenizer_path(start, config.model), config.data.chat_template)
-    tokenizer.pad_token_id, note = pad_token(tokenizer, model_checks.vocabulary(architecture))
+    tokenizer.pad_token_id, note = pad_token(tokenizer, model_checks.vocabulary_size(architecture))
     rendering = Rendering.of(config.data, tokenizer, day)
     if rendering.date is not None:  # each round's training uses the same date
         config = replace(config, data=replace(config.data, template_date=rendering.date.isoformat()))

@@ -41,7 +41,7 @@ def preview_data(config: PreviewConfig) -> int:
     vocab_rows = None
     if config.model.path is not None:
         start = model_sources.find(config.model.path, config.model)
-        vocab_rows = model_checks.vocabulary(models.load_config(start.base, start.base_settings(config.model)))
+        vocab_rows = model_checks.vocabulary_size(models.load_config(start.base, start.base_settings(config.model)))
         path, at = model_sources.tokenizer_path(start, config.model)
         tokenizer = models.load_tokenizer(path, at, config.data.chat_template)
     else:

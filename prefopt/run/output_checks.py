@@ -55,7 +55,7 @@ def check_same_run(config: RunConfig, output: Path, but: Sequence[str] = ()) -> 
     if keys and not but and config.rounds.count == 0 and set(keys) <= set(settings.LENGTHS):
         from prefopt.training import extension
 
-        lengths = extension.changes(card["config"], config.to_dict())
+        lengths = extension.changed_lengths(card["config"], config.to_dict())
         extension.check(output, settings.from_dict(card["config"]), lengths)
         return
     if changed:

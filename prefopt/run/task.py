@@ -140,13 +140,15 @@ def file_task(config: RunConfig, day: date) -> Task:
     Raises: ConfigError, DataError or TrainError for whatever can be found out before a model is loaded.
     """
     start, reference, architecture, tokenizer = _open_models(config)
-    tokenizer.pad_token_id, note = pad_token(tokenizer, model_checks.vocabulary(architecture))
+    tokenizer.pad_token_id, note = pad_token(tokenizer, model_checks.vocabulary_size(architecture))
     rendering = Rendering.of(config.data, tokenizer, day)
     needs = config.method.needs
     report: list[str] = [*([note] if note else []), *rendering.lines(tokenizer)]
 
     def encode(name: str) -> Encoded:
-        encoded = encode_source(name, tokenizer, config.data, needs, rendering, model_checks.vocabulary(architecture))
+        encoded = encode_source(
+            name, tokenizer, config.data, needs, rendering, model_checks.vocabulary_size(architecture)
+        )
         report.extend(encoded.report.lines())
         return encoded
 

@@ -93,7 +93,7 @@ def _begin_extension(config: RunConfig, task: Task, output: Path) -> str | None:
     def rate(settings: RunConfig, step: int) -> float | None:
         return None if total_steps(settings, steps) is None else learning_rate(settings, steps, step)
 
-    return extension.begin(output, output / CARD, config, rate)
+    return extension.record_extension(output, output / CARD, config, rate)
 
 
 def _check_memory(config: RunConfig, runtime: rt.Runtime) -> None:
@@ -164,7 +164,7 @@ def _check_disk_space(config: RunConfig, runtime: rt.Runtime, task: Task, output
     start = task.start
     if config.lora.r is None and start.adapter is None:
         runtime.on_main(
-            lambda: preflight.room_for_checkpoints(
+            lambda: preflight.check_disk_space(
                 config, models.parameter_count(start.base, start.base_settings(config.model)), output
             )
         )
@@ -181,7 +181,7 @@ def _load_models(
     reference: Any = task.reference
     second = isinstance(reference, model_sources.ModelSource) and not cached
     if second:
-        preflight.room_for_two_models(runtime)
+        preflight.check_nvme_holds_one_model(runtime)
     with runtime.sharded_loading():
         lm = adapter_loading.load_policy(config, task.start, task.reference, resume_from)
     if second:

@@ -6,11 +6,11 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from prefopt import registry
 from prefopt.errors import ConfigError
-from prefopt.settings.groups import ModelConfig, check_template
+from prefopt.settings.groups import ExampleConfig, ModelConfig
 from prefopt.settings.help import OptionGroup, about, help_page, options_of, program, split_topics
 from prefopt.settings.nested import nest
 from prefopt.settings.ranges import Group, ranged
@@ -21,36 +21,13 @@ from prefopt.settings.train import normalized
 
 
 @dataclass(frozen=True)
-class PreviewDataConfig(Group):
+class PreviewDataConfig(ExampleConfig):
     """Reading and truncation of the examples, as in training."""
 
     prefix = "--data."
 
-    columns: dict[str, str] = field(default_factory=dict)
-    """Column of the data file to read as KEY, e.g. `--data.columns.chosen good` reads column good as chosen."""
     on_bad_row: Literal["error", "skip"] = "skip"
     """Invalid examples: stop with an error, or count them in the report."""
-    max_length: int = ranged(1024, at_least=2)
-    """Maximum tokens of prompt plus completion; data.overlong applies to longer pairs."""
-    overlong: Literal["truncate_prompt", "drop", "truncate_completion"] = "truncate_prompt"
-    """Pairs above data.max_length: left-truncate the prompt, drop the pair, or right-truncate the completions."""
-    special_tokens: tuple[str, ...] = ()
-    """Special tokens that the data's text may contain, e.g. [THINK],[/THINK]; any other makes an example invalid."""
-    chat_template: str | None = None
-    """Jinja file to use instead of the tokenizer's chat template."""
-    dialogues: Literal["text", "messages"] = "text"
-    """Format of Human/Assistant dialogues (HH): plain text, or messages rendered by the chat template."""
-    template_args: dict[str, Any] = field(default_factory=dict)
-    """Extra chat template argument KEY, e.g. `--data.template_args.enable_thinking false`; an example's own value
-    takes precedence."""
-    template_date: str | None = None
-    """Date passed to chat templates that ask for the current date, e.g. 2026-11-30. None: today."""
-    template_timeout: float = ranged(10.0, above=0)
-    """Maximum CPU seconds for rendering one conversation."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_template(self, self.prefix)
 
 
 @dataclass(frozen=True)

@@ -103,10 +103,8 @@ class LoraConfig(Group):
 
 
 @dataclass(frozen=True)
-class DataConfig(Group):
-    """Preference pairs and their tokenization."""
-
-    prefix = "data."
+class SourceConfig(Group):
+    """The data files, and the split into training and held-out pairs."""
 
     train: str | None = None
     """Training pairs: a JSON, CSV or Parquet file, a folder or a Hub id; separate several sources with commas.
@@ -117,6 +115,12 @@ class DataConfig(Group):
     """Held-out pairs, named as in data.train. None: split off from the training pairs, by prompt."""
     eval_fraction: float = ranged(0.05, at_least=0, below=1)
     """Fraction of prompts held out for evaluation if data.eval is not given; 0 holds out none."""
+
+
+@dataclass(frozen=True)
+class ExampleConfig(Group):
+    """Reading, tokenization and truncation of examples: the settings that training and previews share."""
+
     columns: dict[str, str] = field(default_factory=dict)
     """Column of the data file to read as KEY, e.g. `--data.columns.chosen good` reads column good as chosen."""
     on_bad_row: Literal["error", "skip"] = "error"
@@ -135,13 +139,23 @@ class DataConfig(Group):
     """Extra chat template argument KEY, e.g. `--data.template_args.enable_thinking false`; an example's own value
     takes precedence."""
     template_date: str | None = None
-    """Date passed to chat templates that ask for the current date, e.g. 2026-11-30. None: the day the run started."""
+    """Date passed to chat templates that ask for the current date, e.g. 2026-11-30. None: today."""
     template_timeout: float = ranged(10.0, above=0)
     """Maximum CPU seconds for rendering one conversation."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_template(self, self.prefix)
+
+
+@dataclass(frozen=True)
+class DataConfig(ExampleConfig, SourceConfig):  # fields are those of the last base first: sources, then examples
+    """Preference pairs and their tokenization."""
+
+    prefix = "data."
+
+    template_date: str | None = None
+    """Date passed to chat templates that ask for the current date, e.g. 2026-11-30. None: the day the run started."""
 
 
 @dataclass(frozen=True)

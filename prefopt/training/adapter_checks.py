@@ -48,7 +48,7 @@ def check(config: RunConfig, start: ModelSource, architecture: PretrainedConfig)
     if start.adapter is not None:
         _check_adapter(start, base, config.model)
     elif config.lora.r is not None:
-        adapters.check_modules(config.lora, base, towers.unreached(base))
+        adapters.check_modules(config.lora, base, towers.unreached_by_text(base))
         if config.model.quantize is not None:
             _check_trained_in_full(config, base)
 
@@ -60,7 +60,7 @@ def _check_adapter(start: ModelSource, base: Any, settings: ModelConfig, key: st
     file = Path(start.path) / "adapter_model.safetensors"
     if not file.is_file():
         return
-    found = weight_files.shapes_in(file, key)
+    found = weight_files.weight_shapes(file, key)
     parameters = dict(adapted.named_parameters())
     wanted = {saved: tuple(parameters[name].shape) for name, saved in adapter_saving.saved_names(adapted).items()}
     for name in sorted(found.keys() | wanted.keys()):

@@ -46,7 +46,7 @@ def load_policy(
     torch.manual_seed(config.seed)
     if not trained:
         lm = load(str(resume_from or start.base), start.base_settings(config.model))
-        towers.freeze(lm, towers.unreached(lm))
+        towers.freeze(lm, towers.unreached_by_text(lm))
         return lm
     lm = load(start.base, start.base_settings(config.model))
     settings = start.adapter or _settings(config.lora, lm, start.revision)
@@ -57,16 +57,16 @@ def load_policy(
     if reference is Frozen.SNAPSHOT:
         _add_snapshot(lm, settings, start.path if start.adapter is not None else None, config.model)
         # peft has made all of the policy's adapter trainable again
-        towers.freeze(base_of(lm), towers.unreached(base_of(lm)))
+        towers.freeze(base_of(lm), towers.unreached_by_text(base_of(lm)))
     return lm
 
 
 def attach_like(lm: Any, config: RunConfig, start: ModelSource) -> Any:
     """A model whose weights do not matter (for planning), with an adapter like the run's if it has one."""
     if config.lora.r is None and start.adapter is None:
-        towers.freeze(lm, towers.unreached(lm))
+        towers.freeze(lm, towers.unreached_by_text(lm))
         return lm
-    quantized.hush()
+    quantized.silence_log()
     return attach(lm, start.adapter or _settings(config.lora, lm, start.revision), None, config.model)
 
 
@@ -83,7 +83,7 @@ def _settings(lora: LoraConfig, lm: PreTrainedModel, revision: str | None) -> An
     import peft
 
     assert lora.r is not None
-    head, unread = output_head(lm), towers.unreached(lm)
+    head, unread = output_head(lm), towers.unreached_by_text(lm)
     all_linear = {
         name.rpartition(".")[2]
         for name, m in lm.named_modules()
@@ -116,7 +116,7 @@ def attach(
     """
     import peft
 
-    unread = towers.unreached(lm)
+    unread = towers.unreached_by_text(lm)
     path = weights if path is None else path
     classifies = hasattr(lm, "score")
     if classifies:  # peft adds the usual names of a classifier's head to modules_to_save

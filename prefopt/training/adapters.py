@@ -157,7 +157,7 @@ def describe_policy(lm: Any) -> str:
     tokens = getattr(settings, "trainable_token_indices", None) or {}
     rows = sum(map(len, tokens.values())) if isinstance(tokens, dict) else len(tokens)
     saved += f", and {rows} rows of the embedding" if rows else ""
-    quantize = {q for m in lm.modules() if (q := quantized.kind(m)) is not None}
+    quantize = {q for m in lm.modules() if (q := quantized.quantization_type(m)) is not None}
     held = "".join(f"the other matrices quantised in {kind}, " for kind in sorted(quantize))
     return f"{held}{trained:,} of them trained (LoRA r {settings.r}, alpha {settings.lora_alpha} on {names}{saved})"
 
@@ -165,5 +165,5 @@ def describe_policy(lm: Any) -> str:
 def remarks(lm: Any) -> list[str]:
     """Lines about the parts of a model that are frozen or take no adapter."""
     base = base_of(lm)
-    unread = towers.unreached(base)
-    return ([towers.describe(base, unread)] if unread else []) + experts.remark(lm, base)
+    unread = towers.unreached_by_text(base)
+    return ([towers.describe(base, unread)] if unread else []) + experts.adapter_notes(lm, base)

@@ -1,7 +1,10 @@
 """Attention over rows that hold several packed segments.
 
-Equivalent implementations: SDPA called per segment (no T x T mask is made), a dense mask, a FlexAttention block mask,
-and varlen flash attention, which does not support shared prompts.
+There are four implementations with equal results: SDPA called once per segment (without a T x T mask), a dense mask, a
+FlexAttention block mask, and varlen flash attention, which does not support shared prompts.
+
+A segment is a trunk (the shared prompt) with one or two branches (the completions). A branch attends to the trunk and
+to itself, not to the other branch.
 """
 
 from __future__ import annotations
@@ -24,20 +27,20 @@ if TYPE_CHECKING:
 Kind = Literal["per_segment", "dense", "additive", "blocks", "varlen"]
 
 PER_SEGMENT = "prefopt_sdpa"  # the name under which transformers knows `attend_per_segment`
-# Cost of a query-key product of SDPA under a mask, relative to one of a causal call (which computes half of them).
-# On the CPU it was measured between 0.4 and 0.6 for 128 to 1024 keys; on CUDA a mask rules out flash attention, and 3
-# is an estimate.
-MASKED = {"cpu": 0.5, "cuda": 3.0}
+# Cost of a query-key product of SDPA under a mask, relative to that of a causal call (which computes half of the
+# products). On the CPU it was measured between 0.4 and 0.6 for 128 to 1024 keys. On CUDA a mask rules out flash
+# attention; 3 is an estimate.
+MASKED_COST = {"cpu": 0.5, "cuda": 3.0}
 
 
 def attention_kind(lm: PreTrainedModel) -> Kind:
-    """How this model's attention handles segments; its SDPA is replaced by `attend_per_segment` where possible.
+    """How this model's attention handles segments; replaces its SDPA by `attend_per_segment` where possible.
 
-    Calls without segments, such as those of evaluation and generation, still run the stock SDPA. A model whose code
-    depends on the name "sdpa" keeps that name.
+    Calls without segments, such as those of evaluation and generation, still run transformers' SDPA. A model whose code
+    depends on the name "sdpa" keeps its attention and gets a dense mask.
     """
     name = str(lm.config._attn_implementation)
-    replaceable = lm._supports_attention_backend and lm._can_set_attn_implementation() and not _asks_for_sdpa(lm)
+    replaceable = lm._supports_attention_backend and lm._can_set_attn_implementation() and not _depends_on_sdpa_name(lm)
     if name == "sdpa" and replaceable:
         _register()
         lm.set_attn_implementation(PER_SEGMENT)
@@ -51,8 +54,8 @@ def attention_kind(lm: PreTrainedModel) -> Kind:
     return "dense" if name == "sdpa" else "additive"
 
 
-def _asks_for_sdpa(lm: PreTrainedModel) -> bool:
-    """Whether a model's code compares its attention's name with "sdpa", as models with sparse attention do."""
+def _depends_on_sdpa_name(lm: PreTrainedModel) -> bool:
+    """Whether a model's code compares the name of its attention with "sdpa", as models with sparse attention do."""
     for name in {type(module).__module__ for module in lm.modules()} - {"torch.nn"}:
         try:
             source = inspect.getsource(sys.modules[name])
@@ -73,7 +76,7 @@ def _register() -> None:
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """The inputs of one batch in the forms that models take; each form is made once, for all layers and both models.
+    """The inputs of one batch in the forms that models need; each form is computed once for all layers and both models.
 
     Args:
         input_ids, attention_mask, position_ids: (R, T), on the model's device.
@@ -84,7 +87,7 @@ class Rows:
     attention_mask: torch.Tensor
     position_ids: torch.Tensor
     segments: np.ndarray | None
-    _made: dict[Any, Any] = field(default_factory=dict, init=False)
+    _cache: dict[Any, Any] = field(default_factory=dict, init=False)
 
     def arguments(self, kind: Kind, dtype: torch.dtype) -> dict[str, Any]:
         """Keyword arguments of a model's forward.
@@ -97,13 +100,13 @@ class Rows:
         return inputs | self._once((kind, dtype), lambda: getattr(self, f"_{kind}")(dtype))
 
     def _once(self, key: Any, make: Any) -> Any:
-        if key not in self._made:
-            self._made[key] = make()
-        return self._made[key]
+        if key not in self._cache:
+            self._cache[key] = make()
+        return self._cache[key]
 
     def _per_segment(self, dtype: torch.dtype) -> dict[str, Any]:
-        # transformers passes a 4-D mask on unchanged; this one is a placeholder (R, 1, 1, 1), because
-        # `attend_per_segment` reads the segments instead
+        # transformers passes a 4-D mask to the attention function unchanged; this placeholder, (R, 1, 1, 1), keeps it
+        # from making a T x T mask, since `attend_per_segment` reads the segments instead
         mask = torch.ones(len(self.position_ids), 1, 1, 1, dtype=torch.bool, device=self.position_ids.device)
         return {"attention_mask": mask, "packed_rows": self}
 
@@ -111,7 +114,7 @@ class Rows:
         return {"attention_mask": self.visible()[:, None]}  # (R, 1, T, T) bool
 
     def _additive(self, dtype: torch.dtype) -> dict[str, Any]:
-        # 0 where position i may attend to j, the dtype's minimum elsewhere: for eager attention, which adds the mask
+        # (R, 1, T, T): 0 where i may attend to j, the dtype's minimum elsewhere, because eager attention adds the mask
         visible = self.visible()[:, None]
         mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
         return {"attention_mask": mask.masked_fill_(~visible, torch.finfo(dtype).min)}
@@ -126,14 +129,14 @@ class Rows:
             return same & ((branch[row, j] == 0) | (branch[row, i] == branch[row, j]))
 
         rows, columns = block.shape
-        # compiled, it never materialises a T x T mask; on the CPU compiling costs more than the mask
+        # if compiled, it never materialises a T x T mask; on the CPU compiling would cost more than the mask
         mask = create_block_mask(
             visible, rows, None, columns, columns, device=block.device, _compile=block.device.type == "cuda"
         )
         return {"attention_mask": mask}
 
     def _varlen(self, dtype: torch.dtype) -> dict[str, Any]:
-        """Cumulative sequence lengths of a single row of sequences; padding at its end is one more sequence."""
+        """Cumulative sequence lengths of a single batch row; padding at its end counts as one more sequence."""
         segments, positions = self._in_order(), self.position_ids.numel()
         edges = np.concatenate(([0], np.cumsum(segments[:, 1])))
         if edges[-1] < positions:
@@ -155,12 +158,15 @@ class Rows:
 
     def visible(self) -> torch.Tensor:
         """(R, T, T) bool: whether position i (second axis) may attend to position j (third)."""
-        block, branch = self._block_and_branch()
+        # causal, in the same segment, and j in the trunk or in the branch of i
+        block, branch = self._block_and_branch()  # (R, T) each
         same = block[:, :, None] == block[:, None, :]
         trunk = (branch == 0)[:, None, :]
         return (same & (trunk | (branch[:, :, None] == branch[:, None, :]))).tril()
 
     def _block_and_branch(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(segment, branch) of each position, (R, T) each; branch 0 is the trunk."""
+
         def make() -> tuple[torch.Tensor, torch.Tensor]:
             block, branch = block_and_branch(self._in_order(), self.position_ids.numel())
             one, other = (
@@ -173,8 +179,8 @@ class Rows:
     def spans(self) -> list[tuple[int, int]]:
         """All R * T positions split into spans for attention: (length, trunk) of each span, in order.
 
-        A span with trunk 0 attends to itself: a trunk with its first branch. A span with a trunk is a second branch,
-        which also attends to that many positions at the start of the span before it. Trunk -1 marks padding.
+        A span with trunk 0 is a trunk with its first branch, and attends to itself only. A span with trunk t > 0 is a
+        second branch, which also attends to the first t positions of the previous span. Trunk -1 marks padding.
         """
 
         def make() -> list[tuple[int, int]]:
@@ -203,11 +209,12 @@ class Rows:
 
 
 def cheaper_as_causal(trunk: Any, branch: Any, device: str) -> Any:
-    """Whether a second branch is cheaper at the end of a causal call than under a mask, by lengths (numbers or arrays).
+    """Whether a second branch is cheaper at the end of a causal call than under a mask. Lengths may be arrays.
 
-    A causal call over trunk and branch costs (t + b)^2 / 2 products, a masked one b (t + b) products at MASKED each.
+    For trunk length t and branch length b, a causal call over both costs (t + b)^2 / 2 products; a masked call costs
+    b (t + b) products, each MASKED_COST times as expensive.
     """
-    return trunk + branch < 2 * MASKED.get(device, 1.0) * branch
+    return trunk + branch < 2 * MASKED_COST.get(device, 1.0) * branch
 
 
 def attend_per_segment(
@@ -219,11 +226,11 @@ def attend_per_segment(
     packed_rows: Rows | None = None,
     **settings: Any,
 ) -> tuple[torch.Tensor, None]:
-    """SDPA as transformers calls it; where rows are packed, one call per segment, or two if it has a second branch.
+    """SDPA with transformers' signature; for packed rows, one call per segment, or two if it has a second branch.
 
     The trunk and the first branch of a segment are one causal call. The second branch is another call, whose queries
-    attend to the trunk's keys and to their own: under a lower-right causal mask, or, where that is cheaper, at the end
-    of a causal call that also has the trunk's queries, whose outputs are discarded.
+    attend to the trunk's keys and to their own. It uses a lower-right causal mask or, if that is cheaper, a causal call
+    in which the trunk's queries are included and their outputs discarded.
 
     Args: query: (R, heads, T, head size); key, value: the same, possibly with fewer heads (GQA).
     Returns: (R, T, heads, head size), zero at padding.
@@ -243,8 +250,8 @@ def attend_per_segment(
             out.append(q[i].new_zeros(q[i].shape[:-1] + v[i].shape[-1:]))
             continue
         queries, keys, values, mask, dropped = q[i], k[i], v[i], None, 0
-        if trunk:  # a second branch: the trunk is the beginning of the span before it
-            keys, values = (torch.cat((x[i - 1][:trunk], x[i])) for x in (k, v))
+        if trunk:  # a second branch; its trunk is the beginning of the previous span
+            keys, values = (torch.cat((x[i - 1][:trunk], x[i])) for x in (k, v))  # (t + b, heads, d)
             if cheaper_as_causal(trunk, length, query.device.type):
                 queries, dropped = torch.cat((q[i - 1][:trunk], queries)), trunk
             else:

@@ -1,7 +1,7 @@
-"""Parallel backends: a single process, DDP, DeepSpeed's ZeRO and FSDP2, behind the interface that the loop uses.
+"""Parallel backends: a single process, DDP, DeepSpeed's ZeRO and FSDP2, behind one interface for the training loop.
 
 The loop divides losses by global normalizers and multiplies them by the world size, because every backend averages
-gradients over ranks. Checkpoints have the same content under each backend, full weights and the optimizer's state by
+gradients over ranks. Checkpoints have the same content under each backend, namely full weights and optimizer state by
 parameter, so a run may be resumed under another backend or with another world size.
 """
 
@@ -45,7 +45,7 @@ def make_backend(runtime: Runtime, config: RunConfig) -> Backend:
 
 def check_supported(config: RunConfig, backend: str) -> None:
     """Raises: ConfigError for settings that a sharding backend does not support, or that are not tested under it."""
-    plain = ("adamw", "rmsprop", "sgd")  # elementwise updates: it does not matter where a weight is sharded
+    plain = ("adamw", "rmsprop", "sgd")  # elementwise updates, so a shard is updated as the full weight would be
     sharded = backend in SHARDING
     small = "another backend (configs/accelerate/ddp.yaml)"
     for wrong, key, found, expected in (
@@ -65,14 +65,14 @@ def check_supported(config: RunConfig, backend: str) -> None:
 
 
 class Backend:
-    """A single process, or DDP: every rank holds all weights and the full optimizer state."""
+    """A single process, or DDP: every rank holds all weights and the full optimizer state. Base class of the others."""
 
     def __init__(self, runtime: Runtime, config: RunConfig) -> None:
         self.runtime, self.config = runtime, config
         self.accelerator = runtime.accelerator
-        # float32 accumulators of 16-bit gradients, by weight, over the micro-batches of a step
+        # float32 accumulators of 16-bit gradients over the micro-batches of a step: {weight: its sum}
         self._sums: dict[torch.Tensor, torch.Tensor] = {}
-        self._accumulating = False  # whether the gradients of this micro-batch are added to them
+        self._accumulating = False  # whether the gradients of this micro-batch are added to these sums
 
     def prepare(self, policy: Policy, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, Any]:
         """(the wrapped policy, the wrapped optimizer).
@@ -80,8 +80,9 @@ class Backend:
         Raises: TrainError when the backend has sharded nothing, which would otherwise go unnoticed.
         """
         self.policy = policy
-        if self.sharded:
+        if self.sharded:  # copied before the backend adds hooks and shards weights
             self._meta_copy = _MetaCopy(policy)
+        # names in the order of the optimizer's parameters; backends may replace parameters, but keep names and order
         names = {id(p): name for name, p in policy.lm.named_parameters()}
         self._order = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
         self.model, self.optimizer = self.accelerator.prepare(policy, optimizer)
@@ -97,6 +98,7 @@ class Backend:
 
     def micro_batch(self, last: bool) -> contextlib.AbstractContextManager[Any]:
         """The context of forward and backward of a micro-batch; gradients are all-reduced with the last one."""
+        # a step of a single micro-batch needs no accumulators: its gradients are reduced by the backend as they are
         self._accumulating = not last or bool(self._sums)
         all_reduce = last and not self._sums  # float32 accumulators are all-reduced in `backward`
         return contextlib.nullcontext() if all_reduce else self.accelerator.no_sync(self.model)
@@ -107,6 +109,7 @@ class Backend:
         if last and self._sums:
             for weight in filter(_is_16_bit, self._optimizer_parameters()):
                 total = self._sums.pop(weight, None)
+                # a weight without gradient on this rank may have one on another, and all ranks must call the all-reduce
                 total = torch.zeros_like(weight, dtype=torch.float32) if total is None else total
                 weight.grad = (self.runtime.sum(total) / self.runtime.world).to(weight.dtype)
 
@@ -118,6 +121,7 @@ class Backend:
 
         def accumulate(weight: torch.Tensor) -> None:
             if self._accumulating and weight.grad is not None:
+                # autograd calls this as soon as a gradient is complete, so 16-bit gradients never exist all at once
                 if weight in self._sums:
                     self._sums[weight] += weight.grad
                 else:
@@ -145,7 +149,7 @@ class Backend:
         return bool(self.optimizer.step_was_skipped), math.nan
 
     def zero_grad(self) -> None:
-        """Discard gradients and accumulators, after a step or one that is abandoned."""
+        """Discard gradients and accumulators, after a step or in place of one."""
         self._sums.clear()
         self.optimizer.zero_grad(set_to_none=True)
 
@@ -169,7 +173,7 @@ class Backend:
 
     @contextlib.contextmanager
     def full_state(self) -> Iterator[Policy]:
-        """A policy with full weights, which each rank may call by itself while this lasts. Not for training."""
+        """Context manager that yields a policy with full weights, which each rank may call alone. Not for training."""
         yield self.policy
 
     def full_tensor(self, weight: torch.Tensor) -> torch.Tensor:
@@ -209,8 +213,8 @@ class Fsdp2Backend(Backend):
         if bf16 or config.model.dtype == "bfloat16":
             from torch.distributed.fsdp import MixedPrecisionPolicy
 
-            # accelerate's default would round the returned statistics to bfloat16. Gradients are accumulated over
-            # micro-batches and ranks in reduce_dtype.
+            # accelerate's default has output_dtype bfloat16, which would round the returned statistics. reduce_dtype is
+            # the dtype in which gradients are accumulated over micro-batches and ranks.
             plugin.mixed_precision_policy = MixedPrecisionPolicy(
                 param_dtype=torch.bfloat16 if bf16 else None,
                 reduce_dtype=torch.float32,
@@ -232,8 +236,8 @@ class Fsdp2Backend(Backend):
         return _weight_shard_size(self.policy)
 
     def clip(self, limit: float) -> float | None:
-        # not accelerate's: it compares lists of parameters, which fails when their order differs. Not by requires_grad
-        # either, which disabling an adapter may change on a sharded weight.
+        # accelerate's clip_grad_norm_ compares lists of parameters and fails when their order differs. Parameters are
+        # not selected by requires_grad, because disabling an adapter may change it on a sharded weight.
         return float(_unsharded(torch.nn.utils.clip_grad_norm_(self._optimizer_parameters(), limit)))
 
     @contextlib.contextmanager
@@ -245,6 +249,7 @@ class Fsdp2Backend(Backend):
 
     def optimizer_state(self) -> Callable[[int], dict[str, Any]]:
         mine = super().optimizer_state()
+        # each DTensor is gathered when its parameter is saved, so that one full state at a time is in memory
         return lambda number: {
             name: _unsharded(value) if isinstance(value, torch.Tensor) else value
             for name, value in mine(number).items()
@@ -257,6 +262,7 @@ class Fsdp2Backend(Backend):
         parameters = self._optimizer_parameters()
 
         def part(parameter: Any, value: Any) -> Any:
+            # values that are not entries of the parameter, such as a step count, are the same on every rank
             if not isinstance(value, torch.Tensor) or value.shape != parameter.shape:
                 return value
             return _shard_like(parameter, value)
@@ -267,18 +273,21 @@ class Fsdp2Backend(Backend):
 
 
 class ZeroBackend(Backend):
-    """DeepSpeed's ZeRO: stage 1 shards the optimizer state, stage 2 the gradients too, stage 3 the weights too.
+    """DeepSpeed's ZeRO: stage 1 shards the optimizer state, stage 2 also gradients, stage 3 also weights.
 
-    Its optimizer works on flat partitions of concatenated parameters; state is read and written by parameter.
+    DeepSpeed's optimizer works on flat partitions of concatenated parameters; this class reads and writes its state by
+    parameter.
     """
 
     def __init__(self, runtime: Runtime, config: RunConfig) -> None:
         super().__init__(runtime, config)
         self.stage = int(runtime.backend[-1])
         settings = runtime.deepspeed_settings
-        settings["train_micro_batch_size_per_gpu"] = config.train.micro_batch  # used for its throughput only
-        settings["gradient_accumulation_steps"] = 1  # the loop accumulates
-        settings["gradient_clipping"] = config.optim.clip  # without it accelerate would set 1.0
+        settings["train_micro_batch_size_per_gpu"] = (
+            config.train.micro_batch
+        )  # DeepSpeed uses it for throughput figures only
+        settings["gradient_accumulation_steps"] = 1  # the loop marks the last micro-batch of a step, see `backward`
+        settings["gradient_clipping"] = config.optim.clip  # accelerate would set 1.0
         settings["zero_allow_untested_optimizer"] = True
         settings["steps_per_print"] = 10**9
         types = settings.setdefault("data_types", {})
@@ -287,7 +296,7 @@ class ZeroBackend(Backend):
                 f"DeepSpeed's data_types.{_ACCUMULATE}: found {types[_ACCUMULATE]}, fp32 is used, since 16-bit sums "
                 "lose small gradients"
             )
-        types[_ACCUMULATE] = "fp32"  # without it DeepSpeed takes the weights' dtype
+        types[_ACCUMULATE] = "fp32"  # DeepSpeed's default is the dtype of the weights
 
     @property
     def sharded(self) -> bool:
@@ -303,11 +312,12 @@ class ZeroBackend(Backend):
         return contextlib.nullcontext()
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
+        # DeepSpeed accumulates gradients until a boundary, after which its step updates the weights
         self.model.set_gradient_accumulation_boundary(last)
         self.model.backward(loss)
 
     def clip(self, limit: float) -> float | None:
-        return None
+        return None  # DeepSpeed clips in its step, by the setting gradient_clipping
 
     def step(self) -> tuple[bool, float]:
         self.model.step()
@@ -315,7 +325,7 @@ class ZeroBackend(Backend):
         return False, math.nan if norm is None else float(norm)
 
     def zero_grad(self) -> None:
-        """Nothing: DeepSpeed's step discards them, and the process ends after an abandoned step."""
+        """Does nothing: DeepSpeed's step discards gradients, and the process ends if a step is not taken."""
 
     @contextlib.contextmanager
     def full_state(self) -> Iterator[Policy]:
@@ -330,6 +340,7 @@ class ZeroBackend(Backend):
 
         if not isinstance(weight, nn.Parameter):
             return weight.detach()
+        # the 32-bit master weight; None for a weight that the optimizer does not hold
         full = safe_get_full_fp32_param(weight) if weight.requires_grad else None
         if full is None:
             with sharding.gathered_tensors([weight]):
@@ -348,12 +359,14 @@ class ZeroBackend(Backend):
     @property
     def _partitions(self) -> list[torch.Tensor]:
         """This rank's flat partitions of the 32-bit trained weights."""
+        # attributes of stage 3, of stages 1 and 2, and of stage 1 with 16-bit weights
         names = ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition")
-        optimizer = self.model.optimizer  # names of ZeRO-3; of stages 1 and 2; of stage 1 with 16-bit weights
+        optimizer = self.model.optimizer
         return next(getattr(optimizer, name) for name in names if hasattr(optimizer, name))
 
     @property
     def _inner(self) -> torch.optim.Optimizer:
+        """The torch optimizer, whose parameters are the flat partitions."""
         inner: torch.optim.Optimizer = self.model.optimizer.optimizer
         return inner
 
@@ -362,6 +375,7 @@ class ZeroBackend(Backend):
 
         shared = {name: v for state in self._inner.state.values() for name, v in state.items() if not _is_per_entry(v)}
         mine = {name for state in self._inner.state.values() for name, value in state.items() if _is_per_entry(value)}
+        # all ranks call the collective below for the same names, also a rank whose partition is empty
         names = sorted(set(self.runtime.gather_objects(sorted(mine))))
         self._link_optimizer_state()
         trained = self.trained_parameters()
@@ -373,7 +387,7 @@ class ZeroBackend(Backend):
         return state_of
 
     def _link_optimizer_state(self) -> None:
-        """Let DeepSpeed link parameters to its state again: it does so once, after the first group's first step."""
+        """Make DeepSpeed link parameters to their state again; by itself it does so once, after the first step."""
         if self.stage < 3:
             self.model.optimizer._hp_optimizer_states_linked = False
             self.model.optimizer._lazy_init_hp_params_optimizer_state()
@@ -383,6 +397,7 @@ class ZeroBackend(Backend):
 
         if not state:
             return
+        # first create state of the flat partitions, so that DeepSpeed can then fill it parameter by parameter
         for number, flat in enumerate(self._partitions):
             with self._swapped_in(number):
                 self._inner.state[flat] = {
@@ -397,7 +412,7 @@ class ZeroBackend(Backend):
 
     @contextlib.contextmanager
     def _swapped_in(self, number: int) -> Iterator[None]:
-        """While it lasts, a partition and its state are in memory, also where NVMe offload keeps them in files."""
+        """Context manager in which a partition and its state are in memory, also if they are offloaded to NVMe."""
         optimizer = self.model.optimizer
         swapped = self.stage == 3 and optimizer._swappable_optimizer_subgroup(number)
         if swapped:
@@ -410,7 +425,8 @@ class ZeroBackend(Backend):
         from deepspeed.utils import safe_set_full_fp32_param
 
         super().load(folder)
-        if self.config.train.mixed_precision != "no":  # the optimizer's 32-bit copy is more precise than the model
+        # the checkpoint holds the 32-bit master weights, which are more precise than the policy's 16-bit weights
+        if self.config.train.mixed_precision != "no":
             weights = adapter_saving.saved_weights(self.policy.lm, folder)
             for name, parameter in zip(self._order, self.trained_parameters(), strict=True):
                 safe_set_full_fp32_param(parameter, weights[name].to(self.runtime.device, torch.float32))
@@ -421,7 +437,7 @@ def _is_16_bit(weight: torch.Tensor) -> bool:
 
 
 def _is_per_entry(value: Any) -> bool:
-    """Whether a value of the optimizer state has one entry per entry of the parameter (a step count has not)."""
+    """Whether a value of the optimizer state has one entry per entry of the parameter, unlike a step count."""
     return isinstance(value, torch.Tensor) and value.ndim > 0
 
 
@@ -439,13 +455,13 @@ def _copy(value: Any) -> Any:
 
 
 def _unsharded(tensor: torch.Tensor) -> torch.Tensor:
-    """The full tensor of one that FSDP2 may have sharded."""
+    """The full tensor, gathered if FSDP2 has sharded it."""
     tensor = tensor.detach()
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def _shard_like(weight: Any, full: torch.Tensor) -> Any:
-    """A DTensor of `full`, sharded as FSDP2 has sharded `weight`, which has its shape."""
+    """A DTensor of `full`, sharded like `weight`, which has the same shape."""
     from torch.distributed.tensor import distribute_tensor
 
     return distribute_tensor(full.to(weight.device), weight.device_mesh, weight.placements)
@@ -455,10 +471,11 @@ class _MetaCopy:
     """A copy of a policy on the meta device, made before the backend adds hooks and shards its weights."""
 
     def __init__(self, policy: Policy) -> None:
+        # deepcopy takes from its memo what it would copy: parameters are replaced by placeholders without data
         meta = {id(p): nn.Parameter(torch.empty(0, device="meta"), requires_grad=False) for p in policy.parameters()}
         self._policy = copy.deepcopy(policy, dict(meta))
         self._names = {name: meta[id(p)] for name, p in policy.named_parameters()}
 
     def filled(self, weights: dict[str, torch.Tensor]) -> Policy:
-        """A policy with these full weights, by name."""
+        """A policy with these full weights. Args: weights: by name."""
         return copy.deepcopy(self._policy, {id(meta): weights[name] for name, meta in self._names.items()})

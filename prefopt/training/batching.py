@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from prefopt.data.collate import collate
-from prefopt.data.pairs import fed_tokens, padded_lengths
+from prefopt.data.pairs import input_tokens, padded_lengths
 from prefopt.training.layout_choice import Layouts
 from prefopt.training.micro_batches import micro_batches
 from prefopt.training.reference_cache import ReferenceValues
@@ -48,7 +48,7 @@ class Batcher:
 
         Every rank has the same number of them; a micro-batch may be empty.
         """
-        parts = micro_batches(padded_lengths(pairs), fed_tokens(pairs), size, self.world)
+        parts = micro_batches(padded_lengths(pairs), input_tokens(pairs), size, self.world)
         for indices in parts[self.rank]:
             numbers = indices.tolist()
             yield numbers, self.collate([pairs[i] for i in numbers])

@@ -1,6 +1,6 @@
-"""torch.compile of a backbone, layer by layer: one graph for all layers, whatever lengths a run meets.
+"""Compiles a backbone layer by layer with torch.compile, so that all layers and all lengths share one graph.
 
-Attention stays outside of the graphs: it is called per packed segment, whose boundaries differ in each batch.
+Attention is excluded from the graphs: it is called once per packed segment, and these differ in each batch.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from torch import nn
 from prefopt.errors import ConfigError
 from prefopt.training.attention import PER_SEGMENT, attend_per_segment
 
-# Most graphs per code object: with and without gradients, adapter and mask, in training or not, of one row or more.
-_GRAPHS = 64
+# Maximum number of graphs per code object. torch.compile makes variants with and without gradients, adapter and mask,
+# in training and evaluation mode, and for one batch row or several.
+_MAX_GRAPHS = 64
 
 
 def check(device: torch.device) -> None:
@@ -29,17 +30,17 @@ def check(device: torch.device) -> None:
         compilers = [os.environ.get("CXX"), "g++", "clang++", "c++"]
         if not any(name and shutil.which(name) for name in compilers):
             raise ConfigError(
-                "train.compile: needs a C++ compiler (g++) on a CPU, found none; install one, or leave it out"
+                "train.compile: needs a C++ compiler (g++) on a CPU, found none; install one, or omit the setting"
             )
         return
     if importlib.util.find_spec("triton") is None:
         raise ConfigError(
-            "train.compile: needs Triton on a GPU, which is not installed; pip install triton, or leave it out"
+            "train.compile: needs Triton on a GPU, which is not installed; pip install triton, or omit the setting"
         )
 
 
 def compile_layers(backbone: nn.Module) -> int:
-    """Compile each decoder layer in place; names of weights do not change. Returns: number of layers.
+    """Compile each decoder layer in place; parameter names do not change. Returns: number of layers.
 
     Raises: ConfigError for a model whose decoder layers cannot be identified.
     """
@@ -49,11 +50,12 @@ def compile_layers(backbone: nn.Module) -> int:
     layers = [module for module in backbone.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:
         raise ConfigError(
-            f"train.compile: {type(backbone).__name__} has no decoder layers that transformers knows; leave it out"
+            f"train.compile: {type(backbone).__name__} has no decoder layers that transformers marks as such; omit the "
+            "setting"
         )
     dynamo: Any = torch._dynamo.config
-    dynamo.recompile_limit = max(dynamo.recompile_limit, _GRAPHS)
-    dynamo.accumulated_recompile_limit = max(dynamo.accumulated_recompile_limit, 4 * _GRAPHS)
+    dynamo.recompile_limit = max(dynamo.recompile_limit, _MAX_GRAPHS)
+    dynamo.accumulated_recompile_limit = max(dynamo.accumulated_recompile_limit, 4 * _MAX_GRAPHS)
     AttentionInterface.register(PER_SEGMENT, _attention_outside_graphs())
     for layer in layers:
         layer.compile(dynamic=True)
@@ -67,7 +69,7 @@ def _attention_outside_graphs() -> Any:
 
 @contextlib.contextmanager
 def eagerly(model: nn.Module) -> Iterator[None]:
-    """While it lasts, compiled layers of `model` run eagerly."""
+    """Context manager in which compiled layers of `model` run eagerly."""
     if any(module._compiled_call_impl is not None for module in model.modules()):
         with torch.compiler.set_stance("force_eager"):
             yield

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prefopt.data.structure import terminators
+from prefopt.data.structure import completion_end_tokens
 from prefopt.rounds_method import in_rounds
 from prefopt.training import (
     adapter_loading,
@@ -31,15 +31,17 @@ if TYPE_CHECKING:
 GENERATION = "generation_config.json"
 
 
-def describe_answers(
+def write_generation_config(
     folder: Path, tokenizer: PreTrainedTokenizerBase, card: Mapping[str, Any], stop: Sequence[str] = ()
 ) -> None:
-    """Write the card and the EOS tokens into the generation config.
+    """Add the method's card, the end tokens and the stop strings to the generation config of an exported model.
 
-    Tools that read `eos_token_id` and `stop_strings` end an answer where training ended it, so nothing follows a
-    response; the markers under `thought` let other tools strip the thought.
+    Tools that read `eos_token_id` and `stop_strings` then end an answer where completions ended in training. The
+    markers under `thought` let them remove the thought.
 
-    Args: folder: of the model, or of its adapter. card: `RoundsMethod.card()`; if it is empty nothing is written.
+    Args:
+        folder: the model's or the adapter's.
+        card: `RoundsMethod.card()`; if it is empty nothing is written.
         stop: stop strings of generation in the rounds.
     """
     if not card:
@@ -47,7 +49,7 @@ def describe_answers(
     file = folder / GENERATION
     settings = json.loads(file.read_text()) if file.exists() else {}
     named = settings.get("eos_token_id")
-    eos = {*(named if isinstance(named, list) else [named])} - {None} | terminators(tokenizer)
+    eos = {*(named if isinstance(named, list) else [named])} - {None} | completion_end_tokens(tokenizer)
     settings.pop("_from_model_config", None)  # with it transformers may read the model config instead
     settings |= {"eos_token_id": sorted(eos), **card}
     if stop:
@@ -56,13 +58,13 @@ def describe_answers(
 
 
 class ModelExport:
-    """Exports the policy of a run in the format of transformers or peft, whole or not at all."""
+    """Exports the policy of a run in the format of transformers or peft; a folder is complete or absent."""
 
     def __init__(self, run: TrainingRun) -> None:
         self.run = run
 
     def write(self, folder: Path) -> list[Path]:
-        """Fill a folder with the policy as it is now; called on all ranks. Returns: the files this rank wrote."""
+        """Write the current policy to a folder; called on all ranks. Returns: the files that this rank wrote."""
         run = self.run
         mine = sharded_io.save_model(
             run.backend, folder, run.config.train.max_shard_mb, run.config.model.export_dtype, original=True
@@ -74,7 +76,7 @@ class ModelExport:
     def export(self, best: Path | None, step: int | None) -> Path:
         """Export the final model to `model/`; with lora.merge also the adapter itself, to `adapter/`.
 
-        Args: best, step: the folder and the step of the model that eval.select chose; None for the policy as it is.
+        Args: best, step: the folder and the step of the model that eval.select chose; None for the current policy.
         """
         run = self.run
         source: checkpoint.Write = self.write if best is None else functools.partial(self._copy, best)
@@ -95,11 +97,11 @@ class ModelExport:
         aside = checkpoint.export(folder, source, self.run.runtime)
         if aside is not None:
             print_rank_0(
-                f"{folder}: was damaged, or held files that this run did not write; what was there is in {aside}"
+                f"{folder}: was damaged, or held files that this run did not write; its old content is in {aside}"
             )
 
     def _write_merged(self, folder: Path, adapter: Path, step: int | None) -> None:
-        """The policy with an exported adapter merged into its weights. Args: step: of the adapter; None: the last."""
+        """Write the policy with an exported adapter merged. Args: step: step of the adapter; None: the last one."""
         run = self.run
         if run.is_main:
             lm: Any = run.policy.lm
@@ -114,11 +116,11 @@ class ModelExport:
     def _describe(self, folder: Path, step: int | None = None, merged: bool = False) -> None:
         run = self.run
         run.tokenizer.save_pretrained(folder)
-        describe_answers(folder, run.tokenizer, in_rounds(run.method).card(), run.config.generate.stop)
+        write_generation_config(folder, run.tokenizer, in_rounds(run.method).card(), run.config.generate.stop)
         lines = [line for line in run.metrics.lines() if step is None or line["step"] <= step]
         adapter = adapters.has_adapter(run.policy.lm) and not merged
         contents = model_card.contents(
             run.config, run.tokenizer, lines, run.train.fingerprint, adapter=adapter, merged=merged
         )
-        contents = replace(contents, data=[*contents.data, *extension.notes(run.output / "run_card.json")])
+        contents = replace(contents, data=[*contents.data, *extension.schedule_notes(run.output / "run_card.json")])
         (folder / model_card.FILE).write_text(model_card.page(contents), encoding="utf-8")

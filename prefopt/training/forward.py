@@ -29,10 +29,10 @@ SUMS = {"logp": "logps", "ref_logp": "ref_logps"}  # names in PairStats of the s
 
 
 class Policy(nn.Module):
-    """The module that accelerate wraps: a model, and the frozen reference beside it if the method needs a live one.
+    """The module that accelerate wraps: a model, and a frozen reference if the method needs one during training.
 
-    Its forward computes the inputs of a loss from token ids, so that the wrapper's hooks (gradient all-reduce,
-    gathering of sharded weights) cover the head too.
+    Its forward computes the inputs of a loss from token ids. The head is applied inside of it, because the wrapper's
+    hooks (gradient all-reduce, gathering of sharded weights) run in forward.
     """
 
     # accelerate's FSDP2 finds embedding, backbone and head by this name, get_input_embeddings and get_output_embeddings
@@ -44,8 +44,8 @@ class Policy(nn.Module):
             _check_backbone(model)
         self.lm = lm
         self.reference = reference
-        # the context of passes that save activations for the backward pass, such as one that offloads them
-        self.saving: AbstractContextManager[Any] = contextlib.nullcontext()
+        # a context manager around the backbone's forward pass, such as one that offloads saved activations
+        self.saved_tensors_context: AbstractContextManager[Any] = contextlib.nullcontext()
         self.attention = self.reference_attention = attention_kind(adapters.base_of(lm))
         if reference is not None:
             reference.requires_grad_(False).eval()
@@ -73,8 +73,8 @@ class Policy(nn.Module):
         return self.lm.get_output_embeddings()
 
     def forward(self, *, run: Callable[[], Any] | None = None, **inputs: Any) -> Any:
-        """The inputs of a loss; or the result of `run`, called in here because sharded weights are gathered by hooks of
-        this module's forward."""
+        """The inputs of a loss; or the result of `run`, which is called here because sharded weights are gathered by
+        hooks of this module's forward."""
         return self._outputs(**inputs) if run is None else run()
 
     def _outputs(self, *args: Any, **inputs: Any) -> Any:
@@ -82,7 +82,7 @@ class Policy(nn.Module):
 
     @contextlib.contextmanager
     def as_reference(self) -> Iterator[PreTrainedModel | None]:
-        """The model that computes as the reference while this lasts, or None. For use without gradients."""
+        """Context manager that yields a model which computes as the reference, or None; for use without gradients."""
         yield self.reference
 
     def train(self, mode: bool = True) -> Policy:
@@ -118,7 +118,7 @@ class Scorer(Policy):
         Args: as in PairBatch, and as in `experts.routing`.
         """
         rows = Rows(input_ids, attention_mask, position_ids, segments)
-        with self.saving:
+        with self.saved_tensors_context:
             hidden, routing = _states_and_routing(self.lm, self.attention, rows, last_index, token_weights)
         head: Any = adapters.base_of(self.lm).score
         return (head(hidden, precise=True).squeeze(-1), *routing)
@@ -149,10 +149,9 @@ class PolicyWithReference(Policy):
     Args:
         lm: a causal language model whose output head is a plain linear layer, which is changed to a StatsLinear in
             place; or a model with an adapter from `adapter_loading`.
-        reference: another model, frozen here; or which weights of `lm` itself are the frozen reference; or None.
-        kernel: tile sizes and size of the cache of logits.
-        reference_head: the head for cached hidden states in batches; None where that is the head of the frozen weights
-            of `lm`.
+        reference: another model, which is frozen here; or which weights of `lm` itself are the reference; or None.
+        kernel: tile sizes of the head and size of its cache of logits.
+        reference_head: the head for cached hidden states in batches; None if it is that of the frozen weights of `lm`.
     """
 
     def __init__(
@@ -196,18 +195,20 @@ class PolicyWithReference(Policy):
     ) -> tuple[torch.Tensor | None, ...]:
         """Token statistics of the N loss tokens, in the order of TokenStats, each (N,) or None.
 
-        They are followed by the policy's routing if token weights are given.
+        If token weights are given, the members of the policy's routing follow.
 
-        Args: as in PairBatch and `experts.routing`; `want` names statistics beside the policy's log-probability.
+        Args: as in PairBatch and `experts.routing`; `want` names statistics in addition to the log-probability.
         """
         rows = Rows(input_ids, attention_mask, position_ids, segments)
         reads = bool(set(want) & {"ref_logp", "kl", "reverse_kl"})
         # a live reference runs before the policy, so that its activations are freed before the policy's are saved
         live = reads and ref_hidden is None
         ref = self._reference_request(rows, loss_index) if live else {}
-        with self.saving:
+        with self.saved_tensors_context:
             hidden, routing = _states_and_routing(self.lm, self.attention, rows, loss_index, token_weights)
-        if reads and not live:  # after the policy: a sharding backend has then gathered a head that both share
+        # with cached states, the request is made after the policy's forward, in which a sharding backend gathers the
+        # weights of a head that policy and reference share
+        if reads and not live:
             ref = self._reference_request(rows, loss_index, ref_hidden)
         scale, softcap = self._scaling
         request = HeadRequest(
@@ -228,7 +229,8 @@ class PolicyWithReference(Policy):
     ) -> dict[str, Any]:
         """The reference's members of a HeadRequest; empty if there is no reference.
 
-        The head is read inside `as_reference`, because a policy with the head in `modules_to_save` has two heads.
+        The head is read inside `as_reference`, because a policy whose adapter has the head in `modules_to_save` holds
+        two heads.
 
         Args: hidden: the reference's hidden states, (N, H), where they are cached.
         """
@@ -269,7 +271,7 @@ def _backbone(lm: PreTrainedModel) -> nn.Module:
 
 
 def _hidden_of_rows(lm: PreTrainedModel, kind: Kind, rows: Rows, loss_index: torch.Tensor) -> torch.Tensor:
-    """Final hidden states that predict the loss tokens, (N, H): no other position reaches the head."""
+    """Final hidden states that predict the loss tokens, (N, H); the head is applied to no other position."""
     return _states_and_routing(lm, kind, rows, loss_index)[0]
 
 
@@ -280,10 +282,10 @@ def _states_and_routing(
     loss_index: torch.Tensor,
     token_weights: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-    """The same, and the members of `experts.Routing` if token weights are given."""
+    """`_hidden_of_rows`, and the members of `experts.Routing` if token weights are given."""
     more = {} if token_weights is None else {"output_router_logits": True}
     outputs = _backbone(lm)(**rows.arguments(kind, lm.dtype), use_cache=False, **more)
-    # (R, T, H) -> (R * T, H) -> (N, H)
+    # (R, T, H) -> (R * T, H) -> (N, H): the head's cost is proportional to N, so other positions are dropped before it
     hidden = outputs.last_hidden_state.flatten(0, 1).index_select(0, loss_index)
     if token_weights is None:
         return hidden, ()
@@ -298,7 +300,7 @@ def _states_and_routing(
 
 
 def loss_token_states(lm: PreTrainedModel, kind: Kind, batch: PairBatch) -> torch.Tensor:
-    """The hidden states of a batch, without head and reference. Args: kind: of its attention."""
+    """Hidden states of the loss tokens of a batch, (N, H). Args: kind: the kind of the model's attention."""
     rows = Rows(batch.input_ids, batch.attention_mask, batch.position_ids, batch.segments)
     return _hidden_of_rows(lm, kind, rows, batch.loss_index)
 
@@ -309,8 +311,8 @@ def token_stats_of(model: Callable[..., Any], batch: PairBatch, want: tuple[str,
     Args:
         model: a PolicyWithReference, wrapped or not.
         batch: on the model's device.
-        want: statistics beside the policy's log-probability; see TokenStats. The reference's log-probability is taken
-            from the batch if it is cached there.
+        want: statistics in addition to the policy's log-probability; see TokenStats. The reference's log-probability is
+            taken from the batch if it is cached there.
     """
     return _token_stats(model, batch, want)[0]
 
@@ -318,7 +320,7 @@ def token_stats_of(model: Callable[..., Any], batch: PairBatch, want: tuple[str,
 def _token_stats(
     model: Callable[..., Any], batch: PairBatch, want: tuple[str, ...], **more: Any
 ) -> tuple[TokenStats, Sequence[torch.Tensor]]:
-    """(token statistics, further outputs of the model)."""
+    """(token statistics, further outputs of the model). Args: more: further inputs of the model."""
     cached = batch.ref_logps if "ref_logp" in want else None
     if cached is not None:
         want = tuple(name for name in want if name != "ref_logp")
@@ -362,7 +364,7 @@ def pair_stats(model: Callable[..., Any], batch: PairBatch, want: tuple[str, ...
 def pair_stats_and_routing(
     model: Callable[..., Any], batch: PairBatch, want: tuple[str, ...]
 ) -> tuple[PairStats, experts.Routing]:
-    """The same, and the routing of the policy's experts in this pass."""
+    """`pair_stats`, and the routing of the policy's experts in this pass."""
     stats, routing = _pair_stats(model, batch, want, token_weights=experts.token_weights(batch))
     return stats, experts.Routing(*routing)
 

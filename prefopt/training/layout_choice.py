@@ -1,6 +1,6 @@
-"""The layout of each micro-batch: of the layouts that are exact for this model, the one with the lowest predicted time.
+"""The layout of each micro-batch: of those that are exact for this model, the one with the lowest predicted time.
 
-The choice is a function of the lengths in the micro-batch, the model's shape and the constants below, never of measured
+The choice depends on the lengths in the micro-batch, the model's shape and the constants below, but not on measured
 time, so a resumed run makes the same choices.
 """
 
@@ -19,29 +19,29 @@ from prefopt.data.layouts import LAYOUTS, PADDED, rows_of, segments_of, shares_p
 from prefopt.errors import ConfigError
 from prefopt.settings import RunConfig
 from prefopt.training import adapters, quantized, sharding
-from prefopt.training.attention import MASKED, Kind, cheaper_as_causal
+from prefopt.training.attention import MASKED_COST, Kind, cheaper_as_causal
 from prefopt.training.forward import Policy, loss_token_states, to_device
-from prefopt.training.model_checks import vocabulary
+from prefopt.training.model_checks import vocabulary_size
 from prefopt.types import EncodedPair, Needs
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-MARGIN = 0.92  # another layout is chosen if its predicted time is below this fraction of the padded layout's
+MARGIN = 0.92  # another layout is chosen only if its predicted time is below this fraction of the padded layout's
 
 
 # Cost model ---------------------------------------------------------------------------------------------------------
 
 
 class Work(NamedTuple):
-    """Amounts of work of a forward and backward pass, or a device's throughput of each per second.
+    """Amounts of work of a forward and backward pass; or, for a device, how much of each it does per second.
 
     Args:
         linear: multiply-adds of the backbone's matrices in the forward pass.
-        causal: query-key products, times width, in causal SDPA.
-        masked: the same in SDPA under a mask.
-        mask: entries of (R, T, T) masks that are made.
-        calls: calls of SDPA, including slicing the row and concatenating the outputs.
+        causal: query-key products times width in causal SDPA calls.
+        masked: query-key products times width in SDPA calls with a mask.
+        mask: entries of (R, T, T) masks that are created.
+        calls: SDPA calls, including slicing the row and concatenating the outputs.
     """
 
     linear: float
@@ -51,24 +51,24 @@ class Work(NamedTuple):
     calls: float
 
 
-# The CPU's throughputs, of one thread of a server, are fitted by benchmarks/layouts.py to passes of a small Llama.
-# CUDA's are estimates that err towards the padded layout: calls and masks are expensive, positions cheap.
+# CPU: for one thread of a server, fitted by benchmarks/layouts.py to passes of a small Llama. CUDA: estimates that
+# favour the padded layout, with expensive calls and masks and cheap positions.
 SPEEDS = {
     "cpu": Work(linear=8.7e9, causal=3.2e9, masked=6.3e9, mask=2e7, calls=3300),
-    "cuda": Work(linear=1e14, causal=1e14, masked=1e14 / MASKED["cuda"], mask=1e10, calls=3000),
+    "cuda": Work(linear=1e14, causal=1e14, masked=1e14 / MASKED_COST["cuda"], mask=1e10, calls=3000),
 }
 _BLOCK = 128  # side of FlexAttention's blocks, in positions
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes of a model on which the cost of a layout depends.
+    """The sizes of a model that determine the cost of a layout.
 
     Args:
         layers: number of attention layers.
-        width: total size of the heads of one layer.
-        weights: entries of the backbone's matrices without the embedding, which are the multiply-adds per position of a
-            forward pass.
+        width: number of heads times head size.
+        weights: entries of the backbone's matrices without the embedding, which is the number of multiply-adds per
+            position of a forward pass.
     """
 
     layers: int
@@ -89,7 +89,7 @@ def shape_of(lm: PreTrainedModel) -> Shape:
 def work(parts: np.ndarray, layout: str, kind: Kind, shape: Shape, device: str) -> Work:
     """The work of a forward and backward pass of the backbone over these sequences.
 
-    The head is not counted: it computes loss tokens only, which are the same in every layout.
+    The head is not included, because it is applied to loss tokens only, which are the same in every layout.
 
     Args:
         parts: (S, 2) lengths of prompt and completion of each sequence, as in `data.layouts.segments_of`.
@@ -114,7 +114,7 @@ def work(parts: np.ndarray, layout: str, kind: Kind, shape: Shape, device: str) 
         if kind == "per_segment":
             calls = len(segments) + int((other > 0).sum())
         elif kind == "blocks":
-            # blocks on a boundary are computed in full
+            # FlexAttention computes blocks on the boundary of the mask in full
             causal, mask = causal + positions * _BLOCK, (positions / _BLOCK) ** 2
     per_product = shape.layers * shape.width
     return Work(positions * shape.weights, causal * per_product, masked * per_product, mask, calls * shape.layers)
@@ -125,7 +125,8 @@ def seconds(amounts: Work, speeds: Work) -> float:
     return sum(amount / speed for amount, speed in zip(amounts, speeds, strict=True))
 
 
-ONE_ROW: tuple[Kind, ...] = ("per_segment", "blocks", "varlen")  # their cost does not depend on the length of a row
+# Kinds of attention whose cost does not depend on the length of a batch row: all sequences can share a single row.
+ONE_ROW: tuple[Kind, ...] = ("per_segment", "blocks", "varlen")
 
 
 @dataclass(frozen=True)
@@ -133,10 +134,10 @@ class Layouts:
     """Chooses the layout of each micro-batch.
 
     Args:
-        allowed: layouts to choose from, the simplest first; a single one is always used.
-        kind: the policy's kind of attention, or the reference's if only that one needs a mask.
+        allowed: layouts to choose from, the simplest first; if there is only one, it is always used.
+        kind: the policy's kind of attention, or the reference's if only the reference needs a mask.
         device: `cpu` or `cuda`.
-        longest: batches with a longer sequence are padded, because other layouts ignore a sliding window.
+        longest: batches with a longer sequence use the padded layout, because other layouts ignore a sliding window.
     """
 
     allowed: tuple[str, ...]
@@ -162,10 +163,11 @@ class Layouts:
             layout: seconds(work(table, layout, self.kind, self.shape, self.device), speeds) for layout in self.allowed
         }
         best = min(times, key=times.__getitem__)
+        # predictions are approximate, so a small advantage over the padded layout is ignored
         return best if PADDED not in times or times[best] < MARGIN * times[PADDED] else PADDED
 
     def settings(self, layout: str) -> dict[str, Any]:
-        """The arguments of `collate` beside the pairs."""
+        """The arguments of `collate` other than the pairs."""
         return collate_settings(self.kind, layout)
 
 
@@ -181,7 +183,7 @@ def collate_settings(kind: Kind, layout: str) -> dict[str, Any]:
 
 
 def check_settings(config: RunConfig, device: torch.device) -> None:
-    """Raises: ConfigError for an attention that cannot train on this device."""
+    """Raises: ConfigError for an attention implementation that has no backward pass on this device."""
     if config.model.attention == "flex_attention" and device.type == "cpu":
         raise ConfigError(
             "model.attention: found 'flex_attention', which has no backward pass on the CPU; expected sdpa or eager"
@@ -189,7 +191,7 @@ def check_settings(config: RunConfig, device: torch.device) -> None:
 
 
 def check_architecture(config: RunConfig, architecture: PretrainedConfig, key: str = "model.path") -> None:
-    """Raises: ConfigError for a layout that is requested by name and cannot be exact, before weights are loaded."""
+    """Check a layout that is requested by name, before weights are loaded. Raises: ConfigError if it is not exact."""
     layout = config.train.layout
     if layout in ("auto", PADDED):
         return
@@ -208,13 +210,13 @@ def choose_layouts(
     device: torch.device,
     run_inside_forward: Callable[[Callable[[], Any]], Any] = lambda run: run(),
 ) -> tuple[Layouts, str | None]:
-    """The layouts that are exact for policy and reference, and a line about those that are not, if any.
+    """The layouts that are exact for policy and reference, and a log line about those that are not, or None.
 
     Args: run_inside_forward: calls a function where a sharded policy can be called, see `Backend.run_inside_forward`.
     Raises: ConfigError when the requested layout is not exact.
     """
-    asked, kind = config.train.layout, policy.attention
-    wanted = possible_layouts(config.method.needs, kind) if asked == "auto" else (asked,)
+    requested, kind = config.train.layout, policy.attention
+    wanted = possible_layouts(config.method.needs, kind) if requested == "auto" else (requested,)
     both = {"the policy": (adapters.base_of(policy.lm), kind)}
     if policy.reference is not None:
         both["the reference"] = (policy.reference, policy.reference_attention)
@@ -223,24 +225,24 @@ def choose_layouts(
         for who, (lm, how) in both.items():
             if layout == PADDED or layout in inexact:
                 continue
-            if config.lora.dropout and shares_prompts(layout):  # requested by name, it is refused with the settings
+            if config.lora.dropout and shares_prompts(layout):  # if requested by name, the settings reject it
                 reason: str | None = "lora.dropout would drop the same entries of a shared prompt for both completions"
             else:
                 reason = run_inside_forward(partial(_inexact, lm, how, layout, device, config.train.mixed_precision))
             if reason is not None:
                 inexact[layout] = f"{who} ({type(lm).__name__}): {reason}"
-    if asked in inexact:
-        raise ConfigError(f"train.layout: '{asked}' is not exact for {inexact[asked]}; expected auto or padded")
+    if requested in inexact:
+        raise ConfigError(f"train.layout: '{requested}' is not exact for {inexact[requested]}; expected auto or padded")
     windows = [w for lm, _ in both.values() if (w := _window(lm.config)) is not None]
     layouts = Layouts(
         allowed=tuple(layout for layout in wanted if layout not in inexact),
-        # for a reference that needs a dense mask, one row of all tokens would need an all-by-all mask
+        # if the reference needs a dense mask, a single row of all N tokens would need an (N, N) mask
         kind=next((how for _, how in both.values() if how not in ONE_ROW), kind),
         shape=shape_of(adapters.base_of(policy.lm)),
         device=device.type,
         longest=min(windows, default=None),
     )
-    return layouts, _line(inexact, layouts, config.data.max_length)
+    return layouts, _note(inexact, layouts, config.data.max_length)
 
 
 def possible_layouts(needs: Needs, kind: Kind) -> tuple[str, ...]:
@@ -249,7 +251,8 @@ def possible_layouts(needs: Needs, kind: Kind) -> tuple[str, ...]:
     return tuple(layout for layout in LAYOUTS if shared or not shares_prompts(layout))
 
 
-def _line(inexact: dict[str, str], layouts: Layouts, max_length: int) -> str | None:
+def _note(inexact: dict[str, str], layouts: Layouts, max_length: int) -> str | None:
+    """The log line of `choose_layouts`."""
     if inexact:
         reasons = list(inexact.values())
         what = "padded rows only" if layouts.allowed == (PADDED,) else f"not {' or '.join(inexact)}"
@@ -263,7 +266,7 @@ def _line(inexact: dict[str, str], layouts: Layouts, max_length: int) -> str | N
 
 
 def _never_exact(config: PretrainedConfig) -> str | None:
-    """Why no layout but the padded one can be exact for this architecture, by its config; None if one may be."""
+    """Why only the padded layout can be exact for this architecture, from its config; None if others may be exact."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     text: Any = config.get_text_config()
@@ -295,19 +298,24 @@ def _window(config: PretrainedConfig) -> int | None:
 
 
 def _inexact(lm: PreTrainedModel, kind: Kind, layout: str, device: torch.device, mixed: str) -> str | None:
-    """Why this layout is not exact for this model, or None: by its config, then by a trial on a few short pairs."""
+    """Why this layout is not exact for this model, or None if it is.
+
+    First the config is checked, then hidden states of a few short pairs are compared with those of the padded layout.
+    """
     reason = _never_exact(lm.config)
     if reason is not None:
         return reason
-    # flash attention runs in 16 bits only; others are tried in the weights' dtype, where differences show best
+    # flash attention supports 16 bits only; others are compared in the weights' dtype, which has less rounding error
     own = {"no": lm.dtype, "bf16": torch.bfloat16, "fp16": torch.float16}[mixed]
     precision = own if kind == "varlen" else lm.dtype
     tolerance = max(_TOLERANCE[precision], _TOLERANCE[quantized.precision(lm)])
-    plain = probe_states(lm, kind, PADDED, device, precision)  # an error here is not caused by the layout
+    plain = probe_states(
+        lm, kind, PADDED, device, precision
+    )  # outside of `try`: an error here is not due to the layout
     try:
         gap = relative_gap(plain, probe_states(lm, kind, layout, device, precision))
     except Exception as error:
-        return f"its forward does not take the layout ({type(error).__name__}: {' '.join(str(error).split())[:100]})"
+        return f"its forward does not support the layout ({type(error).__name__}: {' '.join(str(error).split())[:100]})"
     return None if gap <= tolerance else f"hidden states differ from those of padded rows by {gap:.1g}"
 
 
@@ -316,7 +324,7 @@ _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.bfloat16: 5e-2, to
 
 
 def relative_gap(plain: torch.Tensor, other: torch.Tensor) -> float:
-    """The largest difference of a hidden state, relative to `plain`; 1 where one is not a number."""
+    """The largest difference of a hidden state, relative to `plain`; 1 if a value is NaN."""
     return float((plain - other).norm(dim=-1).div(plain.norm(dim=-1).clamp(min=1e-12)).nan_to_num(nan=1.0).max())
 
 
@@ -324,12 +332,12 @@ def relative_gap(plain: torch.Tensor, other: torch.Tensor) -> float:
 def probe_states(
     lm: PreTrainedModel, kind: Kind, layout: str, device: torch.device, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Hidden states of the loss tokens of a few short random pairs, in float64."""
-    draw = np.random.default_rng(0)
-    top = vocabulary(lm.config)
+    """Hidden states of the loss tokens of a few short random pairs, (N, H) in float64."""
+    generator = np.random.default_rng(0)
+    vocab = vocabulary_size(lm.config)
 
     def ids(length: int) -> list[int]:
-        return draw.integers(0, top, length).tolist()
+        return generator.integers(0, vocab, length).tolist()
 
     sizes = ((1, 3, 2), (4, 2, 3), (2, 1, 1))
     pairs = [EncodedPair(ids(p), ids(c), ids(r), [True] * c, [True] * r) for p, c, r in sizes]

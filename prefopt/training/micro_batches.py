@@ -1,4 +1,4 @@
-"""Who computes which pairs of a step: as many tokens for every process, rows of like length in one pass."""
+"""Partitions the pairs of a step over ranks and micro-batches: similar tokens per rank, similar lengths per batch."""
 
 from __future__ import annotations
 
@@ -9,29 +9,32 @@ import numpy as np
 
 
 def micro_batches(lengths: np.ndarray, tokens: np.ndarray, size: int, world: int) -> list[list[np.ndarray]]:
-    """The pairs of each pass of each process, by their numbers; every pair is in one of them.
+    """The indices of the pairs in each micro-batch of each rank; every pair is in exactly one of them.
 
-    Sorting happens inside one optimizer step, whose gradient is a sum: it saves padding and changes nothing. Pairs are
-    dealt out from the longest on, each to the process with the fewest tokens so far that has a place left. All have the
-    same number of passes, no more than are needed; one of no pairs is legal.
+    Sorting by length reduces padding. It does not change the gradient, because the pairs of one optimizer step are
+    summed. Pairs are assigned from the longest to the shortest, each to the rank with the fewest tokens so far that has
+    not reached its maximum. All ranks have the same, minimal number of micro-batches; some may be empty.
 
-    Args: lengths: (n,) what rows are sorted by; tokens: (n,) the work of each pair; size: most pairs of a pass;
-        world: processes.
-    Returns: passes of each process, each int64 numbers from the longest row to the shortest.
+    Args:
+        lengths: padded length of each pair. Shape `(n,)`.
+        tokens: input tokens of each pair. Shape `(n,)`.
+        size: maximum number of pairs per micro-batch.
+        world: number of ranks.
+    Returns: for each rank its micro-batches, each int64 indices from the longest pair to the shortest.
     """
     passes = max(1, math.ceil(len(lengths) / (size * world)))
     order = np.argsort(-lengths.astype(np.int64), kind="stable")
-    shares = [order] if world == 1 else _dealt(order, tokens, passes * size, world)
-    return [[mine[len(mine) * i // passes : len(mine) * (i + 1) // passes] for i in range(passes)] for mine in shares]
+    by_rank = [order] if world == 1 else _assign(order, tokens, passes * size, world)
+    return [[mine[len(mine) * i // passes : len(mine) * (i + 1) // passes] for i in range(passes)] for mine in by_rank]
 
 
-def _dealt(order: np.ndarray, tokens: np.ndarray, places: int, world: int) -> list[np.ndarray]:
-    """`order` shared out among processes of so many places each."""
-    least = [(0, rank) for rank in range(world)]
-    shares: list[list[int]] = [[] for _ in range(world)]
+def _assign(order: np.ndarray, tokens: np.ndarray, maximum: int, world: int) -> list[np.ndarray]:
+    """Assign each pair of `order` to the rank with the fewest tokens so far, at most `maximum` pairs per rank."""
+    loads = [(0, rank) for rank in range(world)]  # a heap of (tokens so far, rank)
+    assigned: list[list[int]] = [[] for _ in range(world)]
     for number in order.tolist():
-        done, rank = heapq.heappop(least)
-        shares[rank].append(number)
-        if len(shares[rank]) < places:
-            heapq.heappush(least, (done + int(tokens[number]), rank))
-    return [np.array(share, np.int64) for share in shares]
+        load, rank = heapq.heappop(loads)
+        assigned[rank].append(number)
+        if len(assigned[rank]) < maximum:
+            heapq.heappush(loads, (load + int(tokens[number]), rank))
+    return [np.array(indices, np.int64) for indices in assigned]

@@ -249,7 +249,7 @@ reader. `prefopt infer --model FOLDER` prompts it and prints the response only; 
 With other tools, replace `{{prompt}}` in this text by the prompt; a text without `{{prompt}}` is a system message:
 
 ```
-{ThoughtFormat(**thought).asking()}
+{ThoughtFormat(**thought).filled_template()}
 ```
 
 and show what follows `{response}`. A completion without it, or with nothing behind it, holds no response: sample again.

@@ -96,7 +96,7 @@ def _check_object(file: Path, key: str) -> None:
     if not isinstance(found, dict):
         what = found if found in ("no file", "no JSON") else f"a JSON {type(found).__name__}"
         raise TrainError(f"{key}: '{file}' holds {what}, expected the JSON object of a model's config")
-    sizes.check_counts(found, str(file), key)
+    sizes.check_config_values(found, str(file), key)
 
 
 def load_tokenizer(
@@ -252,7 +252,7 @@ def _load(
         more |= {"pad_token_id": None}
     weight_files.check_files(path, key)
     if getattr(config, "quantization_config", None) is None:
-        weight_files.check_kinds(path, key)
+        weight_files.check_floating_point(path, key)
     more |= {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
     more |= {"dtype": getattr(torch, settings.dtype), "output_loading_info": True, "ignore_mismatched_sizes": True}
     check = functools.partial(weight_files.check_loaded, path=path, key=key, classifier=classifier, new_score=new_score)
@@ -260,18 +260,18 @@ def _load(
         with quiet_transformers():
             with sharding.unsharded_loading() as sharded:
                 # ZeRO-3's loading does not report unexpected weights, and would initialise missing ones first
-                if on_meta or sharded or weight_files.are_too_few(path, sizes.weights_of(config), key):
+                if on_meta or sharded or weight_files.hold_too_few_weights(path, sizes.estimated_weights(config), key):
                     lm, loaded = kind.from_pretrained(path, device_map="meta", **more)
                     check(loaded, lm)
             if on_meta:
                 return lm
-            model, loaded = kind.from_pretrained(path, **quantized.arguments(settings), **more)
+            model, loaded = kind.from_pretrained(path, **quantized.loading_arguments(settings), **more)
     except TrainError:
         raise
     except Exception as error:
         raise load_error(key, path, error) from error
     check(loaded, model)
-    quantized.settle(model)
+    quantized.disable_repacking(model)
     _forget_padding(model)
     experts.follow_autocast(model)
     align_storage(model)

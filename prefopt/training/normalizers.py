@@ -1,4 +1,4 @@
-"""What each term of a loss is divided by, so that the gradient does not depend on how a step is cut into micro-batches.
+"""Normalizers of the terms of a loss: the gradient does not depend on how a step is split into micro-batches.
 
 Every term of a loss has a value and a count per pair: 1, or a number of tokens. Over the pairs b of a whole step, on
 all ranks,
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from prefopt.data.loader import Batches, Shares
-from prefopt.data.pairs import BLOCK, facts
+from prefopt.data.pairs import BLOCK, pair_metadata
 from prefopt.method import Method
 from prefopt.training.batching import Batcher
 from prefopt.training.forward import SUMS, statistics_for
@@ -28,15 +28,15 @@ from prefopt.types import EncodedPair, LossOutput, Needs, PairBatch, PairStats, 
 class Normalizers:
     """The normalizers of a run's steps.
 
-    Where steps are grouped by length, a step's own counts would give a token in a step of short completions more weight
-    than one in a step of long completions. There the normalizer is that of as many pairs of average count; for terms
-    that count pairs the two are the same.
+    If steps are grouped by length, normalizing by a step's own token count would give a token in a step of short
+    completions more weight than one in a step of long completions. In that case the normalizer is the number of pairs
+    times the average count per pair of an epoch. For terms that count pairs the two are equal.
     """
 
     def __init__(self, method: Method, batcher: Batcher, runtime: Runtime, train: Batches) -> None:
         self.method, self.batcher, self.runtime, self.train = method, batcher, runtime, train
         grouped = train.grouped
-        self.per_pair = None if grouped is None else self.averages(grouped)  # of an epoch, where steps are grouped
+        self.per_pair = None if grouped is None else self.averages(grouped)  # average counts, if steps are grouped
 
     def of_step(self, step: int, batches: Sequence[PairBatch]) -> dict[str, float]:
         """The normalizer of each term. Args: batches: this rank's micro-batches of the step."""
@@ -58,7 +58,8 @@ class Normalizers:
     def _counts(self, batches: Iterable[PairBatch]) -> dict[str, float]:
         """The count of each term, summed over batches.
 
-        Counts depend on the batch only, so the loss of placeholder statistics yields them before any forward pass.
+        Counts depend on the batch only, so evaluating the loss on placeholder statistics yields them before any forward
+        pass.
         """
         totals: dict[str, float] = {}
         for batch in batches:
@@ -74,12 +75,12 @@ class Normalizers:
             end = min(begin + BLOCK, len(pairs))
 
             def of(name: str, begin: int = begin, end: int = end) -> torch.Tensor:
-                return torch.from_numpy(facts(pairs, name, begin, end).copy())
+                return torch.from_numpy(pair_metadata(pairs, name, begin, end).copy())
 
             yield replace(
                 empty,
-                chosen_lengths=of("chosen_scored"),
-                rejected_lengths=None if empty.rejected_lengths is None else of("rejected_scored"),
+                chosen_lengths=of("chosen_loss_tokens"),
+                rejected_lengths=None if empty.rejected_lengths is None else of("rejected_loss_tokens"),
                 columns={name: of(f"column.{name}") for name in empty.columns},
                 where=("",) * (end - begin),
             )
@@ -94,12 +95,12 @@ def normalized(output: LossOutput, normalizers: Mapping[str, float]) -> torch.Te
 
 
 def non_finite_pairs(output: LossOutput) -> torch.Tensor:
-    """Which pairs have a term that is NaN or infinite, (B,) bool; not read here, because that waits for the GPU."""
+    """Which pairs have a term that is NaN or infinite, (B,) bool. It stays on the device, to avoid synchronising."""
     return torch.stack([~torch.isfinite(term.value.detach()) for term in output.terms]).any(0)
 
 
 def _placeholder(batch: PairBatch, needs: Needs) -> PairStats:
-    """Statistics of zeros, to ask a loss for its counts."""
+    """Statistics that are all zero, for which a loss is evaluated to read its counts."""
     zeros = torch.zeros(batch.pairs, dtype=torch.float64)
     paired = zeros if batch.rejected_lengths is not None else None
     members: dict[str, Any] = {"chosen_logps": None, "rejected_logps": None}

@@ -1,4 +1,4 @@
-"""Optimizers by name, and whether their state can be kept."""
+"""Creates optimizers by name, and checks that their state can be saved."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from prefopt.errors import ConfigError
 from prefopt.settings import OptimConfig
 from prefopt.training import checkpoint, quantized, sharding
 
-# The short names of config.OPTIMIZERS -> (module, class).
+# Short name, as in `settings.OPTIMIZERS` -> (module, class).
 _CLASSES = {
     "adamw": ("torch.optim", "AdamW"),
     "adamw_8bit": ("bitsandbytes.optim", "AdamW8bit"),
@@ -25,10 +25,10 @@ _CLASSES = {
 
 
 def make_optimizer(settings: OptimConfig, lm: nn.Module, fused: bool = True) -> torch.optim.Optimizer:
-    """The optimizer by name over the trainable weights; vectors (norms, biases) are not decayed.
+    """Create the optimizer of the trainable weights; vectors (norms, biases) have no weight decay.
 
-    Args: fused: whether adamw goes over the weights once, which is faster, unless `settings.args` say how.
-    Raises: ConfigError for a class that does not exist or arguments it does not take.
+    Args: fused: whether adamw uses torch's fused implementation, which is faster, unless `settings.args` choose one.
+    Raises: ConfigError for a class that does not exist, or for arguments that it does not accept.
     """
     kind = _class(settings.name)
     args = dict(settings.args)
@@ -43,31 +43,32 @@ def make_optimizer(settings: OptimConfig, lm: nn.Module, fused: bool = True) -> 
         return kind([g for g in groups if g["params"]], lr=settings.lr, **args)
     except (TypeError, ValueError) as error:
         key, given = ("optim.args", f" with {settings.args}") if settings.args else ("optim.name", "")
-        raise ConfigError(f"{key}: {settings.name} cannot be made{given}: {error}") from error
+        raise ConfigError(f"{key}: {settings.name} cannot be created{given}: {error}") from error
 
 
 def _class(name: str) -> Any:
     known = _CLASSES.get(name)
-    quantized.hush()
+    quantized.silence_log()
     module, member = known or (name.rpartition(".")[0], name.rpartition(".")[2])
     try:
         kind: Any = getattr(importlib.import_module(module), member)
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(f"optim.name: '{name}' cannot be imported: {error}") from error
     if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)):
-        raise ConfigError(f"optim.name: '{name}' is no optimizer, expected a subclass of torch.optim.Optimizer")
+        raise ConfigError(f"optim.name: '{name}' is not an optimizer, expected a subclass of torch.optim.Optimizer")
     return kind
 
 
 def check_optimizer(settings: OptimConfig, device: torch.device) -> None:
-    """Refuse an optimizer that does not exist, cannot take a plain step, or whose state cannot be kept.
+    """Check the optimizer on one small layer, before data and models are loaded.
 
-    Raises: ConfigError, before data and models are loaded.
+    Raises: ConfigError for an optimizer that does not exist, whose `step()` needs arguments or fails, or whose state
+        cannot be saved in a checkpoint.
     """
     if settings.name == "paged_adamw_8bit" and device.type == "cpu":
         raise ConfigError(
-            "optim.name: 'paged_adamw_8bit' pages its state out to the host's memory, where a run on the CPU has it "
-            "anyway; use adamw_8bit"
+            "optim.name: 'paged_adamw_8bit' pages its state to the host's memory, where a CPU run keeps it in any "
+            "case; use adamw_8bit"
         )
     probe = nn.Linear(1, 1).to(device)
     optimizer = make_optimizer(dataclasses.replace(settings, lr=1e-3), probe)
@@ -75,7 +76,7 @@ def check_optimizer(settings: OptimConfig, device: torch.device) -> None:
     try:
         optimizer.step()
     except Exception as error:
-        raise ConfigError(f"optim.name: '{settings.name}' cannot take a plain step: {error}") from error
+        raise ConfigError(f"optim.name: '{settings.name}' fails in a step() without arguments: {error}") from error
     try:
         checkpoint.pack_state(optimizer.state_dict()["state"])
     except TypeError as error:

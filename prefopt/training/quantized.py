@@ -1,6 +1,6 @@
-"""Weights in 4 bits (QLoRA): how they are asked for, and what is different about them once they are there.
+"""4-bit weights (QLoRA): how they are loaded, and the operations that differ for them.
 
-The only file that knows bitsandbytes' layers.
+This is the only module that depends on the layers of bitsandbytes.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from torch import nn
 from prefopt.settings import ModelConfig
 
 
-def hush() -> None:
-    """bitsandbytes' word on kernels that it could fetch from a hub, which are not wanted, is not for users."""
+def silence_log() -> None:
+    """Silence bitsandbytes' warnings about optional kernels that it could download from a hub, which are not used."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
-def arguments(settings: ModelConfig) -> dict[str, Any]:
-    """What `from_pretrained` is to be told; nothing where weights are held as they are.
+def loading_arguments(settings: ModelConfig) -> dict[str, Any]:
+    """Keyword arguments of `from_pretrained` for 4-bit weights; empty without quantisation.
 
-    transformers leaves output heads, and embeddings that are tied to them, as they are.
+    transformers does not quantise output heads, nor embeddings that are tied to them.
     """
     if settings.quantize is None:
         return {}
-    hush()
+    silence_log()
     from transformers import BitsAndBytesConfig
 
     config = BitsAndBytesConfig(
@@ -40,11 +40,11 @@ def arguments(settings: ModelConfig) -> dict[str, Any]:
     return {"quantization_config": config}
 
 
-def settle(model: nn.Module) -> None:
-    """Hold the layers of a loaded model to one way of computing.
+def disable_repacking(model: nn.Module) -> None:
+    """Keep bitsandbytes from repacking the weights of a loaded model.
 
-    On CPUs with bfloat16 products bitsandbytes repacks a layer's weights when it is first evaluated, to compute in
-    bfloat16 from then on, and passes no gradient on any more.
+    On CPUs with bfloat16 instructions it repacks a layer's weights at the first call in eval mode, computes in bfloat16
+    from then on, and no longer propagates gradients.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -52,23 +52,23 @@ def settle(model: nn.Module) -> None:
 
 
 def is_quantized(weight: Any) -> bool:
-    """Whether a weight is held in fewer bits than it is computed with."""
+    """Whether a weight is stored in 4 bits."""
     return getattr(weight, "quant_state", None) is not None
 
 
-def kind(module: nn.Module) -> str | None:
-    """How a module holds a weight of its own: `nf4` or `fp4`; None: as it is, or it has none."""
+def quantization_type(module: nn.Module) -> str | None:
+    """The 4-bit format of a module's own weight, `nf4` or `fp4`; None if it is not quantised or there is none."""
     weight: Any = module._parameters.get("weight")
     return str(weight.quant_state.quant_type) if is_quantized(weight) else None
 
 
 def numel(weight: Any) -> int:
-    """Entries of a weight, which may be held two to a byte."""
+    """Number of entries of a weight; a 4-bit weight stores two of them per byte."""
     return int(weight.quant_state.shape.numel()) if is_quantized(weight) else weight.numel()
 
 
 def is_finite(weight: Any) -> bool:
-    """Whether a weight has neither a NaN nor an infinity; a quantised one shows them in the scales of its blocks."""
+    """Whether a weight has no NaN or infinity; in a quantised one they appear in the scales of its blocks."""
     if not is_quantized(weight):
         return bool(weight.isfinite().all())
     state = weight.quant_state
@@ -77,16 +77,16 @@ def is_finite(weight: Any) -> bool:
 
 
 def precision(lm: Any) -> torch.dtype:
-    """The coarsest type that a model computes in: that of its weights, or of its quantised products."""
+    """The least precise dtype that a model computes in: that of its weights, or of its quantised layers."""
     found = next(p.dtype for p in lm.parameters() if p.is_floating_point())
-    computed = {m.compute_dtype for m in lm.modules() if kind(m) is not None}
+    computed = {m.compute_dtype for m in lm.modules() if quantization_type(m) is not None}
     return max({found, *computed}, key=lambda dtype: torch.finfo(dtype).eps)
 
 
 @contextlib.contextmanager
 def computing_in(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """While it lasts, products with quantised weights are computed in another type."""
-    layers: list[Any] = [module for module in model.modules() if kind(module) is not None]
+    """Context manager in which quantised layers compute in another dtype."""
+    layers: list[Any] = [module for module in model.modules() if quantization_type(module) is not None]
     types = [layer.compute_dtype for layer in layers]
     try:
         for layer in layers:

@@ -1,4 +1,4 @@
-"""The pass that computes a reference's values once, into the cache that `reference_cache` describes."""
+"""Precomputes the reference's values for all pairs and writes them to the cache that `reference_cache` describes."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ from prefopt.types import EncodedPair, PairBatch
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-SAMPLE = 4  # pairs of each cache that are recomputed for verification when it is opened
-_SHARD_BYTES = 64 << 20  # approximate size of the values of one file: what a killed pass has to recompute
-_SHARD_PAIRS = 4096  # at most
+SAMPLE = 4  # number of pairs of a cache that are recomputed for verification when it is opened
+_SHARD_BYTES = 64 << 20  # approximate size of the values in one file; an interrupted pass recomputes at most one
+_SHARD_PAIRS = 4096  # maximum number of pairs in one file
 
 
 @dataclass(frozen=True)
 class Source:
-    """The pairs of one pass. Args: fingerprint: a hash of their content and order."""
+    """Pairs whose values form one cache. Args: fingerprint: a hash of their content and order."""
 
     pairs: Sequence[EncodedPair]
     fingerprint: str
@@ -59,7 +59,7 @@ class Source:
 
 @dataclass(frozen=True)
 class ReferenceModel:
-    """The loaded reference model, which computes what the cache lacks.
+    """The loaded reference model, which computes values that the cache lacks.
 
     Args:
         lm: the model on the run's device, with or without an adapter.
@@ -73,7 +73,7 @@ class ReferenceModel:
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
-        """While it lasts, `lm` computes as the reference."""
+        """Context manager in which `lm` computes as the reference."""
         with adapters.as_reference(self.lm, self.frozen) if self.frozen else contextlib.nullcontext():
             yield
 
@@ -82,7 +82,7 @@ class ReferenceModel:
 
 
 def identity(config: RunConfig, reference: ReferenceModel) -> dict[str, Any]:
-    """Everything that a cached value depends on beside the tokens, by name."""
+    """Everything except the tokens that a cached value depends on, by name."""
     scale, softcap = head_scaling(reference.lm)
     return {
         "format": FORMAT,
@@ -107,10 +107,10 @@ def _stored(config: RunConfig) -> str:
 
 
 def _tokens(source: Source, need_rejected: bool, cache_dir: Path) -> dict[str, Any]:
-    """A hash of the tokens and masks of a source, and their number; remembered under the source's fingerprint."""
+    """A hash of the tokens and masks of a source, and their number; stored under the source's fingerprint."""
     name = storage.text_hash(f"{FORMAT} {source.fingerprint} {need_rejected}")[:32]
     memo = cache_dir / "tokens" / f"{name}.json"
-    with contextlib.suppress(Damaged, Unreadable, KeyError):  # hashing them again costs nothing but time
+    with contextlib.suppress(Damaged, Unreadable, KeyError):  # then the tokens are hashed again
         known = storage.read_sealed(memo) or {}
         return {"sha256": known["content"], "pairs": known["pairs"], "scored": known["scored"]}
     digest, scored = storage.running_hash(), 0
@@ -134,16 +134,16 @@ def obtain(
     cache_dir: Path,
     pad_id: int,
 ) -> ReferenceValues:
-    """The reference's values for all pairs of the sources, from disk or computed by one pass, which can be resumed.
+    """The reference's values for all pairs of the sources, read from disk or computed in one pass that can be resumed.
 
-    If several runs need the same cache, one computes it, partitioned over its ranks, and the others wait. A random
-    sample of a cache that was found is recomputed and compared.
+    If several runs need the same cache, one run computes it, partitioned over its ranks, and the others wait. For a
+    cache that exists already, a random sample is recomputed and compared.
 
     Args:
         reference: computes missing values and the sample.
         cache_dir: parent folder of all caches.
-        pad_id: token id that pads batches.
-    Raises: TrainError for a cache that does not match its manifest or the sample, or a disk without enough space.
+        pad_id: token id for padding.
+    Raises: TrainError for a cache that does not match its manifest or the sample, or if the disk lacks space.
     """
     work = _Pass(config, runtime, reference, pad_id)
     caches = [work.folder(source, cache_dir) for source in sources if len(source.pairs)]
@@ -151,13 +151,13 @@ def obtain(
 
 
 class _Pass:
-    """One run's access to its caches. All ranks call each method together."""
+    """Finds or computes the caches of one run. All ranks must call each method together."""
 
     def __init__(self, config: RunConfig, runtime: Runtime, reference: ReferenceModel, pad_id: int) -> None:
         self.config, self.runtime, self.reference, self.pad_id = config, runtime, reference, pad_id
         self.kind = config.reference.cache
         self.need_rejected = config.method.needs.rows == "pairs" or config.method.needs.mismatched
-        self.in_step = sharding.is_sharded(reference.lm)  # then all ranks must call it equally often
+        self.lockstep = sharding.is_sharded(reference.lm)  # a sharded model needs equally many calls on all ranks
         self.policy = PolicyWithReference(reference.lm, None, config.kernel)
         self.layouts, _ = choose_layouts(config, self.policy, runtime.device)
         self.identity = identity(config, reference)
@@ -166,7 +166,7 @@ class _Pass:
         self.width = int(head.in_features) if self.kind == "hidden" else 1
 
     def folder(self, source: Source, cache_dir: Path) -> CachedReference:
-        """The cache of a source, computed if it is not there yet."""
+        """The cache of a source, which is computed if it does not exist yet."""
         runtime = self.runtime
         tokens = runtime.on_main(lambda: _tokens(source, self.need_rejected, cache_dir))
         full = self.identity | {"tokens": tokens["sha256"]}
@@ -183,7 +183,7 @@ class _Pass:
         return cache
 
     def _compute_or_wait(self, folder: Path, source: Source, full: dict[str, Any], tokens: dict[str, Any]) -> bool:
-        """Compute the cache, or wait for the run that does. Returns: whether another run has computed it."""
+        """Compute the cache, or wait for another run that computes it. Returns: whether another run did."""
         runtime, lock = self.runtime, Lock(folder.with_suffix(".lock"))
         printed = False
 
@@ -209,6 +209,7 @@ class _Pass:
         return False
 
     def _compute(self, folder: Path, source: Source, full: dict[str, Any], tokens: dict[str, Any]) -> None:
+        """Compute the missing shards, partitioned over ranks, and complete the cache."""
         runtime, pairs = self.runtime, source.pairs
         size = self.width * self.dtype.itemsize
         need = tokens["scored"] * size + tokens["pairs"] * 2 * 28
@@ -242,21 +243,21 @@ class _Pass:
         count = sum(min(step, len(pairs) - first) for first in mine)
         with tqdm(total=count, unit="pair", desc="reference", disable=not runtime.is_main) as bar:
             for turn, first in enumerate(missing[:: runtime.world]):
-                # in each turn rank 0 has at least as many pairs as any other rank
+                # only the last shard may be shorter, so in each turn rank 0 has at least as many pairs as other ranks
                 passes = self._passes(len(pairs[first : first + step]))
                 if turn < len(mine):
                     self._shard(folder / names[mine[turn]], pairs[mine[turn] : mine[turn] + step], passes, bar)
-                elif self.in_step:
-                    self._values(pairs[:1], passes)
+                elif self.lockstep:
+                    self._values(pairs[:1], passes)  # this rank has no shard left but must join the forward passes
         runtime.wait()
         runtime.on_main(lambda: complete(folder, list(names.values()), full, tokens))
 
     def _passes(self, pairs: int) -> int:
-        """The number of forward passes for so many pairs."""
+        """The number of forward passes for this number of pairs."""
         return -(-pairs // self.config.eval.batch)
 
     def _shard(self, path: Path, pairs: Sequence[EncodedPair], passes: int, bar: Any) -> None:
-        """Compute the values of some pairs and write them in the order of the pairs, chosen before rejected."""
+        """Compute the values of one shard and write them in the order of the pairs, chosen before rejected."""
         from safetensors.torch import save_file
 
         keys: list[bytes] = []
@@ -273,7 +274,7 @@ class _Pass:
         write_by(path, lambda scratch: save_file(tensors, scratch))
 
     def _is_usable(self, path: Path) -> bool:
-        """Whether a shard of an earlier pass can be used; a damaged one is named and recomputed."""
+        """Whether a shard of an earlier pass can be used; for a damaged one, which is recomputed, a line is printed."""
         if not storage.is_there(path):
             return False
         try:
@@ -287,15 +288,15 @@ class _Pass:
                         raise ValueError("its values do not match their checksum")
         except Unreadable:
             raise
-        except Exception as error:  # whatever a damaged file raises
+        except Exception as error:  # a damaged file may raise anything
             print_rank_0(f"{path}: damaged, it is recomputed: {str(error).splitlines()[0]}")
             return False
         return True
 
     def _values(self, pairs: Sequence[EncodedPair], passes: int = 0, bar: Any = None) -> list[list[torch.Tensor]]:
-        """Per pair the values of its completions, each `(loss tokens,)` or `(loss tokens, H)`, in the cache's dtype.
+        """For each pair the values of its completions, `(loss tokens,)` or `(loss tokens, H)`, in the cache's dtype.
 
-        Args: passes: number of forward passes of the other ranks, which this one must match if weights are sharded.
+        Args: passes: number of forward passes of other ranks, which this rank must match if weights are sharded.
         """
         out: list[list[torch.Tensor]] = [[] for _ in pairs]
         order = sorted(range(len(pairs)), key=lambda i: padded_length(pairs[i]), reverse=True)
@@ -307,18 +308,20 @@ class _Pass:
                 layout = self.layouts.of(chunk, self.need_rejected)
                 settings = self.layouts.settings(layout)
                 batch = collate(chunk, pad_id=self.pad_id, need_rejected=self.need_rejected, **settings)
-                found = self._of_tokens(to_device(batch, device))
+                found = self._token_values(to_device(batch, device))
                 rejected = () if batch.rejected_lengths is None else batch.rejected_lengths.tolist()
                 sides = found.split([*batch.chosen_lengths.tolist(), *rejected])
+                # sequences 0..B-1 are chosen, B..2B-1 rejected; `numbers` maps batch order to the order of `pairs`
                 for place, side in enumerate(sides):
                     out[numbers[place % len(numbers)]].append(side)
                 if bar is not None:
                     bar.update(len(numbers))
-            for _ in range(passes - self._passes(len(pairs)) if self.in_step else 0):
-                self._of_tokens(to_device(batch, device))
+            for _ in range(passes - self._passes(len(pairs)) if self.lockstep else 0):
+                self._token_values(to_device(batch, device))
         return out
 
-    def _of_tokens(self, batch: PairBatch) -> torch.Tensor:
+    def _token_values(self, batch: PairBatch) -> torch.Tensor:
+        """Log-probabilities (N,) or hidden states (N, H) of the N loss tokens of a batch."""
         if self.kind == "hidden":
             found = loss_token_states(self.reference.lm, self.policy.attention, batch)
         else:
@@ -330,12 +333,13 @@ class _Pass:
         count = min(SAMPLE, len(source.pairs))
         numbers = self.runtime.from_main(sorted(SystemRandom().sample(range(len(source.pairs)), count)))
         pairs = [source.pairs[i] for i in numbers]
-        values = self._values(pairs) if self.in_step or self.runtime.is_main else []
+        values = self._values(pairs) if self.lockstep or self.runtime.is_main else []
         self.runtime.on_main(lambda: self._compare(cache, pairs, values))
 
     def _compare(
         self, cache: CachedReference, pairs: Sequence[EncodedPair], values: Sequence[Sequence[torch.Tensor]]
     ) -> None:
+        """Raises: TrainError when a cached value is missing or differs from the recomputed one."""
         tol = tolerance(self.reference.lm, self.config.train.mixed_precision)
         for pair, sides in zip(pairs, values, strict=True):
             for (key, _), expected in zip(sequences_of(pair, self.need_rejected), sides, strict=True):
@@ -344,13 +348,13 @@ class _Pass:
                     raise cache.error(f"has no values for {pair.where or 'a pair'}")
                 if self.kind == "hidden":
                     loose = 5e-2 if torch.bfloat16 in (self.dtype, self.reference.lm.dtype) else tol
-                    gap, reach = relative_gap(expected.double(), found.double()), loose
+                    gap, limit = relative_gap(expected.double(), found.double()), loose
                 else:
                     gap = float((found - expected).abs().div(expected.abs().clamp(min=1.0)).max())
-                    reach = tol
-                if not gap <= reach:
+                    limit = tol
+                if not gap <= limit:
                     raise cache.error(
-                        f"has other values for {pair.where or 'a pair'} than the reference (difference {gap:.2g})"
+                        f"differs from the reference in the values of {pair.where or 'a pair'} (by {gap:.2g})"
                     )
 
 
@@ -358,6 +362,3 @@ def _human_size(count: float) -> str:
     units = ("B", "kB", "MB", "GB", "TB")
     power = min(len(units) - 1, max(0, (len(str(int(count))) - 1) // 3))
     return f"{count / 1000**power:.3g} {units[power]}"
-
-
-# Using it ---------------------------------------------------------------------------------------------------------

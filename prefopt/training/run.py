@@ -77,7 +77,9 @@ class TrainingRun:
         self.backend = make_backend(runtime, config)
         self.model, self.optimizer = self.backend.prepare(self.policy, optimizer)
         if config.model.offload_activations:
-            self.policy.saving = offload.Offloading(self.policy.lm, pin_memory=runtime.device.type == "cuda")
+            self.policy.saved_tensors_context = offload.Offloading(
+                self.policy.lm, pin_memory=runtime.device.type == "cuda"
+            )
         layouts, note = choose_layouts(config, self.policy, runtime.device, self.backend.run_inside_forward)
         if note is not None:
             print_rank_0(note)

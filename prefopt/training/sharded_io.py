@@ -90,7 +90,7 @@ def load_frozen(backend: Backend, folder: Path, stem: str, weights: Mapping[str,
     from safetensors import safe_open
 
     files = sorted(folder.glob(f"{stem}*.safetensors"))
-    held = {name for path in files for name in weight_files.names_in(path, str(folder))}
+    held = {name for path in files for name in weight_files.weight_names(path, str(folder))}
     wrong = min(held ^ weights.keys(), default=None)
     if wrong is not None:
         what = "lacks" if wrong in weights else "holds an unknown"

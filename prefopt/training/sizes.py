@@ -1,4 +1,4 @@
-"""Whether the numbers in a model's config are those of a model, before anything is made of them."""
+"""Checks that the sizes in a model's config are plausible, before anything is allocated from them."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 
 from prefopt.errors import TrainError
 
-# Settings that count something -> (least, most that is believed). Models of today have a tenth of the most.
-_COUNTS = (
+# (pattern of a setting's name, minimum, maximum). The maxima are about ten times those of current models.
+_SIZE_LIMITS = (
     (r"num_hidden_layers|num_layers|n_layers?|num_(de|en)coder_layers|(de|en)coder_layers", 1, 2_000),
     (r"num_local_experts|num_experts|n_routed_experts|moe_num_experts", 0, 10_000),
     (r"num_attention_heads|num_key_value_heads|n_heads?|num_heads", 1, 10_000),
@@ -20,42 +20,43 @@ _COUNTS = (
     (r"vocab_size", 1, 100_000_000),
     (r"max_position_embeddings|n_positions|n_ctx|max_seq_len", 1, 10**10),
 )
-_MOST = 1e14  # weights
+_MAX_WEIGHTS = 1e14
 
 
-def check_counts(config: Mapping[str, Any], file: str, key: str) -> None:
-    """Whether what a config counts can be counted: some families make lists of such lengths as they read it.
+def check_config_values(config: Mapping[str, Any], file: str, key: str) -> None:
+    """Check the sizes in a config file before transformers reads it: some families allocate lists of these lengths.
 
-    Args: config: as the file has it.
+    Args: config: the content of the file.
     Raises: TrainError naming `key` and the setting.
     """
     for name, value in config.items():
         if isinstance(value, dict):
-            check_counts(value, file, key)
-        known = next((limits for pattern, *limits in _COUNTS if re.fullmatch(pattern, name)), None)
+            check_config_values(value, file, key)
+        known = next((limits for pattern, *limits in _SIZE_LIMITS if re.fullmatch(pattern, name)), None)
         if known is None or value is None or isinstance(value, (list, dict)):
             continue
-        least, most = known
-        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-            raise TrainError(f"{key}: '{file}' has {name} {value!r}, expected a number from {least} to {most:,}")
+        minimum, maximum = known
+        if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= maximum:
+            raise TrainError(f"{key}: '{file}' has {name} {value!r}, expected a number from {minimum} to {maximum:,}")
 
 
 def check_sizes(config: Any, path: str, key: str) -> None:
-    """Raises: TrainError for the config of a model that nobody could hold, or whose attention sees nothing."""
+    """Raises: TrainError for a config of more than 1e14 weights, or with a negative attention window."""
     window = getattr(config.get_text_config(), "sliding_window", None)
-    if isinstance(window, int) and window < 0:  # no token would see another, and nothing else would tell
+    if isinstance(window, int) and window < 0:  # every position would be masked, without any error
         raise TrainError(
             f"{key}: the config of '{path}' has sliding_window {window}, expected a number above 0, or null"
         )
-    found = weights_of(config)
-    if found > _MOST:
+    found = estimated_weights(config)
+    if found > _MAX_WEIGHTS:
         raise TrainError(
-            f"{key}: the config of '{path}' is that of {found:.1e} weights, expected a model of at most {_MOST:.0e}"
+            f"{key}: the config of '{path}' describes a model of {found:.1e} weights, expected at most "
+            f"{_MAX_WEIGHTS:.0e}"
         )
 
 
-def weights_of(config: Any) -> float:
-    """How many weights a model of this config has, roughly: what its sizes say of matrices."""
+def estimated_weights(config: Any) -> float:
+    """A rough number of weights of a model with this config: attention and MLP matrices, embedding and head."""
     text = config.get_text_config()
 
     def size(*names: str, default: float = 0) -> float:

@@ -1,6 +1,6 @@
-"""Whether the files of a model hold the weights that it needs: each under its name, in its shape, and no others.
+"""Checks that the files of a model hold exactly the weights that it needs, each with the expected name and shape.
 
-transformers draws what is missing at random and drops what it does not know; what is found here is refused instead.
+transformers initialises missing weights at random and ignores unknown ones; here both are errors.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from prefopt import storage
 from prefopt.errors import TrainError, did_you_mean
 
 _PEFT = "base_model.model."
-# What wrappers put into the names of weights: whose it is, and what to save instead.
+# Prefix that a wrapper adds to the names of weights -> (the wrapper, what to save instead).
 _WRAPPERS = {
     "_orig_mod.": ("torch.compile", "model._orig_mod"),
     "_fsdp_wrapped_module.": ("FSDP", "its full state dict"),
@@ -26,37 +26,37 @@ _WRAPPERS = {
     _PEFT: ("peft", "model.merge_and_unload()"),
 }
 _DDP = ("DDP", "model.module")
-# Tables that models of today compute by themselves and that older checkpoints have, and the heads of other losses.
-_COMPUTED = re.compile(
+# Tables that current models compute themselves but older checkpoints contain, and the heads of other losses.
+_COMPUTED_TABLES = re.compile(
     r"(^|\.)(rotary_emb\.(inv_freq|cos_cached|sin_cached)|(attn|attention)\.(masked_)?bias|position_ids)$"
 )
 _VALUE_HEAD = re.compile(r"^v_head\.")
 _LM_HEAD = re.compile(r"^(lm_head|embed_out|output_projection|cls\.predictions)\.")
 _SCORE = "score."
-_WHOLE = ("BOOL", "I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64")  # whole numbers, as safetensors names them
+_INTEGER_DTYPES = ("BOOL", "I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64")  # safetensors' names
 
 
 # The files, from their headers alone --------------------------------------------------------------------------------
 
 
 def check_files(path: str, key: str) -> None:
-    """Whether the files of weights in a folder can be read, and are those that its index names.
+    """Check that the weight files in a folder can be read and match its index.
 
-    Nothing for a model on the hub, or a folder without such files, which whoever loads it refuses.
+    Models on the hub, and folders without weight files, are not checked here: loading them raises an error.
 
     Raises: TrainError naming `key`.
     """
     folder = Path(path)
     for file in sorted(folder.glob("*.*")) if folder.is_dir() else []:
-        if file.exists():  # a pipe among them would be waited for
+        if file.exists():  # opening a named pipe would block
             _check_regular(file, key)
     adapter = folder / "adapter_model.safetensors"
     if os.path.lexists(adapter):
-        _check_names((name.removeprefix(_PEFT) for name in names_in(adapter, key)), path, key)
+        _check_names((name.removeprefix(_PEFT) for name in weight_names(adapter, key)), path, key)
     for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
         file, index = folder / f"{stem}.{suffix}", folder / f"{stem}.{suffix}.index.json"
         if os.path.lexists(file):
-            names = names_in(file, key)
+            names = weight_names(file, key)
             _check_names(names, path, key)
             _check_experts(names, path, key)
             return
@@ -66,7 +66,7 @@ def check_files(path: str, key: str) -> None:
 
 
 def _weight_map(index: Path, key: str) -> Mapping[str, str]:
-    """The file of each weight. Raises: TrainError for an index of another form, or one that leaves its folder."""
+    """The file of each weight. Raises: TrainError for an invalid index, or a path that leaves the folder."""
     wanted = "expected a JSON object with metadata, and a weight_map that names the file of each weight"
     try:
         found = json.loads(index.read_text(encoding="utf-8"))
@@ -77,22 +77,23 @@ def _weight_map(index: Path, key: str) -> Mapping[str, str]:
     mapped = found.get("weight_map") if isinstance(found, dict) else None
     if not isinstance(mapped, dict) or not mapped or not all(isinstance(name, str) for name in mapped.values()):
         raise TrainError(f"{key}: '{index}' has no weight_map, {wanted}")
-    if not isinstance(found.get("metadata"), dict):  # transformers cannot do without
+    if not isinstance(found.get("metadata"), dict):  # transformers reads it without a check
         raise TrainError(f"{key}: '{index}' has no metadata, {wanted}")
     for name in mapped.values():
         parts = PurePosixPath(name)
         if parts.is_absolute() or ".." in parts.parts or not parts.name or "\0" in name:
-            raise TrainError(f"{key}: '{index}' names {name!r}, expected files of the model's own folder")
+            raise TrainError(f"{key}: '{index}' names {name!r}, expected file names in the model's folder")
     return mapped
 
 
 def _check_shards(mapped: Mapping[str, str], folder: Path, index: str, key: str) -> None:
+    """Raises: TrainError when a shard is missing, holds a weight of another shard, or lacks one of the index."""
     _check_names(mapped, str(folder), key)
     held: dict[str, str] = {}
     for name in sorted(set(mapped.values())):
         if not (folder / name).is_file():
             raise TrainError(f"{key}: '{folder}' lacks {name}, which its {index} names (copy the whole model again)")
-        inside = names_in(folder / name, key)
+        inside = weight_names(folder / name, key)
         twice = next((weight for weight in inside if weight in held), None)
         if twice is not None:
             raise TrainError(f"{key}: '{folder}' holds {twice} in {held[twice]} and in {name}, expected one of them")
@@ -103,10 +104,10 @@ def _check_shards(mapped: Mapping[str, str], folder: Path, index: str, key: str)
         raise TrainError(f"{key}: '{folder}': its {index} names {lost} in {mapped[lost]}, which does not hold it")
 
 
-def names_in(file: Path, key: str) -> list[str]:
-    """Names of the weights in a file of safetensors; none of a file of another kind. Raises: as `shapes_in`."""
+def weight_names(file: Path, key: str) -> list[str]:
+    """Names of the weights in a safetensors file; empty for another format. Raises: as `weight_shapes`."""
     _check_regular(file, key)
-    return [*shapes_in(file, key)] if file.suffix == ".safetensors" else []
+    return [*weight_shapes(file, key)] if file.suffix == ".safetensors" else []
 
 
 def _check_regular(file: Path, key: str) -> None:
@@ -116,10 +117,10 @@ def _check_regular(file: Path, key: str) -> None:
         raise TrainError(f"{key}: '{file}' cannot be read: {error.strerror or error}") from None
 
 
-def check_kinds(path: str, key: str) -> None:
-    """Whether the weights in a folder are fractions: whole ones are a quantised model's, whose scales are elsewhere.
+def check_floating_point(path: str, key: str) -> None:
+    """Check that weights are floating-point numbers; integers are from a quantised model, whose scales are not read.
 
-    Raises: TrainError naming `key` and the first such weight.
+    Raises: TrainError naming `key` and the first integer weight.
     """
     from safetensors import safe_open
 
@@ -127,22 +128,22 @@ def check_kinds(path: str, key: str) -> None:
         with safe_open(file, framework="pt") as header:
             for name in header.keys():  # noqa: SIM118
                 kind = header.get_slice(name).get_dtype()
-                if name.endswith("weight") and kind in _WHOLE:
+                if name.endswith("weight") and kind in _INTEGER_DTYPES:
                     raise TrainError(
-                        f"{key}: '{file}' holds {name} as whole numbers ({kind}), expected floating-point weights "
-                        "(name the model that this one was quantised from)"
+                        f"{key}: '{file}' holds {name} as integers ({kind}), expected floating-point weights "
+                        "(use the model from which this one was quantised)"
                     )
 
 
-def shapes_in(file: Path, key: str) -> dict[str, tuple[int, ...]]:
+def weight_shapes(file: Path, key: str) -> dict[str, tuple[int, ...]]:
     """The shape of each weight in a safetensors file, from its header.
 
-    Raises: TrainError for a file that is damaged, cut short or not to be read.
+    Raises: TrainError for a file that is damaged, truncated or unreadable.
     """
     from safetensors import SafetensorError, safe_open
 
     try:
-        with file.open("rb") as opened:  # safetensors has one error for all that it cannot open
+        with file.open("rb") as opened:  # safetensors raises the same error for every cause
             opened.read(1)
         with safe_open(file, framework="pt") as header:
             return {name: tuple(header.get_slice(name).get_shape()) for name in header.keys()}  # noqa: SIM118
@@ -150,25 +151,25 @@ def shapes_in(file: Path, key: str) -> dict[str, tuple[int, ...]]:
         raise TrainError(f"{key}: '{file}' cannot be read: {error.strerror or error}") from None
     except (SafetensorError, ValueError) as error:
         reason = " ".join(str(error).split())
-        raise TrainError(f"{key}: '{file}' is damaged or cut short ({reason}); copy it again") from None
+        raise TrainError(f"{key}: '{file}' is damaged or truncated ({reason}); copy it again") from None
 
 
-def are_too_few(path: str, expected: float, key: str) -> bool:
-    """Whether the safetensors files in a folder hold far fewer weights than a model should have."""
+def hold_too_few_weights(path: str, expected: float, key: str) -> bool:
+    """Whether the safetensors files in a folder hold less than a quarter of the expected number of weights."""
     files = sorted(Path(path).glob("model*.safetensors"))
-    found = sum(math.prod(shape) for file in files for shape in shapes_in(file, key).values())
+    found = sum(math.prod(shape) for file in files for shape in weight_shapes(file, key).values())
     return bool(files) and found < expected / 4
 
 
 def _check_names(names: Iterable[str], path: str, key: str) -> None:
-    """Raises: TrainError for names that a wrapper has made."""
-    wrapped = wrapper_of(names)
+    """Raises: TrainError for names with a wrapper's prefix."""
+    wrapped = wrapper_problem(names)
     if wrapped is not None:
         raise TrainError(f"{key}: '{path}' holds {wrapped}")
 
 
 def _check_experts(names: Iterable[str], path: str, key: str) -> None:
-    """Raises: TrainError for an expert that lacks what its neighbours have: one weight is made of all of them."""
+    """Raises: TrainError for an expert that lacks a weight of its layer's other experts; loading stacks them."""
     layers: dict[str, dict[str, set[str]]] = {}
     for name in names:
         found = re.match(r"(.*\.experts)\.(\d+)\.(.+)", name)
@@ -182,71 +183,72 @@ def _check_experts(names: Iterable[str], path: str, key: str) -> None:
                 raise TrainError(f"{key}: '{path}' has no weights for {lost}; expected a complete checkpoint")
 
 
-def wrapper_of(names: Iterable[str]) -> str | None:
-    """What is wrong with names that a wrapper has made, and the fix; None where no wrapper has."""
+def wrapper_problem(names: Iterable[str]) -> str | None:
+    """An error text for the first name with a wrapper's prefix, with the fix; None if no name has one."""
     for name in names:
         inside = [prefix for prefix in _WRAPPERS if name.startswith(prefix) or f".{prefix}" in name]
         inside += ["module."] if name.startswith("module.") else []
         if inside:
             wrapper, instead = _WRAPPERS.get(inside[0], _DDP)
             return (
-                f"{name}: '{inside[0]}' is what {wrapper} puts before a name; save {instead} instead, or take "
-                f"'{inside[0]}' out of the names in the file"
+                f"{name}: '{inside[0]}' is a prefix that {wrapper} adds to names; save {instead} instead, or remove "
+                f"'{inside[0]}' from the names in the file"
             )
     return None
 
 
-# What a model was given of them ---------------------------------------------------------------------------------------
+# The weights that a model has loaded ----------------------------------------------------------------------------------
 
 
 def check_loaded(
     loaded: Mapping[str, Any], model: Any, path: str, key: str, *, classifier: bool = False, new_score: bool = False
 ) -> None:
-    """Whether a model has got all that it needs from its files, and they held nothing that it does not know.
+    """Check that a model has loaded all of its weights, and that its files held no unknown ones.
 
-    Known exceptions: tied weights and what the model's family declares, which transformers has taken out already; a
-    new score of a classifier that is made from a language model, and that one's head; a value head beside a language
-    model; layers that predict further tokens, and tables that are computed.
+    Exceptions: tied weights and those that the model's class declares, which transformers has removed from the lists
+    already; the new score head of a classifier that is created from a language model, and the language model's head; a
+    value head beside a language model; layers of multi-token prediction; and tables that are computed.
 
     Args:
         loaded: transformers' loading info. model: as it was loaded, or on the meta device.
-        classifier: whether `model` is one. new_score: whether its score may be missing.
-    Raises: TrainError naming `key` and the first such weight.
+        classifier: whether `model` is a classifier. new_score: whether its score head may be missing.
+    Raises: TrainError naming `key` and the first missing, mismatched or unexpected weight.
     """
     missing = [name for name in loaded["missing_keys"] if not (new_score and name.startswith(_SCORE))]
-    unexpected = [name for name in loaded["unexpected_keys"] if not _is_harmless(name, model, classifier)]
+    unexpected = [name for name in loaded["unexpected_keys"] if not _may_be_ignored(name, model, classifier)]
     _check_names(sorted(unexpected), path, key)
     if loaded["mismatched_keys"]:
         name, found, wanted = min(loaded["mismatched_keys"])
         raise TrainError(
-            f"{key}: '{path}' holds {name} of shape {_shape(found)}, and its config.json asks for {_shape(wanted)}"
-            f"{_others(loaded['mismatched_keys'])}; expected weights and config of one model"
+            f"{key}: '{path}' holds {name} of shape {_shape(found)}, but its config.json requires {_shape(wanted)}"
+            f"{_and_more(loaded['mismatched_keys'])}; expected weights and config of the same model"
         )
     if missing:
         score_alone = classifier and all(name.startswith(_SCORE) for name in missing)
         kind = "a trained classifier" if score_alone else f"a complete checkpoint of {type(model).__name__}"
         raise TrainError(
-            f"{key}: '{path}' has no weights for {min(missing)}{_others(missing)}, which would be drawn at random; "
-            f"expected {kind}"
+            f"{key}: '{path}' has no weights for {min(missing)}{_and_more(missing)}, which would be initialised at "
+            f"random; expected {kind}"
         )
     if unexpected:
         raise TrainError(
-            f"{key}: '{path}' holds {min(unexpected)}{_others(unexpected)}, which {type(model).__name__} does not "
-            "know; expected weights and config of one model"
+            f"{key}: '{path}' holds {min(unexpected)}{_and_more(unexpected)}, which {type(model).__name__} does not "
+            "have; expected weights and config of the same model"
         )
 
 
-def _is_harmless(name: str, model: Any, classifier: bool) -> bool:
-    if _COMPUTED.search(name) or (_LM_HEAD if classifier else _VALUE_HEAD).search(name):
+def _may_be_ignored(name: str, model: Any, classifier: bool) -> bool:
+    """Whether an unexpected weight is one of the exceptions of `check_loaded`."""
+    if _COMPUTED_TABLES.search(name) or (_LM_HEAD if classifier else _VALUE_HEAD).search(name):
         return True
     text = model.config.get_text_config()
-    further = getattr(text, "num_nextn_predict_layers", None) or 0
+    further = getattr(text, "num_nextn_predict_layers", None) or 0  # layers of multi-token prediction (DeepSeek-V3)
     layer = re.search(r"(?:^|\.)layers\.(\d+)\.", name)
     first = getattr(text, "num_hidden_layers", None)
     return bool(further and layer and first is not None and first <= int(layer[1]) < first + further)
 
 
-def _others(names: Sequence[Any] | set[Any]) -> str:
+def _and_more(names: Sequence[Any] | set[Any]) -> str:
     return f" and {len(names) - 1} more" if len(names) > 1 else ""
 
 
@@ -255,11 +257,11 @@ def _shape(shape: Sequence[int]) -> str:
 
 
 def check_path(key: str, path: str) -> None:
-    """Refuse, without any import, a model path that can be neither a folder nor a hub id.
+    """Check, without importing transformers, that a model path is a folder or may be a hub id.
 
     Raises: TrainError naming `key`.
     """
-    folder = Path(path)  # `~` is the shell's to expand
+    folder = Path(path)  # `~` is expanded by the shell
     looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
     if folder.is_dir() or not (looks_local or folder.exists()):
         return

@@ -8,7 +8,7 @@ import torch
 
 from prefopt.data import loader
 from prefopt.data.loader import FileBatches, padded_length
-from prefopt.data.pairs import fed_tokens
+from prefopt.data.pairs import input_tokens
 from prefopt.errors import DataError
 from prefopt.types import EncodedPair
 
@@ -100,7 +100,7 @@ def budgeted(budget=400, n=45, seed=3, grouped=False):
 
 
 def tokens_of(found, step):
-    return int(fed_tokens(found.global_batch(step)).sum())
+    return int(input_tokens(found.global_batch(step)).sum())
 
 
 @each_order
@@ -116,7 +116,7 @@ def test_epoch_when_steps_have_a_budget_then_each_pair_is_in_one_step_and_none_e
 
 def test_step_when_it_has_a_budget_then_takes_pairs_until_the_next_one_has_no_room():
     found = budgeted()
-    order, tokens = found.order(1), fed_tokens(found.pairs)
+    order, tokens = found.order(1), input_tokens(found.pairs)
     assert list(chain(*order)) == list(chain(*batches(grouped=False).order(1))), "the order is the shuffling's"
     for batch, following in pairwise(order):
         assert tokens[batch].sum() + tokens[following[0]] > 400
@@ -168,7 +168,7 @@ def test_batches_with_a_budget_when_grouped_then_are_of_like_length():
 
 def test_budget_when_a_pair_alone_exceeds_it_then_the_longest_is_named():
     rows = pairs(45)
-    tokens = fed_tokens(rows)
+    tokens = input_tokens(rows)
     longest = int(tokens.argmax())
     with pytest.raises(DataError) as error:
         FileBatches(rows, 4, 0, "rows", tokens_per_batch=int(tokens.max()) - 1)

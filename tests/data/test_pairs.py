@@ -8,14 +8,14 @@ import pytest
 from prefopt.data import encode, pairs
 from prefopt.data.encode import encode_file
 from prefopt.data.loader import padded_length
-from prefopt.data.pairs import Concatenated, ConvertedPairs, Subset, facts, fed_tokens, padded_lengths
+from prefopt.data.pairs import Concatenated, ConvertedPairs, Subset, input_tokens, padded_lengths, pair_metadata
 from prefopt.types import Column
 from tests.data.conftest import PAIR
 
 USER, ANSWER, OTHER = (
     {"role": role, "content": text} for role, text in (("user", "Hi"), ("assistant", "a b"), ("assistant", "b"))
 )
-NAMES = ("prompt", "chosen", "rejected", "chosen_scored", "rejected_scored", "prompt_key", "column.win")
+NAMES = ("prompt", "chosen", "rejected", "chosen_loss_tokens", "rejected_loss_tokens", "prompt_key", "column.win")
 
 
 @pytest.fixture
@@ -41,31 +41,31 @@ def view(request, mapped):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_facts_of_a_view_are_those_of_its_rows(view, name):
+def test_metadata_of_a_view_are_those_of_its_rows(view, name):
     rows = list(view)
     assert len(rows) == len(view)
     for begin, end in ((0, len(rows)), (1, 4), (3, len(rows)), (2, 2)):
-        found = facts(view, name, begin, end)
-        assert found.tolist() == facts(rows, name, begin, end).tolist(), (begin, end)
-    assert facts(view, name, 0, len(rows)).dtype == facts(rows, name, 0, len(rows)).dtype
+        found = pair_metadata(view, name, begin, end)
+        assert found.tolist() == pair_metadata(rows, name, begin, end).tolist(), (begin, end)
+    assert pair_metadata(view, name, 0, len(rows)).dtype == pair_metadata(rows, name, 0, len(rows)).dtype
 
 
 def test_scored_tokens_when_a_dialogue_has_turns_of_others_then_are_fewer_than_its_tokens(mapped):
-    tokens, scored = (facts(mapped, name, 0, len(mapped)) for name in ("chosen", "chosen_scored"))
+    tokens, scored = (pair_metadata(mapped, name, 0, len(mapped)) for name in ("chosen", "chosen_loss_tokens"))
     assert (scored <= tokens).all()
     assert (scored < tokens).sum() == 3
 
 
 def test_lengths_of_a_view_are_those_of_its_rows(view):
     assert padded_lengths(view).tolist() == [padded_length(pair) for pair in view]
-    assert fed_tokens(view).tolist() == [
+    assert input_tokens(view).tolist() == [
         2 * len(pair.prompt_ids) + len(pair.chosen_ids) + len(pair.rejected_ids) for pair in view
     ]
 
 
 def test_fed_tokens_when_there_is_no_rejected_side_then_the_prompt_counts_once(write, tokenizer):
     found = encode_file(write(PAIR), tokenizer, max_length=24, need_rejected=False, cache_dir="cache").pairs
-    assert fed_tokens(found).tolist() == [len(found[0].prompt_ids) + len(found[0].chosen_ids)]
+    assert input_tokens(found).tolist() == [len(found[0].prompt_ids) + len(found[0].chosen_ids)]
 
 
 def test_view_when_indexed_then_is_a_sequence_like_a_list(view):

@@ -1,7 +1,7 @@
 import pytest
 
 from prefopt.data.encoder import Encoder
-from prefopt.data.structure import Structure, check_row_structure, terminators
+from prefopt.data.structure import Structure, check_row_structure, completion_end_tokens
 from prefopt.errors import DataError
 from prefopt.types import EncodedPair, PairRow
 from tests.helpers import CHATML, FAMILIES, byte_bpe_tokenizer, family_tokenizer
@@ -63,7 +63,7 @@ def test_a_chat_row_of_any_family_is_what_generation_reads_and_its_answer_with_t
     assert decoded(tokenizer, pair.prompt_ids) == once
     assert pair.prompt_ids == encoder.prompt([USER])
     assert scored(tokenizer, pair) == ANSWERS[family].format("An apple") + ENDS[family]
-    assert terminators(tokenizer) == {
+    assert completion_end_tokens(tokenizer) == {
         tokenizer.eos_token_id,
         tokenizer.convert_tokens_to_ids(ENDS[family]),
     }

@@ -8,7 +8,7 @@ import pytest
 from prefopt.data.encode import encode_file
 from prefopt.data.loader import FileBatches
 from prefopt.data.mixture import Mixture
-from prefopt.data.pairs import fed_tokens
+from prefopt.data.pairs import input_tokens
 from prefopt.methods.sft import SFT
 from tests.dist.ranks import run_ranks
 from tests.helpers import byte_bpe_tokenizer
@@ -46,7 +46,7 @@ def _look(runtime, folder):
     for step in range(STEPS):
         pairs = batches.global_batch(step)
         passes = [numbers for numbers, _ in batcher.micro_batches(pairs, 4)]
-        taken.append(([pair.where for pair in pairs], passes, fed_tokens(pairs).tolist()))
+        taken.append(([pair.where for pair in pairs], passes, input_tokens(pairs).tolist()))
     held_out = found.pairs[:37]
     evaluated = [number for numbers, _ in batcher.micro_batches(held_out, 4) for number in numbers]
     return {"built": len(built), "hash": batches.order_hash, "steps": batches.steps(2), "taken": taken, "eval": evaluated}

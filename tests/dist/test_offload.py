@@ -112,8 +112,9 @@ def test_weights_of_two_models_on_nvme_are_refused_in_one_line(server, command, 
     ended = server.train(command("tdpo", tmp_path / "run"), ranks=2, backend="zero3_nvme", environment=environment)
     assert ended.status == 2
     assert ended.err.splitlines()[-1] == (
-        "error: launcher: found weights on nvme, where DeepSpeed has room for one model, and a reference that is a "
-        "second one; expected weights on cpu (configs/accelerate/zero3_nvme.yaml), LoRA, or --reference.cache hidden"
+        "error: launcher: found weights offloaded to nvme, where DeepSpeed supports one model only, and the "
+        "reference is a second one; expected weights on cpu (configs/accelerate/zero3_nvme.yaml), LoRA, or "
+        "--reference.cache hidden"
     )
 
 
@@ -123,8 +124,8 @@ def test_folder_on_nvme_that_is_not_there_is_refused_in_one_line(path, server, c
     ended = server.train(command("dpo", tmp_path / "run"), ranks=2, backend="zero3_nvme", environment=environment)
     assert ended.status == 2
     said = ended.err.splitlines()[-1]
-    assert said.startswith("error: launcher: process 0 on ")
-    assert f"was told to keep the optimizer in nvme_path '{path and tmp_path / path or 'none'}', expected a" in said
+    assert said.startswith("error: launcher: rank 0 on ")
+    assert f"offloads the optimizer to nvme_path '{path and tmp_path / path or 'none'}', expected a" in said
     assert said.endswith('(ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_NVME_PATH where DeepSpeed\'s file has "auto")')
 
 

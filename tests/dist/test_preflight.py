@@ -20,17 +20,17 @@ def test_run_with_more_processes_than_pairs_is_refused(server, command, tmp_path
     ended = server.train(argv, ranks=2)
     assert ended.status == 2
     assert ended.err.splitlines()[-1] == (
-        "error: train.global_batch: found 1 with 2 processes, expected a pair for each of them at least"
+        "error: train.global_batch: found 1 with 2 ranks, expected at least one pair per rank"
     )
 
 
 def test_processes_of_other_versions_are_named():
     ours = {"python": "3.11.7", "torch": "2.13.0"}
-    preflight.same_versions([("process 0 on a", ours), ("process 1 on b", dict(ours))])
+    preflight.check_same_versions([("rank 0 on a", ours), ("rank 1 on b", dict(ours))])
     with pytest.raises(TrainError) as error:
-        preflight.same_versions([("process 0 on a", ours), ("process 1 on b", ours | {"torch": "2.12.0"})])
+        preflight.check_same_versions([("rank 0 on a", ours), ("rank 1 on b", ours | {"torch": "2.12.0"})])
     assert str(error.value) == (
-        "launcher: process 1 on b has torch 2.12.0, process 0 on a has 2.13.0; expected one environment on all nodes"
+        "launcher: rank 1 on b has torch 2.12.0, rank 0 on a has 2.13.0; expected one environment on all nodes"
     )
 
 
@@ -38,7 +38,7 @@ def _see(runtime, folder, other):
     mine = folder if runtime.is_main else other  # as on a node that has another disk there
     mine.mkdir(parents=True, exist_ok=True)
     try:
-        preflight.shared_folder(runtime, mine)
+        preflight.check_shared_folder(runtime, mine)
     except TrainError as error:
         return str(error)
     return None
@@ -47,8 +47,8 @@ def _see(runtime, folder, other):
 def test_folder_that_a_process_does_not_see_is_refused_on_all(tmp_path):
     assert run_ranks(_see, tmp_path / "a", tmp_path / "a") == [None, None]
     for said in run_ranks(_see, tmp_path / "a", tmp_path / "b"):
-        assert "process 1 on" in said
-        assert "does not see what process 0 has written there; expected a folder that all nodes share" in said
+        assert "rank 1 on" in said
+        assert "does not see what rank 0 has written there; expected a folder that all nodes share" in said
     assert not list((tmp_path / "a").iterdir())
 
 
@@ -59,9 +59,9 @@ def test_checkpoints_that_the_disk_has_no_room_for_are_refused_before_the_model_
 
     config = parse(command("dpo", tmp_path / "run"))
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda folder: SimpleNamespace(free=5e9))
-    preflight.room_for_checkpoints(config, 10**8, tmp_path)
+    preflight.check_disk_space(config, 10**8, tmp_path)
     with pytest.raises(TrainError, match=r"^--output .*: 40 GB are needed for 2 checkpoints and the model, found 5 GB free"):
-        preflight.room_for_checkpoints(config, 10**9, tmp_path)
+        preflight.check_disk_space(config, 10**9, tmp_path)
 
 
 def start(argv, rank, port, address="127.0.0.1"):
@@ -94,22 +94,22 @@ def test_port_that_another_program_listens_at_is_named_and_all_processes_end(com
         port = taken.getsockname()[1]
         processes = [start(alone(command, tmp_path), rank, port) for rank in (0, 1)]
         first, second = map(ends_in_one_line, processes)
-    assert f": cannot listen at port {port} (Address already in use); name another one for all of them: MASTER_PORT" in first
-    assert "process 1 of 2 on " in second
-    assert f" waited 3 s at 127.0.0.1:{port}: process 0 of this run does not answer there; " in second
+    assert f": cannot listen at port {port} (Address already in use); choose another port for all ranks: MASTER_PORT" in first
+    assert "rank 1 of 2 on " in second
+    assert f" waited 3 s at 127.0.0.1:{port}: rank 0 of this run does not answer there; " in second
 
 
 def test_address_that_cannot_be_resolved_is_named_by_all_processes(command, tmp_path):
     argv = alone(command, tmp_path)
     first, second = map(ends_in_one_line, [start(argv, rank, free_port(), "no-such-node.invalid") for rank in (0, 1)])
-    assert "process 0 of 2 on " in first
+    assert "rank 0 of 2 on " in first
     assert ": MASTER_ADDR: 'no-such-node.invalid' cannot be resolved (" in first
-    assert "process 1 of 2 on " in second
-    assert " cannot reach process 0 at no-such-node.invalid:" in second
+    assert "rank 1 of 2 on " in second
+    assert " cannot reach rank 0 at no-such-node.invalid:" in second
 
 
 @pytest.mark.parametrize(
-    ("rank", "expected"), [(0, "process 1 did not come; start all of them"), (1, "cannot reach process 0 at 127.0.0.1:")]
+    ("rank", "expected"), [(0, "rank 1 did not join; start all ranks"), (1, "cannot reach rank 0 at 127.0.0.1:")]
 )
 def test_process_that_is_started_alone_says_whom_it_misses(rank, expected, command, tmp_path):
     assert expected in ends_in_one_line(start(alone(command, tmp_path), rank, free_port()))

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from prefopt import generation
-from prefopt.data.structure import terminators
+from prefopt.data.structure import completion_end_tokens
 from prefopt.errors import ConfigError, RoundError
 from prefopt.generation.base import Sampling
 from prefopt.generation.transformers_engine import TransformersEngine
@@ -104,7 +104,7 @@ def test_sampled_tokens_have_the_log_probabilities_that_the_model_gives_them(pol
                 logits = policy.lm(torch.tensor([[*prompt, *c.token_ids]])).logits[0, len(prompt) - 1 : -1]
             expected = logits.log_softmax(-1).gather(-1, torch.tensor(c.token_ids)[:, None])[:, 0]
             assert c.logps == pytest.approx(expected.tolist(), abs=2e-5)
-            assert (c.finish_reason == "stop") == (c.token_ids[-1] in terminators(policy.tokenizer))
+            assert (c.finish_reason == "stop") == (c.token_ids[-1] in completion_end_tokens(policy.tokenizer))
     assert {c.finish_reason for group in answers for c in group} == {"stop", "length"}
 
 

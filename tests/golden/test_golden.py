@@ -272,5 +272,5 @@ def test_thought_po_fits_strengths_as_the_formula_says():
     assert elo(np.array(case["battle"], float), ridge=0.0) == pytest.approx(case["elo_mle"], abs=1e-6)
     battles = np.array(separable["battle"], float)
     assert elo(battles, ridge=0.01) == pytest.approx(separable["elo_l2_0p01"], abs=1e-6)
-    with pytest.raises(ValueError, match="won every battle"):
+    with pytest.raises(ValueError, match="won every comparison"):
         elo(battles, ridge=0.0)

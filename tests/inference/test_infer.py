@@ -142,8 +142,8 @@ def test_a_prompt_that_holds_a_marker_is_refused_by_itself(infer, thinking, thin
     ended = infer(asking(thinking, model=thinker, prompts="p.txt", output="a.jsonl", retries=20))
     lines = [line for line in ended.err.replace("\r", "\n").splitlines() if line.startswith("warning")]
     assert lines == [
-        "warning: p.txt:2: 'prompt': the marker '<R>' stands in it, expected one without it (leave it out)",
-        "warning: p.txt:4: 'prompt': the marker 'THINK:' stands in it, expected one without it (leave it out)",
+        "warning: p.txt:2: 'prompt': contains the marker '<R>', expected one without it (leave it out)",
+        "warning: p.txt:4: 'prompt': contains the marker 'THINK:', expected one without it (leave it out)",
     ]
     rows = read(tmp_path / "a.jsonl")
     assert [row["response"] for row in rows] == ["an open answer"] * 2 + [None] * 2
@@ -190,7 +190,7 @@ def test_typed_prompts_are_answered_one_after_the_other(typed, thinking, thinker
     said = typed(["say 1", "", "say <R>", "say 2"], asking(thinking, model=thinker, retries=20))
     assert said.out.splitlines()[1:] == ["an open answer"] * 2
     assert said.err.splitlines() == [
-        "refused: prompt: 'prompt': the marker '<R>' stands in it, expected one without it (leave it out)"
+        "refused: prompt: 'prompt': contains the marker '<R>', expected one without it (leave it out)"
     ]
 
 
@@ -232,7 +232,7 @@ def test_stop_strings_and_terminators_of_the_generation_config_end_an_answer(pla
 def test_what_training_exports_is_what_is_read_here(place, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(place / "model", folder)
-    export.describe_answers(folder, find(folder).tokenizer, {"thought": THOUGHT.to_dict()}, ("END",))
+    export.write_generation_config(folder, find(folder).tokenizer, {"thought": THOUGHT.to_dict()}, ("END",))
     found = find(folder)
     assert (found.thought, found.stop) == (THOUGHT, ("own", "END"))
 

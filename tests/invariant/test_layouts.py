@@ -100,7 +100,7 @@ def test_step_when_attention_takes_a_dense_mask_then_loss_and_gradients_are_the_
 
 @pytest.mark.parametrize("cost", [0.0, 100.0])
 def test_step_when_masks_are_cheap_or_dear_then_loss_and_gradients_are_the_oracles(cost, runtime, monkeypatch):
-    monkeypatch.setitem(attention.MASKED, "cpu", cost)
+    monkeypatch.setitem(attention.MASKED_COST, "cpu", cost)
     models = models_of("bias", torch.float64)
     rows = random_pairs(TOKEN_LEVEL.needs.columns, pairs=5)
     steps = steps_of(Bench(runtime, TOKEN_LEVEL, models), rows, ["prefix_shared", "packed_prefix_shared"], cuts=(3,))

@@ -87,7 +87,7 @@ def test_step_when_activations_are_recomputed_or_offloaded_then_the_oracles_in_a
     for layout in layouts_for(method):
         bench = Bench(runtime, method, plain, layout=layout, **options(option))
         assert_equal(expected, bench.step(rows, 3), torch.float64, f"{option}, {layout}")
-        assert "offload" not in option or bench.run.policy.saving.copied > 0
+        assert "offload" not in option or bench.run.policy.saved_tensors_context.copied > 0
 
 
 @each_option
@@ -156,7 +156,7 @@ def test_offloading_when_the_step_is_done_then_no_copy_is_kept(runtime, plain):
     method = METHODS[TOKEN]
     bench = Bench(runtime, method, plain, **options("offloaded"))
     bench.step(random_pairs(method.needs.columns), 3)
-    hooks = bench.run.policy.saving
+    hooks = bench.run.policy.saved_tensors_context
     parameters = sum(p.numel() * p.element_size() for p in bench.run.policy.lm.parameters())
     first = hooks.copied
     bench.step(random_pairs(method.needs.columns), 3)
@@ -174,7 +174,7 @@ def as_plain(lm):
     lm = copy.deepcopy(lm)
     for module in [*lm.modules()]:
         for name, child in [*module.named_children()]:
-            if quantized.kind(child) is not None and isinstance(child, bitsandbytes.nn.Linear4bit):
+            if quantized.quantization_type(child) is not None and isinstance(child, bitsandbytes.nn.Linear4bit):
                 weight = bitsandbytes.functional.dequantize_4bit(child.weight.data, child.weight.quant_state)
                 layer = torch.nn.Linear(*reversed(weight.shape), bias=child.bias is not None)
                 layer.weight = torch.nn.Parameter(weight, requires_grad=False)
@@ -187,9 +187,9 @@ def test_step_when_the_base_is_quantised_then_that_of_the_weights_it_computes_wi
     pytest.importorskip("bitsandbytes")
     method, rows = METHODS[name], random_pairs(METHODS[name].needs.columns, 5)
     policy, reference = adapted(method, "float32", quantize)
-    assert sum(quantized.kind(m) == quantize for m in policy.modules()) == 14
+    assert sum(quantized.quantization_type(m) == quantize for m in policy.modules()) == 14
     written = as_plain(policy)
-    assert not any(quantized.kind(m) for m in written.modules())
+    assert not any(quantized.quantization_type(m) for m in written.modules())
     expected = Bench(runtime, method, (written, reference)).step(rows, 3)
     far = Bench(runtime, method, adapted(method, "float32")).step(rows, 3)
     assert difference(far, expected)[0] > 1e-2, "quantised weights are others"
@@ -213,7 +213,7 @@ def test_check_when_the_base_is_quantised_then_it_holds_and_a_fault_is_seen(runt
                 torch.nn.init.zeros_(weight)
         bench = Bench(runtime, METHODS[name], (policy, reference), tokenizer=tokenizer)
         bench.check_first_batch(random_pairs(METHODS[name].needs.columns))
-        layer = [m for m in bench.run.policy.lm.modules() if quantized.kind(m)][-1]
+        layer = [m for m in bench.run.policy.lm.modules() if quantized.quantization_type(m)][-1]
         plain = layer.forward
         layer.forward = lambda x, plain=plain: plain(x) + (x.shape[0] > 1)  # another outcome in a batch than alone
         with pytest.raises(TrainError, match="an independent path gives"):

@@ -236,6 +236,6 @@ def test_pairrm_when_a_weight_is_missing_then_it_is_refused(pair_rm, tmp_path):
     del weights["head_layer.4.bias"]
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(
-        TrainError, match=r"^judge.path: '.*' has no weights for head_layer.4.bias, which would be drawn"
+        TrainError, match=r"^judge.path: '.*' has no weights for head_layer.4.bias, which would be initialised"
     ):
         make(tmp_path)

@@ -161,7 +161,7 @@ def test_figures_count_lengths_and_what_cannot_be_read():
         ({"on_repeated_marker": "frist"}, "did you mean 'first'?"),
         ({"thought_prompt": "none", "response_marker": "<A>"}, "with thought_prompt none completions are not split"),
         ({"response_marker": " <A>"}, "a text without white space at its ends"),
-        ({"response_marker": ""}, "names no response marker"),
+        ({"response_marker": ""}, "has no response marker"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(settings, line):

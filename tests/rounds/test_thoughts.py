@@ -305,7 +305,7 @@ def test_prompt_that_holds_the_marker_is_a_bad_row(server, place, thinking, tmp_
     (tmp_path / "pairs.jsonl").write_text(rows + '{"prompt": "what is @?", "chosen": "a", "rejected": "b"}\n')
     ended = server.train(thinking(tmp_path / "run", data__train=tmp_path / "pairs.jsonl"), cwd=tmp_path)
     assert ended.status == 2
-    assert "pairs.jsonl:101: 'prompt': the marker '@' stands in it, expected" in ended.err
+    assert "pairs.jsonl:101: 'prompt': contains the marker '@', expected" in ended.err
     more = {"data__train": tmp_path / "pairs.jsonl", "data__on_bad_row": "skip", "dry_run": "true"}
     ended = server.train(thinking(tmp_path / "run", **more), cwd=tmp_path)
     assert ended.status == 0

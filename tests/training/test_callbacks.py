@@ -116,7 +116,7 @@ def test_callback_that_stops_the_run_ends_it_with_an_evaluation_and_a_checkpoint
     assert weights(tmp_path / "run")
     longer = server.train(command("dpo", tmp_path / "run", **settings | {"train__max_steps": 30}), ranks=ranks)
     assert longer.status == 2
-    assert "holds a run that a callback ended (five are enough), not its length" in longer.err
+    assert "holds a run that a callback stopped before its full length (five are enough);" in longer.err
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,6 @@ def test_run_when_killed_while_it_is_extended_then_ends_as_the_extended_one(trai
     assert "holds a run with other settings (optim.lr: 0.01 -> 0.5; train" in train("run", 2, **other, **select)
     shutil.rmtree(run / "checkpoints")
     said = train("run", 2, **LONG | {"train__max_steps": 9}, **select)
-    assert f"{run}/checkpoints/step_00000006: is missing; a run is extended from its last checkpoint" in said
+    assert f"{run}/checkpoints/step_00000006: is missing; extending a run needs its last checkpoint" in said
     assert (run / "run_card.json").read_bytes() == kept
     assert (run / "model/manifest.json").exists()

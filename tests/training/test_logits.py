@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from prefopt.errors import TrainError
-from prefopt.training.logits import EFFECTS, OTHERWISE, effect, head_scaling
+from prefopt.training.logits import FAMILY_EXCEPTIONS, LOGIT_SETTINGS, effect, head_scaling
 
 SIZES = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
 SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 32}
@@ -26,7 +26,7 @@ OTHER_HEADS = {
     "ProphetNetForCausalLM": "several streams",
 }
 STATES = ("logits", "lm_logits", "prediction_scores", "hidden_states")
-OPERATORS = {ast.Mult: "times", ast.Div: "over"}
+OPERATORS = {ast.Mult: "multiply", ast.Div: "divide"}
 
 
 def classes():
@@ -73,7 +73,7 @@ def operations(tree):
             part for part in ast.walk(node.value) if isinstance(part, ast.Call) and "soft_cap" in names_of(part.func)
         ]
         if capped:
-            yield from (("cap", settings(part, known)) for part in capped)
+            yield from (("softcap", settings(part, known)) for part in capped)
             continue
         parts = [node, *ast.walk(node.value)] if isinstance(node, ast.AugAssign) else [*ast.walk(node.value)]
         for part in parts:
@@ -82,16 +82,16 @@ def operations(tree):
             elif isinstance(part, ast.AugAssign):
                 yield OPERATORS.get(type(part.op), "other"), settings(part.value, known)
             elif isinstance(part, ast.Call) and names_of(part.func) & {"tanh", "clamp", "where"}:
-                yield "cap", None
+                yield "softcap", None
             elif isinstance(part, ast.Call) and any(getattr(a, "id", "") in STATES[:3] for a in part.args):
-                yield "cap", settings(part.func, known)  # a module of its own
+                yield "softcap", settings(part.func, known)  # a module of its own
             elif isinstance(part, ast.Subscript) and getattr(part.value, "id", "") in STATES[:3]:
-                yield "cut", settings(part.slice, known)
+                yield "truncate", settings(part.slice, known)
 
 
 def settings(node, known):
     names = names_of(node)
-    return names.union(*(known.get(name, ()) for name in names)) & {*EFFECTS}
+    return names.union(*(known.get(name, ()) for name in names)) & {*LOGIT_SETTINGS}
 
 
 def test_table_when_transformers_has_a_causal_model_then_it_knows_all_that_happens_to_its_logits():
@@ -100,16 +100,16 @@ def test_table_when_transformers_has_a_causal_model_then_it_knows_all_that_happe
         if name in OTHER_HEADS:
             continue
         found = [*operations(ast.parse(code).body[0])]
-        of_caps = {s for what, some in found for s in some or () if effect(kind, s) == "cap"}
+        of_caps = {s for what, some in found for s in some or () if effect(kind, s) == "softcap"}
         for what, some in found:
             if some is None:  # the curve of a cap, whose setting stands beside it
                 some = of_caps
-            known = {s for s in some if effect(kind, s) == what or effect(kind, s) == "cap"}
+            known = {s for s in some if effect(kind, s) == what or effect(kind, s) == "softcap"}
             walked |= known
             if not known:
                 unknown.append(f"{name}: {what} {sorted(some)}")
     assert not unknown, "what a model does to its logits is not in prefopt.training.logits"
-    assert walked == {*EFFECTS}, "a setting in the table that no model reads"
+    assert walked == {*LOGIT_SETTINGS}, "a setting in the table that no model reads"
 
 
 def test_scan_when_a_model_has_a_setting_that_is_not_in_the_table_then_it_is_found():
@@ -167,9 +167,9 @@ def test_scaling_when_a_value_is_no_scale_then_it_is_refused_by_name(kind, field
 def test_scaling_when_logits_are_cut_then_it_is_refused_by_name():
     with torch.device("meta"):
         lm = AutoModelForCausalLM.from_config(AutoConfig.for_model("inkling_text", **SIZES, unpadded_vocab_size=30))
-    with pytest.raises(TrainError, match=r"cuts its logits to unpadded_vocab_size \(30\) of 40 entries"):
+    with pytest.raises(TrainError, match=r"truncates its logits to unpadded_vocab_size \(30\) of 40 entries"):
         head_scaling(lm)
 
 
 def test_exceptions_when_a_family_is_named_then_it_exists():
-    assert {kind for kind, _ in OTHERWISE} <= {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES}
+    assert {kind for kind, _ in FAMILY_EXCEPTIONS} <= {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES}

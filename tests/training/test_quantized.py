@@ -74,7 +74,7 @@ def test_model_when_quantised_then_heads_and_embeddings_are_not_and_sizes_are_th
         lm = load(str(task.model), ModelConfig(quantize="nf4", compute_dtype="bfloat16"))
         assert type(lm.get_submodule(head)) is torch.nn.Linear
         assert type(lm.get_input_embeddings()) is torch.nn.Embedding
-        held = {name for name, module in lm.named_modules() if quantized.kind(module) == "nf4"}
+        held = {name for name, module in lm.named_modules() if quantized.quantization_type(module) == "nf4"}
         assert {name.rpartition(".")[2] for name in held} == {
             *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
         }
@@ -153,6 +153,6 @@ def test_run_when_bitsandbytes_is_not_installed_then_refused_before_anything_is_
 @needs_bitsandbytes
 def test_optimizer_when_it_would_page_on_a_cpu_then_refused_in_one_line(error):
     assert error(optim__name="paged_adamw_8bit") == (
-        "optim.name: 'paged_adamw_8bit' pages its state out to the host's memory, where a run on the CPU has it "
-        "anyway; use adamw_8bit"
+        "optim.name: 'paged_adamw_8bit' pages its state to the host's memory, where a CPU run keeps it in any "
+        "case; use adamw_8bit"
     )

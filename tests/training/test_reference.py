@@ -403,7 +403,7 @@ def test_cache_when_its_values_are_those_of_another_model_then_the_sample_finds_
         key = tensors["key"][row].numpy().tobytes()
         tensors["check"][row] = zlib.crc32(tensors["values"][begin:end].numpy().tobytes(), zlib.crc32(key))
     save_file(tensors, shard)
-    with pytest.raises(TrainError, match=r"has other values for rows:\d than the reference \(difference 0\.0"):
+    with pytest.raises(TrainError, match=r"differs from the reference in the values of rows:\d \(by 0\.0"):
         kept.again()
 
 

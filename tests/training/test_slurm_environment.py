@@ -84,14 +84,14 @@ def test_address_that_is_given_or_on_this_machine_is_not_asked_for(scontrol):
 
 def test_address_when_slurm_does_not_tell_it_then_one_line_says_what_to_set(monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
-    with pytest.raises(TrainError, match=r"srun: the address of the first node is not known: .*; set MASTER_ADDR"):
+    with pytest.raises(TrainError, match=r"srun: cannot find the address of the first node: .*; set MASTER_ADDR"):
         slurm_environment.join_step(dict(STEP))
 
 
 @pytest.mark.parametrize("missing", ["SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE", "SLURM_NODEID", "SLURM_JOB_ID"])
 def test_step_when_a_variable_is_missing_then_names_it_in_one_line(missing):
     environment = {name: value for name, value in STEP.items() if name != missing}
-    with pytest.raises(TrainError, match=f"srun: '{missing}' is not set, expected all that srun sets") as error:
+    with pytest.raises(TrainError, match=f"srun: '{missing}' is not set, expected all variables that srun") as error:
         slurm_environment.join_step(environment)
     assert "\n" not in str(error.value)
     assert "RANK" not in environment
@@ -99,5 +99,5 @@ def test_step_when_a_variable_is_missing_then_names_it_in_one_line(missing):
 
 @pytest.mark.parametrize("value", ["x", "2(x", ""])
 def test_step_when_a_variable_is_none_of_slurms_then_says_so_in_one_line(value):
-    with pytest.raises(TrainError, match="srun: SLURM_ variables that do not agree"):
+    with pytest.raises(TrainError, match="srun: inconsistent SLURM_ variables"):
         slurm_environment.join_step(STEP | {"SLURM_STEP_TASKS_PER_NODE": value})

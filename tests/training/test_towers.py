@@ -48,7 +48,7 @@ def policy(config):
 
 def test_towers_are_frozen_when_a_wrapper_is_loaded_and_the_text_model_is_trained(gemma3):
     lm = policy(run_config(gemma3))
-    assert towers.unreached(lm) == TOWERS
+    assert towers.unreached_by_text(lm) == TOWERS
     frozen = {name for name, p in lm.named_parameters() if not p.requires_grad}
     assert frozen == {name for name, _ in lm.named_parameters() if name.startswith(TOWERS)}
     loss = lm.base_model(input_ids=torch.arange(5)[None]).last_hidden_state.sum()
@@ -107,12 +107,12 @@ class WithImages(LlamaForCausalLM):
 
 def test_experts_without_a_token_are_reached_and_single_weights_are_found():
     config = LlamaConfig(**tiny_llama(60).config.to_dict())
-    assert towers.unreached(WithImages(config)) == ("model.token_of_image", "model.image_in")
+    assert towers.unreached_by_text(WithImages(config)) == ("model.token_of_image", "model.image_in")
 
 
 def test_a_text_model_costs_no_pass(monkeypatch):
     monkeypatch.setattr(towers, "_find", lambda lm: pytest.fail("looked at"))
-    assert towers.unreached(tiny_llama(60)) == ()
+    assert towers.unreached_by_text(tiny_llama(60)) == ()
 
 
 def test_what_cannot_be_run_without_values_is_said_and_trained(capsys):
@@ -122,5 +122,5 @@ def test_what_cannot_be_run_without_values_is_said_and_trained(capsys):
 
     lm = WithImages(LlamaConfig(**tiny_llama(60).config.to_dict()))
     lm.__class__ = Refuses
-    assert towers.unreached(lm) == ()
-    assert "warning: which parts of Refuses text reaches is not known" in capsys.readouterr().out
+    assert towers.unreached_by_text(lm) == ()
+    assert "warning: cannot determine which parts of Refuses text uses" in capsys.readouterr().out

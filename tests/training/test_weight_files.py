@@ -66,16 +66,16 @@ def rename(prefix):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda w: w.pop(Q), f"no weights for {Q}, which would be drawn at random"),
+        (lambda w: w.pop(Q), f"no weights for {Q}, which would be initialised at random"),
         (lambda w: [w.pop(Q), w.pop("model.norm.weight")], f"no weights for {Q} and 1 more"),
         (lambda w: w.update({"model.layers.9.x": torch.ones(2)}), "holds model.layers.9.x, which Llama"),
         (
             lambda w: w.update({"model.embed_tokens.weight": torch.ones(41, 16)}),
-            "holds model.embed_tokens.weight of shape 41 x 16, and its config.json asks for 40 x 16",
+            "holds model.embed_tokens.weight of shape 41 x 16, but its config.json requires 40 x 16",
         ),
-        (rename("_orig_mod."), "'_orig_mod.' is what torch.compile puts before a name; save model._orig_mod"),
-        (rename("module."), "'module.' is what DDP puts before a name; save model.module"),
-        (lambda w: w.update({"model._orig_mod.layers.0.x": w.pop(Q)}), "'_orig_mod.' is what torch.compile"),
+        (rename("_orig_mod."), "'_orig_mod.' is a prefix that torch.compile adds to names; save model._orig_mod"),
+        (rename("module."), "'module.' is a prefix that DDP adds to names; save model.module"),
+        (lambda w: w.update({"model._orig_mod.layers.0.x": w.pop(Q)}), "'_orig_mod.' is a prefix that torch.compile"),
     ],
 )
 def test_load_when_weights_are_missing_unknown_or_of_another_shape_then_the_line_names_one(
@@ -177,8 +177,8 @@ def as_index(where):
     ("index", "says"),
     [
         (as_index, None),
-        (lambda where: as_index(where | {Q: "../elsewhere/model.safetensors"}), "files of the model's own folder"),
-        (lambda where: as_index(where | {Q: "/etc/passwd"}), "files of the model's own folder"),
+        (lambda where: as_index(where | {Q: "../elsewhere/model.safetensors"}), "file names in the model's folder"),
+        (lambda where: as_index(where | {Q: "/etc/passwd"}), "file names in the model's folder"),
         (lambda where: as_index(where | {Q: "model-00003-of-00003.safetensors"}), "lacks model-00003-of-00003"),
         (lambda where: as_index(where | {"more": min(where.values())}), "names more in model-00001-of-00002"),
         (lambda where: as_index({}), "has no weight_map"),
@@ -204,13 +204,13 @@ def test_find_when_an_index_names_what_is_not_there_then_one_line_before_anythin
 def test_find_when_a_file_is_cut_short_then_it_is_named(keep, base, tmp_path):
     file = shutil.copytree(base, tmp_path / "cut") / "model.safetensors"
     file.write_bytes(file.read_bytes()[:keep])
-    with pytest.raises(TrainError, match=r"^model.path: .*model.safetensors' is damaged or cut short"):
+    with pytest.raises(TrainError, match=r"^model.path: .*model.safetensors' is damaged or truncated"):
         model_sources.find(str(tmp_path / "cut"), ModelConfig())
 
 
 def test_load_when_weights_are_whole_numbers_then_they_are_refused_by_name(base, changed):
     path = changed(base, lambda weights: weights.update({Q: (100 * weights[Q]).to(torch.int8)}))
-    with pytest.raises(TrainError, match=rf"model.path: '.*' holds {Q} as whole numbers \(I8\)"):
+    with pytest.raises(TrainError, match=rf"model.path: '.*' holds {Q} as integers \(I8\)"):
         models.load_model(path, ModelConfig())
 
 
@@ -238,7 +238,7 @@ def test_names_when_a_file_cannot_be_read_then_the_reason_is_the_systems(base, m
 
     monkeypatch.setattr("pathlib.Path.open", refuse)
     with pytest.raises(TrainError, match="cannot be read: Input/output error"):
-        weight_files.names_in(base / "model.safetensors", "model.path")
+        weight_files.weight_names(base / "model.safetensors", "model.path")
 
 
 def test_moving_reference_when_its_file_lacks_a_weight_then_it_is_named(tmp_path):
@@ -261,7 +261,7 @@ def test_adapter_when_its_names_have_a_wrapper_then_it_is_named(base, tmp_path):
         {f"{inside}_orig_mod.{name.removeprefix(inside)}": weight for name, weight in weights.items()},
         tmp_path / "adapter_model.safetensors",
     )
-    with pytest.raises(TrainError, match=r"'_orig_mod.' is what torch.compile puts"):
+    with pytest.raises(TrainError, match=r"'_orig_mod.' is a prefix that torch.compile"):
         model_sources.find(str(tmp_path), config.model)
 
 
@@ -289,3 +289,11 @@ def test_load_when_zero3_shards_then_every_rank_refuses_the_same(base, changed):
     assert first == second
     assert first[0] == ""
     assert [Q in first[1], "model.layers.9.x" in first[2], "17 x 16" in first[3]] == [True] * 3
+
+
+def test_path_when_it_can_be_a_hub_id_or_is_a_folder_then_passes(tmp_path):
+    weight_files.check_path("model.path", "owner/name")
+    weight_files.check_path("model.path", str(tmp_path))
+    with pytest.raises(TrainError) as caught:
+        weight_files.check_path("model.path", "./nothing")
+    assert str(caught.value) == "model.path: './nothing' does not exist, expected the folder of a model or a hub id"
