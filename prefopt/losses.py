@@ -17,11 +17,14 @@ from prefopt.dpo_variants import f_js as f_js
 from prefopt.dpo_variants import nca as nca
 from prefopt.dpo_variants import r_dpo as r_dpo
 from prefopt.dpo_variants import sigmoid_norm as sigmoid_norm
+from prefopt.methods.alpha_dpo import alpha_dpo as alpha_dpo
 from prefopt.methods.alpha_po import alpha_po as alpha_po
 from prefopt.methods.apo_zero_unpaired import apo_zero_unpaired as apo_zero_unpaired
+from prefopt.methods.confpo import confpo as confpo
 from prefopt.methods.cpo import cpo as cpo
 from prefopt.methods.dpo import dpo as dpo
 from prefopt.methods.kto import kto as kto
+from prefopt.methods.ld_dpo import ld_dpo as ld_dpo
 from prefopt.methods.orpo import orpo as orpo
 from prefopt.methods.pairwise_judge import pairwise_judge as pairwise_judge
 from prefopt.methods.rebel import rebel as rebel
@@ -31,3 +34,4 @@ from prefopt.methods.sft import sft as sft
 from prefopt.methods.simpo import simpo as simpo
 from prefopt.methods.sppo import sppo as sppo
 from prefopt.methods.tdpo import tdpo as tdpo
+from prefopt.methods.wpo import wpo as wpo

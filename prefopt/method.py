@@ -87,7 +87,8 @@ class Method:
     def loss_at_reference(self) -> float | None:
         """The loss of every pair while policy and reference are equal, or None if it depends on the pair.
 
-        The trainer stops a run whose first loss differs from it.
+        With several terms it is the sum of their values for a pair, each times its weight. The trainer stops a run
+        whose first loss differs from it.
         """
         return None
 

@@ -14,7 +14,7 @@ PACKAGE = ROOT / "prefopt"
 LAYERS = [
     ["__init__", "types", "redaction", "errors", "figures", "storage", "placeholders"],
     ["kernels"],
-    ["thoughts", "method", "rounds_method", "dpo_variants", "methods", "ranking", "registry", "losses"],
+    ["thoughts", "method", "rounds_method", "batch_losses", "dpo_variants", "methods", "ranking", "registry", "losses"],
     ["settings"],
     ["data"],
     ["training"],

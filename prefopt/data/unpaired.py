@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 
 from prefopt.data.loader import Batches, Shares
-from prefopt.data.pairs import PairView, blocks, facts
+from prefopt.data.pairs import PairView, blocks, pair_metadata
 from prefopt.errors import DataError
 from prefopt.types import LABEL, EncodedPair
 
@@ -85,7 +85,7 @@ class Mismatched(PairView):
             )
 
     def _all(self, name: str) -> np.ndarray:
-        return np.concatenate([facts(self.pairs, name, begin, end) for begin, end in blocks(self.pairs)])
+        return np.concatenate([pair_metadata(self.pairs, name, begin, end) for begin, end in blocks(self.pairs)])
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -93,14 +93,14 @@ class Mismatched(PairView):
     def _at(self, i: int) -> EncodedPair:
         return with_mismatched(self.pairs[i], self.pairs[int(self._partner[i])], self.max_length)
 
-    def facts(self, name: str, begin: int, end: int) -> np.ndarray:
-        """See `pairs.facts`."""
+    def metadata(self, name: str, begin: int, end: int) -> np.ndarray:
+        """See `pairs.pair_metadata`."""
         if name == "rejected_scored":  # a truncated mask is not known without reading it
             return np.array([sum(self._at(i).rejected_mask or ()) for i in range(begin, end)], np.int64)
         if name != "rejected":
-            return facts(self.pairs, name, begin, end)
+            return pair_metadata(self.pairs, name, begin, end)
         lengths = self._lengths[self._partner[begin:end]].astype(np.int64)
-        room = np.maximum(1, self.max_length - facts(self.pairs, "prompt", begin, end))
+        room = np.maximum(1, self.max_length - pair_metadata(self.pairs, "prompt", begin, end))
         return np.minimum(lengths, room)
 
 

@@ -205,7 +205,8 @@ def unexpected_loss(model: nn.Module, method: Method, batch: PairBatch, tol: flo
                         "reference cache, while policy and reference are the same weights"
                     )
         stats = _at_reference(stats)
-    found = method.loss_of(stats, batch, method.first_state(stats, batch)).terms[0].value.double()
+    terms = method.loss_of(stats, batch, method.first_state(stats, batch)).terms
+    found = torch.stack([term.weight * term.value.double() for term in terms]).sum(0)
     scale = max(1.0, abs(expected))
     for pair in range(batch.pairs):
         # the loss is a function of sums over the completion, whose rounding errors add up
@@ -225,7 +226,13 @@ def _at_reference(stats: PairStats) -> PairStats:
     for name in (f"{side}_{kind}" for side in sides for kind in ("kl", "reverse_kl")):
         value = getattr(stats, name)
         members[name] = None if value is None else torch.zeros_like(value)
-    return replace(stats, **members)
+    tokens = stats.tokens.stats
+    each: dict[str, Any] = {"ref_logp": tokens.logp}
+    for name in ("kl", "reverse_kl"):
+        value = getattr(tokens, name)
+        each[name] = None if value is None else torch.zeros_like(value)
+    view = replace(stats.tokens, stats=replace(tokens, **each))
+    return replace(stats, **members, token_view=view)
 
 
 def refuse(problem: str | None) -> None:

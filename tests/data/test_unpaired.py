@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from prefopt.data.pairs import facts
+from prefopt.data.pairs import pair_metadata
 from prefopt.data.unpaired import Mismatched, UnpairedStream, encoded_as_two, partners, rotated
 from prefopt.errors import DataError
 from prefopt.types import EncodedPair
@@ -40,7 +40,7 @@ def test_metadata_are_those_of_the_examples():
         "rejected_scored": lambda pair: sum(pair.rejected_mask),
         "chosen": lambda pair: len(pair.chosen_ids),
     }.items():
-        assert facts(view, name, 2, 9).tolist() == [of(pair) for pair in view[2:9]]
+        assert pair_metadata(view, name, 2, 9).tolist() == [of(pair) for pair in view[2:9]]
     assert max(len(pair.prompt_ids) + len(pair.rejected_ids) for pair in view) == 8
 
 

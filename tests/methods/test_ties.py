@@ -16,7 +16,8 @@ from tests.methods.make_stats import batch, f64, means, pair_stats
 def test_accuracies_when_both_sides_are_equal_then_are_one_half(name):
     method = methods(whole=True)[name]
     logps = [[-3.0, -9.0]] * 4
-    zeros = {f"{side}_{what}": [0.0, 0.0] for side in ("chosen", "rejected") for what in ("kl", "scores")}
+    read = ("kl", "scores", *method.needs.statistics)
+    zeros = {f"{side}_{what}": [0.0, 0.0] for side in ("chosen", "rejected") for what in read}
     stats = pair_stats(*logps, lengths=((4, 2), (4, 2)), **zeros)
     columns = {column.name: [0.5, 0.5] for column in method.needs.columns}
     rows = batch(2, **columns)

@@ -1,0 +1,112 @@
+"""Losses that read tokens, the global batch or several terms against numbers of the authors' functions or TRL's."""
+
+import json
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from prefopt.methods.alpha_dpo import AlphaDPO
+from prefopt.methods.confpo import ConfPO
+from prefopt.methods.ld_dpo import LDDPO
+from prefopt.methods.wpo import WPO
+from prefopt.training.forward import sum_by_sequence
+from prefopt.types import LossState, TokenStats
+from tests.methods.make_stats import batch, f64, pair_stats
+
+HERE = Path(__file__).parent
+SIDES = ("chosen", "rejected")
+TOKENS = {"logp": "token_logps", "ref_logp": "ref_token_logps", "log_sum_p2": "token_log_sum_sq"}
+
+
+def load(name):
+    return json.loads((HERE / f"{name}.json").read_text())
+
+
+def token_rows(inputs, name):
+    """The completions' values of a statistic, each (tokens,), as leaves: first the chosen ones, then the rejected."""
+    if f"chosen_{name}" not in inputs:
+        return None
+    return [
+        f64(row[: int(length)]).requires_grad_()
+        for side in SIDES
+        for row, length in zip(inputs[f"{side}_{name}"], inputs[f"{side}_lengths"], strict=True)
+    ]
+
+
+def stats_of(inputs):
+    """(PairStats of the recorded tokens, the policy's log-probabilities by completion)."""
+    rows = {name: token_rows(inputs, key) for name, key in TOKENS.items()}
+    lengths = [torch.tensor(inputs[f"{side}_lengths"]).long() for side in SIDES]
+    pairs = len(lengths[0])
+    index = torch.arange(2 * pairs).repeat_interleave(torch.cat(lengths))
+    made = replace(batch(pairs), sequence_index=index, chosen_lengths=lengths[0], rejected_lengths=lengths[1])
+    tokens = TokenStats(**{name: None if row is None else torch.cat(row) for name, row in rows.items()})
+    stats = sum_by_sequence(tokens, made)
+    if tokens.ref_logp is None:
+        refs = {f"{side}_ref_logps": f64(inputs[f"{side}_ref_logps"]) for side in SIDES}
+        stats = replace(stats, **refs)
+    return stats, rows["logp"]
+
+
+def gradient(rows, inputs, side):
+    """The gradient of each completion's tokens, or of its sum where all tokens have the same."""
+    pairs = len(inputs["chosen_lengths"])
+    return [row.grad for row in (rows[:pairs] if side == "chosen" else rows[pairs:])]
+
+
+MADE = {
+    "wpo": lambda p: WPO(beta=p["beta"], label_smoothing=p["label_smoothing"], clamp=p["clamp"]),
+    "ld_dpo": lambda p: LDDPO(beta=p["beta"], alpha=p["alpha"], reference="both" if p["reference_too"] else "plain"),
+    "confpo": lambda p: ConfPO(beta=p["beta"], gamma=p["gamma"]),
+}
+CASES = [pytest.param(name, case, id=f"{name}-{case['name']}") for name in MADE for case in load(name)["cases"]]
+
+
+@pytest.mark.parametrize(("name", "case"), CASES)
+def test_loss_and_gradient_are_those_of_the_source(name, case):
+    inputs, outputs = load(name)["inputs"], case["outputs"]
+    stats, rows = stats_of(inputs)
+    out = MADE[name](case["params"]).loss(stats, batch(len(inputs["chosen_lengths"])))
+    (term,) = out.terms
+    close = partial(torch.testing.assert_close, rtol=case["tolerance"], atol=case["tolerance"])
+    close(term.value, f64(outputs["losses"]))
+    close(term.value.mean(), f64(outputs["loss"]))
+    term.value.mean().backward()
+    for side in SIDES:
+        found = gradient(rows, inputs, side)
+        for key, expected in outputs.items():
+            if key == f"grad_{side}_token_logps":
+                for one, other in zip(found, expected, strict=True):
+                    close(one, f64(other)[: len(one)])
+            elif key == f"grad_{side}_logps":
+                for one, other in zip(found, expected, strict=True):
+                    close(one, f64([other] * len(one)))
+            elif key == f"{side}_selected":
+                close(out.metrics[f"selected/{side}"][0], f64(expected))
+    if "weights" in outputs:
+        close(out.metrics["pair_weight"][0], f64(outputs["weights"]))
+
+
+def test_alpha_dpo_over_three_steps_is_the_authors():
+    (case,) = load("alpha_dpo")["cases"]
+    p = case["params"]
+    method = AlphaDPO(beta=p["beta"], gamma_beta_ratio=p["gamma_beta_ratio"], alpha=p["alpha"])
+    close = partial(torch.testing.assert_close, rtol=case["tolerance"], atol=case["tolerance"])
+    state = method.needs.state
+    for step in case["outputs"]["steps"]:
+        inputs, outputs = step["inputs"], step["outputs"]
+        lengths = inputs["chosen_lengths"], inputs["rejected_lengths"]
+        sums = [inputs[f"{side}_{what}"] for what in ("logps", "ref_logps") for side in SIDES]
+        stats = pair_stats(*sums, lengths=lengths)
+        with torch.no_grad():
+            values = method.batch_values(stats, batch(4))
+        state = method.next_state(state, values)
+        (term,) = method.loss(stats, batch(4), LossState(state=state)).terms
+        close(f64([state["mean"], state["std"]]), f64([*outputs["running_mean"], *outputs["running_std"]]))
+        close(term.value, f64(outputs["losses"]))
+        term.value.mean().backward()
+        close(stats.chosen_logps.grad, f64(outputs["grad_chosen_logps"]))
+        close(stats.rejected_logps.grad, f64(outputs["grad_rejected_logps"]))
