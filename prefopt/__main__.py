@@ -13,6 +13,7 @@ COMMANDS = {
     "data": cli.data,
     "sweep": cli.sweep,
     "plan": cli.plan,
+    "methods": cli.methods,
 }
 USAGE = f"""prefopt {__version__}: train language models on preferences, and measure which loss is better
 
@@ -22,6 +23,7 @@ usage: prefopt train --method NAME [--config FILE] [--GROUP.SETTING VALUE ...]
        prefopt data FILE[,FILE ...] --model.path DIR [--html PAGE]
        prefopt sweep FILE.yaml [--launcher local|slurm]
        prefopt plan --method NAME --model.path DIR [--gpus N] [--gpu_memory GB] [--GROUP.SETTING VALUE ...]
+       prefopt methods
        prefopt COMMAND --help"""
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from prefopt import settings
+from prefopt.errors import ConfigError
 from prefopt.exits import exit_status, record_settings
 from prefopt.redaction import printable
 from prefopt.training import weight_files
@@ -80,6 +81,25 @@ def data(argv: Sequence[str]) -> int:
         return preview_data(config)
 
     return _command("data", argv, data_help, run)
+
+
+def methods(argv: Sequence[str]) -> int:
+    """`prefopt methods`: a table of all methods."""
+
+    def text(_: Sequence[str]) -> str:
+        from prefopt.run.methods_command import methods_table
+
+        return methods_table()
+
+    def run(argv: Sequence[str]) -> int:
+        table = text(argv)
+        if argv:
+            raise ConfigError(f"prefopt methods: found '{argv[0]}', expected no arguments")
+        with contextlib.suppress(BrokenPipeError):
+            print(table)
+        return 0
+
+    return _command("methods", argv, text, run)
 
 
 def sweep(argv: Sequence[str]) -> int:

@@ -29,6 +29,35 @@ def names() -> list[str]:
     return sorted(path.stem for path in _FOLDER.glob("*.py") if not path.stem.startswith("_"))
 
 
+KINDS = {  # of methods, in the order in which they are listed
+    "pairs": "read preference pairs, against a reference model",
+    "reference-free": "read preference pairs, without a reference model",
+    "unpaired": "read single completions with a label, or pairs as two of them",
+    "completions": "read chosen completions alone",
+    "rounds": "make their own pairs in rounds; every other method can train in rounds too",
+    "judges": "train a model that judges completions",
+}
+
+
+def by_kind() -> dict[str, list[str]]:
+    """The built-in methods by kind, see `KINDS`; each list is sorted."""
+    found: dict[str, list[str]] = {kind: [] for kind in KINDS}
+    for name in names():
+        found[_kind(get(name))].append(name)
+    return found
+
+
+def _kind(cls: type[Method]) -> str:
+    needs = cls().needs
+    if needs.output == "scores":
+        return "judges"
+    if "make_pairs" in vars(cls):
+        return "rounds"
+    if needs.rows != "pairs":
+        return "unpaired" if needs.rows == "unpaired" else "completions"
+    return "reference-free" if needs.reference == "none" else "pairs"
+
+
 @dataclass(frozen=True)
 class Strategy:
     """A way to answer a prompt with a policy without training it.

@@ -17,6 +17,7 @@ PARSERS = {
     "infer": "prefopt.settings.infer.parse_infer",
     "data": "prefopt.settings.data.parse_data",
     "plan": "prefopt.settings.plan.parse_plan",
+    "methods": "prefopt.run.methods_command.methods_table",
     "sweep": "prefopt.sweeps.command.sweep",
 }
 

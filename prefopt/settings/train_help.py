@@ -46,7 +46,7 @@ def help_text(argv: Sequence[str], usage: str | None = None) -> str:
     if "eval.generate" in flags:
         unfolded.add("generate")
     method = _method_name(flags)
-    groups = [_run_group(), _method_group(method)]
+    groups = [_run_group(), *_method_groups(method)]
     for key, hint in hints.items():
         folded = key in FOLDED and not unfolded & {key, "all"}
         text = about(hint) + (f" (--help {key} lists its settings)" if folded else "")
@@ -79,13 +79,17 @@ def _run_group() -> OptionGroup:
     return OptionGroup("run", "", [method, config, *options_of(RunConfig, "", hidden=("--method_name",))])
 
 
-def _method_group(method: str | None) -> OptionGroup:
-    """The settings of one method, or the list of all methods."""
+def _method_groups(method: str | None) -> list[OptionGroup]:
+    """The settings of one method, or the lists of all methods by kind."""
     if method is not None:
         cls = registry.get(method)
-        return OptionGroup(f"method {method}", _title(method), options_of(cls, "method."))
-    listed = [Option(name, "", "", _title(name)) for name in registry.names()]
-    return OptionGroup("method", "The methods. --method NAME --help method lists the settings of one.", listed)
+        return [OptionGroup(f"method {method}", _title(method), options_of(cls, "method."))]
+    about = "The methods by kind. --method NAME --help method lists the settings of one."
+    listed = [OptionGroup("method", about)]
+    for kind, names in registry.by_kind().items():
+        options = [Option(name, "", "", _title(name)) for name in names]
+        listed.append(OptionGroup(f"method ({kind})", f"They {registry.KINDS[kind]}.", options))
+    return listed
 
 
 def _title(method: str) -> str:
