@@ -159,6 +159,7 @@ class PairBatch:
     columns: Mapping[str, torch.Tensor]  # each (B,) float64
     where: tuple[str, ...]  # (B,) file:line of each pair
     token_columns: Mapping[str, torch.Tensor] = field(default_factory=dict)  # each (N,) float64
+    weights: torch.Tensor | None = None  # (B,) float64, of each pair in the loss; None: all are 1
     segments: np.ndarray | None = (
         None  # (U, 4) int64 on the host, see `data.layouts.Grid`; None: each row is one sequence
     )

@@ -21,6 +21,7 @@ def collate(
     pad_id: int,
     need_rejected: bool = True,
     columns: tuple[str, ...] = (),
+    weights: str | None = None,
     layout: str = PADDED,
     one_row: bool = False,
     pad_to_multiple_of: int = 1,
@@ -33,6 +34,7 @@ def collate(
         pad_id: the id that fills the padding; no result depends on it.
         need_rejected: whether the rejected sides are laid down.
         columns: names of the numbers to carry.
+        weights: name of the column with the weight of each pair in the loss, if there is one.
         layout: one of `layouts.LAYOUTS`; a batch of no pairs is padded in any case.
         one_row: whether packing makes one long row.
         pad_to_multiple_of: T is rounded up to a multiple of this.
@@ -97,6 +99,9 @@ def collate(
         rejected_lengths=torch.from_numpy(counts[len(pairs) :]) if need_rejected else None,
         columns={name: torch.tensor([pair.columns[name] for pair in pairs], dtype=torch.float64) for name in columns},
         where=tuple(pair.where for pair in pairs),
+        weights=None
+        if weights is None
+        else torch.tensor([pair.columns[weights] for pair in pairs], dtype=torch.float64),
     )
 
 

@@ -250,7 +250,7 @@ class RowReader:
             template_args=self._template_args(record) if isinstance(prompt, list) else {},
             prompt_key=key,
         )
-        used = {self._key("prompt"), self._key("chosen"), self._key("rejected")}
+        used = {self._key(key) for key in ("prompt", "chosen", "rejected", *(column.name for column in self.extra))}
         if self._get(record, "prompt") is None:
             used |= {self._key("instruction"), self._key("input")}
         self.unread.count(record, used, row, self._get(record, "prompt"), paired=rejected is not None)

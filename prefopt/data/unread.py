@@ -19,7 +19,7 @@ _MATTER = {
     "input": "it is read only together with 'instruction'",
     "history": _TURNS,
     "context": "put it into the prompt",
-    "weight": "all pairs have the same weight",
+    "weight": "set data.weight_column to use it in the loss",
     "functions": "chat templates read 'tools'",
     "template_args": "chat templates read 'chat_template_kwargs'",
     **dict.fromkeys(_MEDIA, "prefopt trains on text only"),

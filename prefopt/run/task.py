@@ -31,7 +31,7 @@ from prefopt.training import adapter_checks, layout_choice, model_checks, model_
 from prefopt.training.adapters import Frozen
 from prefopt.training.model_sources import ModelSource
 from prefopt.training.reference import Source
-from prefopt.types import LABEL, EncodedPair
+from prefopt.types import LABEL, Column, EncodedPair
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -143,6 +143,9 @@ def file_task(config: RunConfig, day: date) -> Task:
     tokenizer.pad_token_id, note = pad_token(tokenizer, model_checks.vocabulary_size(architecture))
     rendering = Rendering.of(config.data, tokenizer, day)
     needs = config.method.needs
+    weight = config.data.weight_column
+    if weight is not None and weight not in (column.name for column in needs.columns):
+        needs = dataclasses.replace(needs, columns=(*needs.columns, Column(weight, low=0.0)))
     report: list[str] = [*([note] if note else []), *rendering.lines(tokenizer)]
 
     def encode(name: str) -> Encoded:

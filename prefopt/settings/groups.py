@@ -111,6 +111,8 @@ class SourceConfig(Group):
     None: the testbed's pairs."""
     weights: tuple[float, ...] | None = None
     """Sampling weight of each source in data.train. None: every pair once per epoch."""
+    weight_column: str | None = None
+    """Column with the weight of each pair in the loss, a number >= 0. None: all pairs count alike."""
     eval: str | None = None
     """Held-out pairs, named as in data.train. None: split off from the training pairs, by prompt."""
     eval_fraction: float = ranged(0.05, at_least=0, below=1)

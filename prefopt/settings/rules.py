@@ -195,6 +195,9 @@ def check_sources(config: RunConfig) -> None:
                 raise ConfigError(f"data.{key}: found an empty name beside a comma, expected a source")
             if name in names[:i]:
                 raise ConfigError(f"data.{key}: '{name}' is named twice; use data.weights to sample it more often")
+    if config.data.weight_column is not None and (config.rounds.count or not named["train"]):
+        where = "rounds, whose pairs are new" if config.rounds.count else "the testbed, whose pairs have no such column"
+        raise ConfigError(f"data.weight_column: given with {where}; leave it out")
     if weights is None:
         return
     if config.rounds.count:

@@ -34,6 +34,7 @@ class Batcher:
         pad_id: token that fills padding positions.
         rank, world: this rank, and the world size.
         values: the reference cache, where it replaces a live reference.
+        weights: column with the weight of each pair in the loss, if there is one.
     """
 
     needs: Needs
@@ -42,6 +43,7 @@ class Batcher:
     rank: int
     world: int
     values: ReferenceValues | None = None
+    weights: str | None = None
 
     def micro_batches(self, pairs: Sequence[EncodedPair], size: int) -> Iterator[tuple[list[int], PairBatch]]:
         """This rank's micro-batches of at most `size` pairs, each with the indices of its pairs in `pairs`.
@@ -73,6 +75,7 @@ class Batcher:
             pad_id=self.pad_id,
             need_rejected=need_rejected,
             columns=tuple(column.name for column in self.needs.columns),
+            weights=self.weights,
             **self.layouts.settings(layout or self.layouts.of(pairs, need_rejected)),
         )
         return batch if self.values is None else self.values.fill(batch, pairs)

@@ -18,6 +18,7 @@ from prefopt.training import compiling
 from prefopt.training.forward import Policy, pair_stats, statistics_to_evaluate, to_device
 from prefopt.training.loss_state import LossStates, Values
 from prefopt.training.metrics import Evaluation, Evaluator, loss_metrics, shared_metrics
+from prefopt.training.normalizers import weighted
 from prefopt.training.progress_bar import evaluation_bar
 from prefopt.training.random_state import preserved_random_state
 from prefopt.training.run import Interrupted, TrainingRun
@@ -77,7 +78,7 @@ class EvaluationLoop:
         run = self.run
         mine: list[dict[str, Any]] = []
         for indices, batch, stats, state in self._scored_batches(want, step):
-            output = run.method.loss_of(stats, batch, state)
+            output = weighted(run.method.loss_of(stats, batch, state), batch)
             values = loss_metrics(output) | shared_metrics(stats) | dict(output.metrics)
             table = {name: (v.double().cpu().tolist(), c.double().cpu().tolist()) for name, (v, c) in values.items()}
             for i, (index, where) in enumerate(zip(indices, batch.where, strict=True)):

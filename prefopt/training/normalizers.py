@@ -64,7 +64,8 @@ class Normalizers:
         totals: dict[str, float] = {}
         for batch in batches:
             stats = _placeholder(batch, self.method.needs)
-            for term in self.method.loss_of(stats, batch, self.method.first_state(stats, batch)).terms:
+            output = weighted(self.method.loss_of(stats, batch, self.method.first_state(stats, batch)), batch)
+            for term in output.terms:
                 totals[term.name] = totals.get(term.name, 0.0) + float(term.count.double().sum())
         return totals
 
@@ -83,7 +84,23 @@ class Normalizers:
                 rejected_lengths=None if empty.rejected_lengths is None else of("rejected_loss_tokens"),
                 columns={name: of(f"column.{name}") for name in empty.columns},
                 where=("",) * (end - begin),
+                weights=None if self.batcher.weights is None else of(f"column.{self.batcher.weights}"),
             )
+
+
+def weighted(output: LossOutput, batch: PairBatch) -> LossOutput:
+    """The loss with the weight w_b of each pair, if the data has one: `sum_b w_b value_tb / sum_b w_b count_tb`.
+
+    A weight of 2 is the same as having the pair twice. Metrics are not weighted.
+    """
+    if batch.weights is None:
+        return output
+    weights = batch.weights
+    terms = [
+        replace(term, value=term.value * weights.to(term.value.dtype), count=term.count * weights)
+        for term in output.terms
+    ]
+    return replace(output, terms=tuple(terms))
 
 
 def normalized(output: LossOutput, normalizers: Mapping[str, float]) -> torch.Tensor:

@@ -84,7 +84,9 @@ class TrainingRun:
         if note is not None:
             print_rank_0(note)
         pad_id = int(self.tokenizer.pad_token_id)
-        self.batcher = Batcher(self.needs, layouts, pad_id, runtime.rank, runtime.world, self.values)
+        self.batcher = Batcher(
+            self.needs, layouts, pad_id, runtime.rank, runtime.world, self.values, config.data.weight_column
+        )
         if config.train.compile:
             compiling.compile_layers(self.policy.backbone)
         self.metrics = MetricsFile(self.output / "metrics.jsonl")

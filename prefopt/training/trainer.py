@@ -20,7 +20,7 @@ from prefopt.training.export import ModelExport
 from prefopt.training.forward import pair_stats, pair_stats_and_routing, statistics_for, to_device
 from prefopt.training.loss_state import LossStates
 from prefopt.training.metrics import Evaluator, Meter, loss_metrics, shared_metrics, total_loss
-from prefopt.training.normalizers import Normalizers, non_finite_pairs, normalized
+from prefopt.training.normalizers import Normalizers, non_finite_pairs, normalized, weighted
 from prefopt.training.patience import Patience
 from prefopt.training.progress_bar import ProgressBar, print_beside_bar
 from prefopt.training.router_loss import RouterLoss
@@ -138,7 +138,7 @@ class Trainer:
                 else:
                     stats = pair_stats(run.model, batch, want)
                 # Loss: this micro-batch's part of the mean over the step.
-                output = self.loss_states.loss(index, stats, batch)
+                output = weighted(self.loss_states.loss(index, stats, batch), batch)
                 loss = normalized(output, normalizers)
                 if self.router.weight:
                     balance = self.router.of_micro_batch(routing)
