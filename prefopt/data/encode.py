@@ -313,9 +313,8 @@ def _build(folder: Path, reader: RowReader, encoder: Encoder, name: str, on_bad_
     base = reader.source.base
     noted: Counter[str] = Counter()
     first: dict[str, str] = {}  # place of the first example of each note
-    lengths: dict[str, Counter[int]] = {
-        side: Counter() for side in ("prompt", "chosen", *(["rejected"] if reader.need_rejected else []))
-    }
+    sides = ["completion"] if reader.labelled else ["chosen", "rejected"] if reader.need_rejected else ["chosen"]
+    lengths: dict[str, Counter[int]] = {side: Counter() for side in ("prompt", *sides)}
     seen = array("Q")
     content = running_hash()
     items = iter(reader)

@@ -10,7 +10,7 @@ from itertools import groupby
 from typing import Any, Literal
 
 from prefopt.redaction import escaped, printable
-from prefopt.types import EncodedPair
+from prefopt.types import LABEL, EncodedPair
 
 Kind = Literal["prompt", "scored", "unscored"]
 _KINDS: dict[str, str] = {
@@ -47,7 +47,9 @@ class PreviewedPair:
 
     @property
     def sides(self) -> list[tuple[str, list[Piece]]]:
-        return [(name, side) for name, side in (("chosen", self.chosen), ("rejected", self.rejected)) if side]
+        unpaired = LABEL.name in self.columns
+        names = ("completion", "mismatched completion") if unpaired else ("chosen", "rejected")
+        return [(name, side) for name, side in zip(names, (self.chosen, self.rejected), strict=True) if side]
 
 
 def preview_pair(pair: EncodedPair, tokenizer: Any) -> PreviewedPair:

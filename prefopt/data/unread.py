@@ -79,9 +79,9 @@ class Unread:
         elif isinstance(prompt, str) and prompt.strip() and not _asks(row.prompt, prompt):
             what = "'prompt' is ignored in {examples}, whose conversation has another question"
             self._counts[f"{what} (remove 'prompt', or the turns before the answer)"] += 1
-        if not paired and row.chosen is not None and _is_false(record.get("label")):
+        if "label" not in used and not paired and row.chosen is not None and _is_false(record.get("label")):
             what = "'label' is ignored: {examples} with a false label are trained on"
-            self._counts[f"{what} (drop them, or make pairs of them)"] += 1
+            self._counts[f"{what} (drop them, or train with kto, which reads labels)"] += 1
 
     def notes(self, *, chat: bool) -> list[str]:
         """One note each. Args: chat: whether the tokenizer has a chat template."""

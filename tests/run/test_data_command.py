@@ -190,4 +190,4 @@ def test_settings_of_rows_are_those_of_training_under_the_same_defaults():
 
     ours, theirs = asdict(PreviewDataConfig()), asdict(DataConfig())
     assert {key for key, value in ours.items() if theirs[key] != value} == {"on_bad_row"}
-    assert {*theirs} - {*ours} <= {"train", "eval", "weights", "eval_fraction", "workers"}
+    assert {*theirs} - {*ours} <= {"train", "eval", "weights", "weight_column", "eval_fraction"}
