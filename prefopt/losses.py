@@ -25,6 +25,7 @@ from prefopt.methods.cpo import cpo as cpo
 from prefopt.methods.dpo import dpo as dpo
 from prefopt.methods.kto import kto as kto
 from prefopt.methods.ld_dpo import ld_dpo as ld_dpo
+from prefopt.methods.mix import mix as mix
 from prefopt.methods.orpo import orpo as orpo
 from prefopt.methods.pairwise_judge import pairwise_judge as pairwise_judge
 from prefopt.methods.rebel import rebel as rebel

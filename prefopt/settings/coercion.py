@@ -33,6 +33,8 @@ def coerce(value: Any, hint: Any, where: str) -> Any:
         except yaml.YAMLError:
             raise refuse("a number, a word or a list such as [0.9, 0.95]") from None
     if origin in (types.UnionType, typing.Union):
+        if any(typing.get_origin(arg) is Literal and value in typing.get_args(arg) for arg in args):
+            return value
         if value is None or (isinstance(value, str) and value.lower() in ("none", "null")):
             if type(None) in args:
                 return None
@@ -54,8 +56,10 @@ def coerce(value: Any, hint: Any, where: str) -> Any:
             f"{where}: found {value!r}, expected one of {', '.join(map(str, args))}"
             f"{did_you_mean(str(value), map(str, args))}"
         )
+    if hasattr(hint, "from_plain"):
+        return hint.from_plain(value, where, coerce)
     if origin is tuple:
-        items = [v for v in re.split(r"[,\s]+", value) if v] if isinstance(value, str) else value
+        items = _items(value, args[0])
         if not isinstance(items, (list, tuple)):
             raise refuse("a list")
         return tuple(coerce(item, args[0], where) for item in items)
@@ -104,6 +108,19 @@ def coerce(value: Any, hint: Any, where: str) -> Any:
     raise ConfigError(
         f"{where}: settings of type {type_name(hint)} are not supported; use numbers, text, Literal, bool"
     )
+
+
+def _items(value: Any, hint: Any) -> Any:
+    """The items of a list, which a flag gives with commas between, or as YAML where they have forms of their own."""
+    own_form = hasattr(hint, "from_plain")
+    if own_form and isinstance(value, Mapping):
+        return [{"name": name, "weight": weight} for name, weight in value.items()]
+    if own_form and isinstance(value, str) and value.lstrip().startswith(("[", "{")):
+        try:
+            return _items(parse_yaml(value), hint)
+        except yaml.YAMLError:
+            return value
+    return [v for v in re.split(r"[,\s]+", value) if v] if isinstance(value, str) else value
 
 
 def type_name(hint: Any) -> str:

@@ -170,8 +170,13 @@ def _default(f: dataclasses.Field[Any]) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, list):
-        return ",".join(map(str, value))
+        return ",".join(map(_item, value))
     return str(value)
+
+
+def _item(value: Any) -> str:
+    """An item of a list as a flag gives it."""
+    return f"{{{', '.join(f'{k}: {v}' for k, v in value.items())}}}" if isinstance(value, dict) else str(value)
 
 
 def _kind(hint: Any) -> str:
@@ -185,7 +190,7 @@ def _kind(hint: Any) -> str:
         return f"{_kind(args[0])},..."
     if args and typing.get_origin(hint) in (types.UnionType, typing.Union):
         return "|".join(dict.fromkeys(map(_kind, args)))
-    return _KINDS.get(hint, "TEXT")
+    return getattr(hint, "form", _KINDS.get(hint, "TEXT"))
 
 
 @functools.cache

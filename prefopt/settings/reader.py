@@ -122,7 +122,10 @@ def check_keys(layer: Mapping[str, Any], name: str, method_class: type[Method], 
 
 def unknown_keys(layer: Mapping[str, Any], known: Sequence[str], where: str) -> Iterator[str]:
     """The keys of a layer that are not settings. Raises: ConfigError for a value given to a group."""
-    names = ("data.columns", "data.template_args", "optim.args", "generate.args", "judge.args", "template_args")
+    names = (
+        *("data.columns", "data.template_args", "optim.args", "generate.args", "judge.args", "template_args"),
+        "method.parts",
+    )
     mappings = tuple(f"{name}." for name in names if name in known)
     for key in flatten(layer):
         if key in known or key.startswith(mappings):

@@ -105,8 +105,10 @@ def type_hints(cls: Any) -> dict[str, Any]:
 
 
 def as_plain(value: Any) -> Any:
+    if hasattr(value, "to_plain"):
+        return value.to_plain()
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: as_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Mapping):
         return {k: as_plain(v) for k, v in value.items()}
-    return list(value) if isinstance(value, tuple) else value
+    return [as_plain(item) for item in value] if isinstance(value, tuple) else value

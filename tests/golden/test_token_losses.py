@@ -11,6 +11,7 @@ import torch
 from prefopt.methods.alpha_dpo import AlphaDPO
 from prefopt.methods.confpo import ConfPO
 from prefopt.methods.ld_dpo import LDDPO
+from prefopt.methods.mix import Mix, Part
 from prefopt.methods.wpo import WPO
 from prefopt.training.forward import sum_by_sequence
 from prefopt.types import LossState, TokenStats
@@ -110,3 +111,38 @@ def test_alpha_dpo_over_three_steps_is_the_authors():
         term.value.mean().backward()
         close(stats.chosen_logps.grad, f64(outputs["grad_chosen_logps"]))
         close(stats.rejected_logps.grad, f64(outputs["grad_rejected_logps"]))
+
+
+def mixture(p):
+    """The mixture of a recorded case: of TRL's list of losses, or DPO with one of the three NLLs."""
+    beta = ("beta", p["beta"])
+    if "terms" not in p:
+        return Mix((Part("sigmoid", 1.0, (beta,)), Part("nll", p["nll_weight"], (("reduction", p["nll"]),))))
+    parts = {
+        "sigmoid": Part("sigmoid", settings=(beta,)),
+        "bco_pair": Part("bco", settings=(beta, ("delta", "none"))),
+        "sft": Part("nll"),
+    }
+    return Mix(
+        tuple(replace(parts[name], weight=weight) for name, weight in zip(p["terms"], p["weights"], strict=True))
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "case"),
+    [pytest.param(name, c, id=c["name"]) for name in ("mixture_mpo", "dpo_nll") for c in load(name)["cases"]],
+)
+def test_mixture_is_that_of_the_source(name, case):
+    inputs, outputs = load(name)["inputs"], case["outputs"]
+    stats, rows = stats_of(inputs)
+    terms = mixture(case["params"]).loss(stats, batch(len(inputs["chosen_lengths"]))).terms
+    loss = sum(term.weight * term.value.sum() / term.count.sum() for term in terms)
+    close = partial(torch.testing.assert_close, rtol=case["tolerance"], atol=case["tolerance"])
+    close(loss, f64(outputs["loss"]))
+    loss.backward()
+    for side in SIDES:
+        found = gradient(rows, inputs, side)
+        for one, expected in zip(found, outputs.get(f"grad_{side}_token_logps", found), strict=True):
+            close(one, torch.as_tensor(expected, dtype=torch.float64)[: len(one)])
+        for one, expected in zip(found, outputs.get(f"grad_{side}_logps", ()), strict=False):
+            close(one, f64([expected] * len(one)))

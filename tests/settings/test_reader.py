@@ -36,6 +36,11 @@ def test_flags_when_bool_then_may_stand_alone(words, value):
     assert parse([*REAL, *words.split()]).dry_run is value
 
 
+def test_flags_when_none_is_one_of_the_choices_then_it_is_that_choice():
+    given = [*("--method", "dpo", "--method.variant", "bco"), "--method.delta"]
+    assert [parse([*given, value]).method.delta for value in ("none", "null")] == ["none", None]
+
+
 def test_flags_when_optional_then_none_is_a_value():
     assert parse([*REAL, "--train.max_steps", "7"]).train.max_steps == 7
     assert parse([*REAL, "--train.max_steps", "none"]).train.max_steps is None
@@ -89,7 +94,7 @@ def test_flags_when_optional_then_none_is_a_value():
         ([*REAL, "--optim.lrr", "1"], "--optim.lrr: unknown setting; did you mean 'optim.lr'?"),
         ([*REAL, "--beta", "1"], "--beta: unknown setting; did you mean 'method.beta'?"),
         ([*REAL, "--zzz", "1"], "--zzz: unknown setting; --help lists them all"),
-        ([*REAL, "--method.alpha", "1"], "--method.alpha: method 'dpo' has no 'alpha'; it belongs to tdpo"),
+        ([*REAL, "--method.eta", "1"], "--method.eta: method 'dpo' has no 'eta'; it belongs to rebel, reward_rpo"),
         ([*REAL, "--optim", "3"], "--optim: 'optim' is a group; name a setting in it, such as optim.name"),
         ([*REAL, "--optim", "3", "--optim.lr", "1"], "--optim.lr: 'optim' is given as a value and as a group"),
         ([*REAL, "--config"], "--config: found no value, expected a YAML file"),
@@ -150,7 +155,7 @@ def test_flags_when_wrong_then_one_line_names_the_setting_and_a_fix(argv, expect
     [
         ("optim: {lrr: 1}", "x.yaml: optim.lrr: unknown setting; did you mean 'optim.lr'?"),
         ("config: y.yaml", "x.yaml: config: unknown setting; --help lists them all"),
-        ("method: {alpha: 1}", "x.yaml: method.alpha: method 'dpo' has no 'alpha'; it belongs to tdpo"),
+        ("method: {eta: 1}", "x.yaml: method.eta: method 'dpo' has no 'eta'; it belongs to rebel, reward_rpo"),
         ("method: 3", "x.yaml: method: found 3, expected a name or a group of settings"),
         ("optim: [1]", "x.yaml: optim: 'optim' is a group; name a setting in it, such as optim.name"),
         ("optim: {lr: fast}", "x.yaml: optim.lr: found 'fast', expected a number"),
