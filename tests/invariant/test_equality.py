@@ -13,7 +13,7 @@ import torch
 from prefopt.data.collate import collate
 from prefopt.training import batching
 from tests.dist.ranks import run_ranks
-from tests.invariant.methods import methods
+from tests.invariant.methods import methods, representatives
 from tests.invariant.oracle import oracle_step
 from tests.invariant.steps import BOUNDS, Bench, difference, random_pairs, two_models
 
@@ -22,7 +22,8 @@ DTYPES = list(BOUNDS)
 STATELESS = ("logps", "rewards", "accuracy")  # groups of metrics that read no number kept between steps
 # the ways to cut a step that two processes are held to: (pairs, micro-batch)
 SPREADS = {"8 pairs": (8, 4), "1 at a time": (8, 1), "5 pairs, one process has less": (5, 2), "1 pair": (1, 4)}
-SPREADS_OF = {torch.float64: SPREADS, torch.float32: dict(list(SPREADS.items())[:1])}  # each case costs seconds
+# each case costs seconds: all of them for each kind of forward pass and each loss that reads the global batch
+ALL_SPREADS = representatives(METHODS) | {name for name, method in METHODS.items() if method.needs.batch_values}
 
 each_method = pytest.mark.parametrize("name", METHODS)
 each_variant = pytest.mark.parametrize("name", ALL)
@@ -108,6 +109,18 @@ def test_step_when_embeddings_are_tied_then_loss_and_gradients_are_the_oracles(n
 # Two processes: all that is asked of them is done in one go, and looked at by the tests below.
 
 
+def spreads_of(name, dtype):
+    """The ways to cut a step between two processes that a method is held to."""
+    if name in ALL_SPREADS:
+        return SPREADS if dtype == torch.float64 else {"8 pairs": SPREADS["8 pairs"]}
+    return {what: SPREADS[what] for what in list(SPREADS)[2:3] if dtype == torch.float64}
+
+
+def evaluated_by(name):
+    """The batch sizes of evaluations on two processes."""
+    return (1, 3) if name in ALL_SPREADS else (3,)
+
+
 @pytest.fixture(scope="module")
 def ranks():
     return run_ranks(_two_processes)
@@ -119,13 +132,14 @@ def _two_processes(runtime):
         untied, tied = two_models(dtype), two_models(dtype, tied=True)
         for name, method in METHODS.items():
             bench = Bench(runtime, method, untied)
-            for what, (pairs, micro) in SPREADS_OF[dtype].items():
+            for what, (pairs, micro) in spreads_of(name, dtype).items():
                 answers[name, dtype, what] = bench.step(rows_for(method, pairs), micro)
             if dtype == torch.float64:
-                for batch in (1, 3):
+                for batch in evaluated_by(name):
                     with tempfile.TemporaryDirectory() as folder:
                         answers[name, "eval", batch] = bench.evaluate(rows_for(method, 5), batch, folder)
-                answers[name, "tied"] = Bench(runtime, method, tied).step(rows_for(method), 2)
+                if name in ALL_SPREADS:
+                    answers[name, "tied"] = Bench(runtime, method, tied).step(rows_for(method), 2)
     return answers
 
 
@@ -133,15 +147,16 @@ def test_two_processes_when_asked_then_they_are_two_and_joined_by_ddp(ranks):
     assert [answers["processes"] for answers in ranks] == [(2, "MULTI_CPU", "ddp")] * 2
 
 
-@each_dtype
-@each_method
+@pytest.mark.parametrize(
+    ("name", "dtype"), [(name, dtype) for dtype in DTYPES for name in METHODS if spreads_of(name, dtype)]
+)
 def test_step_when_two_processes_then_loss_and_gradients_are_the_oracles_on_both(name, dtype, ranks, expected):
     for rank, answers in enumerate(ranks):
-        for what, (pairs, _) in SPREADS_OF[dtype].items():
+        for what, (pairs, _) in spreads_of(name, dtype).items():
             assert_equal(expected(name, dtype, pairs), answers[name, dtype, what], dtype, f"rank {rank}, {what}")
 
 
-@each_method
+@pytest.mark.parametrize("name", [name for name in METHODS if name in ALL_SPREADS])
 def test_step_when_two_processes_and_tied_embeddings_then_loss_and_gradients_are_the_oracles(name, ranks, expected):
     for answers in ranks:
         assert_equal(expected(name, torch.float64, tied=True), answers[name, "tied"], torch.float64, "tied")
@@ -158,7 +173,7 @@ def test_eval_metrics_when_batch_or_processes_change_then_they_are_the_same(
     rows = rows_for(method, 5)
     bench = Bench(runtime, method, models[dtype, False])
     lines = {f"one process, {batch}": bench.evaluate(rows, batch, tmp_path) for batch in (1, 3, 16)}
-    lines |= {f"two processes, {batch}": ranks[0][name, "eval", batch] for batch in (1, 3)}
+    lines |= {f"two processes, {batch}": ranks[0][name, "eval", batch] for batch in evaluated_by(name)}
     first = lines.pop("one process, 1")
     known = dict(expected(name, dtype, 5)[2])
     if method.needs.state:  # which a step updates before its loss, and an evaluation does not
