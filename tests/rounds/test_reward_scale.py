@@ -72,7 +72,7 @@ def test_a_method_that_reads_no_probability_is_not_warned_of(paired):
 def test_std_of_a_judge_that_gives_probabilities_is_refused(paired):
     table = [[0.5, 0.6, 0.7], [0.4, 0.5, 0.6], [0.3, 0.4, 0.5]]
     assert paired(probs=table).pairs
-    with pytest.raises(RoundError, match=r"^judge.reward_scale: found 'std', but a judge that gives probabilities"):
+    with pytest.raises(RoundError, match=r"^judge.reward_scale: found 'std', but a judge that returns probabilities"):
         paired("--judge.reward_scale", "std", probs=table)
 
 

@@ -117,7 +117,7 @@ def test_config_when_its_sizes_together_are_absurd_then_it_is_refused(with_confi
 def test_load_when_a_config_is_far_larger_than_its_files_then_it_is_refused_before_memory_is_taken(with_config):
     """1e12 weights, which would be made before anybody could see that they are missing."""
     path = with_config(num_hidden_layers=2, hidden_size=2**18, intermediate_size=2**19, num_attention_heads=2**10)
-    with pytest.raises(TrainError, match=f"holds lm_head.weight of shape 40 x 16, .* asks for 40 x {2**18}"):
+    with pytest.raises(TrainError, match=f"holds lm_head.weight of shape 40 x 16, .* requires 40 x {2**18}"):
         models.load_model(path, ModelConfig())
 
 
