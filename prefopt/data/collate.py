@@ -21,6 +21,7 @@ def collate(
     pad_id: int,
     need_rejected: bool = True,
     columns: tuple[str, ...] = (),
+    token_columns: tuple[str, ...] = (),
     layout: str = PADDED,
     one_row: bool = False,
     pad_to_multiple_of: int = 1,
@@ -33,6 +34,7 @@ def collate(
         pad_id: the id that fills the padding; no result depends on it.
         need_rejected: whether the rejected sides are laid down.
         columns: names of the numbers to carry.
+        token_columns: names of the numbers per loss token to carry, in the order of `labels`.
         layout: one of `layouts.LAYOUTS`; a batch of no pairs is padded in any case.
         one_row: whether packing makes one long row.
         pad_to_multiple_of: T is rounded up to a multiple of this.
@@ -97,7 +99,17 @@ def collate(
         rejected_lengths=torch.from_numpy(counts[len(pairs) :]) if need_rejected else None,
         columns={name: torch.tensor([pair.columns[name] for pair in pairs], dtype=torch.float64) for name in columns},
         where=tuple(pair.where for pair in pairs),
+        token_columns={name: _per_token(pairs, name, counts) for name in token_columns},
     )
+
+
+def _per_token(pairs: Sequence[EncodedPair], name: str, counts: np.ndarray) -> torch.Tensor:
+    """A number of each loss token, (N,). Args: counts: loss tokens of each sequence, (S,)."""
+    sides = ("chosen", "rejected")[: len(counts) // max(len(pairs), 1)]
+    values = [pair.token_columns[f"{side}_{name}"] for side in sides for pair in pairs]
+    if [len(one) for one in values] != counts.tolist():
+        raise ValueError(f"{name}: a list does not have one number per loss token")
+    return torch.tensor([*chain.from_iterable(values)], dtype=torch.float64)
 
 
 def _rejected(pair: EncodedPair) -> list[int]:

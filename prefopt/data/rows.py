@@ -29,7 +29,7 @@ from prefopt.data.unread import Unread
 from prefopt.errors import DataError, did_you_mean
 from prefopt.settings import RESERVED_ARGS
 from prefopt.storage import digest
-from prefopt.types import Column, PairRow
+from prefopt.types import Column, PairRow, TokenColumn
 
 __all__ = [
     "DROP",
@@ -103,6 +103,7 @@ class RowReader:
         need_rejected: whether an example must be a pair. Without it a pair is checked like any other and its rejected
             completion dropped, so that a file gives the same examples to every method.
         extra: numbers that the method reads.
+        extra_tokens: lists of numbers that it reads, one number per loss token.
         max_row_bytes: longer rows are bad ones; they are never in memory.
         prompts_only: whether an example may be a prompt without completion; `chosen` is then None.
         tokenizer: a hash; examples with this value of `tokenizer` contain token ids of this tokenizer, which are used.
@@ -118,6 +119,7 @@ class RowReader:
         columns: Mapping[str, str] | None = None,
         need_rejected: bool = True,
         extra: tuple[Column, ...] = (),
+        extra_tokens: tuple[TokenColumn, ...] = (),
         max_row_bytes: int = MAX_ROW_BYTES,
         prompts_only: bool = False,
         tokenizer: str | None = None,
@@ -127,13 +129,14 @@ class RowReader:
         self.columns, self.need_rejected, self.extra = dict(columns or {}), need_rejected, extra
         self.formats: Counter[str] = Counter()  # of the examples yielded so far
         self.unread = Unread()  # likewise
-        known = [*KEYS, *(column.name for column in extra)]
+        self.token_keys = [key for column in extra_tokens for key in column.keys[: 1 + need_rejected]]
+        known = [*KEYS, *(column.name for column in extra), *self.token_keys]
         for key in self.columns:
             if key not in known:
                 near = did_you_mean(key, known) or ";"
                 raise DataError(f"data.columns: unknown key '{key}'{near} known: {', '.join(known)}")
         names = (name for column in extra for name in (self._key(column.name), *column.aliases))
-        self._read = {*map(self._key, KEYS), *_TEMPLATE_ARGS, *names}
+        self._read = {*map(self._key, (*KEYS, *self.token_keys)), *_TEMPLATE_ARGS, *names}
         self.source = open_source(str(path), max_row_bytes)
         self.unread.folders = self.source.notes()
 
@@ -243,6 +246,7 @@ class RowReader:
             where,
             template_args=self._template_args(record) if isinstance(prompt, list) else {},
             prompt_key=key,
+            token_columns={} if chosen is None else self._token_columns(record),
         )
         used = {self._key("prompt"), self._key("chosen"), self._key("rejected")}
         if self._get(record, "prompt") is None:
@@ -354,7 +358,7 @@ class RowReader:
         found = f"the example has {', '.join(repr(short(name, 60)) for name in keys[:12]) or 'no keys'}"
         used = {self._key(other) for other in KEYS if other != key}
         near = did_you_mean(self._key(key), [name for name in keys if name not in used])
-        what = "a completion" if key in KEYS else "a number"
+        what = "a completion" if key in KEYS else "a list of numbers" if key in self.token_keys else "a number"
         return RowProblem("missing key", self._key(key), "missing", f"{what}; {found}{near}", MAP)
 
     def _side(self, record: Mapping[str, Any], key: str) -> str | Messages:
@@ -392,7 +396,8 @@ class RowReader:
         texts = [record.get(key) for key in ("prompt", "chosen", "rejected")]
         sides = (texts[0] or "", texts[1] or "", (texts[2] or "") if self.need_rejected else None)
         key = prompt_key(plain(texts[0], "prompt")) if texts[0] else ""
-        return PairRow(*sides, numbers, where, tuple(record[key] for key in keys), prompt_key=key)
+        ids = tuple(record[key] for key in keys)
+        return PairRow(*sides, numbers, where, ids, prompt_key=key, token_columns=self._token_columns(record))
 
     def _check_different(self, chosen: object, rejected: object, chosen_key: str) -> None:
         if chosen == rejected:
@@ -439,6 +444,25 @@ class RowReader:
                 "bad template argument", "chat_template_kwargs", found, "arguments that the template reads"
             )
         return args
+
+    def _token_columns(self, record: Mapping[str, Any]) -> dict[str, list[float]]:
+        """The lists of numbers per loss token; their lengths are checked once the completions are encoded."""
+        return {key: self._numbers(record, key) for key in self.token_keys}
+
+    def _numbers(self, record: Mapping[str, Any], key: str) -> list[float]:
+        name, value = self._key(key), self._get(record, key)
+        if value is None:
+            raise self._missing(record, key)
+        if isinstance(value, str):
+            value = decoded(value, name, name)
+        if not isinstance(value, list):
+            raise RowProblem("bad numbers", name, f"found {kind(value)}", "a list of numbers, one per loss token")
+        for i, one in enumerate(value):
+            if isinstance(one, bool) or not isinstance(one, int | float):
+                raise RowProblem("bad numbers", name, f"found {kind(one)} at index {i}", "a list of numbers")
+            if not abs(one) <= sys.float_info.max:
+                raise RowProblem("bad numbers", name, f"found {short(str(one), 30)} at index {i}", "finite numbers")
+        return [float(one) for one in value]
 
     def _number(self, record: Mapping[str, Any], column: Column) -> float:
         names = [self._key(column.name), *column.aliases]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,7 +30,7 @@ from prefopt.training import adapter_checks, layout_choice, model_checks, model_
 from prefopt.training.adapters import Frozen
 from prefopt.training.model_sources import ModelSource
 from prefopt.training.reference import Source
-from prefopt.types import EncodedPair
+from prefopt.types import EncodedPair, Needs
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -79,18 +79,18 @@ def testbed_task(config: RunConfig) -> Task:
     missing = [column.name for column in needs.columns if column.name not in eval_pairs[0].columns]
     if missing:
         raise ConfigError(f"method {described_method(config)}: the testbed's pairs have no column '{missing[0]}'")
-    both = BothOrders(world.tokenizer, config.data.max_length) if needs.sequences == "both_orders" else None
-    if both is not None:
-        eval_pairs = [both.reread(pair) for pair in eval_pairs]
+    convert = _form_of(needs, world, config.data.max_length)
+    if convert is not None:
+        eval_pairs = [convert(pair) for pair in eval_pairs]
     sources = [Source(eval_pairs, f"{world.fingerprint}-{test.eval_pairs}-held-out")]
     if test.pairs is None:
         train: Batches = world.stream(batch, seed)
-        train = train if both is None else Converted(train, both.reread, needs.sequences)
+        train = train if convert is None else Converted(train, convert, needs.sequences)
         what = "an unlimited stream of pairs"
     else:
         fingerprint = f"{world.fingerprint}-{test.pairs}-{seed}"
         pairs = world.file_pairs(test.pairs, seed)
-        pairs = pairs if both is None else [both.reread(pair) for pair in pairs]
+        pairs = pairs if convert is None else [convert(pair) for pair in pairs]
         group, tokens = config.train.group_by_length, config.train.tokens_per_batch
         if tokens is not None and needs.rows == "chosen_only":  # it counts processed tokens
             pairs = [dataclasses.replace(pair, rejected_ids=None, rejected_mask=None) for pair in pairs]
@@ -108,6 +108,25 @@ def testbed_task(config: RunConfig) -> Task:
         report=[f"no model or data given: training on the testbed world '{test.world}' with {what}"],
         world=world,
     )
+
+
+def _form_of(needs: Needs, world: WordWorld, max_length: int) -> Callable[[EncodedPair], EncodedPair] | None:
+    """How the testbed's pairs become those that a method reads; None: they are."""
+    if needs.sequences == "both_orders":
+        return BothOrders(world.tokenizer, max_length).reread
+    if not needs.token_columns:
+        return None
+
+    def with_neutral(pair: EncodedPair) -> EncodedPair:
+        lengths = sum(pair.chosen_mask), sum(pair.rejected_mask or ())
+        columns = {
+            key: [column.neutral] * length
+            for column in needs.token_columns
+            for key, length in zip(column.keys, lengths, strict=True)
+        }
+        return dataclasses.replace(pair, token_columns=columns)
+
+    return with_neutral
 
 
 def file_task(config: RunConfig, day: date) -> Task:
