@@ -35,4 +35,6 @@ from prefopt.methods.sft import sft as sft
 from prefopt.methods.simpo import simpo as simpo
 from prefopt.methods.sppo import sppo as sppo
 from prefopt.methods.tdpo import tdpo as tdpo
+from prefopt.methods.tgdpo import tgdpo as tgdpo
+from prefopt.methods.tis_dpo import tis_dpo as tis_dpo
 from prefopt.methods.wpo import wpo as wpo

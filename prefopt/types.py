@@ -38,11 +38,14 @@ LABEL = Column("label", low=0.0, high=1.0)  # of unpaired examples: 1 for a desi
 class TokenColumn:
     """Two lists of numbers per pair in the data file, one number per completion token of either side.
 
-    Args: name: the key under which `PairBatch.token_columns` carries them; the file has `chosen_NAME` and
-        `rejected_NAME`.
+    Args:
+        name: the key under which `PairBatch.token_columns` carries them; the file has `chosen_NAME` and
+            `rejected_NAME`.
+        neutral: the number of every token on the testbed, whose pairs have no such lists.
     """
 
     name: str
+    neutral: float = 0.0
 
     @property
     def keys(self) -> tuple[str, str]:
@@ -105,7 +108,8 @@ class PairRow:
     possibly rejected completion, if the example has them and they are this tokenizer's, so that sampled tokens are
     trained on unchanged. `template_args` are the example's own arguments of the chat template: `tools`, `documents`,
     and the members of `chat_template_kwargs`. Messages may also have `tool_calls`, and content None. `prompt_key` is a
-    hash of the prompt in the file, independent of tokenizer and template; "" where no file was read.
+    hash of the prompt in the file, independent of tokenizer and template; "" where no file was read. `token_columns`
+    has the lists of the example by the name of their key, such as `chosen_weights`.
     """
 
     prompt: str | list[dict[str, Any]]
@@ -116,6 +120,7 @@ class PairRow:
     ids: tuple[list[int], ...] | None = None
     template_args: Mapping[str, Any] = field(default_factory=dict)
     prompt_key: str = ""
+    token_columns: Mapping[str, list[float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -124,7 +129,8 @@ class EncodedPair:
 
     `chosen_mask` and `rejected_mask` are the loss masks of the completions: True on all tokens, but for completions of
     several turns, where only the assistant's tokens are. `prompt_key` is a hash of the rendered prompt,
-    `raw_prompt_key` one of the prompt in the file, if the pair comes from one.
+    `raw_prompt_key` one of the prompt in the file, if the pair comes from one. `token_columns` has lists by the name of
+    their key, such as `chosen_weights`, with one number per loss token.
     """
 
     prompt_ids: list[int]
@@ -136,6 +142,7 @@ class EncodedPair:
     where: str = ""
     prompt_key: str = ""
     raw_prompt_key: str = ""
+    token_columns: Mapping[str, list[float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

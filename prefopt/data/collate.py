@@ -22,6 +22,7 @@ def collate(
     need_rejected: bool = True,
     columns: tuple[str, ...] = (),
     weights: str | None = None,
+    token_columns: tuple[str, ...] = (),
     layout: str = PADDED,
     one_row: bool = False,
     pad_to_multiple_of: int = 1,
@@ -35,6 +36,7 @@ def collate(
         need_rejected: whether the rejected sides are laid down.
         columns: names of the numbers to carry.
         weights: name of the column with the weight of each pair in the loss, if there is one.
+        token_columns: names of the numbers per loss token to carry, in the order of `labels`.
         layout: one of `layouts.LAYOUTS`; a batch of no pairs is padded in any case.
         one_row: whether packing makes one long row.
         pad_to_multiple_of: T is rounded up to a multiple of this.
@@ -102,7 +104,17 @@ def collate(
         weights=None
         if weights is None
         else torch.tensor([pair.columns[weights] for pair in pairs], dtype=torch.float64),
+        token_columns={name: _per_token(pairs, name, counts) for name in token_columns},
     )
+
+
+def _per_token(pairs: Sequence[EncodedPair], name: str, counts: np.ndarray) -> torch.Tensor:
+    """A number of each loss token, (N,). Args: counts: loss tokens of each sequence, (S,)."""
+    sides = ("chosen", "rejected")[: len(counts) // max(len(pairs), 1)]
+    values = [pair.token_columns[f"{side}_{name}"] for side in sides for pair in pairs]
+    if [len(one) for one in values] != counts.tolist():
+        raise ValueError(f"{name}: a list does not have one number per loss token")
+    return torch.tensor([*chain.from_iterable(values)], dtype=torch.float64)
 
 
 def _rejected(pair: EncodedPair) -> list[int]:

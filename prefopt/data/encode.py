@@ -24,7 +24,7 @@ from prefopt.data.structure import added_bos
 from prefopt.data.templates import Rendering
 from prefopt.errors import DataError
 from prefopt.storage import Damaged, Unreadable, locked, running_hash, text_hash, text_number
-from prefopt.types import Column, EncodedPair, PairRow
+from prefopt.types import Column, EncodedPair, PairRow, TokenColumn
 
 FORMAT_VERSION = 6  # raise it whenever the same file and settings would give other ids, masks or counts
 _ROWS, _REPORT = "rows.arrow", "report.json"  # of a folder of the cache
@@ -53,6 +53,7 @@ class MappedPairs(PairView):
                     rows += batch.num_rows
             names = stream.schema.names
         self._names = [name.removeprefix("column.") for name in names if name.startswith("column.")]
+        self._token_keys = [name.removeprefix("tokens.") for name in names if name.startswith("tokens.")]
         self._len = rows
 
     def __len__(self) -> int:
@@ -73,6 +74,7 @@ class MappedPairs(PairView):
             where=self.path + chunk["where"][i].as_py(),
             prompt_key=f"{chunk['prompt_key'][i]:016x}",
             raw_prompt_key=f"{chunk['raw_prompt_key'][i]:016x}",
+            token_columns={key: _ids(chunk["tokens." + key], i) for key in self._token_keys},
         )
 
     def metadata(self, name: str, begin: int, end: int) -> np.ndarray:
@@ -112,7 +114,7 @@ def _metadata(chunk: Mapping[str, Any], name: str, begin: int, end: int) -> np.n
     return values
 
 
-def _ids(view: tuple[np.ndarray, np.ndarray], i: int) -> list[int]:
+def _ids(view: tuple[np.ndarray, np.ndarray], i: int) -> list[Any]:
     offsets, values = view
     return values[offsets[i] : offsets[i + 1]].tolist()
 
@@ -155,6 +157,7 @@ def encode_file(
     kind: type[Encoder] = Encoder,
     need_rejected: bool = True,
     extra: tuple[Column, ...] = (),
+    extra_tokens: tuple[TokenColumn, ...] = (),
     columns: Mapping[str, str] | None = None,
     on_bad_row: OnBadRow = "error",
     vocab_rows: int | None = None,
@@ -171,7 +174,7 @@ def encode_file(
     Of several processes on a machine one encodes and the others wait for it.
 
     Args:
-        path, columns, need_rejected, extra, max_row_bytes, dialogues, labelled: as `RowReader`.
+        path, columns, need_rejected, extra, extra_tokens, max_row_bytes, dialogues, labelled: as `RowReader`.
         tokenizer, max_length, rendering, overlong, special_tokens: as `Encoder`.
         kind: which encoder.
         on_bad_row: `error` stops at the first bad row; `skip` drops and counts them.
@@ -187,6 +190,7 @@ def encode_file(
         columns=columns,
         need_rejected=need_rejected,
         extra=extra,
+        extra_tokens=extra_tokens,
         max_row_bytes=max_row_bytes,
         tokenizer=tokenizer_content(tokenizer),
         dialogues=dialogues,
@@ -205,6 +209,7 @@ def encode_file(
         sorted(special_tokens),
         encoder.rendering.key(tokenizer),
         *(["labelled"] if labelled else []),
+        *reader.token_keys,
     ]
     key = _cache_key(reader.source.content(Path(cache_dir).expanduser() / "hashes"), tokenizer, settings)
     folder = Path(cache_dir).expanduser() / key
@@ -318,7 +323,7 @@ def _build(folder: Path, reader: RowReader, encoder: Encoder, name: str, on_bad_
     seen = array("Q")
     content = running_hash()
     items = iter(reader)
-    schema = _schema(reader.extra)
+    schema = _schema(reader.extra, reader.token_keys)
 
     def drop(row: BadRow) -> None:
         if on_bad_row == "error" and row.reason != TOO_LONG:
@@ -357,7 +362,8 @@ def _build(folder: Path, reader: RowReader, encoder: Encoder, name: str, on_bad_
             ids = repr([record[key] for key in ("prompt_key", "prompt_ids", "chosen_ids", "rejected_ids")])
             seen.append(text_number(ids))
             masks = [record["chosen_mask"], record["rejected_mask"], sorted(pair.columns.items())]
-            content.update(f"{ids}{masks}".encode())
+            tokens = sorted(pair.token_columns.items())
+            content.update(f"{ids}{masks}{tokens or ''}".encode())
             pending.append(record)
             if len(pending) == _BATCH:
                 writer.write_batch(pyarrow.RecordBatch.from_pylist(pending, schema))
@@ -419,13 +425,14 @@ def _repeated(seen: array[int]) -> int:
     )
 
 
-def _schema(extra: tuple[Column, ...]) -> Any:
+def _schema(extra: tuple[Column, ...], token_keys: Sequence[str]) -> Any:
     import pyarrow
 
     ids, mask = pyarrow.list_(pyarrow.int32()), pyarrow.list_(pyarrow.uint8())
     fields = {"prompt_ids": ids, "chosen_ids": ids, "rejected_ids": ids, "chosen_mask": mask, "rejected_mask": mask}
     fields |= {"where": pyarrow.string(), "prompt_key": pyarrow.uint64(), "raw_prompt_key": pyarrow.uint64()}
     fields |= {f"column.{column.name}": pyarrow.float64() for column in extra}
+    fields |= {f"tokens.{key}": pyarrow.list_(pyarrow.float64()) for key in token_keys}
     return pyarrow.schema(list(fields.items()))
 
 
@@ -443,4 +450,5 @@ def _record(pair: EncodedPair, base: str) -> dict[str, Any]:
         "prompt_key": int(pair.prompt_key, 16),
         "raw_prompt_key": int(pair.raw_prompt_key or pair.prompt_key, 16),
         **{f"column.{column}": value for column, value in pair.columns.items()},
+        **{f"tokens.{key}": values for key, values in pair.token_columns.items()},
     }

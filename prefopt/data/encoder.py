@@ -249,13 +249,14 @@ class Encoder:
         whole: list[bool],
         notes: tuple[str, ...] = (),
     ) -> CutPair:
-        """Truncate to `max_length` tokens.
+        """Truncate to `max_length` tokens, and lists of numbers per loss token with them.
 
         With P prompt tokens and C tokens of the longer completion, `truncate_prompt` leaves
         max(max_length - C, 1) prompt tokens, then right-truncates completions to what remains.
 
         Args: key: hash of the prompt; whole: whether each completion ends with EOS or an end-of-turn token.
         """
+        _check_token_columns(row, masks)
         lengths = (len(prompt), *(len(ids) for ids in completions))
         self._check_length(len(prompt) + max(lengths[1:]))
         # Both completions keep the same prompt, so the longer one determines its length.
@@ -278,6 +279,7 @@ class Encoder:
             where=row.where,
             prompt_key=key,
             raw_prompt_key=row.prompt_key,
+            token_columns={key: values[: sum(_mask_of(key, masks))] for key, values in row.token_columns.items()},
         )
         ended = sum(end and not short for end, short in zip(whole, cut, strict=True))
         if cut_prompt and len(prompt) == 1:
@@ -336,6 +338,25 @@ class Encoder:
             ids = joined
             marks.append(len(ids))
         return ids, marks
+
+
+def _mask_of(key: str, masks: list[list[bool]]) -> list[bool]:
+    """The loss mask of the completion that a token column belongs to. Args: key: such as `chosen_weights`."""
+    return masks[0 if key.startswith("chosen_") else 1]
+
+
+def _check_token_columns(row: PairRow, masks: list[list[bool]]) -> None:
+    """Raises: RowProblem where a list has not one number per loss token of its completion."""
+    for key, values in row.token_columns.items():
+        tokens = sum(_mask_of(key, masks))
+        if len(values) != tokens:
+            raise RowProblem(
+                "numbers do not match the tokens",
+                key,
+                f"{len(values):,} numbers",
+                f"{tokens:,}, one per loss token of the completion with its end token",
+                f"compute them from the same tokenizer's ids, or {DROP}",
+            )
 
 
 def _misplaced(key: str, found: str) -> RowProblem:

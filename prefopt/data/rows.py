@@ -5,7 +5,6 @@ Every error is one line, `file:line: 'key': what was found, what was expected (a
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -25,12 +24,13 @@ from prefopt.data.messages import (
     is_turn,
     read_messages,
 )
+from prefopt.data.numbers import list_of_numbers, number
 from prefopt.data.sources import open_source
 from prefopt.data.unread import Unread
 from prefopt.errors import DataError, did_you_mean
 from prefopt.settings import RESERVED_ARGS
 from prefopt.storage import digest
-from prefopt.types import LABEL, Column, PairRow
+from prefopt.types import LABEL, Column, PairRow, TokenColumn
 
 __all__ = [
     "DROP",
@@ -104,6 +104,7 @@ class RowReader:
         need_rejected: whether an example must be a pair. Without it a pair is checked like any other and its rejected
             completion dropped, so that a file gives the same examples to every method.
         extra: numbers that the method reads.
+        extra_tokens: lists of numbers that it reads, one number per loss token.
         max_row_bytes: longer rows are bad ones; they are never in memory.
         prompts_only: whether an example may be a prompt without completion; `chosen` is then None.
         tokenizer: a hash; examples with this value of `tokenizer` contain token ids of this tokenizer, which are used.
@@ -120,6 +121,7 @@ class RowReader:
         columns: Mapping[str, str] | None = None,
         need_rejected: bool = True,
         extra: tuple[Column, ...] = (),
+        extra_tokens: tuple[TokenColumn, ...] = (),
         max_row_bytes: int = MAX_ROW_BYTES,
         prompts_only: bool = False,
         tokenizer: str | None = None,
@@ -131,13 +133,14 @@ class RowReader:
         self.columns, self.need_rejected, self.extra = dict(columns or {}), need_rejected, extra
         self.formats: Counter[str] = Counter()  # of the examples yielded so far
         self.unread = Unread()  # likewise
-        known = [*KEYS, *(column.name for column in extra)]
+        self.token_keys = [key for column in extra_tokens for key in column.keys[: 1 + need_rejected]]
+        known = [*KEYS, *(column.name for column in extra), *self.token_keys]
         for key in self.columns:
             if key not in known:
                 near = did_you_mean(key, known) or ";"
                 raise DataError(f"data.columns: unknown key '{key}'{near} known: {', '.join(known)}")
         names = (name for column in extra for name in (self._key(column.name), *column.aliases))
-        self._read = {*map(self._key, KEYS), *_TEMPLATE_ARGS, *names}
+        self._read = {*map(self._key, (*KEYS, *self.token_keys)), *_TEMPLATE_ARGS, *names}
         self.source = open_source(str(path), max_row_bytes)
         self.unread.folders = self.source.notes()
 
@@ -249,6 +252,7 @@ class RowReader:
             where,
             template_args=self._template_args(record) if isinstance(prompt, list) else {},
             prompt_key=key,
+            token_columns={} if chosen is None else self._token_columns(record),
         )
         used = {self._key(key) for key in ("prompt", "chosen", "rejected", *(column.name for column in self.extra))}
         if self._get(record, "prompt") is None:
@@ -360,7 +364,7 @@ class RowReader:
         found = f"the example has {', '.join(repr(short(name, 60)) for name in keys[:12]) or 'no keys'}"
         used = {self._key(other) for other in KEYS if other != key}
         near = did_you_mean(self._key(key), [name for name in keys if name not in used])
-        what = "a completion" if key in KEYS else "a number"
+        what = "a completion" if key in KEYS else "a list of numbers" if key in self.token_keys else "a number"
         return RowProblem("missing key", self._key(key), "missing", f"{what}; {found}{near}", MAP)
 
     def _side(self, record: Mapping[str, Any], key: str) -> str | Messages:
@@ -398,7 +402,8 @@ class RowReader:
         texts = [record.get(key) for key in ("prompt", "chosen", "rejected")]
         sides = (texts[0] or "", texts[1] or "", (texts[2] or "") if self.need_rejected else None)
         key = prompt_key(plain(texts[0], "prompt")) if texts[0] else ""
-        return PairRow(*sides, numbers, where, tuple(record[key] for key in keys), prompt_key=key)
+        ids = tuple(record[key] for key in keys)
+        return PairRow(*sides, numbers, where, ids, prompt_key=key, token_columns=self._token_columns(record))
 
     def _check_different(self, chosen: object, rejected: object, chosen_key: str) -> None:
         if chosen == rejected:
@@ -446,6 +451,15 @@ class RowReader:
             )
         return args
 
+    def _token_columns(self, record: Mapping[str, Any]) -> dict[str, list[float]]:
+        """The lists of numbers per loss token; their lengths are checked once the completions are encoded."""
+        found = {}
+        for key in self.token_keys:
+            if self._get(record, key) is None:
+                raise self._missing(record, key)
+            found[key] = list_of_numbers(self._get(record, key), self._key(key))
+        return found
+
     def _number(self, record: Mapping[str, Any], column: Column) -> float:
         if column == LABEL and self.labelled:
             if self.need_rejected:
@@ -460,21 +474,4 @@ class RowReader:
         name = next((name for name in names if record.get(name) is not None), None)
         if name is None:
             raise self._missing(record, column.name)
-        value = record[name]
-        if isinstance(record, TextRow):
-            try:
-                value = float(value)
-            except ValueError:
-                raise RowProblem("bad number", name, "text that is not a number", "a number") from None
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise RowProblem("bad number", name, f"found {kind(value)}", "a number")
-        if abs(value) > sys.float_info.max or value != value:
-            raise RowProblem(
-                "bad number",
-                name,
-                f"found {value}" if isinstance(value, float) else f"found {kind(value)}",
-                "a finite number",
-            )
-        if not column.low <= value <= column.high:
-            raise RowProblem("bad number", name, f"found {value:g}", f"{column.low:g} to {column.high:g}")
-        return float(value)
+        return number(record[name], name, column, text=isinstance(record, TextRow))

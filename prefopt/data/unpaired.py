@@ -95,7 +95,7 @@ class Mismatched(PairView):
 
     def metadata(self, name: str, begin: int, end: int) -> np.ndarray:
         """See `pairs.pair_metadata`."""
-        if name == "rejected_scored":  # a truncated mask is not known without reading it
+        if name == "rejected_loss_tokens":  # a truncated mask is not known without reading it
             return np.array([sum(self._at(i).rejected_mask or ()) for i in range(begin, end)], np.int64)
         if name != "rejected":
             return pair_metadata(self.pairs, name, begin, end)

@@ -37,6 +37,7 @@ def encode_source(
         kind=encoder_for(needs),
         need_rejected=needs.rows == "pairs",
         extra=needs.columns,
+        extra_tokens=needs.token_columns,
         columns=data.columns,
         on_bad_row=data.on_bad_row,
         vocab_rows=vocab_rows,

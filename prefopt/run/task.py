@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,7 +31,7 @@ from prefopt.training import adapter_checks, layout_choice, model_checks, model_
 from prefopt.training.adapters import Frozen
 from prefopt.training.model_sources import ModelSource
 from prefopt.training.reference import Source
-from prefopt.types import LABEL, Column, EncodedPair
+from prefopt.types import LABEL, Column, EncodedPair, Needs
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -81,12 +81,12 @@ def testbed_task(config: RunConfig) -> Task:
     missing = [column.name for column in needs.columns if column.name not in given]
     if missing:
         raise ConfigError(f"method {described_method(config)}: the testbed's pairs have no column '{missing[0]}'")
-    both = BothOrders(world.tokenizer, config.data.max_length) if needs.sequences == "both_orders" else None
+    convert = _form_of(needs, world, config.data.max_length)
 
     def read(pairs: list[EncodedPair]) -> Sequence[EncodedPair]:
         """The pairs of the testbed in the form that the method reads."""
-        if both is not None:
-            return [both.reread(pair) for pair in pairs]
+        if convert is not None:
+            return [convert(pair) for pair in pairs]
         if needs.rows != "unpaired":
             return pairs
         examples = [example for pair in pairs for example in encoded_as_two(pair)]
@@ -96,8 +96,8 @@ def testbed_task(config: RunConfig) -> Task:
     sources = [Source(eval_pairs, f"{world.fingerprint}-{test.eval_pairs}-held-out")]
     if test.pairs is None:
         train: Batches = world.stream(batch if needs.rows != "unpaired" else _half(batch), seed)
-        if both is not None:
-            train = Converted(train, both.reread, needs.sequences)
+        if convert is not None:
+            train = Converted(train, convert, needs.sequences)
         elif needs.rows == "unpaired":
             train = UnpairedStream(train, config.data.max_length, needs.mismatched)
         what = "an unlimited stream of pairs"
@@ -131,6 +131,25 @@ def _half(batch: int) -> int:
             "two examples"
         )
     return batch // 2
+
+
+def _form_of(needs: Needs, world: WordWorld, max_length: int) -> Callable[[EncodedPair], EncodedPair] | None:
+    """How the testbed's pairs become those that a method reads; None: they are."""
+    if needs.sequences == "both_orders":
+        return BothOrders(world.tokenizer, max_length).reread
+    if not needs.token_columns:
+        return None
+
+    def with_neutral(pair: EncodedPair) -> EncodedPair:
+        lengths = sum(pair.chosen_mask), sum(pair.rejected_mask or ())
+        columns = {
+            key: [column.neutral] * length
+            for column in needs.token_columns
+            for key, length in zip(column.keys, lengths, strict=True)
+        }
+        return dataclasses.replace(pair, token_columns=columns)
+
+    return with_neutral
 
 
 def file_task(config: RunConfig, day: date) -> Task:

@@ -26,6 +26,11 @@ def check_rounds(config: RunConfig) -> None:
             f"rounds.count: found {rounds.count}, but method '{method}' trains a judge, which generates no text; train "
             "it first, then name its folder as judge.path in the rounds of another method"
         )
+    if config.method.needs.token_columns:
+        raise ConfigError(
+            f"rounds.count: found {rounds.count}, but method '{method}' reads "
+            f"{config.method.needs.token_columns[0].keys[0]}, numbers per token that the pairs of rounds do not have"
+        )
     if config.data.eval_fraction != DataConfig().eval_fraction:
         raise ConfigError(
             "data.eval_fraction: given with rounds, which hold out rounds.eval_prompts prompts; leave it out"

@@ -76,6 +76,7 @@ class Batcher:
             need_rejected=need_rejected,
             columns=tuple(column.name for column in self.needs.columns),
             weights=self.weights,
+            token_columns=tuple(column.name for column in self.needs.token_columns),
             **self.layouts.settings(layout or self.layouts.of(pairs, need_rejected)),
         )
         return batch if self.values is None else self.values.fill(batch, pairs)

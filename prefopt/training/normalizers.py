@@ -64,6 +64,9 @@ class Normalizers:
         totals: dict[str, float] = {}
         for batch in batches:
             stats = _placeholder(batch, self.method.needs)
+            if batch.token_columns:
+                of_tokens = torch.zeros_like(stats.tokens.stats.logp)
+                batch = replace(batch, token_columns=dict.fromkeys(batch.token_columns, of_tokens))
             output = weighted(self.method.loss_of(stats, batch, self.method.first_state(stats, batch)), batch)
             for term in output.terms:
                 totals[term.name] = totals.get(term.name, 0.0) + float(term.count.double().sum())

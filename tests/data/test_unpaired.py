@@ -37,7 +37,7 @@ def test_metadata_are_those_of_the_examples():
     view = Mismatched(pairs, 8)
     for name, of in {
         "rejected": lambda pair: len(pair.rejected_ids),
-        "rejected_scored": lambda pair: sum(pair.rejected_mask),
+        "rejected_loss_tokens": lambda pair: sum(pair.rejected_mask),
         "chosen": lambda pair: len(pair.chosen_ids),
     }.items():
         assert pair_metadata(view, name, 2, 9).tolist() == [of(pair) for pair in view[2:9]]

@@ -12,6 +12,8 @@ from prefopt.methods.alpha_dpo import AlphaDPO
 from prefopt.methods.confpo import ConfPO
 from prefopt.methods.ld_dpo import LDDPO
 from prefopt.methods.mix import Mix, Part
+from prefopt.methods.tgdpo import TGDPO
+from prefopt.methods.tis_dpo import TISDPO
 from prefopt.methods.wpo import WPO
 from prefopt.training.forward import sum_by_sequence
 from prefopt.types import LossState, TokenStats
@@ -146,3 +148,58 @@ def test_mixture_is_that_of_the_source(name, case):
             close(one, torch.as_tensor(expected, dtype=torch.float64)[: len(one)])
         for one, expected in zip(found, outputs.get(f"grad_{side}_logps", ()), strict=False):
             close(one, f64([expected] * len(one)))
+
+
+def of_sides(inputs, name):
+    return [
+        f64(row[: int(n)])
+        for side in SIDES
+        for row, n in zip(inputs[f"{side}_{name}"], inputs[f"{side}_lengths"], strict=True)
+    ]
+
+
+@pytest.mark.parametrize("case", load("tgdpo")["cases"], ids=lambda case: case["name"])
+def test_tgdpo_is_the_authors(case):
+    inputs, p = load("tgdpo")["inputs"], case["params"]
+    stats, rows = stats_of(inputs)
+    third, reference = (torch.cat(of_sides(inputs, f"{name}_token_logps")) for name in ("reward", "ref"))
+    made = replace(batch(len(inputs["chosen_lengths"])), token_columns={"reward_logratios": third - reference})
+    (term,) = TGDPO(beta=p["beta"], alpha=p["alpha"]).loss(stats, made).terms
+    close = partial(torch.testing.assert_close, rtol=case["tolerance"], atol=case["tolerance"])
+    close(term.value, f64(case["outputs"]["losses"]))
+    term.value.mean().backward()
+    for side in SIDES:
+        for one, other in zip(gradient(rows, inputs, side), case["outputs"][f"grad_{side}_token_logps"], strict=True):
+            close(one, f64(other)[: len(one)])
+
+
+@pytest.mark.parametrize("case", load("tis_dpo")["cases"][:2], ids=lambda case: case["name"])
+def test_tis_dpo_is_the_authors(case):
+    inputs, p = load("tis_dpo")["inputs"], case["params"]
+    lengths = [torch.tensor(inputs[f"{side}_lengths"]).long() for side in SIDES]
+    logits = [one.requires_grad_() for one in of_sides(inputs, "logits")]
+    log_p = [one.log_softmax(-1) for one in logits]
+    log_q = [one.log_softmax(-1) for one in of_sides(inputs, "ref_logits")]
+    ids = [one.long()[:, None] for one in of_sides(inputs, "ids")]
+    tokens = TokenStats(
+        logp=torch.cat([one.gather(1, i)[:, 0] for one, i in zip(log_p, ids, strict=True)]),
+        ref_logp=torch.cat([one.gather(1, i)[:, 0] for one, i in zip(log_q, ids, strict=True)]),
+        reverse_kl=torch.cat([(a.exp() * (a - b)).sum(-1) for a, b in zip(log_p, log_q, strict=True)]),
+    )
+    index = torch.arange(2 * len(lengths[0])).repeat_interleave(torch.cat(lengths))
+    weights = torch.cat(of_sides(inputs, "token_weights"))
+    made = replace(
+        batch(len(lengths[0])),
+        sequence_index=index,
+        chosen_lengths=lengths[0],
+        rejected_lengths=lengths[1],
+        token_columns={"weights": weights},
+    )
+    method = TISDPO(beta=p["beta"], alpha=p["alpha"], kl_term=p["kl_term"])
+    (term,) = method.loss(sum_by_sequence(tokens, made), made).terms
+    close = partial(torch.testing.assert_close, rtol=case["tolerance"], atol=case["tolerance"])
+    close(term.value, f64(case["outputs"]["losses"]))
+    term.value.mean().backward()
+    expected = [row for side in SIDES for row in case["outputs"][f"grad_{side}_logits"]]
+    for one, other in zip(logits, expected, strict=True):
+        close(one.grad, f64(other)[: len(one)])

@@ -71,7 +71,10 @@ def _terms(method):
     lengths = torch.tensor([2, 3])
     columns = {column.name: torch.tensor([0.5, 0.25]).double() for column in method.needs.columns}
     paired = lengths + 2 if method.needs.rows == "pairs" else None
-    batch = SimpleNamespace(pairs=2, columns=columns, chosen_lengths=lengths, rejected_lengths=paired)
+    per_token = {column.name: torch.zeros(4).double() for column in method.needs.token_columns}
+    batch = SimpleNamespace(
+        pairs=2, columns=columns, token_columns=per_token, chosen_lengths=lengths, rejected_lengths=paired
+    )
     stats = _placeholder(batch, method.needs)
     output = method.loss_of(stats, batch, method.first_state(stats, batch))
     return [(term.name, term.count.tolist()) for term in output.terms]

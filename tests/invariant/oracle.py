@@ -25,9 +25,14 @@ def oracle_step(policy, reference, method, pairs):
     columns = {
         c.name: torch.tensor([p.columns[c.name] for p in pairs], dtype=torch.float64) for c in method.needs.columns
     }
+    per_token = {
+        c.name: torch.tensor([x for key in c.keys for p in pairs for x in p.token_columns[key]], dtype=torch.float64)
+        for c in method.needs.token_columns
+    }
     batch = SimpleNamespace(
         pairs=len(pairs),
         columns=columns,
+        token_columns=per_token,
         chosen_lengths=stats.chosen_lengths,
         rejected_lengths=stats.rejected_lengths,
         where=tuple(p.where for p in pairs),

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import torch
 
+from prefopt import registry
 from prefopt.settings import EvalConfig, KernelConfig, ModelConfig, OptimConfig, ReferenceConfig, RunConfig, TrainConfig
 from prefopt.training.first_batch import check_first_batch
 from prefopt.training.forward import PolicyWithReference, Scorer
@@ -20,12 +21,17 @@ from tests.invariant.oracle import scorer_of
 
 VOCAB = 50
 BOS, FIRST = 0, 5  # the tokens below FIRST are special ones, as in tests.helpers
+# numbers per token that any method reads
+TOKEN_COLUMNS = [column for name in registry.names() for column in registry.get(name)().needs.token_columns]
 BOUNDS = {torch.float64: 1e-9, torch.float32: 1e-5}  # largest ||a - b|| / ||a||
 
 
 def random_pairs(columns=(), pairs=8, seed=0):
-    """Ragged rows: one completion of a single token, every third row a dialogue whose mask has holes."""
-    draw = random.Random(seed)
+    """Ragged rows: one completion of a single token, every third row a dialogue whose mask has holes.
+
+    Each has the numbers per token that any method reads.
+    """
+    draw, per_token = random.Random(seed), random.Random(seed + 1)
 
     def ids(length):
         return [draw.randrange(FIRST, VOCAB) for _ in range(length)]
@@ -49,6 +55,13 @@ def random_pairs(columns=(), pairs=8, seed=0):
                 where=f"rows:{i + 1}",
             )
         )
+        masks = out[-1].chosen_mask, out[-1].rejected_mask
+        numbers = {
+            key: [per_token.uniform(-1.5, 1.5) for _ in range(sum(marks))]
+            for column in TOKEN_COLUMNS
+            for key, marks in zip(column.keys, masks, strict=True)
+        }
+        out[-1] = replace(out[-1], token_columns=numbers)
     return out
 
 

@@ -29,6 +29,8 @@ def written(method):
     view = even_tokens(given | lengths) if needs.output != "scores" else None
     stats = PairStats(**given, **lengths, token_view=view)
     rows = batch(1, **{column.name: [0.5] for column in needs.columns})
+    per_token = {column.name: f64([1.0] * 5) for column in needs.token_columns}
+    rows = dataclasses.replace(rows, token_columns=per_token)
     output = method.loss_of(stats, rows, method.first_state(stats, rows))
     terms = loss_metrics(output) if len(output.terms) > 1 else {}
     return {"loss", *terms, *shared_metrics(stats), *output.metrics}

@@ -20,7 +20,8 @@ def test_accuracies_when_both_sides_are_equal_then_are_one_half(name):
     zeros = {f"{side}_{what}": [0.0, 0.0] for side in ("chosen", "rejected") for what in read}
     stats = pair_stats(*logps, lengths=((4, 2), (4, 2)), **zeros)
     columns = {column.name: [0.5, 0.5] for column in method.needs.columns}
-    rows = batch(2, **columns)
+    tokens = {column.name: torch.ones(12).double() for column in method.needs.token_columns}
+    rows = dataclasses.replace(batch(2, **columns), token_columns=tokens)
     found = means(method.loss_of(stats, rows, method.first_state(stats, rows)))
     ties = {name: value for name, value in found.items() if "accurac" in name or "contradictions" in name}
     assert set(ties.values()) <= {0.5}
