@@ -76,8 +76,8 @@ def testbed_task(config: RunConfig) -> Task:
     adapter_checks.check(config, start, models.load_config(start.base, config.model))
     batch, seed = config.train.global_batch, config.seed
     needs = config.method.needs
-    eval_pairs = world.file_pairs(test.eval_pairs, _HELD_OUT)
-    given = {*eval_pairs[0].columns, *([LABEL.name] if needs.rows == "unpaired" else [])}
+    held_out = world.file_pairs(test.eval_pairs, _HELD_OUT)
+    given = {*held_out[0].columns, *([LABEL.name] if needs.rows == "unpaired" else [])}
     missing = [column.name for column in needs.columns if column.name not in given]
     if missing:
         raise ConfigError(f"method {described_method(config)}: the testbed's pairs have no column '{missing[0]}'")
@@ -92,7 +92,7 @@ def testbed_task(config: RunConfig) -> Task:
         examples = [example for pair in pairs for example in encoded_as_two(pair)]
         return Mismatched(examples, config.data.max_length, "testbed.world") if needs.mismatched else examples
 
-    eval_pairs = read(eval_pairs)
+    eval_pairs = read(held_out)
     sources = [Source(eval_pairs, f"{world.fingerprint}-{test.eval_pairs}-held-out")]
     if test.pairs is None:
         train: Batches = world.stream(batch if needs.rows != "unpaired" else _half(batch), seed)
