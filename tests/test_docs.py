@@ -86,6 +86,7 @@ def test_a_command_block_does_what_the_page_says(page, how, body, place, server,
             "PATH": f"{sys.prefix}/bin:{os.environ['PATH']}",
             "HF_HUB_OFFLINE": "1",
             "OMP_NUM_THREADS": "1",
+            "PREFOPT_CACHE": str(server.cache),
         }
         done = subprocess.run(command, shell=True, cwd=place, env=env, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
