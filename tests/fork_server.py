@@ -253,6 +253,7 @@ def _python(argv: list[str]) -> None:
 
     if argv[0] == "-m":
         sys.argv = argv[1:]
+        sys.path.insert(0, os.getcwd())
         runpy.run_module(argv[1], run_name="__main__", alter_sys=True)
     else:
         sys.argv = argv
