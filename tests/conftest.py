@@ -16,9 +16,16 @@ WORDS = ["red", "green", "blue", "amber", "violet", "teal", "pink", "olive"]
 
 
 @pytest.fixture(scope="session")
-def server(tmp_path_factory):
+def worlds(tmp_path_factory):
+    """A cache of the testbed's worlds, of all workers of pytest together: their base policies are trained once."""
+    base = tmp_path_factory.getbasetemp()
+    return (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "worlds"
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory, worlds):
     """One process for all attempts of all tests here."""
-    server = ForkServer(tmp_path_factory.mktemp("forks"))
+    server = ForkServer(tmp_path_factory.mktemp("forks"), worlds)
     yield server
     server.close()
 

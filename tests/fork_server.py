@@ -6,14 +6,17 @@ A fault is named in the request and happens inside the child: `{"at": "module:Cl
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import importlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from dataclasses import dataclass
@@ -65,8 +68,9 @@ class Ended:
 class ForkServer:
     """The parent's end: starts the process that forks, and asks it for one command after another."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, worlds: Path | None = None) -> None:
+        """Args: folder: for its files and its cache. worlds: of the testbed, which several servers share; None: own."""
+        self.folder, self._worlds = folder, worlds
         env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
         env["PREFOPT_CACHE"] = str(folder / "cache")
         self._process = subprocess.Popen(
@@ -118,15 +122,41 @@ class ForkServer:
             "out": str(out),
             "err": str(err),
         }
+        self._share_worlds()
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
         answer = json.loads(self._process.stdout.readline())
+        self._share_worlds()
         return Ended(answer["status"], answer["seconds"], out.read_text(), err.read_text())
+
+    @property
+    def cache(self) -> Path:
+        """PREFOPT_CACHE of its commands, with the worlds that are there by now."""
+        self._share_worlds()
+        return self.folder / "cache"
+
+    def _share_worlds(self) -> None:
+        if self._worlds is not None:
+            _copy_worlds(self._worlds, self.folder / "cache")
+            _copy_worlds(self.folder / "cache", self._worlds)
 
     def close(self) -> None:
         self._process.communicate()
+
+
+def _copy_worlds(source: Path, target: Path) -> None:
+    """Base policies that one cache has and another lacks; training one takes up to half a minute."""
+    for world in source.glob("*-*[0-9a-f]/manifest.json"):
+        name = world.parent.name
+        if not (target / name).exists():
+            target.mkdir(exist_ok=True)
+            scratch = Path(tempfile.mkdtemp(dir=target, prefix=".copy"))
+            shutil.copytree(world.parent, scratch / name)
+            with contextlib.suppress(OSError):  # another one was first
+                (scratch / name).rename(target / name)
+            shutil.rmtree(scratch)
 
 
 def _serve() -> None:
@@ -223,6 +253,7 @@ def _python(argv: list[str]) -> None:
 
     if argv[0] == "-m":
         sys.argv = argv[1:]
+        sys.path.insert(0, os.getcwd())
         runpy.run_module(argv[1], run_name="__main__", alter_sys=True)
     else:
         sys.argv = argv

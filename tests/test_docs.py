@@ -1,8 +1,8 @@
 """Fenced command blocks of README and docs do what they say: they are run, at the size that a comment above them names.
 
-`<!-- test: FLAGS -->` appends flags to each train command of the block; `ARGS="..."` hands them to make; `run` runs the
-block as it stands; `dry_run` adds that flag; `skip, REASON` is for what needs a network, a GPU or a scheduler. A block
-without a comment is an error, but for the test command itself.
+`<!-- test: FLAGS -->` appends flags to each train command of the block, in place of those that it has; `ARGS="..."`
+hands them to make; `run` runs the block as it stands; `dry_run` adds that flag; `skip, REASON` is for what needs a
+network, a GPU or a scheduler. A block without a comment is an error, but for the test command itself.
 """
 
 import os
@@ -77,6 +77,8 @@ def test_a_command_block_does_what_the_page_says(page, how, body, place, server,
                 f"{command} VENV={sys.prefix} -o {ready} {extra.replace('--output', '--train.threads 1 --output')}"
             )
         elif "train" in command and extra:
+            for flag in re.findall(r"--[\w.]+", extra):
+                command = re.sub(rf" {re.escape(flag)} \S+", "", command)
             command = f"{command} {extra}{number}" if "--output" in extra else f"{command} {extra}"
         if command.startswith("python "):  # as the interpreter would run it, but for the imports, which are there
             ended = server.python(shlex.split(command)[1:], place)
@@ -86,6 +88,7 @@ def test_a_command_block_does_what_the_page_says(page, how, body, place, server,
             "PATH": f"{sys.prefix}/bin:{os.environ['PATH']}",
             "HF_HUB_OFFLINE": "1",
             "OMP_NUM_THREADS": "1",
+            "PREFOPT_CACHE": str(server.cache),
         }
         done = subprocess.run(command, shell=True, cwd=place, env=env, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"

@@ -2,10 +2,8 @@
 
 import importlib
 import json
-import os
 import re
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
@@ -53,15 +51,12 @@ def method(folder, monkeypatch):
         sys.modules.pop(name, None)
 
 
-def test_own_method_when_the_pages_command_is_typed_then_it_trains(folder, task):
+def test_own_method_when_the_pages_command_is_typed_then_it_trains(folder, server, task):
     program, *argv = shlex.split(COMMAND)
     assert program == "prefopt"
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PREFOPT_CACHE": str(task.folder / "cache")}
-    environment |= {"PYTHONPATH": str(Path(__file__).resolve().parents[1]), "HF_HUB_OFFLINE": "1"}
-    run = [sys.executable, "-m", "prefopt", *argv, *SHORT]
-    done = subprocess.run(run, cwd=folder, env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "method my_lab.my_method (beta 1.5, nll_weight 0.1)" in done.stdout.splitlines()[0]
+    done = server.python(["-m", "prefopt", *argv, *SHORT], folder)
+    assert done.status == 0, done.out + done.err
+    assert "method my_lab.my_method (beta 1.5, nll_weight 0.1)" in done.out.splitlines()[0]
 
     output = folder / "runs/mine"
     card = json.loads((output / "run_card.json").read_text())

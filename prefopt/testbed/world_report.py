@@ -192,12 +192,12 @@ def mean_and_interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
     Args: values: `(runs, ...)`. Returns: each `(...)`.
     """
-    from scipy.stats import t
+    from scipy.special import stdtrit
 
     runs = len(values)
     if runs == 1:
         return values[0], np.zeros_like(values[0])
-    return values.mean(0), t.ppf(0.975, runs - 1) * values.std(0, ddof=1) / math.sqrt(runs)
+    return values.mean(0), stdtrit(runs - 1, 0.975) * values.std(0, ddof=1) / math.sqrt(runs)
 
 
 def _save(figure: Figure, path: Path | str) -> None:

@@ -9,6 +9,8 @@ import traceback
 from tests.fork_server import BACKENDS
 
 _PRELOAD = ["torch", "transformers", "accelerate", "tqdm", "prefopt.cli", "prefopt.training.trainer"]
+# what a test module imports, which each rank does to find its work
+_PRELOAD += ["pytest", "peft", "transformers.models.llama", "prefopt.planner.dry_run", "tests.invariant.steps"]
 
 
 def free_port():

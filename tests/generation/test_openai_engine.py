@@ -199,8 +199,12 @@ def test_a_server_that_fails_for_good_is_given_up_in_one_line(policy, server, en
         engine.generate(policy.prompts, Sampling(n=1, max_tokens=2), policy.seeds)
 
 
+# a shell that starts this suite in the background has SIGINT ignored, and children would inherit that
 TWO_QUESTIONS = """
+import signal
 import sys
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from prefopt.generation.server import Server
 
 server = Server(sys.argv[1], group="judge", api_key_env="NO_KEY", concurrency=2, retries=0, timeout=300)

@@ -440,11 +440,10 @@ def test_without_a_model_the_testbed_answers_and_says_so(infer, tmp_path):
     assert summary["depths"][0]["samples"] == 16 * 8
 
 
-def test_a_trained_policy_answers_the_testbeds_prompts(infer, tmp_path):
+def test_a_trained_policy_answers_the_testbeds_prompts(infer, worlds, tmp_path):
     from prefopt.testbed import build_world
-    from prefopt.testbed.cache import cache_root
 
-    base = build_world("bandit", cache_dir=cache_root()).base_model_path
+    base = build_world("bandit", cache_dir=worlds).base_model_path
     infer(argv(strategy="best_of_n", n=3, limit=8, output="one"))
     infer(argv(strategy="best_of_n", n=3, limit=8, output="two", model=base, judge__kind="world"))
     assert read(tmp_path / "one" / "traces.jsonl") == read(tmp_path / "two" / "traces.jsonl")

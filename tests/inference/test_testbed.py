@@ -8,12 +8,11 @@ from prefopt.generation.base import Sampling
 from prefopt.generation.transformers_engine import TransformersEngine
 from prefopt.inference.test_time_po import TestTimeSettings, optimize_all
 from prefopt.testbed import build_world, truth
-from prefopt.testbed.cache import cache_root
 
 
 @pytest.fixture(scope="module")
-def world():
-    return build_world("bandit", cache_dir=cache_root())
+def world(worlds):
+    return build_world("bandit", cache_dir=worlds)
 
 
 @pytest.mark.parametrize("n", [1, 4])

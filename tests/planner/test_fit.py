@@ -1,9 +1,6 @@
 """Whether a run fits: what is refused, what is only warned of, and that both come before any model is loaded."""
 
 import json
-import os
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -105,21 +102,25 @@ def test_offload_that_a_plan_does_not_know_is_not_planned(monkeypatch):
 
 
 def test_run_on_a_gpu_that_is_too_small_ends_in_one_line_before_any_model_is_loaded_unless_told_to_go_on(
-    command, tmp_path
+    server, command, tmp_path
 ):
     """The one thing that is not real is the size of the device: this machine may have no GPU."""
-    start = "import sys; from prefopt.training import preflight; preflight.gpu_memory = lambda device: 1000; "
-    start += "from prefopt import cli; sys.exit(cli.train(sys.argv[1:]))"
-    env = os.environ | {"PREFOPT_CACHE": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
+    (tmp_path / "start.py").write_text(
+        "import sys\n"
+        "from prefopt.training import preflight\n"
+        "preflight.gpu_memory = lambda device: 1000\n"
+        "from prefopt import cli\n"
+        "sys.exit(cli.train(sys.argv[1:]))\n"
+    )
 
     def ended(*flags):
         argv = command("dpo", tmp_path / "run", train__max_steps=1)
-        return subprocess.run([sys.executable, "-c", start, *argv, *flags], env=env, capture_output=True, text=True)
+        return server.python([str(tmp_path / "start.py"), *argv, *flags], tmp_path)
 
     refused = ended()
-    assert refused.returncode == 2
-    assert refused.stderr.splitlines()[-1].startswith(
+    assert refused.status == 2
+    assert refused.err.splitlines()[-1].startswith(
         "error: model.path: weights, gradients, optimizer states and reference take "
     )
-    assert "policy: " not in refused.stdout
-    assert ended("--train.check_memory", "false").returncode == 0
+    assert "policy: " not in refused.out
+    assert ended("--train.check_memory", "false").status == 0

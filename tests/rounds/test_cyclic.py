@@ -15,7 +15,7 @@ def test_sppo_rounds_follow_exact_multiplicative_weights_and_their_average_nears
     flags |= {"output": tmp_path / "run", "testbed.world": "cyclic"}
     ended = server.train([word for name, value in flags.items() for word in (f"--{name}", str(value))])
     assert ended.status == 0, ended.err
-    world = build_world("cyclic", cache_dir=server.folder / "cache")
+    world = build_world("cyclic", cache_dir=server.cache)
     models = [tmp_path / f"run/round_{number:02d}/train/model" for number in range(1, ROUNDS + 1)]
     found = self_play([world.log_ref, *map(world.log_probs_of, models)], world.preference, ETA)
     assert len(world.response_texts) >= 64

@@ -1,9 +1,11 @@
 """`prefopt data`: the report and some rows, in the terminal or on a page; mistakes are one line."""
 
+import contextlib
 import os
 import pty
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -69,22 +71,31 @@ def test_data_when_a_method_is_named_then_rows_are_what_it_reads(method, data, t
 
 
 @pytest.mark.parametrize("no_color", ["", "1"])
-def test_data_when_in_a_terminal_then_has_colours_unless_none_are_wanted(no_color, task, tmp_path):
+def test_data_when_in_a_terminal_then_has_colours_unless_none_are_wanted(no_color, server, task, tmp_path):
     ours, theirs = pty.openpty()
-    env = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "NO_COLOR": no_color, "TERM": "xterm"}
-    env["PREFOPT_CACHE"] = str(task.folder / "cache")
-    command = [sys.executable, "-m", "prefopt", "data", task.pairs, "--tokenizer", task.model, "--examples", "1"]
-    process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=theirs, stderr=subprocess.PIPE, text=True)
-    os.close(theirs)
     out = b""
-    try:
-        while block := os.read(ours, 4096):
-            out += block
-    except OSError:  # the other end is closed
-        pass
-    error = process.communicate(timeout=120)[1]
+
+    def read():
+        nonlocal out
+        with contextlib.suppress(OSError):  # the other end is closed
+            while block := os.read(ours, 4096):
+                out += block
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    (tmp_path / "terminal.py").write_text(
+        "import os, runpy, sys\n"
+        f"os.dup2(os.open({os.ttyname(theirs)!r}, os.O_WRONLY | os.O_NOCTTY), 1)\n"
+        f"os.environ.update(NO_COLOR={no_color!r}, TERM='xterm')\n"
+        "sys.argv[0] = 'prefopt'\n"
+        "runpy.run_module('prefopt', run_name='__main__', alter_sys=True)\n"
+    )
+    argv = ["data", task.pairs, "--tokenizer", task.model, "--examples", "1"]
+    ended = server.python([str(tmp_path / "terminal.py"), *map(str, argv)], tmp_path)
+    os.close(theirs)
+    reader.join()
     os.close(ours)
-    assert process.returncode == 0, error
+    assert ended.status == 0, ended.err
     assert (b"\x1b[1;32m" in out) == (not no_color)
     assert ("⟦".encode() in out) == bool(no_color)
 

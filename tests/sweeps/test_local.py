@@ -252,8 +252,9 @@ def test_mistake_on_the_command_line_is_one_line(write, argv, expected):
     assert str(found.value) == expected
 
 
-def test_real_runs_two_at_a_time_end_in_one_table(write, capfd, monkeypatch):
+def test_real_runs_two_at_a_time_end_in_one_table(write, worlds, capfd, monkeypatch):
     """The whole way: two runs over as many pairs, one of them at a rate at which nothing stays finite."""
+    monkeypatch.setenv("PREFOPT_CACHE", str(worlds))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     write("""
         fixed: {method: dpo, testbed.eval_pairs: 16, train.global_batch: 16, train.micro_batch: 16}

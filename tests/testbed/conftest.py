@@ -11,8 +11,8 @@ from prefopt.testbed.bandit import Bandit
 
 
 @pytest.fixture(scope="session")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("prefopt-cache")
+def cache(worlds: Path) -> Path:
+    return worlds
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """Kill a run at any moment, type the same command again: the same weights, each metrics line once."""
 
+import functools
 import json
 import os
 import random
@@ -41,9 +42,20 @@ ANYWHERE = [
 ]
 
 
+STEPS = 12
+LONG = {"train__max_steps": 24}
+SHORT = {"train__max_steps": 4, "train__save_every": 2, "eval__every": 2}
+
+
 def fault(place, do="SIGKILL", count=None, rng=None):
     at, when, most = place
     return {"at": at, "when": when, "count": count or rng.randint(1, most), "do": do}
+
+
+@pytest.fixture(scope="module")
+def command(command):
+    """The command of 12 steps, a checkpoint every 3, an evaluation every 4."""
+    return functools.partial(command, **{"train__max_steps": STEPS})
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +105,7 @@ def finish(server, argv, attempts=3):
 
 
 def test_uninterrupted_run_logs_each_step_once_and_learns(uninterrupted):
-    output = uninterrupted("dpo")
+    output = uninterrupted("dpo", **LONG)
     lines = read_lines(output / "metrics.jsonl")
     assert [line["step"] for line in lines if line["split"] == "train"] == list(range(1, 25))
     assert [line["step"] for line in lines if line["split"] == "eval"] == [0, 4, 8, 12, 16, 20, 24]
@@ -127,23 +139,31 @@ def kill_again_and_again(server, argv, kills, seed):
     return killed
 
 
+def test_run_when_killed_six_times_and_restarted_then_ends_bit_identical(server, command, uninterrupted, tmp_path):
+    killed = kill_again_and_again(server, command("dpo", tmp_path / "run", **LONG), 6, "dpo 0")
+    assert len(killed) == 6
+    assert_same_run(tmp_path / "run", uninterrupted("dpo", **LONG))
+
+
 @pytest.mark.parametrize("method", registry.names())
-def test_run_when_killed_and_restarted_then_ends_bit_identical(method, server, command, uninterrupted, tmp_path):
-    kills = 6 if method == registry.names()[0] else 2
-    killed = kill_again_and_again(server, command(method, tmp_path / "run"), kills, f"{method} 0")
-    assert len(killed) == kills
-    assert_same_run(tmp_path / "run", uninterrupted(method))
+def test_run_of_each_method_when_killed_and_restarted_then_ends_bit_identical(
+    method, server, command, uninterrupted, tmp_path
+):
+    """Killed once, in its last step; the long runs that are killed ten times are in make test-all."""
+    argv = command(method, tmp_path / "run", **SHORT)
+    ended = server.train(argv, {"at": ENGINE + "trainer:pair_stats", "count": 11, "do": "SIGKILL"})
+    assert ended.status == -signal.SIGKILL
+    assert "step_00000002" in finish(server, argv).out
+    assert_same_run(tmp_path / "run", uninterrupted(method, **SHORT))
 
 
-def test_run_when_grouped_by_length_and_killed_then_ends_bit_identical(server, command, tmp_path):
-    settings = {"train__group_by_length": True, "train__max_steps": 12}
-    straight, killed = (command("dpo", tmp_path / name, **settings) for name in ("straight", "killed"))
-    assert server.train(straight).status == 0
-    assert (
-        server.train(killed, fault((ENGINE + "trainer:Trainer._step", "before", 1), count=9)).status == -signal.SIGKILL
-    )
+def test_run_when_grouped_by_length_and_killed_then_ends_bit_identical(server, command, uninterrupted, tmp_path):
+    settings = {"train__group_by_length": True}
+    killed = command("dpo", tmp_path / "killed", **settings)
+    wanted = fault((ENGINE + "trainer:Trainer._step", "before", 1), count=9)
+    assert server.train(killed, wanted).status == -signal.SIGKILL
     assert server.train(killed).status == 0
-    assert_same_run(tmp_path / "killed", tmp_path / "straight")
+    assert_same_run(tmp_path / "killed", uninterrupted("dpo", **settings))
 
 
 @pytest.mark.parametrize("grouped", [False, True])
@@ -178,8 +198,8 @@ def test_run_when_steps_have_a_token_budget_and_sources_weights_and_killed_then_
 # another way.
 OFFLOADED = {"model__gradient_checkpointing": True, "model__offload_activations": True}
 SETTINGS = {
-    "moving reference": {"reference__sync_every": 4, "reference__sync_weight": 0.6},
-    "moving snapshot": {"reference__sync_every": 4, "lora__r": 4, "lora__modules_to_save": "lm_head"},
+    "moving reference": {"reference__sync_every": 2, "reference__sync_weight": 0.6},
+    "moving snapshot": {"reference__sync_every": 2, "lora__r": 4, "lora__modules_to_save": "lm_head"},
     "kept hidden states": {"reference__cache": "hidden"},
     "adapter": {"lora__r": 4, "lora__dropout": 0.3, "lora__modules_to_save": "lm_head"},
     "fp16": {"train__mixed_precision": "fp16", "method__beta": 30},
@@ -202,12 +222,13 @@ def test_run_when_it_has_more_state_and_is_killed_and_restarted_then_ends_bit_id
     what, server, command, uninterrupted, tmp_path
 ):
     method = METHOD_OF.get(what, "dpo")
-    straight = uninterrupted(method, **SETTINGS[what])
+    settings = {"train__max_steps": 6, "train__save_every": 2, "eval__every": 3, **SETTINGS[what]}
+    straight = uninterrupted(method, **settings)
     if what == "fp16":
         steps = [line for line in read_lines(straight / "metrics.jsonl") if line["split"] == "train"]
         assert {line["skipped_step"] for line in steps} == {0, 1}
-    argv = command(method, tmp_path / "run", **SETTINGS[what])
-    for place, count in ((ENGINE + "trainer:Trainer._step", 5), ("prefopt.storage:seal", 2)):
+    argv = command(method, tmp_path / "run", **settings)
+    for place, count in ((ENGINE + "trainer:Trainer._step", 4), ("prefopt.storage:seal", 2)):
         assert server.train(argv, {"at": place, "count": count, "do": "SIGKILL"}).status == -signal.SIGKILL
     finish(server, argv)
     assert_same_run(tmp_path / "run", straight)
@@ -259,7 +280,7 @@ def test_run_when_killed_in_the_middle_of_a_metrics_line_then_ends_bit_identical
 
 def test_run_when_killed_inside_the_export_then_exports_again(server, command, uninterrupted, tmp_path):
     argv = command("dpo", tmp_path / "run")
-    seals = 24 // 3 + 1
+    seals = STEPS // 3 + 1
     ended = server.train(argv, {"at": "prefopt.storage:seal", "count": seals, "do": "SIGKILL"})
     assert ended.status == -signal.SIGKILL
     assert not (tmp_path / "run" / "model").exists()
@@ -273,19 +294,19 @@ def test_run_when_killed_inside_the_export_then_exports_again(server, command, u
 def test_run_when_killed_at_random_places_then_ends_bit_identical(
     method, seed, server, command, uninterrupted, tmp_path
 ):
-    kill_again_and_again(server, command(method, tmp_path / "run"), 10, f"{method} {seed}")
-    assert_same_run(tmp_path / "run", uninterrupted(method))
+    kill_again_and_again(server, command(method, tmp_path / "run", **LONG), 10, f"{method} {seed}")
+    assert_same_run(tmp_path / "run", uninterrupted(method, **LONG))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(5))
 def test_run_when_killed_at_random_moments_then_ends_bit_identical(seed, server, command, uninterrupted, tmp_path):
-    rng, argv = random.Random(seed), command("dpo", tmp_path / "run")
+    rng, argv = random.Random(seed), command("dpo", tmp_path / "run", **LONG)
     for _ in range(10):
         ended = server.train(argv, kill_after=rng.uniform(0.05, 0.8))
         assert ended.status in (0, -signal.SIGKILL), ended.err
     finish(server, argv)
-    assert_same_run(tmp_path / "run", uninterrupted("dpo"))
+    assert_same_run(tmp_path / "run", uninterrupted("dpo", **LONG))
 
 
 # Signals that ask to save --------------------------------------------------------------------------------------------
@@ -310,7 +331,7 @@ def test_run_when_asked_to_stop_then_saves_and_continues_to_the_same_weights(
     assert ended.status == EXIT_UNFINISHED
     assert ended.seconds < 20
     assert f"\n{name}: saving, then leaving with exit status 75; again to leave at once\n" in ended.out
-    assert ended.out.endswith(f"\nleft at step {step} of 24; the same command continues\n")
+    assert ended.out.endswith(f"\nleft at step {step} of {STEPS}; the same command continues\n")
     assert (output / "checkpoints" / f"step_{step:08d}" / "manifest.json").exists()
     assert not (output / "model").exists()
     assert f"resuming from {output}/checkpoints/step_{step:08d}\n" in finish(server, argv).out
@@ -338,7 +359,7 @@ def test_run_when_interrupted_where_a_checkpoint_was_just_written_then_does_not_
     written = tmp_path / "run" / "checkpoints" / "step_00000003" / "manifest.json"
     ended = server.train(argv, fault((ENGINE + "trainer:Trainer._step", "before", 4), "SIGTERM", count=4))
     assert ended.status == EXIT_UNFINISHED
-    assert ended.out.endswith("\nleft at step 3 of 24; the same command continues\n")
+    assert ended.out.endswith(f"\nleft at step 3 of {STEPS}; the same command continues\n")
     before = written.stat().st_ino
     # the same again with a kill where the second write would be: nothing is lost although one checkpoint is kept
     ended = server.train(argv, fault((ENGINE + "trainer:Trainer._step", "before", 1), "SIGTERM", count=1))
