@@ -58,8 +58,12 @@ def unreadable(monkeypatch):
 @pytest.fixture(scope="session")
 def task(tmp_path_factory):
     """A tiny model, and pairs with every column that any method reads."""
+    from prefopt.data.encoder import Encoder
+    from prefopt.types import PairRow
+
     folder = tmp_path_factory.mktemp("task")
-    columns = {column.name: column for name in registry.names() for column in registry.get(name)().needs.columns}
+    needs = [registry.get(name)().needs for name in registry.names()]
+    columns = {column.name: column for need in needs for column in need.columns}
     rows = []
     for i in range(50):
         prompt = f"Human: name colour {i % 20}.\n\nAssistant:"
@@ -67,8 +71,14 @@ def task(tmp_path_factory):
         ends = {name: (max(column.low, -2.0), min(column.high, 2.0)) for name, column in columns.items()}
         numbers = {name: low + (high - low) * (i % 4) / 4 for name, (low, high) in ends.items()}
         rows.append({"prompt": prompt, "chosen": f" {good} {i}", "rejected": f" {bad}", **numbers})
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     tokenizer = byte_bpe_tokenizer([row["prompt"] + row["chosen"] for row in rows], vocab_size=300)
+    encoder = Encoder(tokenizer, 4096)
+    for row in rows:
+        pair = encoder.pair(PairRow(row["prompt"], row["chosen"], row["rejected"], {}, ""))
+        tokens = len(pair.chosen_ids), len(pair.rejected_ids or ())
+        for column in (column for need in needs for column in need.token_columns):
+            row |= {key: [0.5 + i % 3 for i in range(n)] for key, n in zip(column.keys, tokens, strict=True)}
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     model = folder / "model"
     tiny_llama(len(tokenizer), hidden=16, layers=1).save_pretrained(model)
     tokenizer.save_pretrained(model)

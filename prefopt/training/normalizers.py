@@ -22,7 +22,7 @@ from prefopt.method import Method
 from prefopt.training.batching import Batcher
 from prefopt.training.forward import SUMS, statistics_for
 from prefopt.training.runtime import Runtime
-from prefopt.types import EncodedPair, LossOutput, Needs, PairBatch, PairStats, TokenStats, TokenView
+from prefopt.types import EncodedPair, LossOutput, Needs, PairBatch, PairStats, Term, TokenStats, TokenView
 
 
 class Normalizers:
@@ -63,12 +63,7 @@ class Normalizers:
         """
         totals: dict[str, float] = {}
         for batch in batches:
-            stats = _placeholder(batch, self.method.needs)
-            if batch.token_columns:
-                of_tokens = torch.zeros_like(stats.tokens.stats.logp)
-                batch = replace(batch, token_columns=dict.fromkeys(batch.token_columns, of_tokens))
-            output = weighted(self.method.loss_of(stats, batch, self.method.first_state(stats, batch)), batch)
-            for term in output.terms:
+            for term in counted_terms(self.method, batch):
                 totals[term.name] = totals.get(term.name, 0.0) + float(term.count.double().sum())
         return totals
 
@@ -117,6 +112,15 @@ def normalized(output: LossOutput, normalizers: Mapping[str, float]) -> torch.Te
 def non_finite_pairs(output: LossOutput) -> torch.Tensor:
     """Which pairs have a term that is NaN or infinite, (B,) bool. It stays on the device, to avoid synchronising."""
     return torch.stack([~torch.isfinite(term.value.detach()) for term in output.terms]).any(0)
+
+
+def counted_terms(method: Method, batch: PairBatch) -> tuple[Term, ...]:
+    """The terms of a batch with their counts; their values are those of placeholder statistics."""
+    stats = _placeholder(batch, method.needs)
+    if batch.token_columns:
+        of_tokens = torch.zeros_like(stats.tokens.stats.logp)
+        batch = replace(batch, token_columns=dict.fromkeys(batch.token_columns, of_tokens))
+    return weighted(method.loss_of(stats, batch, method.first_state(stats, batch)), batch).terms
 
 
 def _placeholder(batch: PairBatch, needs: Needs) -> PairStats:
