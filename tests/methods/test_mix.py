@@ -61,7 +61,7 @@ def test_loss_at_the_reference_is_known_where_that_of_every_part_is():
 
 @pytest.mark.parametrize("micro", [8, 3])
 def test_step_of_parts_that_read_tokens_batch_and_state_is_the_oracles_however_it_is_cut(micro, runtime):
-    method = of("aot:0.5,bco:0.2,alpha_dpo:0.3,wpo:1,ld_dpo:1,tdpo:0.1,nll:0.1")
+    method = of("aot:0.5,bco:0.2,alpha_dpo:0.3,wpo:1,ld_dpo:1,tdpo:0.1,tis_dpo:1,tgdpo:1,nll:0.1")
     models, pairs = two_models(torch.float64), random_pairs()
     gap, where = difference(oracle_step(*models, method, pairs), Bench(runtime, method, models).step(pairs, micro))
     assert gap <= BOUNDS[torch.float64], where
