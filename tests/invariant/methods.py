@@ -5,6 +5,7 @@ import itertools
 import typing
 from types import SimpleNamespace
 
+import pytest
 import torch
 
 from prefopt import registry
@@ -47,6 +48,17 @@ def representatives(of):
         kind = needs.reference, needs.output, needs.rows, needs.sequences, needs.mismatched, needs.statistics
         found.setdefault(kind, name)
     return set(found.values())
+
+
+def by_kind(of, *ways):
+    """Parameters of a test: each method, or each with each way; `make test-all` alone runs those beyond the first of
+    its kind of forward pass. Args: of: what `methods` returns. ways: lists of further values.
+    """
+    kinds = representatives(of)
+    return [
+        pytest.param(*values, marks=() if values[0] in kinds else pytest.mark.slow)
+        for values in itertools.product(of, *ways)
+    ]
 
 
 def counted_in_every_way(of):

@@ -16,20 +16,19 @@ from prefopt.training.models import recompute_activations
 from tests.dist.ranks import run_ranks
 from tests.helpers import byte_bpe_tokenizer
 from tests.invariant.adapted import adapted_policy
-from tests.invariant.methods import methods, representatives
+from tests.invariant.methods import by_kind, methods
 from tests.invariant.oracle import oracle_step
 from tests.invariant.precise import models_of, precise
 from tests.invariant.steps import BOUNDS, Bench, difference, random_pairs, two_models
 
 METHODS = methods()
-KINDS = representatives(METHODS)
 TOKEN_LEVEL = next(m for m in METHODS.values() if m.needs.reference == "token" and m.needs.rows == "pairs")
 SCORES = next(m for m in METHODS.values() if m.needs.output == "scores")
 ARCHITECTURES = ("llama", "tied", "bias", "soft cap", "learned positions")
 SMALL_TILES = (4, 16)  # of which no vocabulary here is a multiple
 
 each_method = pytest.mark.parametrize("name", METHODS)
-each_kind = pytest.mark.parametrize("name", [name for name in METHODS if name in KINDS])
+each_kind = pytest.mark.parametrize("name", by_kind(METHODS))
 
 
 def layouts_for(method):
@@ -51,7 +50,7 @@ def assert_all_equal(expected, steps, bound):
 
 
 @pytest.mark.parametrize(
-    ("name", "what"), [(n, what) for n in METHODS for what in ARCHITECTURES if what == "llama" or n in KINDS]
+    ("name", "what"), [*((name, "llama") for name in METHODS), *by_kind(METHODS, ARCHITECTURES[1:])]
 )
 def test_step_when_in_any_layout_then_loss_and_gradients_are_the_oracles(name, what, runtime):
     method, models = METHODS[name], models_of(what, torch.float64)

@@ -12,13 +12,12 @@ from prefopt.training import offload, quantized
 from tests.dist.ranks import run_ranks
 from tests.helpers import byte_bpe_tokenizer
 from tests.invariant.adapted import adapted_policy
-from tests.invariant.methods import methods, representatives
+from tests.invariant.methods import by_kind, methods
 from tests.invariant.oracle import oracle_step
 from tests.invariant.precise import models_of, precise
 from tests.invariant.steps import BOUNDS, Bench, difference, random_pairs, two_models
 
 METHODS = methods()
-KINDS = representatives(METHODS)
 TOKEN = next(name for name, m in METHODS.items() if m.needs.reference == "token")
 SCORES = next(name for name, m in METHODS.items() if m.needs.output == "scores")
 OPTIONS = {
@@ -31,7 +30,8 @@ WIDEST = "recomputed and offloaded"
 each_method = pytest.mark.parametrize("name", METHODS)
 # all options together for every method, each by itself for every kind of forward pass
 each_option = pytest.mark.parametrize(
-    ("name", "option"), [(name, option) for name in METHODS for option in OPTIONS if option == WIDEST or name in KINDS]
+    ("name", "option"),
+    [*((name, WIDEST) for name in METHODS), *by_kind(METHODS, [option for option in OPTIONS if option != WIDEST])],
 )
 
 
@@ -182,7 +182,7 @@ def as_plain(lm):
     return lm
 
 
-@pytest.mark.parametrize(("name", "quantize"), [*((name, "nf4") for name in METHODS if name in KINDS), (TOKEN, "fp4")])
+@pytest.mark.parametrize(("name", "quantize"), [*by_kind(METHODS, ["nf4"]), (TOKEN, "fp4")])
 def test_step_when_the_base_is_quantised_then_that_of_the_weights_it_computes_with(name, quantize, runtime, adapted):
     pytest.importorskip("bitsandbytes")
     method, rows = METHODS[name], random_pairs(METHODS[name].needs.columns, 5)

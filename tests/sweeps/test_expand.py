@@ -266,8 +266,9 @@ BASE = "fixed: {method: dpo}\n"
             "run 1 of 2 (seed=0, optim.lrr=1): optim.lrr: unknown setting; did you mean 'optim.lr'?",
         ),
         (
-            "grid: {method: [dpo, tdpo], method.alpha: [0.5]}",
-            "run 1 of 2 (method=dpo, method.alpha=0.5): method.alpha: method 'dpo' has no 'alpha'; it belongs to tdpo",
+            "grid: {method: [dpo, sppo], method.target_clamp: [0.5]}",
+            "run 1 of 2 (method=dpo, method.target_clamp=0.5): method.target_clamp: method 'dpo' has no "
+            "'target_clamp'; it belongs to sppo",
         ),
         (
             "fixed: {method: dpo}\nlist: [{optim.lr: 1e-3}, {optim.lr: fast}]",

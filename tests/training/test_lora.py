@@ -24,7 +24,7 @@ from prefopt.training.forward import PolicyWithReference
 from prefopt.training.metrics import read_lines
 from tests.dist.ranks import run_ranks
 from tests.helpers import byte_bpe_tokenizer
-from tests.invariant.methods import methods
+from tests.invariant.methods import by_kind, methods
 from tests.invariant.oracle import oracle_step
 from tests.invariant.steps import Bench, difference, random_pairs, two_models
 from tests.training.architectures import tiny_model
@@ -170,7 +170,7 @@ def plain(path):
 @pytest.mark.parametrize(
     ("name", "what"),
     [(TOKEN, what) for what in REFERENCES]
-    + [(name, what) for name in METHODS for what in EACH if (name, what) != (TOKEN, what) and with_reference(name)]
+    + [way for way in by_kind(METHODS, EACH) if way.values[0] != TOKEN and with_reference(way.values[0])]
     + [(NO_REFERENCE, "trained adapter")],
 )
 def test_step_when_any_reference_then_loss_and_gradients_are_those_of_two_plain_models(name, what, runtime, places):

@@ -29,7 +29,7 @@ from prefopt.training.metrics import read_lines
 from prefopt.training.reference import ReferenceModel, Source, obtain
 from tests.dist.ranks import run_ranks
 from tests.fork_server import ROOT
-from tests.invariant.methods import methods
+from tests.invariant.methods import by_kind, methods
 from tests.invariant.oracle import oracle_step
 from tests.invariant.steps import BOUNDS, Bench, difference, random_pairs, two_models
 from tests.training.test_lora import both, config
@@ -37,8 +37,12 @@ from tests.training.test_lora import both, config
 METHODS = {name: method for name, method in methods().items() if method.needs.reference != "none"}
 SEQUENCE = next(name for name, method in METHODS.items() if method.needs.reference == "sequence")
 TOKEN = next(name for name, method in METHODS.items() if method.needs.reference == "token")
-WAYS = [(name, kind) for name, m in METHODS.items() for kind in ("logps", "hidden")]
-WAYS = [(name, kind) for name, kind in WAYS if kind == "hidden" or METHODS[name].needs.reference == "sequence"]
+EVERY = [
+    way
+    for way in by_kind(METHODS, ["logps", "hidden"])
+    if way.values[1] == "hidden" or METHODS[way.values[0]].needs.reference == "sequence"
+]
+WAYS = [way.values for way in EVERY if not way.marks]
 
 
 def settings(method, kind="logps", dtype="float32", **more):
@@ -92,7 +96,7 @@ def kept(runtime, tmp_path):
 # Equal to a live one ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "kind"), WAYS)
+@pytest.mark.parametrize(("name", "kind"), EVERY)
 def test_step_when_the_reference_is_kept_then_loss_and_gradients_are_the_oracles(name, kind, runtime, tmp_path):
     method, (policy, lm) = METHODS[name], two_models(torch.float32)
     rows = rows_for(method)
@@ -450,7 +454,7 @@ def test_hidden_states_in_bfloat16_move_the_loss_by_less_than_bfloat16_does(runt
 # A reference that moves -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", by_kind(METHODS))
 @pytest.mark.parametrize("weight", [1.0, 0.6])
 def test_reference_when_it_moves_then_it_is_the_mixture_after_each_n_steps(weight, name, runtime):
     method, models = METHODS[name], two_models(torch.float64)

@@ -15,7 +15,7 @@ from prefopt.training.forward import token_stats_of
 from prefopt.training.step0_check import unexpected_loss
 from tests.dist.ranks import run_ranks
 from tests.helpers import byte_bpe_tokenizer
-from tests.invariant.methods import methods
+from tests.invariant.methods import by_kind, methods
 from tests.invariant.steps import Bench, random_pairs, two_models
 from tests.training.architectures import ARCHITECTURES, tiny_model
 
@@ -34,8 +34,11 @@ def check(runtime, tokenizer, method, models, pairs=None):
     Bench(runtime, method, models, tokenizer=tokenizer).check_first_batch(pairs)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [*((name, torch.float32) for name in METHODS), *by_kind(METHODS, [torch.float64, torch.bfloat16])],
+    ids=str,
+)
 def test_check_when_all_is_well_then_it_says_so(name, dtype, runtime, tokenizer, capsys):
     _, reference = two_models(dtype)
     check(runtime, tokenizer, METHODS[name], (reference, reference))
