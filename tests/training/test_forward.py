@@ -16,7 +16,7 @@ SMALL_TILES = KernelConfig(token_tile=4, vocab_tile=16)
 
 
 def fused(policy, reference):
-    return token_stats_of(PolicyWithReference(policy, reference, SMALL_TILES), BATCH, ALL_STATISTICS)
+    return token_stats_of(PolicyWithReference(policy, reference, SMALL_TILES), BATCH, (*ALL_STATISTICS, "log_sum_p2"))
 
 
 def plain(policy, reference):
