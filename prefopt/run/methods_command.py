@@ -8,9 +8,10 @@ from prefopt import registry
 from prefopt.method import Method
 from prefopt.settings.defaults import method_defaults
 from prefopt.settings.nested import flatten
+from prefopt.types import LABEL
 
 _REFERENCE = {"none": "-", "sequence": "log-probabilities", "token": "distribution"}
-_HEAD = ("method", "reference", "data columns", "optim.lr", "arXiv")
+_HEAD = ("method", "reference", "further data columns", "optim.lr", "arXiv")
 
 
 def methods_table() -> str:
@@ -31,9 +32,8 @@ def methods_table() -> str:
 def _row(name: str, cls: type[Method]) -> tuple[str, ...]:
     method = cls()
     needs, defaults = method.needs, flatten(method_defaults(cls))
-    own = [column.name for column in needs.columns if column.name != "label"]
-    columns = {"pairs": ["chosen", "rejected"], "unpaired": ["completion", "label"]}.get(needs.rows, ["chosen"])
-    columns += own + [key for column in needs.token_columns for key in column.keys]
+    columns = [column.name for column in needs.columns if column != LABEL]
+    columns += [key for column in needs.token_columns for key in column.keys]
     rate = defaults.get("optim.lr")
     paper = re.search(r"arXiv (\d{4}\.\d{5})", method.paper())
     reference = _REFERENCE[needs.reference] + (", mismatched too" if needs.mismatched else "")
