@@ -23,10 +23,16 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").r
 BLOCK = re.compile(r"(?:<!-- test: (?P<how>[^\n]*?) -->\n)?```bash\n(?P<body>.*?)```", re.DOTALL)
 
 
+SLOW = "slow"  # begins the comment above a block that `make test-all` alone runs
+
+
 def blocks():
     for page in PAGES:
         for number, match in enumerate(BLOCK.finditer(page.read_text())):
-            yield pytest.param(page, match["how"], match["body"], id=f"{page.relative_to(ROOT)}-{number}")
+            how = match["how"]
+            marks = [pytest.mark.slow] if how and how.startswith(SLOW) else []
+            how = how and how.removeprefix(SLOW).strip()
+            yield pytest.param(page, how, match["body"], id=f"{page.relative_to(ROOT)}-{number}", marks=marks)
 
 
 @pytest.fixture(scope="module")

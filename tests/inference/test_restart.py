@@ -78,6 +78,7 @@ def test_over_http_there_are_exactly_as_many_samples_and_scores_as_there_should_
         assert trace["score"] == 23
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments_it_goes_on_and_asks_nothing_again_that_was_answered(
     server, flags, scripted, straight, tmp_path
 ):

@@ -74,7 +74,11 @@ def test_step_when_cut_padded_or_shuffled_in_any_way_then_loss_and_gradients_are
     rows = rows_for(method)
     shuffled = random.Random(5).sample(rows, len(rows))
     assert runtime.world == 1
-    bench, small_tiles = (Bench(runtime, method, models[dtype, False], tiles) for tiles in ((1024, 8192), (4, 16)))
+    bench = Bench(runtime, method, models[dtype, False])
+    if name not in METHODS:  # another formula of the numbers that one of METHODS reads
+        assert_equal(expected(name, dtype), bench.step(shuffled, 3), dtype, "shuffled, 3 at a time")
+        return
+    small_tiles = Bench(runtime, method, models[dtype, False], (4, 16))
     for what, found in {
         "8x1": lambda: bench.step(rows, 8),
         "1x8": lambda: bench.step(rows, 1),
@@ -98,7 +102,7 @@ def test_step_when_the_last_batch_is_uneven_then_loss_and_gradients_are_the_orac
         assert_equal(expected(name, dtype, pairs), found, dtype, f"{pairs} pairs, {micro} at a time")
 
 
-@each_variant
+@each_method
 def test_step_when_embeddings_are_tied_then_loss_and_gradients_are_the_oracles(name, runtime, models, expected):
     dtype, method = torch.float64, ALL[name]
     found = Bench(runtime, method, models[dtype, True]).step(rows_for(method), 3)

@@ -12,12 +12,13 @@ from prefopt.training import offload, quantized
 from tests.dist.ranks import run_ranks
 from tests.helpers import byte_bpe_tokenizer
 from tests.invariant.adapted import adapted_policy
-from tests.invariant.methods import by_kind, methods
+from tests.invariant.methods import by_kind, methods, representatives
 from tests.invariant.oracle import oracle_step
 from tests.invariant.precise import models_of, precise
 from tests.invariant.steps import BOUNDS, Bench, difference, random_pairs, two_models
 
 METHODS = methods()
+KINDS = representatives(METHODS)
 TOKEN = next(name for name, m in METHODS.items() if m.needs.reference == "token")
 SCORES = next(name for name, m in METHODS.items() if m.needs.output == "scores")
 OPTIONS = {
@@ -67,6 +68,12 @@ def adapted(base):
     return ask
 
 
+def layouts_of(name):
+    """All layouts for each kind of forward pass, the last one for other methods."""
+    found = layouts_for(METHODS[name])
+    return found if name in KINDS else found[-1:]
+
+
 def layouts_for(method):
     return [layout for layout in LAYOUTS if method.needs.rows == "pairs" or not shares_prompts(layout)]
 
@@ -84,7 +91,7 @@ def assert_equal(expected, found, dtype, what):
 def test_step_when_activations_are_recomputed_or_offloaded_then_the_oracles_in_any_layout(name, option, runtime, plain):
     method, rows = METHODS[name], random_pairs(METHODS[name].needs.columns)
     expected = oracle_step(*plain, method, rows)
-    for layout in layouts_for(method):
+    for layout in layouts_of(name):
         bench = Bench(runtime, method, plain, layout=layout, **options(option))
         assert_equal(expected, bench.step(rows, 3), torch.float64, f"{option}, {layout}")
         assert "offload" not in option or bench.run.policy.saved_tensors_context.copied > 0
@@ -98,7 +105,7 @@ def test_step_when_an_adapter_trains_and_activations_are_recomputed_or_offloaded
     method, rows = METHODS[name], random_pairs(METHODS[name].needs.columns, 5)
     models = adapted(method)
     expected = Bench(runtime, method, models).step(rows, 3)
-    for layout in layouts_for(method):
+    for layout in layouts_of(name):
         found = Bench(runtime, method, models, layout=layout, **options(option)).step(rows, 3)
         assert_equal(expected, found, torch.float64, f"{option}, {layout}")
 

@@ -139,7 +139,7 @@ def test_rounds_when_killed_at_each_place_once_then_all_is_bit_identical(
     assert_same_rounds(tmp_path / "run", uninterrupted)
 
 
-@pytest.mark.parametrize("at", ["generate_rows", "judge_rows"])
+@pytest.mark.parametrize("at", ["generate_rows", pytest.param("judge_rows", marks=pytest.mark.slow)])
 def test_rounds_when_asked_to_stop_in_a_stage_then_leave_at_once_and_continue(
     at, server, rounds, uninterrupted, tmp_path
 ):

@@ -206,7 +206,7 @@ def test_kept_policy_is_that_of_its_step(straight, run, tmp_path):
 @pytest.mark.parametrize(
     ("at", "count"),
     [
-        ("prefopt.training.best_model:BestModel.save_if_best", 3),
+        pytest.param("prefopt.training.best_model:BestModel.save_if_best", 3, marks=pytest.mark.slow),
         pytest.param("prefopt.training.checkpoint:_write_folder", 2, marks=pytest.mark.slow),
         pytest.param("prefopt.training.checkpoint:save_optimizer", 1, marks=pytest.mark.slow),
         pytest.param("prefopt.training.checkpoint:copy", 1, marks=pytest.mark.slow),
@@ -266,6 +266,7 @@ def test_stop_texts_of_the_rounds_go_with_the_model(run, tmp_path):
     assert json.loads((output / "model/generation_config.json").read_text())["stop_strings"] == ["say"]
 
 
+@pytest.mark.slow
 def test_direct_baseline_is_the_same_command_without_a_thought_and_is_compared_with(run, tmp_path, straight):
     direct = run(tmp_path / "direct", method__thought_prompt="none")
     pairs = read_rows(direct / "round_01/pairs.jsonl")

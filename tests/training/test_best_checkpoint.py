@@ -37,7 +37,12 @@ def train(server, command, tmp_path):
 
 @pytest.mark.parametrize(
     ("metric", "better", "direction"),
-    [("loss", min, ""), ("rewards/rejected", max, ""), ("logps/chosen", max, ":max"), ("logps/chosen", min, ":min")],
+    [
+        ("rewards/rejected", max, ""),
+        ("logps/chosen", min, ":min"),
+        pytest.param("loss", min, "", marks=pytest.mark.slow),
+        pytest.param("logps/chosen", max, ":max", marks=pytest.mark.slow),
+    ],
 )
 def test_model_of_the_best_evaluation_is_exported(metric, better, direction, train):
     flags = {"eval__every": 2, "train__save_every": 2, "train__keep_last": 20}
@@ -59,7 +64,7 @@ def test_model_of_the_best_evaluation_is_exported(metric, better, direction, tra
         assert f"error: {run / 'model'}: is damaged (model.safetensors has 3 bytes" in ended.err
 
 
-@pytest.mark.parametrize("count", [2, 5])
+@pytest.mark.parametrize("count", [5, pytest.param(2, marks=pytest.mark.slow)])
 def test_choosing_when_killed_then_ends_with_the_same_model(train, count):
     straight, _ = train("straight", eval__select="loss", optim__lr=0.03)
     at = {"at": "prefopt.training.best_model:BestModel.save_if_best", "when": "after", "count": count, "do": "SIGKILL"}
@@ -141,8 +146,8 @@ def test_run_without_patience_left_ends_as_a_finished_one(stopped, train):
     [
         ("patience:Patience.on_evaluation", "after", 3),
         ("trainer:Trainer._save", "before", -1),  # stopped, but not saved yet
-        ("trainer:Trainer._export", "before", 1),
-        ("trainer:Trainer._step", "before", 5),
+        pytest.param("trainer:Trainer._export", "before", 1, marks=pytest.mark.slow),
+        pytest.param("trainer:Trainer._step", "before", 5, marks=pytest.mark.slow),
     ],
 )
 def test_run_without_patience_left_when_killed_ends_the_same(place, when, count, stopped, train):

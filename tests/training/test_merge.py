@@ -38,7 +38,14 @@ def opened(run):
     )
 
 
-@pytest.mark.parametrize("more", [{}, {"lora__use_rslora": "true"}, {"lora__modules_to_save": "lm_head"}])
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"lora__use_rslora": "true"},
+        {"lora__modules_to_save": "lm_head"},
+        pytest.param({}, marks=pytest.mark.slow),
+    ],
+)
 def test_merged_model_says_what_its_adapter_says(more, server, command, task, tmp_path):
     ended = server.train(command("dpo", tmp_path / "run", **RUN, **more))
     assert ended.status == 0, ended.err
@@ -69,7 +76,11 @@ def test_merged_model_is_the_best_one(server, command, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "place", ["prefopt.training.adapter_saving:merge", "prefopt.training.adapter_saving:save_merged"]
+    "place",
+    [
+        "prefopt.training.adapter_saving:save_merged",
+        pytest.param("prefopt.training.adapter_saving:merge", marks=pytest.mark.slow),
+    ],
 )
 def test_run_when_killed_while_it_merges_then_ends_the_same(place, server, command, tmp_path):
     for name, status, fault in (

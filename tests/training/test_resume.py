@@ -215,8 +215,12 @@ METHOD_OF = {"adapter of a classifier": "reward_model", "quantised classifier": 
 METHOD_OF |= {"kept hidden states": "tdpo"}
 
 
+# the state of these is that of others: in make test-all
+ALIKE = ("compiled", "quantised classifier", "recomputed and offloaded", "optimizer of few numbers", "moving snapshot")
+
+
 @pytest.mark.parametrize(
-    "what", [pytest.param(what, marks=pytest.mark.slow) if what == "compiled" else what for what in SETTINGS]
+    "what", [pytest.param(what, marks=pytest.mark.slow) if what in ALIKE else what for what in SETTINGS]
 )
 def test_run_when_it_has_more_state_and_is_killed_and_restarted_then_ends_bit_identical(
     what, server, command, uninterrupted, tmp_path

@@ -90,8 +90,8 @@ def test_training_is_the_one_without_samples(straight, server, command, tmp_path
     [
         ("prefopt.evaluate.sampler:Sampler.__call__", "before", 3),
         ("prefopt.training.metrics:MetricsFile.replace", "after", 3),  # the table is written, the metrics line is not
-        ("prefopt.training.trainer:Trainer._step", "before", 10),
-        ("prefopt.training.trainer:Trainer._export", "before", 1),
+        pytest.param(("prefopt.training.trainer:Trainer._step", "before", 10), marks=pytest.mark.slow),
+        pytest.param(("prefopt.training.trainer:Trainer._export", "before", 1), marks=pytest.mark.slow),
     ],
 )
 def test_run_when_killed_and_restarted_then_samples_are_bit_identical(place, straight, server, command, tmp_path):

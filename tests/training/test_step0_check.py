@@ -49,8 +49,7 @@ def test_check_when_all_is_well_then_it_says_so(name, dtype, runtime, tokenizer,
     assert said.endswith(agreed)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", KNOWN)
+@pytest.mark.parametrize(("name", "dtype"), by_kind(KNOWN, [torch.float32, torch.bfloat16]), ids=str)
 def test_check_when_the_first_loss_is_not_the_known_value_then_it_stops_and_names_the_row(
     name, dtype, runtime, tokenizer
 ):

@@ -159,6 +159,7 @@ def test_value_of_a_setting_with_a_secret_name_is_in_no_tracker(tmp_path, monkey
     assert not [path for path in files if secret.encode() in path.read_bytes()]
 
 
+@pytest.mark.slow
 def test_wandb_online_without_a_key_then_goes_on_offline_and_says_so_once(command, task, tmp_path):
     flags = command("dpo", tmp_path / "run", train__max_steps=1, track__to="wandb", track__wandb_mode="online")
     done = command_line(flags, environment(task, tmp_path))
