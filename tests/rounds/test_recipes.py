@@ -23,7 +23,11 @@ def flags(config, output, model, data, **other):
     return [word for name, value in given.items() for word in (f"--{name}", str(value))]
 
 
-@pytest.mark.parametrize("config", OTHERS_JUDGE, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "config",
+    [pytest.param(path, marks=pytest.mark.slow if i % 2 else ()) for i, path in enumerate(OTHERS_JUDGE)],
+    ids=lambda path: path.stem,
+)
 def test_recipe_when_run_for_a_round_then_it_trains_on_pairs_of_its_kind(config, server, place, tmp_path):
     recipe = yaml.safe_load(config.read_text())
     # the hub's judge is not at hand; a shorter answer is better here

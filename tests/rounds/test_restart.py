@@ -152,6 +152,7 @@ def test_rounds_when_asked_to_stop_in_a_stage_then_leave_at_once_and_continue(
     assert_same_rounds(tmp_path / "run", uninterrupted)
 
 
+@pytest.mark.slow
 def test_rounds_when_asked_to_stop_in_training_then_save_and_continue(server, rounds, uninterrupted, tmp_path):
     argv = rounds(tmp_path / "run")
     ended = server.train(argv, {"at": ENGINE + "trainer:Trainer._step", "count": 7, "do": "SIGUSR1"})
@@ -161,6 +162,7 @@ def test_rounds_when_asked_to_stop_in_training_then_save_and_continue(server, ro
     assert_same_rounds(tmp_path / "run", uninterrupted)
 
 
+@pytest.mark.slow
 def test_stages_of_their_own_processes_and_four_parts_make_the_same(server, rounds, uninterrupted, tmp_path):
     argv = rounds(tmp_path / "run")
 

@@ -181,6 +181,7 @@ def test_policy_that_the_judge_likes_best_is_kept(straight):
     assert best != max(scores), "this test would not tell the best from the last"
 
 
+@pytest.mark.slow
 def test_kept_policy_is_that_of_its_step(straight, run, tmp_path):
     lines = (straight / "round_01/train/metrics.jsonl").read_text().splitlines()
     scores = {x["step"]: x["held_out/score"] for x in map(json.loads, lines) if x["split"] == "eval" and x["step"]}

@@ -187,6 +187,7 @@ def test_sweep_makes_one_pass_and_each_loss_is_that_with_a_live_reference(count,
     assert len(passes(folder)) == 1
 
 
+@pytest.mark.slow
 def test_two_runs_that_need_the_same_cache_at_once_compute_it_once(command, task, tmp_path):
     """One of them finds the lock taken by this test, as by a run that is computing, and waits for what comes of it."""
     cache = tmp_path / "cache"

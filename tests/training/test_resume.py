@@ -19,6 +19,7 @@ from prefopt.settings import ModelConfig
 from prefopt.training import models
 from prefopt.training.metrics import WALL_CLOCK_KEYS, read_lines
 from prefopt.training.signals import EXIT_UNFINISHED
+from tests.invariant.methods import representatives
 
 ENGINE = "prefopt.training."
 # Where a process may die: (function, before or after, the last of its calls that may be the one).
@@ -145,7 +146,13 @@ def test_run_when_killed_six_times_and_restarted_then_ends_bit_identical(server,
     assert_same_run(tmp_path / "run", uninterrupted("dpo", **LONG))
 
 
-@pytest.mark.parametrize("method", registry.names())
+KINDS = representatives({name: registry.get(name)() for name in registry.names()})
+IN_GATE = [name for name in registry.names() if name in KINDS or registry.get(name)().needs.state]
+
+
+@pytest.mark.parametrize(
+    "method", [name if name in IN_GATE else pytest.param(name, marks=pytest.mark.slow) for name in registry.names()]
+)
 def test_run_of_each_method_when_killed_and_restarted_then_ends_bit_identical(
     method, server, command, uninterrupted, tmp_path
 ):
@@ -166,7 +173,7 @@ def test_run_when_grouped_by_length_and_killed_then_ends_bit_identical(server, c
     assert_same_run(tmp_path / "killed", uninterrupted("dpo", **settings))
 
 
-@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("grouped", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_run_when_steps_have_a_token_budget_and_sources_weights_and_killed_then_ends_bit_identical(
     grouped, server, command, task, tmp_path
 ):
@@ -217,6 +224,7 @@ METHOD_OF |= {"kept hidden states": "tdpo"}
 
 # the state of these is that of others: in make test-all
 ALIKE = ("compiled", "quantised classifier", "recomputed and offloaded", "optimizer of few numbers", "moving snapshot")
+ALIKE += ("adapter of a classifier", "optimizer in 8 bits")
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ def check(runtime, tokenizer, method, models, pairs=None):
 
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    [*((name, torch.float32) for name in METHODS), *by_kind(METHODS, [torch.float64, torch.bfloat16])],
+    [*((name, torch.float32) for name in methods()), *by_kind(METHODS, [torch.float64, torch.bfloat16])],
     ids=str,
 )
 def test_check_when_all_is_well_then_it_says_so(name, dtype, runtime, tokenizer, capsys):
